@@ -1,0 +1,154 @@
+"""The packed script must behave like the readable one, in every way a trainer depends on."""
+
+import importlib.util
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import pack_code
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = '''\
+"""A toy trainer."""
+from __future__ import annotations
+
+import argparse
+import functools
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+LIMIT = 3
+
+
+@dataclass
+class Config:
+    """Docstrings go away."""
+    width: int = 4
+    names: list[str] = field(default_factory=lambda: ["é"])
+
+
+def area(first_operand, second_operand):
+    # A comment that goes away.
+    product_of_operands = first_operand * second_operand
+    return product_of_operands + product_of_operands
+
+
+@functools.cache
+def kernel(pointer, BLOCK_SIZE: int = 2):
+    compile_time_value = BLOCK_SIZE
+    return pointer + compile_time_value
+
+
+def guarded(value):
+    assert value > 0, "assertion kept"
+    if value > LIMIT:
+        raise ValueError("check kept")
+    return value
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--value", type=int, default=1, help="a number")
+    args = parser.parse_args()
+    print([(f.name, f.type) for f in fields(Config)], Config(), area(2, 3), kernel(1), guarded(args.value))
+    print(Path(__file__).name, __name__)
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+def run(script: Path, *args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, script.name, *args], cwd=script.parent, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def toys(tmp_path):
+    """The readable and the packed toy, under the same file name in two folders."""
+    for kind, code in (("readable", TOY.encode()), ("packed", pack_code.pack(TOY))):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "toy.py").write_bytes(code)
+    return tmp_path / "readable" / "toy.py", tmp_path / "packed" / "toy.py"
+
+
+def imported(path: Path):
+    spec = importlib.util.spec_from_file_location("packed_toy", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["packed_toy"] = module  # dataclasses look their module up here
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_runs_like_the_readable_script(toys):
+    readable, packed = (run(script) for script in toys)
+    assert readable.returncode == 0 and "__main__" in readable.stdout
+    assert (packed.returncode, packed.stdout, packed.stderr) == (readable.returncode, readable.stdout, readable.stderr)
+
+
+@pytest.mark.parametrize(("value", "error"), [("-1", "AssertionError: assertion kept"), ("9", "ValueError: check kept")])
+def test_checks_survive_and_tracebacks_show_the_source(toys, value, error):
+    process = run(toys[1], "--value", value)
+    assert process.returncode == 1
+    assert process.stderr.rstrip().endswith(error)
+    assert "value>LIMIT" in process.stderr or "assert value>0" in process.stderr  # text of the unpacked source
+    assert 'exec(compile(_s,_f,"exec"))' in process.stderr and "b85decode" not in process.stderr
+
+
+def test_imports_as_a_module_with_sources(toys):
+    module = imported(toys[1])
+    assert module.area(2, 3) == 12 and module.Config().names == ["é"]
+    for thing in (module.area, module.kernel.__wrapped__, module.guarded):
+        source = inspect.getsource(thing)
+        assert thing.__name__ in source.split(":")[0]
+        assert source in pack_code.minify(TOY) + "\n" and "return" in source
+    assert Path(module.__file__) == toys[1]
+
+
+def test_minify_drops_words_and_keeps_names_that_matter():
+    text = pack_code.minify(TOY)
+    assert "Docstrings go away" not in text and "A comment" not in text
+    assert "product_of_operands" not in text                    # a local
+    assert "compile_time_value" in text and "BLOCK_SIZE:int" in text  # read by a decorator
+    assert "first_operand*second_operand" in text               # parameters are neither renamed nor copied
+    assert "LIMIT=3" in text and "width:int=4" in text
+
+
+def test_deterministic_and_invertible():
+    packed = pack_code.pack(TOY)
+    assert packed == pack_code.pack(TOY)
+    assert pack_code.unpack(packed) == pack_code.minify(TOY)
+    assert pack_code.pack(TOY.replace("LIMIT = 3", "LIMIT = 4")) != packed
+    with pytest.raises(ValueError, match="not a packed script"):
+        pack_code.unpack(TOY.encode())
+
+
+def test_command_line(toys, tmp_path, capsys):
+    out = tmp_path / "build" / "toy.py"
+    assert pack_code.main([str(toys[0]), str(out), "--check"]) == 0
+    assert out.read_bytes() == toys[1].read_bytes()
+    assert [p.name for p in out.parent.iterdir()] == ["toy.py"]
+    sizes = dict(pair.split(":") for pair in capsys.readouterr().out.split() if ":" in pair)
+    assert int(sizes["packed"]) == out.stat().st_size and int(sizes["readable"]) == len(TOY.encode())
+
+
+def test_check_refuses_a_script_that_notices_being_packed(tmp_path, capsys):
+    script = tmp_path / "toy.py"
+    script.write_text(TOY.replace("__doc__", "Path(__file__).read_text()[:20]"))
+    assert pack_code.main([str(script), str(tmp_path / "out.py"), "--check"]) == 1
+    assert not (tmp_path / "out.py").exists()
+    assert "another --help" in capsys.readouterr().err
+
+
+def test_the_trainer_packs():
+    script = ROOT / "train_gpt.py"
+    if not script.exists():
+        pytest.skip("train_gpt.py is not here")
+    code = script.read_bytes()
+    packed = pack_code.pack(code.decode())
+    expected = pack_code.help_output(code, script.name, ROOT)
+    assert expected.strip() and pack_code.help_output(packed, script.name, ROOT) == expected
