@@ -24,6 +24,7 @@ import heapq
 import importlib.util
 import inspect
 import json
+import linecache
 import lzma
 import math
 import os
@@ -215,7 +216,7 @@ class Config:
     tokenizer_path: str = knob("", "SentencePiece model; blank = tokenizer.model beside the shards, or the published one")
     caseops_enabled: bool = knob(True, "bytes come from the sidecar; 0 = from the SentencePiece pieces")
     vocab_size: int = knob(8192, "token ids are below this", lo=2, hi=65536)
-    val_doc_fraction: float = knob(1.0, "score a seeded random share of the documents; below 1 is for development", lo=1e-6, hi=1)
+    val_doc_fraction: float = knob(1.0, "score a random share of the documents, the same for every SEED; below 1 is for development", lo=1e-6, hi=1)
     # model
     num_layers: int = knob(11, "blocks", lo=1)
     model_dim: int = knob(512, "width of the residual stream", lo=1)
@@ -1011,7 +1012,7 @@ class ValData:
             target_bytes = size[tokens[1:]] + (lead[tokens[1:]] & ~boundary[tokens[:-1]])
         data = ValData(tokens, target_bytes)
         if cfg.val_doc_fraction < 1:
-            data = data.subset(cfg.val_doc_fraction, cfg.seed)
+            data = data.subset(cfg.val_doc_fraction)
         if not cfg.eval_include_tail:
             n = (len(data.tokens) - 1) // cfg.eval_seq_len * cfg.eval_seq_len
             data = ValData(data.tokens[: n + 1], data.target_bytes[:n])
@@ -1019,8 +1020,8 @@ class ValData:
             raise RunError("the validation set stands for 0 bytes: bits per byte are undefined; prepare the data again")
         return data
 
-    def subset(self, fraction: float, seed: int) -> ValData:
-        """A seeded random share of the documents, in file order."""
+    def subset(self, fraction: float, seed: int = 0) -> ValData:
+        """A random share of the documents, in file order; the same for every SEED of a run."""
         starts, ends = self.documents()
         count = max(1, round(fraction * len(starts)))
         keep = np.sort(np.random.Generator(np.random.PCG64(seed)).choice(len(starts), count, replace=False))
@@ -1194,6 +1195,10 @@ class Adapters(NamedTuple):
             columns[site] = [None] * count if lora is None else [
                 Lora(a, b, lora.scale) for a, b in zip(lora.A.unbind(0), lora.B.unbind(0), strict=True)]  # fmt: skip
         return [Adapters(**{site: column[i] for site, column in columns.items()}) for i in range(count)]
+
+    def rows(self, first: int, end: int) -> Adapters:
+        """Views of the adapters of documents [first, end)."""
+        return Adapters(*(lora and Lora(*(t[..., first:end, :, :] for t in lora[:2]), lora.scale) for lora in self))
 
 
 NO_ADAPTERS = Adapters()
@@ -2619,14 +2624,15 @@ def load_checkpoint_model(cfg: Config, world: World, path: Path) -> GPT:
     return model.to(world.device)
 
 
-def upstream_code_bytes(script: Path) -> int | None:
+def upstream_code_bytes() -> int | None:
     """Code size by the convention of published records: a minified, compressed, base85 script that is never written. None
     when python_minifier is not installed. Our own count is the size of the script that runs."""
     try:
         import python_minifier
     except ImportError:
         return None
-    small = python_minifier.minify(script.read_text(), rename_locals=False, hoist_literals=False, remove_literal_statements=True, remove_asserts=True)
+    source = "".join(linecache.getlines(upstream_code_bytes.__code__.co_filename))  # also when the script runs packed
+    small = python_minifier.minify(source, rename_locals=False, hoist_literals=False, remove_literal_statements=True, remove_asserts=True)
     return len(brotli.compress(small.encode(), quality=11)) * 5 // 4 + 67
 
 
@@ -2890,13 +2896,13 @@ class Chunk(NamedTuple):
     target_bytes: int
 
 
-def build_chunk(data: ValData, batch: Batch, rows: int, index: int, context: int) -> Chunk:
-    """Chunk `index` of every document of the batch; documents that have ended, and rows without one, count nothing."""
+def build_chunk(data: ValData, batch: Batch, first: int, rows: int, index: int, context: int) -> Chunk:
+    """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing."""
     c, width = batch.chunk, min((index + 1) * batch.chunk, context)
     last = len(data.tokens) - 1
     inputs, targets = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64)
     positions, mask, target_bytes = np.zeros((rows, c), np.int64), np.zeros((rows, c), bool), 0
-    for row, (at, size) in enumerate(zip(batch.starts.tolist(), batch.sizes.tolist(), strict=True)):
+    for row, (at, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
         window, start, end = chunk_window(size, c, index, context)
         if start >= size:
             continue
@@ -2908,33 +2914,36 @@ def build_chunk(data: ValData, batch: Batch, rows: int, index: int, context: int
     return Chunk(*(torch.from_numpy(a) for a in (inputs, positions, targets, mask)), target_bytes)
 
 
-def score_batch(cfg: Config, world: World, forward, data: ValData, batch: Batch, rows: int, lineage: Lineage, from_mean: bool, tally: Tally):
+def score_batch(
+    cfg: Config, world: World, forward, data: ValData, batch: Batch, lineage: Lineage, from_mean: bool, tally: Tally, static_rows: int = 0
+) -> None:
     """Two verbs, in this order: grade a chunk with adapters that have never seen it, then learn from it.
 
     Each document has its own adapters and the loss is a sum over documents, so they do not influence each other. A document's
-    last chunk is scored and not learned from.
+    last chunk is scored and not learned from. static_rows: a compiled forward wants this many rows at every step; otherwise
+    documents that have ended are left out (sizes ascend, so they are the first).
     """
     optimizer, order, context, device = lineage.begin(from_mean), layer_order(cfg, looping=True), cfg.ttt_eval_seq_len, world.device
-    sizes = np.pad(batch.sizes, (0, rows - len(batch.sizes)))
     low, high = cfg.ttt_train_min_doc_len, cfg.ttt_train_max_doc_len or math.inf
-    may_learn = torch.from_numpy((sizes + 1 >= low) & (sizes + 1 <= high))
-    chunks = torch.from_numpy(-(-sizes // batch.chunk))
+    may_learn = (batch.sizes + 1 >= low) & (batch.sizes + 1 <= high)
+    chunks = -(-batch.sizes // batch.chunk)
     for index in range(int(chunks.max())):
-        chunk = build_chunk(data, batch, rows, index, context)
+        first = 0 if static_rows else int(np.searchsorted(chunks, index, side="right"))
+        rows = static_rows or len(chunks) - first
+        chunk = build_chunk(data, batch, first, rows, index, context)
         inputs, targets, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.targets, chunk.positions))
         torch._dynamo.maybe_mark_dynamic(inputs, 1)
-        learn = (chunks > index + 1) & may_learn
-        score = partial(forward, inputs, targets, order=order, adapters=lineage.adapters, positions=positions)
+        learn = torch.zeros(rows)
+        learn[: len(chunks) - first] = torch.from_numpy(((chunks > index + 1) & may_learn)[first:])
+        score = partial(forward, inputs, targets, order=order, adapters=lineage.adapters.rows(first, first + rows), positions=positions)
         with torch.set_grad_enabled(bool(learn.any())):
             nats = score()
         tally.add(nats, chunk.mask, chunk.target_bytes)
-        if learn.any():
-            weight = learn.to(device, torch.float32)
-            for repeat in range(cfg.ttt_grad_steps):
-                loss = ((nats if repeat == 0 else score()).mean(1) * weight).sum()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+        for repeat in range(cfg.ttt_grad_steps if learn.any() else 0):
+            loss = ((nats if repeat == 0 else score()).mean(1) * learn.to(device)).sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     lineage.finish()
 
 
@@ -3016,7 +3025,8 @@ class TttRun:
         self.cfg, self.world, self.model, self.data, self.log = cfg, world, model, data, log
         self.forward = compile_forward(model, cfg, world, dynamic=None)
         self.batches = document_batches(cfg, data)
-        self.rows = len(self.batches[0].sizes)
+        self.rows = max(len(b.sizes) for b in self.batches)
+        self.static_rows = 0 if self.forward is model else self.rows
         self.tally, self.phases_done, self.scored_docs = Tally(world.device), 0, 0
         self.reported = {int(n) for n in filter(None, cfg.ttt_eval_batches.split(","))}
         self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
@@ -3052,7 +3062,7 @@ class TttRun:
                 self.check_budget(batch)
                 before = (self.tally.nats.item(), self.tally.tokens, self.tally.bytes)
                 from_mean = cfg.ttt_warm_start_mean_enabled and int(batch.sizes.max()) + 1 <= cfg.ttt_warm_start_mean_doc_len
-                score_batch(cfg, world, self.forward, self.data, batch, self.rows, lane.lineage(batch), from_mean, self.tally)
+                score_batch(cfg, world, self.forward, self.data, batch, lane.lineage(batch), from_mean, self.tally, self.static_rows)
                 self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
                 self.scored_docs += len(batch.sizes)
                 nats, tokens, size = (now - old for now, old in zip((self.tally.nats.item(), self.tally.tokens, self.tally.bytes), before, strict=True))
@@ -3200,7 +3210,7 @@ def count_bytes(run: Run) -> None:
     """Sizes of the files that a submission ships: the artifact and the script that is running."""
     log, script, artifact = run.log, Path(__file__), run.artifact
     code, model, kind = script.stat().st_size, artifact.stat().st_size, f"quantized+{run.cfg.compressor}"
-    upstream, total = upstream_code_bytes(script), script.stat().st_size + artifact.stat().st_size
+    upstream, total = upstream_code_bytes(), script.stat().st_size + artifact.stat().st_size
     log(f"Code size (uncompressed): {code} bytes")
     if upstream is not None:
         log(f"Code size (compressed): {upstream} bytes (upstream's convention, a file that is never written)")
@@ -3230,7 +3240,7 @@ def eval_stage(run: Run) -> None:
         run.result |= dict(eval_seconds=run.clock.table()[-1]["seconds"], ttt_val_loss=None, ttt_val_bpb=None)
         return
     ttt = TttRun(cfg, world, model, run.data, log)
-    if ttt.forward is not model:
+    if ttt.static_rows:
         clock.phase("compile")
         warm_up_ttt(cfg, world, ttt.forward, ttt.rows, log)
     clock.phase("eval")

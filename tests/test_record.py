@@ -172,7 +172,7 @@ def test_a_new_record_passes_and_is_complete(world, folder, capsys):
     assert [p.name for p in folder.parent.iterdir()] == ["copy"]
     readme = (folder / "README.md").read_text()
     for text in ("1.05759 ± 0.00042", "| 314 | 4,882 |", "1.05807084", "A toy.", "synthetic", "What we learned.",
-                 "lossless_caps.py (9 bytes)", "bash run.sh 314", "| container |"):
+                 "lossless_caps.py (9 bytes)", "bash records/*/2026-01-31_ToyStack/run.sh 314", "| container |"):
         assert text in readme
 
 
@@ -189,7 +189,7 @@ def test_run_sh_sets_exactly_the_settings(folder):
     lines = (folder / "run.sh").read_text().splitlines()
     assert [line for line in lines if line.startswith("export")] == [
         "export TRAIN_SEQ_SCHEDULE='1024@0.1,2048@0.7 x'", "export TTT_LORA_RANK=80"]
-    assert lines[-1] == "SEED=$1 torchrun --standalone --nproc_per_node=8 train_gpt.py"
+    assert lines[-1] == 'SEED=$1 torchrun --standalone --nproc_per_node=8 "$(dirname "$0")/train_gpt.py"'
 
 
 def tamper_number(folder):
@@ -400,9 +400,9 @@ def test_a_small_run_on_one_cpu_is_a_record_with_caveats(tmp_path, capsys):
     assert s["val_bpb"] == 1.06833072 and s["compliance"]["full_validation_targets"] is None
     readme = (made / "README.md").read_text()
     for text in ("- at least 3 seeds: no (1).", "- 8 H100: no (1x cpu).", "None: the script's defaults.",
-                 "- the data is named by a manifest: no (none).", "and every validation document: not computed (- of -)."):
+                 "- the data is named by a manifest: no (none).", "every validation document scored: not computed (- of -)."):
         assert text in readme
-    assert (made / "run.sh").read_text().endswith("\nSEED=$1 python train_gpt.py\n")
+    assert (made / "run.sh").read_text().endswith('\nSEED=$1 python "$(dirname "$0")/train_gpt.py"\n')
 
 
 def test_index_rewrites_only_the_table(world, tmp_path, capsys):

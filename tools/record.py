@@ -241,7 +241,7 @@ def audit(runs: list[Run]) -> list[tuple[str, str, str, bool | None]]:
         ("three_seeds", "at least 3 seeds", str(len(runs)), len(runs) >= 3),
         ("val_tokens_equal_target_tokens", "every validation target scored once", f"{results[0]['target_tokens']:,} of "
          f"{results[0]['val_tokens']:,}", every_target),
-        ("full_validation_targets", "and every validation document", f"{cell(docs)} of {cell(all_docs)}",
+        ("full_validation_targets", "every validation document scored", f"{cell(docs)} of {cell(all_docs)}",
          every_target and every_doc),
         ("data_manifest_known", "the data is named by a manifest", (manifest or "none")[:12], manifest is not None),
         ("official_hardware", "8 H100", hardware, world == 8 and "H100" in hardware),
@@ -256,8 +256,9 @@ def cell(value: float | None, decimals: int = 0) -> str:
     return "-" if value is None else f"{value:,.{decimals}f}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    rule = [":--"] + ["--:"] * (len(head) - 1)
+def table(head: list[str], rows: list[list[str]], align: str = "--:") -> str:
+    """A Markdown table; `align` is for every column but the first."""
+    rule = [":--"] + [align] * (len(head) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
 
@@ -270,7 +271,7 @@ def run_script(run: Run) -> str:
     settings = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in run.settings.items())
     ranks = run.result["world_size"]
     launch = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
-    return f'#!/usr/bin/env bash\nset -euo pipefail\ncd "$(dirname "$0")"\n{settings}SEED=$1 {launch} train_gpt.py\n'
+    return f'#!/usr/bin/env bash\nset -euo pipefail\n{settings}SEED=$1 {launch} "$(dirname "$0")/train_gpt.py"\n'
 
 
 def stage_tables(submission: dict) -> str:
@@ -293,7 +294,7 @@ def size_table(submission: dict, runs: list[Run]) -> str:
     container = result["artifact_bytes"] - sum(size for _, size in parts)
     parts += [("container", container)] * (container != 0) + [("code (train_gpt.py)", result["code_bytes"])]
     total = result["bytes_total"]
-    rows = [[name, cell(size), f"{100 * size / total:.2f} %"] for name, size in [*parts, ("total", total)]]
+    rows = [[name, cell(size), f"{100 * size / total:.2f} %"] for name, size in [*parts, ("total", total)] if size]
     rows.append(["left under the cap", cell(CAP_BYTES - total), ""])
     return table([f"part (seed {result['seed']})", "bytes", "share"], rows)
 
@@ -314,13 +315,14 @@ def phase_table(runs: list[Run]) -> str:
 
 def render_readme(submission: dict, runs: list[Run]) -> str:
     s, result, rules = submission, runs[0].result, audit(runs)
+    here = f"records/*/{s['date']}_{s['name']}"
     words = {True: "yes", False: "**no**", None: "not computed"}
     caveats = [f"- {asks}: {'no' if verdict is False else 'not computed'} ({measured})."
                for _, asks, measured, verdict in rules if not verdict]
     caveats += [f"- Data: {s['data']['note']}"] * bool(s["data"]["note"])
     caveats += [f"- {name} ({size:,} bytes) is in this folder and not in the counted size."
                 for name, size in s["bytes_uncounted"].items()]
-    settings = table(["environment variable", "value"], [[f"`{k}`", f"`{v}`"] for k, v in s["overrides"].items()])
+    settings = table(["environment variable", "value"], [[f"`{k}`", f"`{v}`"] for k, v in s["overrides"].items()], ":--")
     data = {key: value if isinstance(value, str) else cell(value) for key, value in s["data"].items() if key != "note"}
     data |= {"val_tokens": cell(result["val_tokens"]), "target_tokens": cell(result["target_tokens"]),
              "val_bytes": cell(result["val_bytes"]), "docs scored": cell(result["docs_val"])}
@@ -332,13 +334,14 @@ def render_readme(submission: dict, runs: list[Run]) -> str:
         f"{s['bytes_total']:,} bytes, {s['hardware']}, {versions}. Standard deviations are of the sample.",
         "## Results", stage_tables(s), "![bits per byte by stage](bpb_by_stage.png)",
         "![training loss](loss_over_time.png)",
-        "## How to reproduce", "```bash\npip install -r requirements.txt\n"
-        + "\n".join(f"bash run.sh {seed}" for seed in s["seeds"]) + "\n```",
+        "## How to reproduce", "From the folder that holds `data/`, the root of the repository:",
+        f"```bash\npip install -r {here}/requirements.txt\n"
+        + "\n".join(f"bash {here}/run.sh {seed}" for seed in s["seeds"]) + "\n```",
         "`train_gpt.py` is the packed script that ran; `train_gpt_readable.py` is the same program to read.",
         "## Settings changed", settings if s["overrides"] else "None: the script's defaults.",
-        "## Coverage", table(["data", "value"], [[key, value] for key, value in data.items()]),
+        "## Coverage", table(["data", "value"], [[key, value] for key, value in data.items()], ":--"),
         "## Size", size_table(s, runs), "## Time and memory", phase_table(runs),
-        "## Compliance", table(["rule", "measured", "holds"], [[asks, m, words[v]] for _, asks, m, v in rules]),
+        "## Compliance", table(["rule", "measured", "holds"], [[asks, m, words[v]] for _, asks, m, v in rules], ":--"),
         "## Caveats", "\n".join(caveats) or "None of the rules above fails.",
     ]) + "\n"
 
@@ -551,7 +554,7 @@ def render_index(records_dir: Path) -> str:
                      f"[folder]({path.parent.relative_to(records_dir).as_posix()})"])
     if not rows:
         return "No record has been made yet."
-    return table(["date", "track", "name", "bpb", "seeds", "bytes", "hardware", "link"], sorted(rows, reverse=True))
+    return table(["date", "track", "name", "bpb", "seeds", "bytes", "hardware", "link"], sorted(rows, reverse=True), ":--")
 
 
 def index(args: argparse.Namespace) -> int:
