@@ -174,6 +174,14 @@ def rule_violations(c: Config):
             yield (name,), f"{name.upper()}: {e}"
     if not all(item.strip().isdigit() for item in filter(None, c.ttt_eval_batches.split(","))):
         yield ("ttt_eval_batches",), f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: expected a comma list of batch numbers"
+    try:
+        chunks = {int(chunk) for _, chunk in parse_steps(c.ttt_short_score_first_steps, ":")} or {c.ttt_short_chunk_size}
+    except ValueError:
+        chunks = set()  # reported above
+    chunks = {c.ttt_chunk_size} | (chunks if c.ttt_short_score_first_enabled else set())
+    if c.ttt_enabled and not 1 <= min(chunks) <= max(chunks) <= c.ttt_eval_seq_len:
+        yield ("ttt_chunk_size", "ttt_short_chunk_size", "ttt_short_score_first_steps", "ttt_eval_seq_len"), (
+            f"every chunk of test-time training, here {sorted(chunks)}, must be from 1 to TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len} tokens")
     if c.max_wallclock_seconds and c.gptq_reserve_seconds >= c.max_wallclock_seconds:
         yield ("max_wallclock_seconds", "gptq_reserve_seconds"), (
             f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
@@ -1047,7 +1055,8 @@ def softcapped_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Ten
     0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
     """
     z = logits.float()
-    z = torch.where(z > 0, cap_pos * torch.tanh(z / cap_pos), cap_neg * torch.tanh(z / cap_neg))
+    cap = cap_pos if cap_pos is cap_neg else torch.where(z > 0, cap_pos, cap_neg)
+    z = cap * torch.tanh(z / cap)
     z = z.to(logits.dtype).float() if round_cap else z
     return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
@@ -1773,7 +1782,8 @@ def lr_scale(cfg: Config, progress: float, step: int = 0, step_seconds: float = 
     """
     if cfg.warmdown_iters:
         budget = cfg.train_budget_seconds
-        left = budget * (1 - progress) / step_seconds if budget and step_seconds else cfg.iterations - step
+        by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget and step_seconds
+        left = budget * (1 - progress) / step_seconds if by_clock else cfg.iterations - step
         return max(min(1.0, left / cfg.warmdown_iters), cfg.min_lr)
     if progress < 1 - cfg.warmdown_frac or not cfg.warmdown_frac:
         return 1.0
@@ -1825,13 +1835,13 @@ class StepClock:
     """Seconds of training so far, and a forecast of the next step. Pausing excludes validation and checkpoints."""
 
     def __init__(self, seconds: float = 0.0):
-        self.seconds, self.start, self.recent = seconds, time.perf_counter(), []
+        self.seconds, self.start, self.recent = seconds, None, []  # start None: paused
 
     def now(self) -> float:
-        return self.seconds + time.perf_counter() - self.start
+        return self.seconds + (0.0 if self.start is None else time.perf_counter() - self.start)
 
     def pause(self) -> None:
-        self.seconds = self.now()
+        self.seconds, self.start = self.now(), None
 
     def go_on(self) -> None:
         self.start = time.perf_counter()
@@ -2020,7 +2030,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
     clock.go_on()
     with StopRequest() as stop:
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
-            elapsed, requested = world.max(clock.now(), float(stop.requested))
+            elapsed, per_block, requested = world.max(clock.now(), clock.forecast(1), float(stop.requested))
             context, looping, lr = trainer.plan_step(elapsed, log)
             applications = len(layer_order(cfg, looping))
             if requested:
@@ -2028,7 +2038,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
                 trainer.checkpoint(checkpoint_path)
                 raise Interrupted(f"interrupted after step {trainer.step}; {checkpoint_path} holds it: go on with RESUME=1 and the same "
                                   f"variables (ARTIFACT_DIR={checkpoint_path.parent})")
-            if budget and not cfg.force_stop_step and elapsed + clock.forecast(applications) > budget:
+            if budget and not cfg.force_stop_step and elapsed + per_block * applications > budget:
                 log(f"stopping_early: wallclock_cap train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}")
                 break
             if cfg.midrun_cap_log_updates and (now := midrun_cap(cfg, elapsed / budget if budget else 0)) != cap:
@@ -2058,9 +2068,9 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
                 score = validate()
                 log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
                 clock.go_on()
-            if cfg.checkpoint_seconds and world.max(now)[0] - checkpointed >= cfg.checkpoint_seconds:
+            if cfg.checkpoint_seconds and (agreed := world.max(now)[0]) - checkpointed >= cfg.checkpoint_seconds:
                 clock.pause()
-                checkpointed = now
+                checkpointed = agreed
                 trainer.checkpoint(checkpoint_path)
                 clock.go_on()
         clock.pause()
@@ -2502,7 +2512,7 @@ def from_byte_planes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndar
 def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
     """Tensors -> artifact. Deterministic: the same tensors give the same bytes.
 
-    magic "PGA1" | u16 version | u32 header size | 16-byte blake2b of all that follows | header | streams.
+    magic "PGA1" | u16 version | u32 header size | 16-byte blake2b of all but the magic and itself | header | streams.
     The header is brotli-coded JSON: {model: the fields both sides must share, streams: [[name, coder, coded, raw bytes]],
     arrays: [[tensor, codec, part, dtype, shape, stream]]}. A stream is its arrays one after another in header order: integer
     matrices of `pergroup` transposed, their rows reordered where STREAM_RULES says so (the orders, uint16, are stream
@@ -2530,8 +2540,8 @@ def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
                   streams=[[n, stream_coder(cfg.compressor, n), len(coded[n]), len(raw[n])] for n in raw])  # fmt: skip
     head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
     body = head + b"".join(coded.values())
-    digest = hashlib.blake2b(body, digest_size=16).digest()
-    return ARTIFACT_MAGIC + struct.pack("<HI", ARTIFACT_VERSION, len(head)) + digest + body
+    prefix = struct.pack("<HI", ARTIFACT_VERSION, len(head))
+    return ARTIFACT_MAGIC + prefix + hashlib.blake2b(prefix + body, digest_size=16).digest() + body
 
 
 def read_header(blob: bytes) -> tuple[dict, int]:
@@ -2541,7 +2551,7 @@ def read_header(blob: bytes) -> tuple[dict, int]:
     version, size = struct.unpack("<HI", blob[4:10])
     if version != ARTIFACT_VERSION:
         raise ArtifactError(f"artifact version {version}; this script reads version {ARTIFACT_VERSION}: use the script it was written by")
-    if hashlib.blake2b(blob[26:], digest_size=16).digest() != blob[10:26]:
+    if hashlib.blake2b(blob[4:10] + blob[26:], digest_size=16).digest() != blob[10:26]:
         raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy or make it again")
     return json.loads(brotli.decompress(blob[26 : 26 + size])), 26 + size
 
@@ -2797,9 +2807,9 @@ def phase_segments(cfg: Config, batches: list[Batch]) -> list[tuple[list[Batch],
     for batch in order:
         current.append(batch)
         done += len(batch.sizes)
-        if boundaries and done >= boundaries[0]:
-            segments.append((current, boundaries[0]))
-            boundaries, current = [b for b in boundaries if b > done], []
+        if reached := [b for b in boundaries if b <= done]:  # several at once make one phase, over all of their documents
+            segments.append((current, reached[-1]))
+            boundaries, current = boundaries[len(reached) :], []
     return [*segments, (current, 0)] if current else [*segments[:-1], (segments[-1][0], 0)]
 
 
@@ -2859,11 +2869,11 @@ class Lineage:
                                  fused=parameters[0].device.type in ("cuda", "cpu"))  # fmt: skip
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Move the template towards the mean adapter of the batch that was just scored."""
+    def finish(self, documents: int) -> None:
+        """Move the template towards the mean adapter of the `documents` of the batch that was just scored."""
         if not self.cfg.ttt_warm_start_mean_enabled:
             return
-        means = [tuple(t.mean(-3, keepdim=True) for t in (lora.A, lora.B)) for lora in self.loras]
+        means = [tuple(t[..., :documents, :, :].mean(-3, keepdim=True) for t in (lora.A, lora.B)) for lora in self.loras]
         m = self.cfg.ttt_warm_start_mean_momentum
         self.template = means if self.template is None else [
             tuple(old.lerp(new, 1 - m) for old, new in zip(*pair, strict=True)) for pair in zip(self.template, means, strict=True)]  # fmt: skip
@@ -2944,7 +2954,7 @@ def score_batch(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    lineage.finish()
+    lineage.finish(len(batch.sizes))
 
 
 def base_lr(cfg: Config, chunk: int, chunks: int) -> float:
@@ -2959,7 +2969,7 @@ def update_base(cfg: Config, world: World, model: GPT, tokens: np.ndarray, log: 
     """One global phase: SGD on all weights over scored tokens, all ranks together; the last, partial chunk is skipped.
 
     Every rank joins every collective, with zero gradients when a chunk has fewer sequences than there are ranks, and the mean
-    is over the chunk's tokens: the result does not depend on the ranks.
+    is over the chunk's tokens: the result does not depend on the ranks (but for the smear gate at a row's first token).
     """
     seq, size = cfg.eval_seq_len, cfg.global_ttt_chunk_tokens
     chunks, per_chunk = -(-(len(tokens) - 1) // size), size // seq
@@ -2973,9 +2983,13 @@ def update_base(cfg: Config, world: World, model: GPT, tokens: np.ndarray, log: 
         for s in range(first, end, cfg.global_ttt_batch_seqs):
             count = min(cfg.global_ttt_batch_seqs, end - s)
             at = chunk * size + s * seq
-            row = packed_row(tokens[at : at + count * seq + 1], seq, world.device)
+            window = tokens[at : at + count * seq + 1]
+            row = packed_row(window, seq, world.device)
             if cfg.global_ttt_respect_doc_boundaries:
-                nats = model(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, seq))
+                # Cut at every sequence too: how many of them share a row depends on the ranks, what a token sees must not.
+                cuts = np.union1d(np.flatnonzero(window[:-1] == BOS_ID), np.arange(0, count * seq, seq))
+                cu_seqlens = torch.from_numpy(document_cu_seqlens(cuts, count * seq, seq)).to(world.device)
+                nats = model(row.inputs, row.targets, order=order, packing=Packing(cu_seqlens, seq))
             else:
                 nats = model(row.inputs.view(count, seq), row.targets.view(count, seq), order=order)
             (nats.sum() / (per_chunk * seq)).backward()

@@ -1,0 +1,496 @@
+"""MODEL: one forward, held to a second implementation that was written from the specification with plain loops."""
+
+import dataclasses
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+
+import train_gpt as tg
+
+# Both sides run in fp64; what is left is the fp32 of rotary tables and cross-entropy: about 1e-6 nats at losses near 10.
+CLOSE = dict(rtol=0, atol=2e-5)
+
+
+def norm(x):
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
+
+def spec_order(cfg, looping):
+    order = list(range(cfg.num_layers))
+    if looping and cfg.num_loops:
+        order[cfg.loop_start : cfg.loop_end + 1] = list(range(cfg.loop_start, cfg.loop_end + 1)) * (cfg.num_loops + 1)
+    return order
+
+
+def spec_nats(model, cfg, tokens, targets, segments, looping, lora=None, see=lambda site, x: None, context=0):
+    """One row. tokens, targets (T,); segments: list of (start, end) that attention stays in, or None; lora(site, slot) -> (A, B, scale);
+    context: what YaRN stretches to."""
+    p, T, D, H, G = model.state_dict(), len(tokens), cfg.model_dim, cfg.num_heads, cfg.num_kv_heads
+    d, L = D // H, cfg.num_layers
+    lora = lora or (lambda site, slot: None)
+
+    def delta(x, site, slot):
+        found = lora(site, slot)
+        return 0 if found is None else found[2] * x @ found[0].double().T @ found[1].double().T
+
+    # 3.2 smear, x0
+    raw = p["tok_emb.weight"][tokens]
+    x = raw.clone()
+    if cfg.smear_gate_enabled:
+        for t in range(1, T):
+            g = p["smear_lambda"] * torch.sigmoid(p["smear_gate.weight"][0] @ raw[t, : cfg.gate_window])
+            x[t] = raw[t] + g * raw[t - 1] * (0 if cfg.smear_gate_bos_fix and tokens[t] == 1 else 1)
+    x = x0 = norm(x)
+
+    # 3.3 rotary angles: frequencies rounded to bf16
+    base, R = cfg.rope_base, cfg.rope_dims
+    if cfg.rope_yarn and context > cfg.rope_train_seq_len:
+        base *= (context / cfg.rope_train_seq_len) ** (R / (R - 2))
+    frequency = torch.tensor([base ** (-2 * i / R) for i in range(R // 2)]).bfloat16().double()
+
+    def turn(head):  # (T, d)
+        out = head.clone()
+        for i in range(R // 2):
+            angle = torch.arange(T).double() * frequency[i]
+            a, b = head[:, i], head[:, i + R // 2]
+            out[:, i], out[:, i + R // 2] = a * angle.cos() + b * angle.sin(), -a * angle.sin() + b * angle.cos()
+        return out
+
+    allowed = torch.zeros(T, T, dtype=torch.bool)
+    for start, end in segments or [(0, T)]:
+        allowed[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+
+    def attention(u, i, slot):
+        n = norm(u) * (1 / math.sqrt(i + 1) if cfg.ln_scale else 1)
+        see(f"blocks.{i}.attn_in", n)
+        raw_q = n @ p["qo_bank"][i].T + delta(n, "q", slot)
+        k = n @ p["kv_bank"][i].T + delta(n, "k", slot)
+        v = n @ p["kv_bank"][L + i].T + delta(n, "v", slot)
+        heads = []
+        for h in range(H):
+            g = h * G // H
+            qh = turn(norm(raw_q[:, h * d : (h + 1) * d])) * p[f"blocks.{i}.attn.q_gain"][h]
+            kh, vh = turn(norm(k[:, g * d : (g + 1) * d])), v[:, g * d : (g + 1) * d]
+            y = (qh @ kh.T / math.sqrt(d)).masked_fill(~allowed, -math.inf).softmax(-1) @ vh
+            if i >= L - cfg.xsa_last_n:
+                unit = vh / vh.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+                y = y - (y * unit).sum(-1, keepdim=True) * unit
+            W = cfg.gate_window
+            if cfg.sparse_attn_gate_enabled:
+                y = y * torch.sigmoid(cfg.sparse_attn_gate_scale * n[:, :W] @ p[f"blocks.{i}.attn.attn_gate_w"][h])[:, None]
+            if cfg.gated_attn_enabled:
+                y = y * torch.sigmoid(n @ p[f"blocks.{i}.attn.attn_gate_w"][h])[:, None]
+            if cfg.attn_out_gate_enabled:
+                source = n if cfg.attn_out_gate_src == "proj" else raw_q
+                y = y * 2 * torch.sigmoid(source[:, :W] @ p[f"blocks.{i}.attn.attn_gate_proj.weight"][h])[:, None]
+            heads.append(y)
+        y = torch.cat(heads, 1)
+        see(f"blocks.{i}.attn_out", y)
+        return p[f"blocks.{i}.attn_scale"] * (y @ p["qo_bank"][L + i].T + delta(n, "o", slot))
+
+    def mlp(z, i, slot):
+        n = norm(z) * (1 / math.sqrt(i + 1) if cfg.ln_scale else 1)
+        h = n @ p["mlp_up_bank"][i].T
+        h = torch.where(h > 0, h, cfg.mlp_slope * h) ** 2
+        see(f"blocks.{i}.mlp_in", n)
+        see(f"blocks.{i}.mlp_mid", h)
+        return p[f"blocks.{i}.mlp_scale"] * (h @ p["mlp_down_bank"][i].T + delta(n, "mlp", slot))
+
+    # 3.4 and 3.5
+    order = spec_order(cfg, looping)
+    encoder, decoder = order[: len(order) // 2], order[len(order) // 2 :]
+    stack, lanes = [], None
+
+    def mixed(x, i):
+        m = p[f"blocks.{i}.resid_mix"]
+        return m[0] * x + m[1] * x0
+
+    for slot, i in enumerate(encoder):
+        u = mixed(x, i)
+        x = u + attention(u, i, slot)
+        x = x + mlp(x, i, slot)
+        stack.append(x)
+    for j, i in enumerate(decoder):
+        slot = len(encoder) + j
+        if lanes is None and cfg.parallel_start_layer and i >= cfg.parallel_start_layer:
+            lanes = [x, x]
+        if stack:
+            e = p["skip_weights"][j] * stack.pop()
+            old = x if lanes is None else lanes[0]
+            if cfg.skip_gates_enabled:
+                new = e + torch.sigmoid(p["skip_gates"][j]) * (old - e)
+            else:
+                new = old + e
+            if lanes is None:
+                x = new
+            else:
+                lanes[0] = new
+        if lanes is None:
+            u = mixed(x, i)
+            x = u + attention(u, i, slot)
+            x = x + mlp(x, i, slot)
+        else:
+            A, M = attention(mixed(lanes[0], i), i, slot), mlp(lanes[1], i, slot)
+            r, post = p["parallel_resid_lambdas"][i], p["parallel_post_lambdas"][i]
+            lanes = [r[0] * lanes[0] + post[0, 0] * A + post[0, 1] * M, r[1] * lanes[1] + post[1, 0] * A + post[1, 1] * M]
+    if lanes is not None:
+        x = dict(mean=(lanes[0] + lanes[1]) / 2, mlp=lanes[1], attn=lanes[0])[cfg.parallel_final_lane]
+    x = norm(x)
+    see("head", x)
+
+    # 3.6
+    z = x @ (p["tok_emb.weight"] if cfg.tie_embeddings else p["lm_head.weight"]).T + delta(x, "head", None)
+    z = cfg.logit_softcap * torch.tanh(z / cfg.logit_softcap)
+    return torch.logsumexp(z, -1) - z[torch.arange(T), targets]
+
+
+def sample(T=50, seed=0, bos=(0, 11, 12, 30)):
+    """T tokens with document starts at `bos`, and targets that continue them."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(4, 64, T + 1)
+    tokens[list(bos)] = tg.BOS_ID
+    return tokens.astype(np.uint16)
+
+
+def packed_run(model, tokens, max_len, looping=True, **kwargs):
+    """nats (T,) of one packed row in the model's own precision."""
+    row = tg.packed_row(tokens, max_len, torch.device("cpu"))
+    with torch.no_grad():
+        return model(row.inputs, row.targets, order=tg.layer_order(model.cfg, looping), packing=tg.Packing(row.cu_seqlens, max_len), **kwargs)[0]
+
+
+def dense_run(model, tokens, looping=True, **kwargs):
+    """nats (B, T) of rows without packing; tokens (B, T + 1)."""
+    window = torch.from_numpy(np.atleast_2d(tokens).astype(np.int64))
+    with torch.no_grad():
+        return model(window[:, :-1], window[:, 1:], order=tg.layer_order(model.cfg, looping), **kwargs)
+
+
+def segments_of(tokens, max_len):
+    """Documents cut every max_len tokens: section 1.4, by walking the tokens."""
+    out, start = [], 0
+    for t in range(1, len(tokens)):
+        if t == len(tokens) - 1 or tokens[t] == tg.BOS_ID or t - start == max_len:
+            out.append((start, t))
+            start = t
+    return out
+
+
+VARIANTS = {
+    "as S14": {},
+    "no gate": dict(sparse_attn_gate_enabled=False),
+    "output gate": dict(sparse_attn_gate_enabled=False, attn_out_gate_enabled=True),
+    "output gate reads q": dict(sparse_attn_gate_enabled=False, attn_out_gate_enabled=True, attn_out_gate_src="q"),
+    "dense gate": dict(sparse_attn_gate_enabled=False, gated_attn_enabled=True),
+    "no xsa": dict(xsa_last_n=0),
+    "xsa everywhere": dict(xsa_last_n=4),
+    "plain skips": dict(skip_gates_enabled=False),
+    "one lane": dict(parallel_start_layer=0),
+    "two lanes from the start of the decoder": dict(parallel_start_layer=1, num_layers=5, loop_start=2, loop_end=3),
+    "mlp lane": dict(parallel_final_lane="mlp"),
+    "attn lane": dict(parallel_final_lane="attn"),
+    "untied": dict(tie_embeddings=False),
+    "no smear": dict(smear_gate_enabled=False),
+    "smear leaks": dict(smear_gate_bos_fix=False),
+    "no ln scale": dict(ln_scale=False),
+    "yarn": dict(rope_yarn=True, rope_train_seq_len=16),
+    "no group": dict(num_kv_heads=4),
+    "one cap": dict(asym_logit_rescale=False, logit_softcap=8.0),
+    "slope": dict(mlp_slope=0.3, mlp_mult=3.0),
+    "two loops, odd": dict(num_loops=2, loop_start=1, loop_end=1, num_layers=5),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_forward_equals_the_specification(name, random_model):
+    cfg = tiny_config(**VARIANTS[name])
+    model, tokens, max_len = random_model(cfg).double(), sample(), 17
+    window = torch.from_numpy(tokens.astype(np.int64))
+    segments = segments_of(tokens, max_len)
+    assert len(segments) > 4  # a document is cut, one has a single token
+    for looping in (True, False):
+        expected = spec_nats(model, cfg, window[:-1], window[1:], segments, looping, context=max_len)
+        torch.testing.assert_close(packed_run(model, tokens, max_len, looping).double(), expected, **CLOSE)
+        expected = spec_nats(model, cfg, window[:-1], window[1:], None, looping, context=50)
+        torch.testing.assert_close(dense_run(model, tokens, looping)[0].double(), expected, **CLOSE)
+
+
+def test_variants_really_differ(random_model):
+    """A switch that changed nothing would pass the test above on both sides."""
+    tokens, results = sample(), {}
+    for name, changes in VARIANTS.items():
+        results[name] = packed_run(random_model(tiny_config(**changes)).double(), tokens, 17)
+    for name in set(VARIANTS) - {"as S14"}:
+        assert (results[name] - results["as S14"]).abs().max() > 1e-4, name
+
+
+def test_bf16_follows_fp32(random_model, world):
+    """The recipe's precision: fp32 masters, bf16 embedding and activations."""
+    cfg = tiny_config()
+    exact = random_model(cfg)
+    exact.tok_emb.weight.data = exact.tok_emb.weight.data.bfloat16().float()
+    half = tg.GPT(cfg, torch.bfloat16, tg.document_attention_cpu)
+    half.load_state_dict(exact.state_dict())
+    assert half.tok_emb.weight.dtype == torch.bfloat16 and {p.dtype for n, p in half.named_parameters() if n != "tok_emb.weight"} == {torch.float32}
+    a, b = packed_run(exact, sample(), 17), packed_run(half, sample(), 17)
+    assert b.dtype == torch.float32
+    assert (a - b).abs().max() < 0.3 and (a - b).mean().abs() < 0.05  # 8 bits over 6 applications; unbiased
+
+
+def test_tap_sees_the_input_of_every_matrix(random_model):
+    cfg, tokens = tiny_config(), sample()
+    model = random_model(cfg).double()
+    ours, spec = [], []
+    packed_run(model, tokens, 17, tap=lambda site, x: ours.append((site, x[0].double())))
+    window = torch.from_numpy(tokens.astype(np.int64))
+    spec_nats(model, cfg, window[:-1], window[1:], segments_of(tokens, 17), True, see=lambda site, x: spec.append((site, x)))
+    sites = {f"blocks.{i}.{s}" for i in range(4) for s in ("attn_in", "attn_out", "mlp_in", "mlp_mid")} | {"head"}
+    assert {site for site, _ in ours} == sites
+    assert sorted(s for s, _ in ours) == sorted(s for s, _ in spec) and len(ours) == 4 * len(spec_order(cfg, True)) + 1
+    for site in sites:  # in the order of passes
+        for (_, x), (_, expected) in zip([t for t in ours if t[0] == site], [t for t in spec if t[0] == site], strict=True):
+            torch.testing.assert_close(x, expected, **CLOSE)
+    seen = dict(ours)  # the last pass of each site
+    mid = tg.leaky_relu_squared(seen["blocks.2.mlp_in"] @ model.mlp_up_bank[2].T, 0.5)
+    torch.testing.assert_close(seen["blocks.2.mlp_mid"], mid.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_layer_orders_of_the_record():
+    """Section 3.4."""
+    cfg = tg.Config()
+    plain, looped = tg.layer_order(cfg, False), tg.layer_order(cfg, True)
+    assert plain == tuple(range(11)) and len(plain) // 2 == 5
+    assert looped[:8] == (0, 1, 2, 3, 4, 5, 3, 4) and looped[8:] == (5, 3, 4, 5, 6, 7, 8, 9, 10)
+    assert tg.layer_order(tiny_config(num_loops=0), True) == (0, 1, 2, 3)
+    for layers, start, end, loops in [(5, 0, 4, 3), (4, 2, 2, 1), (6, 1, 3, 2)]:
+        c = tiny_config(num_layers=layers, loop_start=start, loop_end=end, num_loops=loops)
+        assert tg.layer_order(c, True) == tuple(spec_order(c, True))
+
+
+def expected_shapes(L=11, D=512, H=8, kv=256, ff=2048, V=8192, skips=8) -> dict[str, tuple[int, ...]]:
+    """Table of section 3.1."""
+    shapes = {
+        "tok_emb.weight": (V, D), "qo_bank": (2 * L, D, D), "kv_bank": (2 * L, kv, D), "mlp_up_bank": (L, ff, D), "mlp_down_bank": (L, D, ff),
+        "skip_weights": (skips, D), "skip_gates": (skips, D), "parallel_post_lambdas": (L, 2, 2), "parallel_resid_lambdas": (L, 2),
+        "smear_gate.weight": (1, 12), "smear_lambda": (1,), "softcap_pos": (), "softcap_neg": (),
+    }  # fmt: skip
+    for i in range(L):
+        shapes |= {f"blocks.{i}.attn.q_gain": (H,), f"blocks.{i}.attn.attn_gate_w": (H, 12), f"blocks.{i}.attn_scale": (D,)}
+        shapes |= {f"blocks.{i}.mlp_scale": (D,), f"blocks.{i}.resid_mix": (2, D)}
+    return shapes
+
+
+def test_names_shapes_and_size_of_the_record():
+    """Golden test C.3: 35,945,671 and the two caps."""
+    with torch.device("meta"):
+        model = tg.GPT(tg.Config(), torch.bfloat16)
+    tensors = model.state_dict()
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == expected_shapes()
+    assert [name for name, t in tensors.items() if t.dtype != torch.float32] == ["tok_emb.weight"]
+    assert sum(t.numel() for t in tensors.values()) == 35_945_671 + 2
+    assert sum(t.numel() for name, t in tensors.items() if name.endswith("_bank")) == 31_719_424
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"softcap_pos", "softcap_neg"}
+
+
+def test_a_published_checkpoint_loads(world):
+    """A dict with upstream's names, through torch.save and weights_only, strictly: in the preset S55 as well, which has no caps."""
+    cfg = tiny_config(gate_window=12)
+    shapes = expected_shapes(L=4, D=32, H=4, kv=16, ff=128, V=64, skips=3)
+    g = torch.Generator().manual_seed(3)
+    state = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    model = tg.build_model(cfg, world)
+    model.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    older = tg.build_model(dataclasses.replace(cfg, asym_logit_rescale=False), world)
+    older.load_state_dict({name: t for name, t in state.items() if not name.startswith("softcap_")}, strict=True)
+
+
+def test_packed_documents_are_separate_documents(random_model):
+    model, tokens = random_model(tiny_config()).double(), sample()
+    packed = packed_run(model, tokens, 64)
+    bounds = [0, 11, 12, 30, 50]
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        alone = dense_run(model, tokens[start : end + 1])[0]
+        torch.testing.assert_close(packed[start:end], alone, **CLOSE)  # rotary positions are shifted: fp32 tables
+
+
+def test_padding_segments_change_nothing(random_model):
+    model, tokens = random_model(tiny_config()), sample()
+    row = tg.packed_row(tokens, 17, torch.device("cpu"))
+    order, outputs = tg.layer_order(model.cfg, True), []
+    for count in (int((row.cu_seqlens < 50).sum()) + 1, 64, 192):
+        cu_seqlens = torch.full((count,), 50, dtype=torch.int32)
+        cu_seqlens[: min(count, 64)] = row.cu_seqlens[:count]
+        outputs.append(model(row.inputs, row.targets, order=order, packing=tg.Packing(cu_seqlens, 17)))
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("looping", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_future_is_invisible(random_model, looping, packed):
+    """Replacing every token after t leaves the nats up to t as they were, to the bit: same shapes, same kernels, same order of sums."""
+    model, tokens = random_model(tiny_config()), sample()
+    order = tg.layer_order(model.cfg, looping)
+    row = tg.packed_row(tokens, 17, torch.device("cpu"))
+    packing = tg.Packing(row.cu_seqlens, 17) if packed else None
+    with torch.no_grad():
+        before = model(row.inputs, row.targets, order=order, packing=packing)
+        for t in (0, 10, 11, 12, 29, 40, 48):
+            forged = row.inputs.clone()
+            forged[:, t + 1 :] = torch.where(forged[:, t + 1 :] == 1, 1, (forged[:, t + 1 :] + 7) % 60 + 4)
+            after = model(forged, row.targets, order=order, packing=packing)
+            assert torch.equal(after[:, : t + 1], before[:, : t + 1]), t
+            assert not torch.equal(after[:, t + 1 :], before[:, t + 1 :]), t
+
+
+def test_other_documents_are_invisible_thanks_to_the_smear_mask(random_model):
+    tokens = sample()
+    forged = tokens.copy()
+    forged[1:11] = (forged[1:11] + 7) % 60 + 4  # the first document only
+    forged[31:] = (forged[31:] + 7) % 60 + 4  # and the last
+    for fix in (True, False):
+        model = random_model(tiny_config(smear_gate_bos_fix=fix))
+        before, after = packed_run(model, tokens, 64), packed_run(model, forged, 64)
+        assert not torch.equal(before[:10], after[:10]) and not torch.equal(before[30:], after[30:])
+        assert torch.equal(before[11:30], after[11:30]) == fix
+
+
+def make_adapters(cfg, rows, sites, zero_b=False, rank=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    D, slots = cfg.model_dim, len(spec_order(cfg, True))
+    n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
+
+    def lora(site):
+        lead = (rows,) if site == "head" else (slots, rows)
+        A, B = torch.randn(*lead, rank, D, generator=g), torch.randn(*lead, n_out[site], rank, generator=g) * 0.2
+        return tg.Lora(A, B * 0 if zero_b else B, 1.8)
+
+    return tg.Adapters(**{site: lora(site) for site in sites})
+
+
+SITES = ("q", "k", "v", "o", "mlp", "head")
+
+
+@pytest.mark.parametrize("sites", [SITES, *((site,) for site in SITES)], ids=lambda s: "+".join(s))
+def test_adapters_act_at_their_site_row_by_row(random_model, sites):
+    """Section 10.4: per slot of the looped order and per document."""
+    cfg = tiny_config()
+    model = random_model(cfg).double()
+    rows = np.stack([sample(20, seed, bos=(0,)) for seed in range(3)])
+    adapters = make_adapters(cfg, 3, sites)
+    nats = dense_run(model, rows, adapters=adapters)
+    plain = dense_run(model, rows)
+    for b in range(3):
+        window = torch.from_numpy(rows[b].astype(np.int64))
+
+        def lora(site, slot, b=b):
+            found = getattr(adapters, site)
+            return found and ((found.A[b], found.B[b], 1.8) if slot is None else (found.A[slot, b], found.B[slot, b], 1.8))
+
+        expected = spec_nats(model, cfg, window[:-1], window[1:], None, True, lora)
+        torch.testing.assert_close(nats[b].double(), expected, **CLOSE)
+        assert (nats[b] - plain[b]).abs().max() > 1e-3
+
+
+def test_fresh_adapters_change_nothing(random_model):
+    cfg = tiny_config()
+    model = random_model(cfg)
+    rows = np.stack([sample(20, seed, bos=(0,)) for seed in range(3)])
+    assert torch.equal(dense_run(model, rows, adapters=make_adapters(cfg, 3, SITES, zero_b=True)), dense_run(model, rows))
+
+
+def test_adapters_of_a_row_are_private(random_model):
+    """Values and gradients: other rows' adapters change nothing here, and this row's loss does not reach theirs."""
+    cfg = tiny_config()
+    model = random_model(cfg)
+    rows = np.stack([sample(20, seed, bos=(0,)) for seed in range(3)])
+    one, other = make_adapters(cfg, 3, SITES, seed=0), make_adapters(cfg, 3, SITES, seed=1)
+    mixed = tg.Adapters(*(tg.Lora(a.A.clone(), a.B.clone(), a.scale) for a in other))
+    for a, b in zip(mixed, one, strict=True):
+        a.A[..., 1, :, :], a.B[..., 1, :, :] = b.A[..., 1, :, :], b.B[..., 1, :, :]
+    assert torch.equal(dense_run(model, rows, adapters=mixed)[1], dense_run(model, rows, adapters=one)[1])
+    alone = dense_run(model, rows[1:2], adapters=one.rows(1, 2))
+    torch.testing.assert_close(alone, dense_run(model, rows, adapters=one)[1:2], rtol=1e-4, atol=1e-4)  # batch of 1: other fp32 kernels
+    for lora in one:
+        lora.A.requires_grad_(), lora.B.requires_grad_()
+    window = torch.from_numpy(rows.astype(np.int64))
+    model(window[:, :-1], window[:, 1:], order=tg.layer_order(cfg, True), adapters=one)[1].sum().backward()
+    for lora in one:
+        for t in lora[:2]:
+            assert t.grad[..., 1, :, :].abs().sum() > 0
+            assert t.grad[..., 0, :, :].abs().sum() == 0 and t.grad[..., 2, :, :].abs().sum() == 0
+
+
+def test_positions_equal_slicing(random_model):
+    model = random_model(tiny_config()).double()
+    rows = np.stack([sample(24, seed, bos=(0,)) for seed in range(2)])
+    window = torch.from_numpy(rows.astype(np.int64))
+    positions = torch.tensor([[3, 4, 5, 23], [0, 9, 9, 1]])
+    adapters = make_adapters(model.cfg, 2, SITES)
+    whole = dense_run(model, rows, adapters=adapters)
+    with torch.no_grad():
+        some = model(window[:, :-1], window[:, 1:].gather(1, positions), order=tg.layer_order(model.cfg, True), adapters=adapters, positions=positions)
+    torch.testing.assert_close(some, whole.gather(1, positions), rtol=0, atol=1e-6)
+
+
+def test_initial_values(world):
+    """Table of section 3.1; the output projections are zero, so a fresh network predicts from the embedding alone."""
+    cfg = tiny_config()
+    model = tg.build_model(cfg, world)
+    p, L = model.state_dict(), 4
+    eye = dict(rtol=0, atol=1e-5)  # QR in fp32
+    for i in range(L):
+        for square in (p["qo_bank"][i], p["kv_bank"][i], p["kv_bank"][L + i]):
+            torch.testing.assert_close(square @ square.T, torch.eye(len(square)), **eye)
+        torch.testing.assert_close(p["mlp_up_bank"][i].T @ p["mlp_up_bank"][i], torch.eye(32), **eye)
+        assert torch.equal(p[f"blocks.{i}.resid_mix"], torch.tensor([[1.0], [0.0]]).expand(2, 32))
+        for name, value in dict(attn_scale=1, mlp_scale=1).items():
+            assert (p[f"blocks.{i}.{name}"] == value).all()
+        assert (p[f"blocks.{i}.attn.q_gain"] == 5.25).all() and (p[f"blocks.{i}.attn.attn_gate_w"] == 0).all()
+    assert not torch.equal(p["qo_bank"][0], p["qo_bank"][1])
+    assert (p["qo_bank"][L:] == 0).all() and (p["mlp_down_bank"] == 0).all()
+    values = dict(skip_weights=1, skip_gates=0, parallel_post_lambdas=1, parallel_resid_lambdas=1.1, smear_lambda=0, softcap_pos=30, softcap_neg=30)
+    for name, value in values.items():
+        assert (p[name] == torch.tensor(float(value))).all(), name
+    assert (p["smear_gate.weight"] == 0).all()
+    emb = p["tok_emb.weight"]
+    assert emb.std().item() == pytest.approx(0.005, rel=0.1) and abs(emb.mean().item()) < 0.0005  # 2,048 draws: 1.6 % and 1e-4 are one sigma
+    untied = tg.build_model(tiny_config(tie_embeddings=False, sparse_attn_gate_enabled=False, gated_attn_enabled=True), world)
+    assert (untied.lm_head.weight == 0).all()
+    assert untied.blocks[0].attn.attn_gate_w.std().item() == pytest.approx(0.01, rel=0.4)
+    out = tg.build_model(tiny_config(sparse_attn_gate_enabled=False, attn_out_gate_enabled=True), world)
+    assert (out.blocks[0].attn.attn_gate_proj.weight == 0).all()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_has_an_initial_value(name):
+    """`torch.empty` must not survive: poisoned with NaN first, everything is finite afterwards."""
+    cfg = tiny_config(**VARIANTS[name])
+    model = tg.GPT(cfg)
+    with torch.no_grad():
+        for parameter, p in model.named_parameters():
+            p.fill_(float("nan"))
+            tg.first_match(tg.init_rules(cfg), parameter)[0](p)
+            assert p.isfinite().all(), parameter
+
+
+def test_an_unknown_parameter_is_an_error():
+    for rules in (tg.init_rules(tg.Config()), tg.PARAM_RULES):
+        with pytest.raises(LookupError, match="nobody"):
+            tg.first_match(rules, "nobody_knows_me")
+
+
+def test_weights_depend_on_the_seed_alone(world):
+    torch.manual_seed(5)
+    first = tg.build_model(tiny_config(seed=3), world).state_dict()
+    torch.randn(17)
+    again, other = (tg.build_model(tiny_config(seed=s), world).state_dict() for s in (3, 4))
+    assert all(torch.equal(t, again[name]) for name, t in first.items())
+    assert not torch.equal(first["qo_bank"], other["qo_bank"]) and not torch.equal(first["tok_emb.weight"], other["tok_emb.weight"])

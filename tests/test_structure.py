@@ -1,0 +1,214 @@
+"""The shape of the script: twelve sections that read top to bottom, short functions, nothing hidden."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import symtable
+
+import pytest
+from conftest import ROOT
+
+import train_gpt as tg
+
+SCRIPT = ROOT / "train_gpt.py"
+SOURCE = SCRIPT.read_text()
+LINES = SOURCE.splitlines()
+TREE = ast.parse(SOURCE)
+SECTIONS = ["CONFIG", "RUNTIME", "DATA", "KERNELS", "MODEL", "OPTIMIZERS", "TRAINING", "QUANTIZATION", "PACKING", "EVALUATION",
+            "TEST-TIME TRAINING", "MAIN"]  # fmt: skip
+RULE = "# " + "=" * 98
+BANNERS = [(i + 1, *LINES[i + 1][2:].split(" - ", 1)) for i in range(len(LINES) - 2) if LINES[i] == LINES[i + 2] == RULE]
+FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+CLASSES = [n for n in TREE.body if isinstance(n, ast.ClassDef)]
+
+
+def section(line: int) -> int:
+    """Index of the section a line lies in; -1 above the first."""
+    return sum(at <= line for at, *_ in BANNERS) - 1
+
+
+def dotted(node) -> str:
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def bound_names(node) -> set[str]:
+    """Names a module-level statement defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} if not isinstance(node, ast.Expr) else set()
+
+
+DEFINED_IN = {name: section(node.lineno) for node in TREE.body for name in bound_names(node)}
+
+
+def global_names(table) -> set[str]:
+    """Global names that code below a symbol table reads when it runs."""
+    own = {s.get_name() for s in table.get_symbols() if s.is_referenced() and s.is_global()}
+    return own.union(*(global_names(child) for child in table.get_children()))
+
+
+# ---- sections
+
+
+def test_sections_in_the_documented_order():
+    assert [name for _, name, *_ in BANNERS] == SECTIONS
+    listed = re.search(r"CONFIG, RUNTIME.*?MAIN\.", ast.get_docstring(TREE), re.S)[0]
+    assert [part.strip(" .\n") for part in listed.split(",")] == SECTIONS
+
+
+def test_one_banner_style():
+    assert SOURCE.count(RULE) == 2 * len(SECTIONS), "a rule that belongs to no banner"
+    decoration = [i + 1 for i, line in enumerate(LINES) if re.match(r"\s*#\s*([=\-*#~])\1{2,}", line) and line != RULE]
+    assert not decoration
+
+
+@pytest.mark.parametrize("banner", BANNERS, ids=lambda b: b[1])
+def test_banner_states_a_responsibility(banner):
+    _, _, text = banner
+    assert text.endswith(".") and len(text.split()) >= 5 and text.count(". ") <= 1
+
+
+def test_nothing_reads_a_name_of_a_later_section():
+    top = symtable.symtable(SOURCE, str(SCRIPT), "exec")
+    wrong = []
+    for table in top.get_children():
+        here = section(table.get_lineno())
+        wrong += [f"{table.get_name()} (line {table.get_lineno()}) reads {name}" for name in global_names(table) if DEFINED_IN.get(name, -1) > here]
+    assert not wrong
+
+
+def test_nothing_reads_a_later_name_while_importing_or_in_a_signature():
+    """Module-level code, decorators, defaults and annotations."""
+    wrong = []
+    for node in TREE.body:
+        for n in ast.walk(node):
+            parts = []
+            if isinstance(n, (ast.FunctionDef, ast.Lambda)):
+                a = n.args
+                parts = [*a.defaults, *filter(None, a.kw_defaults), *(x.annotation for x in (*a.args, *a.kwonlyargs) if x.annotation)]
+                parts += [*n.decorator_list, *filter(None, [n.returns])] if isinstance(n, ast.FunctionDef) else []
+            elif isinstance(n, ast.AnnAssign):
+                parts = [n.annotation]
+            elif n is node and not isinstance(n, ast.ClassDef):
+                parts = [n]
+            names = {x.id for part in parts for x in ast.walk(part) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load)}
+            wrong += [f"line {n.lineno}: {name}" for name in names if DEFINED_IN.get(name, -1) > section(node.lineno)]
+    assert not wrong
+
+
+# ---- size and state
+
+
+def test_length():
+    assert len(LINES) <= 3400
+
+
+def test_no_long_function():
+    assert not [f"{n.name}: {n.end_lineno - n.lineno + 1}" for n in FUNCTIONS if n.end_lineno - n.lineno + 1 > 80]
+
+
+def test_no_global_or_nonlocal():
+    assert not [n.lineno for n in ast.walk(TREE) if isinstance(n, (ast.Global, ast.Nonlocal))]
+
+
+def test_environment_is_read_in_config_and_main_only():
+    (main,) = [n for n in TREE.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
+    inside = [range(f.lineno, f.end_lineno + 1) for f in FUNCTIONS if f is main or section(f.lineno) == SECTIONS.index("CONFIG")]
+    reads = [n.lineno for n in ast.walk(TREE) if dotted(n) in ("os.environ", "os.getenv", "os.putenv", "os.environb")]
+    assert reads, "the check looks for the right thing"
+    assert not [line for line in reads if not any(line in r for r in inside)]
+    assert "from os import" not in SOURCE
+
+
+def test_docstrings():
+    public = [c.name for c in CLASSES if not c.name.startswith("_") and not ast.get_docstring(c)]
+    long = [f"{f.name} (line {f.lineno})" for f in FUNCTIONS if f.end_lineno - f.lineno + 1 > 15 and not ast.get_docstring(f)]
+    exempt = {"_document_attention_cpu", "_document_attention_cpu_backward"}  # operators, explained once above both
+    assert not public and not [name for name in long if name.split()[0] not in exempt]
+
+
+@pytest.mark.parametrize("word", ["TODO", "FIXME", "XXX", "HACK"])
+def test_nothing_left_to_do(word):
+    assert word not in SOURCE
+
+
+def test_one_statement_about_the_author_machine():
+    assert not re.search(r"(?<![\w.])/(home|work|Users|root|mnt)/", SOURCE)
+
+
+# ---- untrusted bytes
+
+
+def test_no_pickle():
+    imported = {a.name.split(".")[0] for n in ast.walk(TREE) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {n.module.split(".")[0] for n in ast.walk(TREE) if isinstance(n, ast.ImportFrom)}
+    assert not imported & {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+    assert "allow_pickle=True" not in SOURCE
+
+
+def test_every_torch_load_reads_weights_only():
+    loads = [n for n in ast.walk(TREE) if isinstance(n, ast.Call) and dotted(n.func) == "torch.load"]
+    assert loads
+    for call in loads:
+        assert any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in call.keywords), call.lineno
+
+
+def test_nothing_is_evaluated():
+    assert not [n.lineno for n in ast.walk(TREE) if isinstance(n, ast.Call) and dotted(n.func) in ("eval", "exec", "os.system", "compile")]
+    assert "shell=True" not in SOURCE
+
+
+# ---- import
+
+
+def test_import_has_no_side_effects(tmp_path):
+    code = """
+import json, os, signal, sys, threading
+import torch, torch.distributed as dist
+before = dict(os.environ), torch.initial_seed(), signal.getsignal(signal.SIGINT), torch.get_num_threads(), torch.get_default_dtype()
+import train_gpt
+after = dict(os.environ), torch.initial_seed(), signal.getsignal(signal.SIGINT), torch.get_num_threads(), torch.get_default_dtype()
+print(json.dumps(dict(same=before == after, group=dist.is_initialized(), cuda=torch.cuda.is_initialized(), threads=threading.active_count(),
+                      minifier="python_minifier" in sys.modules, sentencepiece="sentencepiece" in sys.modules)))
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "TTT_LR": "refused", "NUM_LAYERS": "not a number"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    expected = dict(same=True, group=False, cuda=False, threads=1, minifier=False, sentencepiece=False)
+    assert json.loads(done.stdout) == expected and not done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# ---- dead knobs: a variable that is only declared, checked or compared is a lie (an ablation of it would be a no-op)
+
+
+def reads_of_config(node) -> set[str]:
+    """Attributes read from something called cfg, c, or, within Config, self."""
+    return {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
+            and dotted(n.value).split(".")[-1] in ("cfg", "c", "self", "config")}  # fmt: skip
+
+
+def test_every_variable_is_read():
+    fields = set(tg.Config.__dataclass_fields__)
+    config = next(c for c in CLASSES if c.name == "Config")
+    used, named = set(), set()
+    for node in TREE.body:
+        if section(node.lineno) > SECTIONS.index("CONFIG"):
+            used |= reads_of_config(node)
+            if "MODEL_FIELDS" not in bound_names(node):  # what must agree is not thereby used
+                named |= {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    used |= named & fields  # tables that reach fields by name, such as the parameter rules
+    properties = {f.name: f for f in config.body if isinstance(f, ast.FunctionDef)}
+    reached = set()
+    while more := (used & set(properties)) - reached:
+        reached |= more
+        used |= set().union(*(reads_of_config(properties[name]) for name in more))
+    aliases = {"prequant_only", "quantize_only", "ttt_eval_only"}  # become `stage` while parsing
+    parsing = set().union(*(reads_of_config(n) for n in TREE.body if getattr(n, "name", "") in ("overrides", "config_from_env")))
+    assert fields - used - aliases - parsing == set()
+
+
+def test_model_fields_are_variables():
+    assert set(tg.MODEL_FIELDS) <= set(tg.Config.__dataclass_fields__) and len(set(tg.MODEL_FIELDS)) == len(tg.MODEL_FIELDS)
