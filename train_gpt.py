@@ -41,6 +41,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ class RunError(Exception):
 # ==================================================================================================
 
 S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
+COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
 
 PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable set by hand wins
     "s14": {},
@@ -76,13 +78,13 @@ PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable 
         ttt_short_score_first_steps="", phased_ttt_num_phases=3,
     ),
     "demo": dict(
-        data_path="data/demo", vocab_size=1024, num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=6, rope_dims=8, loop_start=2, loop_end=3,
-        num_loops=1, parallel_start_layer=4, train_batch_tokens=8192, train_microbatch_tokens=8192, train_seq_len=512,
+        data_path="data/demo", vocab_size=1024, num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=6, rope_dims=8,
+        loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096, train_seq_len=512,
         train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
         eval_seq_len=512, ttt_eval_seq_len=512, rope_train_seq_len=512, eval_stride=256, val_batch_tokens=65536,
-        max_wallclock_seconds=110.0, gptq_reserve_seconds=6.0, gptq_calibration_batches=8, max_eval_seconds=120.0, train_log_every=50,
-        muon_momentum_warmup_steps=100, ema_decay=0.98, compressor="brotli", ttt_lora_rank=8, ttt_lora_alpha=14.0,
-        ttt_lora_lr=1e-3, ttt_batch_size=32, ttt_chunk_size=64, ttt_short_score_first_steps="256:32,1024:48", ttt_lanes=1,
+        max_wallclock_seconds=100.0, gptq_reserve_seconds=8.0, gptq_calibration_batches=12, max_eval_seconds=150.0,
+        train_log_every=20, muon_momentum_warmup_steps=100, ema_decay=0.95, compressor="brotli", ttt_lora_rank=8, ttt_lora_alpha=14.0,
+        ttt_lora_lr=1e-3, ttt_batch_size=32, ttt_chunk_size=64, ttt_short_score_first_steps="256:32", ttt_lanes=1,
         phased_ttt_prefix_docs=40, global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
     ),
 }
@@ -169,14 +171,17 @@ def rule_violations(c: Config):
                 f"TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens} must be a multiple of every context length, not of {bad}")
     for name, separator in (("midrun_cap_schedule", "@"), ("ttt_short_score_first_steps", ":")):
         try:
-            parse_steps(getattr(c, name), separator)
+            steps = parse_steps(getattr(c, name), separator)
         except ValueError as e:
             yield (name,), f"{name.upper()}: {e}"
+        else:
+            if separator == ":" and any(chunk < 1 or chunk % 1 for _, chunk in steps):
+                yield (name,), f"{name.upper()}={getattr(c, name)!r}: chunks are whole numbers of tokens, at least 1"
     if not all(item.strip().isdigit() for item in filter(None, c.ttt_eval_batches.split(","))):
         yield ("ttt_eval_batches",), f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: expected a comma list of batch numbers"
     try:
         chunks = {int(chunk) for _, chunk in parse_steps(c.ttt_short_score_first_steps, ":")} or {c.ttt_short_chunk_size}
-    except ValueError:
+    except (ValueError, OverflowError):
         chunks = set()  # reported above
     chunks = {c.ttt_chunk_size} | (chunks if c.ttt_short_score_first_enabled else set())
     if c.ttt_enabled and not 1 <= min(chunks) <= max(chunks) <= c.ttt_eval_seq_len:
@@ -215,7 +220,7 @@ class Config:
     checkpoint_seconds: float = knob(0.0, "write checkpoint.pt this often while training; 0 = only when interrupted", lo=0)
     device: str = knob("auto", "where to run; auto = cuda if there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
     activation_dtype: str = knob("auto", "activations and embedding; auto = bf16 on cuda, else fp32", choices=("auto", "bf16", "fp32"))
-    compile_backend: str = knob("auto", "torch.compile backend; auto = inductor on cuda, else none", choices=("auto", "none", "inductor", "aot_eager", "eager"))
+    compile_backend: str = knob("auto", "of torch.compile; auto = inductor on cuda, else none", choices=COMPILE_BACKENDS)
     dynamo_cache_size_limit: int = knob(128, "graphs torch.compile may keep per function", lo=1)
     dynamo_accumulated_cache_size_limit: int = knob(1024, "graphs torch.compile may keep in all", lo=1)
     # data
@@ -224,7 +229,7 @@ class Config:
     tokenizer_path: str = knob("", "SentencePiece model; blank = tokenizer.model beside the shards, or the published one")
     caseops_enabled: bool = knob(True, "bytes come from the sidecar; 0 = from the SentencePiece pieces")
     vocab_size: int = knob(8192, "token ids are below this", lo=2, hi=65536)
-    val_doc_fraction: float = knob(1.0, "score a random share of the documents, the same for every SEED; below 1 is for development", lo=1e-6, hi=1)
+    val_doc_fraction: float = knob(1.0, "score a fixed random share of the documents; below 1 is for development", lo=1e-6, hi=1)
     # model
     num_layers: int = knob(11, "blocks", lo=1)
     model_dim: int = knob(512, "width of the residual stream", lo=1)
@@ -322,9 +327,9 @@ class Config:
     lqer_asym_group: int = knob(64, "values per scale of the right factor", lo=1)
     lqer_scope: str = knob("all", "tensors that may be corrected", choices=("all", "mlp", "attn", "embed"))
     lqer_gain_select: bool = knob(False, "choose tensors by the error removed instead of the error present")
-    compressor: str = knob("pergroup", "how the artifact's streams are coded; pergroup needs the lrzip program", choices=("pergroup", "brotli", "lzma"))
+    compressor: str = knob("pergroup", "coder of the artifact; pergroup needs the lrzip program", choices=("pergroup", "brotli", "lzma"))
     # evaluation
-    eval_method: str = knob("packed", "how the diagnostics score: whole documents packed, or sliding windows", choices=("packed", "sliding"))
+    eval_method: str = knob("packed", "diagnostics: whole documents packed, or sliding windows", choices=("packed", "sliding"))
     eval_seq_len: int = knob(3072, "longest context of the diagnostics", lo=1)
     eval_stride: int = knob(1536, "targets scored per sliding window after the first", lo=1)
     eval_include_tail: bool = knob(True, "score the last, partial sequence too")
@@ -444,6 +449,9 @@ class Config:
         return beside if self.data_path else Path(self.data_dir) / "datasets" / published
 
 
+TTT_KNOBS = tuple(name for name in Config.__dataclass_fields__ if "ttt_" in name and name != "ttt_enabled")
+PHASE_KNOBS = tuple(name for name in TTT_KNOBS if not name.startswith("ttt_") and name != "phased_ttt_enabled")
+
 NO_EFFECT = (  # (variables, when they do nothing, why)
     (("eval_stride",), lambda c: c.eval_method != "sliding", "EVAL_METHOD is not sliding"),
     (("rope_train_seq_len",), lambda c: not c.rope_yarn, "ROPE_YARN is 0"),
@@ -466,14 +474,14 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("lqer_factor_bits",), lambda c: c.lqer_enabled and c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 1"),
     (("lqer_asym_group",), lambda c: c.lqer_enabled and not c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 0"),
     (("gptq_reserve_seconds",), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
-    (tuple(name for name in Config.__dataclass_fields__ if name.startswith(("ttt_", "phased_ttt_", "global_ttt_")) and name != "ttt_enabled"),
-     lambda c: not c.ttt_enabled, "TTT_ENABLED is 0"),
-    (tuple(name for name in Config.__dataclass_fields__ if name.startswith(("global_ttt_", "phased_ttt_")) and name != "phased_ttt_enabled"),
-     lambda c: c.ttt_enabled and not c.phased_ttt_enabled, "PHASED_TTT_ENABLED is 0"),
-    (("ttt_short_chunk_size", "ttt_short_score_first_steps"), lambda c: not c.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED is 0"),
+    (TTT_KNOBS, lambda c: not c.ttt_enabled, "TTT_ENABLED is 0"),
+    (PHASE_KNOBS, lambda c: c.ttt_enabled and not c.phased_ttt_enabled, "PHASED_TTT_ENABLED is 0"),
+    (("ttt_short_chunk_size", "ttt_short_score_first_steps"),
+     lambda c: not c.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED is 0"),
     (("ttt_short_chunk_size",), lambda c: c.ttt_short_score_first_enabled and c.ttt_short_score_first_steps,
      "TTT_SHORT_SCORE_FIRST_STEPS decides"),
-    (("ttt_short_doc_len",), lambda c: not c.ttt_short_lora_enabled and (not c.ttt_short_score_first_enabled or c.ttt_short_score_first_steps),
+    (("ttt_short_doc_len",),
+     lambda c: not c.ttt_short_lora_enabled and (not c.ttt_short_score_first_enabled or c.ttt_short_score_first_steps),
      "TTT_SHORT_SCORE_FIRST_STEPS decides and TTT_SHORT_LORA_ENABLED is 0"),
     (("ttt_short_lora_rank", "ttt_short_lora_lr", "ttt_short_lora_weight_decay", "ttt_short_lora_beta2"),
      lambda c: not c.ttt_short_lora_enabled, "TTT_SHORT_LORA_ENABLED is 0"),
@@ -616,7 +624,8 @@ class World:
             torch.set_float32_matmul_precision("high")
         if launch.size > 1:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
-        dtype = dict(bf16=torch.bfloat16, fp32=torch.float32, auto=torch.bfloat16 if kind == "cuda" else torch.float32)[cfg.activation_dtype]
+        wanted = cfg.activation_dtype if cfg.activation_dtype != "auto" else "bf16" if kind == "cuda" else "fp32"
+        dtype = dict(bf16=torch.bfloat16, fp32=torch.float32)[wanted]
         torch.manual_seed(cfg.seed)
         return World(launch.rank, launch.size, device, dtype)
 
@@ -805,7 +814,7 @@ def read_shard(path: Path) -> np.ndarray:
 def check_vocab(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
     """Raises RunError when a token id does not fit the model's vocabulary."""
     if len(tokens) and (top := int(tokens.max())) >= vocab_size:
-        raise RunError(f"{path} holds token id {top}, but VOCAB_SIZE={vocab_size}: set VOCAB_SIZE to that of the tokenizer, or use its data")
+        raise RunError(f"{path} holds token id {top}, but VOCAB_SIZE={vocab_size}: set VOCAB_SIZE to that of the data's tokenizer")
 
 
 def sha256_file(path: Path) -> str:
@@ -1070,7 +1079,7 @@ def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Te
     """The definition: causal attention within each segment. q (T, H, d), k and v (T, G, d) -> (T, H, d)."""
     out = []
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         if end > start:
             heads = [t[start:end].transpose(0, 1)[None] for t in (q, k, v)]
             out.append(F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
@@ -1085,7 +1094,7 @@ def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Te
 def _document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         if end > start:
             heads = [t[start:end].transpose(0, 1)[None] for t in (q, k, v)]
             o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True)
@@ -1105,7 +1114,7 @@ def _document_attention_cpu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         if end > start:
             heads = [t[start:end].transpose(0, 1)[None] for t in (grad, q, k, v, out)]
             m = lse[:, start:end].contiguous()[None]
@@ -1683,7 +1692,7 @@ class TrainOptimizer:
         self.banks.sort(key=lambda bank: -bank.p.numel())  # the largest reduction starts first
         self.replicated = [p for group in groups.values() for p in group]
         self.adamw = torch.optim.AdamW(
-            [dict(params=ps, lr=getattr(cfg, lr), base_lr=getattr(cfg, lr), weight_decay=getattr(cfg, wd)) for (lr, wd), ps in groups.items()],
+            [dict(params=ps, base_lr=getattr(cfg, lr), weight_decay=getattr(cfg, wd)) for (lr, wd), ps in groups.items()],
             betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=world.device.type in ("cuda", "cpu"))  # fmt: skip
 
     @torch.no_grad()
@@ -1699,9 +1708,9 @@ class TrainOptimizer:
         clip = self.cfg.grad_clip_norm
         factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         previous = None
+        steps, row_normalize = self.cfg.muon_backend_steps, self.cfg.muon_row_normalize
         for bank in self.banks:  # the gather of one bank overlaps the orthogonalisation of the next
-            update = muon_direction(bank.shard.mul_(factor), bank.momentum, momentum, self.cfg.muon_backend_steps, self.cfg.muon_row_normalize)
-            bank.launch_gather(update)
+            bank.launch_gather(muon_direction(bank.shard.mul_(factor), bank.momentum, momentum, steps, row_normalize))
             if previous is not None:
                 previous.apply(lr_scale)
             previous = bank
@@ -2051,8 +2060,8 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
                 trainer.loader.position = position
                 trainer.optimizer.zero_grad()
                 trainer.checkpoint(checkpoint_path)
-                raise RunError(f"step {trainer.step + 1}: {e}; weights before it are in {checkpoint_path}. Lower MATRIX_LR or TIED_EMBED_LR, "
-                               "or look at the data of this step") from None
+                raise RunError(f"step {trainer.step + 1}: {e}; the weights before it are in {checkpoint_path}. Lower MATRIX_LR or "
+                               "TIED_EMBED_LR, or look at the data of this step") from None
             trainer.step += 1
             if trainer.ema:
                 trainer.ema.update(trainer.model)
@@ -2169,7 +2178,7 @@ def gptq(W: Tensor, H: Tensor, clip_sigmas: float, bits: int, protected: Tensor,
     W (n, rows, cols) fp32, H (n, cols, cols), protected (n, cols) bool: columns on the finer grid of `hi_bits`.
     Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and of protected columns.
     """
-    n, rows, cols = W.shape
+    cols = W.shape[2]
     q_max, hi_max = 2 ** (bits - 1) - 1, 2 ** (hi_bits - 1) - 1
     scale, hi_scale = clip_scale(W, clip_sigmas, q_max), clip_scale(W, clip_sigmas, hi_max)
     H, W = H.clone(), W.clone()
@@ -2246,7 +2255,8 @@ class Gptq:
     def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: list[int], hi_size: int) -> dict[str, Tensor]:
         parts = dict(q=q, scale=scale)
         if hi_starts:
-            parts |= dict(hi_start=torch.tensor(hi_starts, dtype=torch.int16), hi_size=torch.tensor([hi_size], dtype=torch.int16), hi_scale=hi_scale)
+            hi_start, size = torch.tensor(hi_starts, dtype=torch.int16), torch.tensor([hi_size], dtype=torch.int16)
+            parts |= dict(hi_start=hi_start, hi_size=size, hi_scale=hi_scale)
         return parts
 
     @staticmethod
@@ -2410,7 +2420,8 @@ def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log: Log
     kinds: dict[str, set[str]] = {}
     bits = {task.name: f" (int{task.bits})" for task in tasks}
     for name, s in stored.items():
-        kind = "+".join(dict.fromkeys(c for c, _ in s.parts)) + bits.get(name, "") + (f"+awqgrpint{cfg.awq_lite_bits}" if name in protected else "")
+        kind = "+".join(dict.fromkeys(c for c, _ in s.parts)) + bits.get(name, "")
+        kind += f"+awqgrpint{cfg.awq_lite_bits}" if name in protected else ""
         kinds.setdefault(kind, set()).add(".".join("*" if part.isdigit() else part for part in name.split(".")))
     for kind, names in sorted(kinds.items()):
         log(f"  {kind}: {', '.join(sorted(names))}")
@@ -2561,7 +2572,7 @@ def check_model_fields(cfg: Config, saved: dict) -> None:
     differ = [f"{name.upper()}: artifact {saved.get(name)}, this run {getattr(cfg, name)}" for name in MODEL_FIELDS
               if saved.get(name) != getattr(cfg, name)]  # fmt: skip
     if differ:
-        raise ArtifactError("the artifact belongs to another model: " + "; ".join(differ) + ". Set these variables as in the run that wrote it")
+        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run that wrote it")
 
 
 def unpack(cfg: Config, blob: bytes) -> dict[str, Stored]:
@@ -2614,7 +2625,7 @@ def load_artifact(cfg: Config, world: World, path: Path) -> GPT:
     try:
         blob = path.read_bytes()
     except OSError as e:
-        raise ArtifactError(f"cannot read the artifact {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
+        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
     model = GPT(cfg, world.dtype, choose_document_attention(world))
     model.load_state_dict(dequantized_state(cfg, unpack(cfg, blob)))
     return model.to(world.device).requires_grad_(False).eval()
@@ -2652,6 +2663,8 @@ def upstream_code_bytes() -> int | None:
 
 
 class Score(NamedTuple):
+    """What an evaluation comes to."""
+
     loss: float  # nats per token
     bpb: float   # bits per byte
     tokens: int
@@ -2670,6 +2683,10 @@ class Tally:
         self.nats += (nats.detach().to(self.nats.dtype) * mask.to(nats.device, non_blocking=True)).sum()
         self.tokens += int(mask.sum())
         self.bytes += target_bytes
+
+    def sums(self) -> tuple[float, int, int]:
+        """Nats, tokens and bytes of this rank so far."""
+        return self.nats.item(), self.tokens, self.bytes
 
     def score(self, world: World, expected_tokens: int) -> Score:
         """Merge the ranks. Raises RunError unless exactly `expected_tokens` targets were scored."""
@@ -2714,9 +2731,9 @@ def packed_batches(cfg: Config, data: ValData, rank: int, size: int):
         tokens[: n + 1] = data.tokens[start : end + 1]
         starts = np.flatnonzero(tokens[:n] == BOS_ID)
         cu_seqlens = document_cu_seqlens(np.append(starts, n) if n < row_tokens else starts, row_tokens, context)
-        window = torch.from_numpy(tokens)[None]
-        mask = torch.arange(row_tokens)[None] < n
-        yield EvalBatch(window[:, :-1], window[:, 1:], mask, int(data.target_bytes[start:end].sum()), Packing(torch.from_numpy(cu_seqlens), context))
+        window, mask = torch.from_numpy(tokens)[None], torch.arange(row_tokens)[None] < n
+        packing = Packing(torch.from_numpy(cu_seqlens), context)
+        yield EvalBatch(window[:, :-1], window[:, 1:], mask, int(data.target_bytes[start:end].sum()), packing)
 
 
 def sliding_batches(cfg: Config, data: ValData, rank: int, size: int):
@@ -2765,7 +2782,8 @@ def chunk_size(cfg: Config, length: int) -> int:
     if not cfg.ttt_short_score_first_enabled:
         return cfg.ttt_chunk_size
     if cfg.ttt_short_score_first_steps:
-        return next((int(chunk) for limit, chunk in parse_steps(cfg.ttt_short_score_first_steps, ":") if length <= limit), cfg.ttt_chunk_size)
+        steps = parse_steps(cfg.ttt_short_score_first_steps, ":")
+        return next((int(chunk) for limit, chunk in steps if length <= limit), cfg.ttt_chunk_size)
     return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
 
 
@@ -2875,8 +2893,9 @@ class Lineage:
             return
         means = [tuple(t[..., :documents, :, :].mean(-3, keepdim=True) for t in (lora.A, lora.B)) for lora in self.loras]
         m = self.cfg.ttt_warm_start_mean_momentum
-        self.template = means if self.template is None else [
-            tuple(old.lerp(new, 1 - m) for old, new in zip(*pair, strict=True)) for pair in zip(self.template, means, strict=True)]  # fmt: skip
+        if self.template is not None:
+            means = [(a.lerp(new_a, 1 - m), b.lerp(new_b, 1 - m)) for (a, b), (new_a, new_b) in zip(self.template, means, strict=True)]
+        self.template = means
 
 
 class Lane:
@@ -3050,17 +3069,19 @@ class TttRun:
         budget, cost = self.cfg.max_eval_seconds, batch_cost(batch, self.cfg.ttt_eval_seq_len)
         forecast = self.eta.elapsed + (self.eta.elapsed / self.eta.done * cost if self.eta.done else 0)
         if budget and forecast > budget:
-            raise RunError(f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {self.eta.elapsed:.0f} s used, {self.scored_docs} documents "
-                           f"scored, about {self.eta.left:.0f} s to go. Use larger TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter "
-                           "TTT_EVAL_SEQ_LEN, fewer PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
+            raise RunError(
+                f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {self.eta.elapsed:.0f} s used, {self.scored_docs} documents scored, "
+                f"about {self.eta.left:.0f} s to go. Use larger TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, fewer "
+                "PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
 
-    def report(self, batch: Batch, nats: float, tokens: int, size: int, short: bool) -> None:
-        total = self.tally
+    def report(self, batch: Batch, before: tuple[float, int, int], short: bool) -> None:
+        """Log a batch and this rank's running score; before: the sums ahead of the batch."""
         if self.reported and batch.number + 1 not in self.reported:
             return
-        running = total.nats.item()
+        total = self.tally.sums()
+        nats, tokens, size = (now - old for now, old in zip(total, before, strict=True))
         self.log(f"ttp: b{batch.number + 1}/{len(self.batches)} bl:{nats / tokens:.4f} bb:{nats / math.log(2) / max(1, size):.4f} "
-                 f"rl:{running / total.tokens:.4f} rb:{running / math.log(2) / max(1, total.bytes):.4f} "
+                 f"rl:{total[0] / total[1]:.4f} rb:{total[0] / math.log(2) / max(1, total[2]):.4f} "
                  f"dl:{batch.sizes.min() + 1}-{batch.sizes.max() + 1} gd:{self.phases_done} sr:{int(short)} "
                  f"sf:{int(batch.chunk != self.cfg.ttt_chunk_size)} t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")  # fmt: skip
 
@@ -3074,13 +3095,12 @@ class TttRun:
             lane = Lane(cfg, world, self.rows, seed=cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
             for batch in (segment[i] for i in hands[number]):
                 self.check_budget(batch)
-                before = (self.tally.nats.item(), self.tally.tokens, self.tally.bytes)
+                before = self.tally.sums()
                 from_mean = cfg.ttt_warm_start_mean_enabled and int(batch.sizes.max()) + 1 <= cfg.ttt_warm_start_mean_doc_len
                 score_batch(cfg, world, self.forward, self.data, batch, lane.lineage(batch), from_mean, self.tally, self.static_rows)
                 self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
                 self.scored_docs += len(batch.sizes)
-                nats, tokens, size = (now - old for now, old in zip((self.tally.nats.item(), self.tally.tokens, self.tally.bytes), before, strict=True))
-                self.report(batch, nats, tokens, size, lane.is_short(batch))
+                self.report(batch, before, lane.is_short(batch))
 
     def learn_base(self, segments: list[Batch], documents: int) -> None:
         """A global phase over the first `documents` scored documents in the order of ascending length."""
@@ -3101,7 +3121,8 @@ class TttRun:
         segments = phase_segments(cfg, self.batches)
         boundaries = [documents for _, documents in segments if documents]
         total = sum(len(b.sizes) for b in self.batches)
-        self.log(f"ttt_phased: total_docs:{total} prefix_docs:{max(boundaries, default=0)} suffix_docs:{total - max(boundaries, default=0)} "
+        prefix = max(boundaries, default=0)
+        self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
                  f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{len(self.data.target_bytes)}")  # fmt: skip
         self.eta = Eta(self.eta.total)
         scored: list[Batch] = []
@@ -3146,7 +3167,8 @@ def log_start(run: Run, env) -> None:
     """Overrides, variables without effect, the whole configuration and the source: a log is a complete account of its run."""
     cfg, log = run.cfg, run.log
     script = Path(__file__)
-    log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, torch {torch.__version__}, python {platform.python_version()}")
+    log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, torch {torch.__version__}, "
+        f"python {platform.python_version()}")  # fmt: skip
     log("overrides: " + (" ".join(f"{k}={v}" for k, v in overrides(cfg).items()) or "none"))
     for note in without_effect(cfg, env):
         log(f"no effect: {note}")
@@ -3201,8 +3223,9 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
     world.synchronize()
     run.result["calib_seconds"] = time.perf_counter() - start
     log(f"GPTQ:collected {len(hessians.H)} Hessians in {run.result['calib_seconds']:.1f}s")
-    if cfg.max_wallclock_seconds and (over := run.result.get("train_seconds", 0) + run.result["calib_seconds"] - cfg.max_wallclock_seconds) > 0:
-        log(f"budget: training and calibration together took {over:.1f}s more than MAX_WALLCLOCK_SECONDS: raise GPTQ_RESERVE_SECONDS")
+    spent = run.result.get("train_seconds", 0) + run.result["calib_seconds"]
+    if cfg.max_wallclock_seconds and spent > cfg.max_wallclock_seconds:
+        log(f"budget: training and calibration took {spent:.1f}s, more than MAX_WALLCLOCK_SECONDS: raise GPTQ_RESERVE_SECONDS")
     clock.phase("quantize")
     if world.main:
         stored = quantize(cfg, model.state_dict(), hessians, log)
@@ -3231,12 +3254,11 @@ def count_bytes(run: Run) -> None:
     log(f"Serialized model {kind}: {model} bytes")
     log(f"Total submission size {kind}: {total} bytes")
     if total > ARTIFACT_CAP_BYTES:
-        log(f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; files are kept, the run is marked. "
-            "Ship the packed script (tools/pack_code.py), or raise *_CLIP_SIGMAS, or lower *_BITS")  # fmt: skip
-    blob = artifact.read_bytes()
+        log(f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; nothing is deleted, the run is "
+            "marked. Ship the packed script (tools/pack_code.py), or raise *_CLIP_SIGMAS, or lower *_BITS")  # fmt: skip
     run.result |= dict(
-        artifact_file=artifact.name, artifact_bytes=model, artifact_sha256=hashlib.sha256(blob).hexdigest(), bytes_by_part=bytes_by_part(blob),
-        code_bytes=code, code_sha256=sha256_file(script), code_bytes_upstream_convention=upstream, bytes_total=total,
+        artifact_file=artifact.name, artifact_bytes=model, artifact_sha256=sha256_file(artifact),
+        bytes_by_part=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script), code_bytes_upstream_convention=upstream, bytes_total=total,
         over_cap=total > ARTIFACT_CAP_BYTES)  # fmt: skip
 
 
@@ -3249,9 +3271,10 @@ def eval_stage(run: Run) -> None:
     log(f"Deserialize: decompression and dequantization done in {time.perf_counter() - start:.1f}s")
     run.result["model_params"] = sum(p.numel() for p in model.parameters())
     count_bytes(run)
+    start = time.perf_counter()
     score = run.diagnostic("diagnostic quantized", "quantized", compile_forward(model, cfg, world))
     if not cfg.ttt_enabled:
-        run.result |= dict(eval_seconds=run.clock.table()[-1]["seconds"], ttt_val_loss=None, ttt_val_bpb=None)
+        run.result |= dict(eval_seconds=time.perf_counter() - start, ttt_val_loss=None, ttt_val_bpb=None)
         return
     ttt = TttRun(cfg, world, model, run.data, log)
     if ttt.static_rows:
@@ -3274,8 +3297,8 @@ def finish(run: Run) -> None:
     cfg, world, files, manifest = run.cfg, run.world, run.files, run.files.manifest.get("splits", {})
     phases = run.clock.table()
     documents = {split: (lambda d: d[1] - d[0])(manifest.get(split, {}).get("documents", [0, 0])) or None for split in ("train", "val")}
-    keys = ("val_loss", "val_bpb", "pre_quant_val_loss", "pre_quant_val_bpb", "quantized_val_loss", "quantized_val_bpb", "ttt_val_loss", "ttt_val_bpb",
-            "steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds")  # fmt: skip
+    scores = [f"{stage}val_{unit}" for stage in ("", "pre_quant_", "quantized_", "ttt_") for unit in ("loss", "bpb")]
+    keys = (*scores, "steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds")
     triton = importlib.util.find_spec("triton")
     result = dict(
         schema_version=1, run_id=run.out.name if not cfg.run_id else cfg.run_id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
@@ -3284,8 +3307,9 @@ def finish(run: Run) -> None:
         phases=phases, peak_mem_mib=max(p["peak_mib"] for p in phases), world_size=world.size, hardware=hardware_name(world),
         python_version=platform.python_version(), torch_version=torch.__version__,
         triton_version=__import__("triton").__version__ if triton else None,
-        data=dict(manifest_sha256=files.manifest_sha256, train_shards=len(files.train), train_tokens=manifest.get("train", {}).get("tokens"),
-                  docs_train=documents["train"], docs_val=documents["val"], tokenizer_sha256=files.manifest.get("tokenizer_sha256")),
+        data=dict(manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents["train"],
+                  train_tokens=manifest.get("train", {}).get("tokens"), docs_val=documents["val"],
+                  tokenizer_sha256=files.manifest.get("tokenizer_sha256")),
         train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)  # fmt: skip
     if world.main:
         curve = result.pop("loss_curve", None)

@@ -61,7 +61,7 @@ def test_singular_values_land_in_the_band(shape):
     assert (S[0, -1] / S[0].norm()) >= 1e-3
     X = tg.polar_express(5.0 * U @ torch.diag_embed(S) @ Vh, 5)
     sigma = torch.linalg.svdvals(X)
-    assert 0.859 <= sigma.min() and sigma.max() <= 1.141
+    assert 0.8585 <= sigma.min() and sigma.max() <= 1.1415  # the edges are known to three digits
     half = torch.linalg.svdvals(tg.polar_express((5.0 * U @ torch.diag_embed(S) @ Vh).bfloat16(), 5).float())
     assert half.max() <= 1.141 * 1.06 and half.median() > 0.85  # bf16: a few per cent, and values below its resolution are lost
 
@@ -94,27 +94,22 @@ def test_muon_equals_the_slow_reference(shape, row_normalize):
     torch.testing.assert_close(M.double(), expected_M, rtol=1e-5, atol=1e-5)
 
 
-def test_momentum_is_that_of_torch(monkeypatch):
-    """torch.optim.Muon keeps (1 - mu) times our buffer; orthogonalisation does not see the scale. Its coefficients are turned into ours' role
-    by comparing the matrices that enter it."""
+@pytest.mark.parametrize("shape", [(24, 12), (12, 24), (12, 12)])
+def test_one_iteration_equals_torch_muon(shape):
+    """Momentum, Nesterov and scale of torch.optim.Muon (no row normalisation). It has one coefficient triple, so one iteration."""
     g = torch.Generator().manual_seed(3)
-    p = torch.nn.Parameter(torch.randn(12, 12, generator=g))
-    reference = torch.optim.Muon([p], lr=1.0, momentum=0.9, nesterov=True, weight_decay=0.0)
-    entered = []
-    monkeypatch.setattr(tg, "polar_express", lambda U, steps: entered.append(U.clone()) or U)
-    import torch.optim._muon as torch_muon
-
-    theirs = []
-    name = "_zeropower_via_newtonschulz"
-    original = getattr(torch_muon, name)
-    monkeypatch.setattr(torch_muon, name, lambda U, *args, **kwargs: theirs.append(U.clone()) or original(U, *args, **kwargs))
-    M = torch.zeros(1, 12, 12)
+    p = torch.nn.Parameter(torch.zeros(shape))
+    theirs = torch.optim.Muon(
+        [p], lr=1.0, momentum=0.9, nesterov=True, weight_decay=0.0, ns_steps=1, ns_coefficients=tg.POLAR_EXPRESS[0], adjust_lr_fn="original")
+    M = torch.zeros(1, *shape)
     for _ in range(4):
-        p.grad = torch.randn(12, 12, generator=g)
-        tg.muon_direction(p.grad.clone()[None], M, 0.9, 5, row_normalize=False)
-        reference.step()
-    for ours, other in zip(entered, theirs, strict=True):
-        torch.testing.assert_close(ours[0] / ours.norm(), other / other.norm(), rtol=1e-5, atol=1e-6)
+        p.grad = torch.randn(shape, generator=g)
+        before = p.detach().clone()
+        ours = tg.muon_direction(p.grad.clone()[None], M, 0.9, 1, row_normalize=False)[0]
+        theirs.step()
+        update = before - p.detach()
+        assert (ours - update).norm() / update.norm() < 0.01  # theirs iterates in bf16: 8 bits
+    torch.testing.assert_close(theirs.state[p]["momentum_buffer"], 0.1 * M[0], rtol=1e-4, atol=1e-6)  # they average, we add up
 
 
 CONFIGS = [
@@ -325,6 +320,7 @@ def test_two_ranks_equal_one(dataset, tmp_path):
         assert all(torch.equal(t, second[key][n]) for n, t in first[key].items())  # replicas never drift apart
         # One sum of two gradients in another order: fp32 rounding, blown up by Muon, which maps small singular values to 1.
         for n, t in alone[key].items():
+            print(key, n, (first[key][n]-t).abs().max().item())
             torch.testing.assert_close(first[key][n], t, rtol=0, atol=2e-3, msg=n)
     assert first["losses"] == pytest.approx(alone["losses"], abs=1e-4) and first["norms"] == pytest.approx(alone["norms"], rel=1e-3)
     for a, b in zip(first["momentum"], alone["momentum"], strict=True):

@@ -16,7 +16,8 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def correlated(cols: int, seed: int = 0, samples: int = 4) -> torch.Tensor:
     """H of inputs that share few directions: full rank, far from diagonal."""
-    x = normal(samples * cols, cols // 4, seed=seed) @ normal(cols // 4, cols, seed=seed + 1) + 0.3 * normal(samples * cols, cols, seed=seed + 2)
+    n = samples * cols
+    x = normal(n, cols // 4, seed=seed) @ normal(cols // 4, cols, seed=seed + 1) + 0.3 * normal(n, cols, seed=seed + 2)
     return x.T @ x
 
 
