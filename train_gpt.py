@@ -79,13 +79,13 @@ PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable 
     ),
     "demo": dict(
         data_path="data/demo", vocab_size=1024, num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=6, rope_dims=8,
-        loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096, train_seq_len=512,
-        train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
+        loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096,
+        train_seq_len=512, train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
         eval_seq_len=512, ttt_eval_seq_len=512, rope_train_seq_len=512, eval_stride=256, val_batch_tokens=65536,
-        max_wallclock_seconds=100.0, gptq_reserve_seconds=8.0, gptq_calibration_batches=12, max_eval_seconds=150.0,
-        train_log_every=20, muon_momentum_warmup_steps=100, ema_decay=0.95, compressor="brotli", ttt_lora_rank=8, ttt_lora_alpha=14.0,
-        ttt_lora_lr=1e-3, ttt_batch_size=32, ttt_chunk_size=64, ttt_short_score_first_steps="256:32", ttt_lanes=1,
-        phased_ttt_prefix_docs=40, global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
+        max_wallclock_seconds=100.0, gptq_reserve_seconds=8.0, gptq_calibration_batches=12, max_eval_seconds=0.0, train_log_every=20,
+        muon_momentum_warmup_steps=100, ema_decay=0.95, compressor="brotli", ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-3,
+        ttt_batch_size=32, ttt_chunk_size=128, ttt_short_score_first_steps="256:32,512:64", ttt_lanes=1, phased_ttt_prefix_docs=40,
+        global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
     ),
 }
 
@@ -101,7 +101,7 @@ FAMILIES = (  # an unknown variable that starts like this is a typo, not somebod
     "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_", "MAX_WALL",
     "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_", "PHASED_TTT_", "QK_", "ROPE_",
     "SCALAR_", "SEQ_", "SKIP_GATES", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_",
-)  # fmt: skip
+)
 
 
 def knob(default: Any, doc: str, lo: float = -math.inf, hi: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
@@ -488,7 +488,7 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("ttt_warm_start_mean_doc_len", "ttt_warm_start_mean_momentum"),
      lambda c: not c.ttt_warm_start_mean_enabled, "TTT_WARM_START_MEAN_ENABLED is 0"),
     (("ttt_beta1", "ttt_beta2", "ttt_short_lora_beta2"), lambda c: c.ttt_optimizer == "sgd", "TTT_OPTIMIZER is sgd"),
-)  # fmt: skip
+)
 
 
 def parse_knob(f, raw: str) -> Any:
@@ -571,7 +571,7 @@ def help_text() -> str:
         lines.append(f"  {f.name.upper():36} {f.type:6} {default!s:12} {accepted:28} {meta['doc']}")
     lines += ["", "Presets (a variable set by hand wins):"]
     lines += [f"  {name}: " + (" ".join(f"{k.upper()}={int(v) if isinstance(v, bool) else v}" for k, v in preset.items()) or "the defaults")
-              for name, preset in PRESETS.items()]  # fmt: skip
+              for name, preset in PRESETS.items()]
     lines += ["", "Refused:"] + [f"  {name}: {why}" for name, why in REFUSED.items()]
     return "\n".join(lines)
 
@@ -674,7 +674,7 @@ def hardware_name(world: World) -> str:
         return f"{world.size}x {torch.cuda.get_device_name(world.device)}"
     cpuinfo = Path("/proc/cpuinfo")
     model = next((line.split(":")[1].strip() for line in (cpuinfo.read_text() if cpuinfo.exists() else "").splitlines()
-                  if line.startswith("model name")), platform.processor() or platform.machine())  # fmt: skip
+                  if line.startswith("model name")), platform.processor() or platform.machine())
     return f"{world.size}x {world.device.type} ({model}, {os.cpu_count()} cores)"
 
 
@@ -698,11 +698,20 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def save_tensors(path: Path, state: Any) -> None:
-    """torch.save through `write_atomic`. Only ever read back with weights_only=True."""
+    """torch.save through `write_atomic`."""
     with tempfile.SpooledTemporaryFile() as buffer:
         torch.save(state, buffer)
         buffer.seek(0)
         write_atomic(path, buffer.read())
+
+
+def load_tensors(path: Path, device: torch.device | str) -> Any:
+    """What `save_tensors` wrote; nothing but tensors and plain values is ever unpickled. Raises RunError."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # damaged bytes raise whatever they lead to
+        why = e.strerror if isinstance(e, OSError) else f"damaged, {type(e).__name__}"
+        raise RunError(f"cannot load {path} ({why}): train first, or set ARTIFACT_DIR to the run's folder") from None
 
 
 class Log:
@@ -1211,7 +1220,7 @@ class Adapters(NamedTuple):
         for site in ("q", "k", "v", "o", "mlp"):
             lora = getattr(self, site)
             columns[site] = [None] * count if lora is None else [
-                Lora(a, b, lora.scale) for a, b in zip(lora.A.unbind(0), lora.B.unbind(0), strict=True)]  # fmt: skip
+                Lora(a, b, lora.scale) for a, b in zip(lora.A.unbind(0), lora.B.unbind(0), strict=True)]
         return [Adapters(**{site: column[i] for site, column in columns.items()}) for i in range(count)]
 
     def rows(self, first: int, end: int) -> Adapters:
@@ -1693,7 +1702,7 @@ class TrainOptimizer:
         self.replicated = [p for group in groups.values() for p in group]
         self.adamw = torch.optim.AdamW(
             [dict(params=ps, base_lr=getattr(cfg, lr), weight_decay=getattr(cfg, wd)) for (lr, wd), ps in groups.items()],
-            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=world.device.type in ("cuda", "cpu"))  # fmt: skip
+            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=world.device.type in ("cuda", "cpu"))
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> float:
@@ -1918,7 +1927,7 @@ class Trainer:
         for tokens in window[self.world.rank * self.accumulate : (self.world.rank + 1) * self.accumulate]:
             row = packed_row(tokens, context, self.world.device)
             nats = self.forward(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len),
-                                round_cap=not self.cfg.fused_ce_enabled)  # fmt: skip
+                                round_cap=not self.cfg.fused_ce_enabled)
             loss = nats.mean() / self.accumulate
             loss.backward()
             total += loss.detach()
@@ -1932,7 +1941,7 @@ class Trainer:
             config_hash=config_hash(self.cfg), seed=self.cfg.seed, step=self.step, seconds=self.clock.now(), position=self.loader.position,
             changed_at=self.changed_at, stage_len=self.stage_len, looping=self.looping, losses=self.losses,
             model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema.shadow if self.ema else {},
-        )  # fmt: skip
+        )
 
     def load_state(self, state: dict) -> None:
         """Go on where `state` was taken. Raises RunError when it belongs to another recipe."""
@@ -1994,7 +2003,7 @@ class Trainer:
                 for _ in range(cfg.compile_shape_warmup_iters):
                     packing = Packing(cu_seqlens.to(self.world.device), length)
                     self.forward(row.inputs, row.targets, order=layer_order(cfg, looping), packing=packing,
-                                 round_cap=not cfg.fused_ce_enabled).mean().backward()  # fmt: skip
+                                 round_cap=not cfg.fused_ce_enabled).mean().backward()
                     self.optimizer.zero_grad()
 
     def plan_step(self, elapsed: float, log: Log) -> tuple[int, bool, float]:
@@ -2012,7 +2021,7 @@ class Trainer:
         if looping_at(cfg, progress) and not self.looping:
             self.looping, order = True, layer_order(cfg, True)
             log(f"layer_loop:enabled step:{self.step} frac:{progress:.3f} encoder:{list(order[: len(order) // 2])} "
-                f"decoder:{list(order[len(order) // 2 :])}")  # fmt: skip
+                f"decoder:{list(order[len(order) // 2 :])}")
         ramp = rewarmup(cfg, None if self.changed_at is None else self.step - self.changed_at + 1)
         per_step = elapsed / self.step if self.step else 0.0
         return context, self.looping, lr_scale(cfg, progress, self.step, per_step) * midrun_cap(cfg, progress) * ramp
@@ -2071,7 +2080,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
             if trainer.step <= 5 or trainer.step % cfg.train_log_every == 0:
                 log(f"{trainer.step}/{cfg.iterations} train_loss: {loss:.4f} train_time: {now / 60:.1f}m "
                     f"tok/s: {trainer.step * tokens_per_step / now:.0f} seconds:{now:.2f} lr_scale:{lr:.4f} "
-                    f"tok/s_now:{tokens_per_step / (now - elapsed):.0f}")  # fmt: skip
+                    f"tok/s_now:{tokens_per_step / (now - elapsed):.0f}")
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 clock.pause()
                 score = validate()
@@ -2154,7 +2163,7 @@ def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     roles = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
     out = {name: t for name, t in tensors.items() if not any(name.endswith(f".{role}.weight") for role in roles)}
     return out | dict(qo_bank=stack("attn.c_q", "attn.proj"), kv_bank=stack("attn.c_k", "attn.c_v"),
-                      mlp_up_bank=stack("mlp.fc"), mlp_down_bank=stack("mlp.proj"))  # fmt: skip
+                      mlp_up_bank=stack("mlp.fc"), mlp_down_bank=stack("mlp.proj"))
 
 
 def clip_scale(W: Tensor, clip_sigmas: float, q_max: int) -> Tensor:
@@ -2296,7 +2305,7 @@ class LowRankAsym:
         b_scale = (groups.abs().amax(1) / 7.5).clamp_min(1e-10).half().clamp_min(2.0**-24)
         return dict(
             A=(A / a_scale.float()).round().clamp(-2, 1).to(torch.int8), A_scale=a_scale.view(1),
-            B=(groups / b_scale.float()[:, None]).round().clamp(-8, 7).to(torch.int8).view_as(B), B_scale=b_scale)  # fmt: skip
+            B=(groups / b_scale.float()[:, None]).round().clamp(-8, 7).to(torch.int8).view_as(B), B_scale=b_scale)
 
     @staticmethod
     def decode(parts: dict[str, Tensor]) -> Tensor:
@@ -2446,7 +2455,7 @@ MODEL_FIELDS = (  # what must agree between the artifact and the run that loads 
     "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "skip_gates_enabled", "num_loops", "loop_start",
     "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled", "attn_out_gate_src", "gated_attn_enabled",
     "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled", "smear_gate_bos_fix", "asym_logit_rescale",
-)  # fmt: skip
+)
 
 STREAM_RULES = (  # array "tensor:codec.part", its stream, sort its rows by similarity when COMPRESSOR=pergroup; first match wins
     ("tok_emb.weight:gptq.q", "tok_emb", True),
@@ -2548,7 +2557,7 @@ def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
     with ThreadPoolExecutor() as pool:
         coded = dict(zip(raw, pool.map(lambda n: CODERS[stream_coder(cfg.compressor, n)][0](raw[n]) if raw[n] else b"", raw), strict=True))
     header = dict(model={f: getattr(cfg, f) for f in MODEL_FIELDS}, arrays=arrays,
-                  streams=[[n, stream_coder(cfg.compressor, n), len(coded[n]), len(raw[n])] for n in raw])  # fmt: skip
+                  streams=[[n, stream_coder(cfg.compressor, n), len(coded[n]), len(raw[n])] for n in raw])
     head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
     body = head + b"".join(coded.values())
     prefix = struct.pack("<HI", ARTIFACT_VERSION, len(head))
@@ -2570,7 +2579,7 @@ def read_header(blob: bytes) -> tuple[dict, int]:
 def check_model_fields(cfg: Config, saved: dict) -> None:
     """Raises ArtifactError naming every variable by which this run differs from the one that wrote the artifact."""
     differ = [f"{name.upper()}: artifact {saved.get(name)}, this run {getattr(cfg, name)}" for name in MODEL_FIELDS
-              if saved.get(name) != getattr(cfg, name)]  # fmt: skip
+              if saved.get(name) != getattr(cfg, name)]
     if differ:
         raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run that wrote it")
 
@@ -2633,10 +2642,7 @@ def load_artifact(cfg: Config, world: World, path: Path) -> GPT:
 
 def load_checkpoint_model(cfg: Config, world: World, path: Path) -> GPT:
     """A model from final_model.pt, ours or a published one. Raises RunError."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError) as e:
-        raise RunError(f"cannot load {path}: {e}; train first, or set ARTIFACT_DIR to the run's folder") from None
+    state = load_tensors(path, "cpu")
     model = GPT(cfg, world.dtype, choose_document_attention(world))
     try:
         model.load_state_dict(state)
@@ -2884,7 +2890,7 @@ class Lineage:
         if self.cfg.ttt_optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=lr, weight_decay=self.wd)
         return torch.optim.AdamW(parameters, lr=lr, betas=(self.cfg.ttt_beta1, self.beta2), eps=1e-10, weight_decay=self.wd,
-                                 fused=parameters[0].device.type in ("cuda", "cpu"))  # fmt: skip
+                                 fused=parameters[0].device.type in ("cuda", "cpu"))
 
     @torch.no_grad()
     def finish(self, documents: int) -> None:
@@ -3071,8 +3077,8 @@ class TttRun:
         if budget and forecast > budget:
             raise RunError(
                 f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {self.eta.elapsed:.0f} s used, {self.scored_docs} documents scored, "
-                f"about {self.eta.left:.0f} s to go. Use larger TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, fewer "
-                "PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
+                f"about {self.eta.left:.0f} s to go. Use larger TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, "
+                "fewer PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
 
     def report(self, batch: Batch, before: tuple[float, int, int], short: bool) -> None:
         """Log a batch and this rank's running score; before: the sums ahead of the batch."""
@@ -3083,7 +3089,7 @@ class TttRun:
         self.log(f"ttp: b{batch.number + 1}/{len(self.batches)} bl:{nats / tokens:.4f} bb:{nats / math.log(2) / max(1, size):.4f} "
                  f"rl:{total[0] / total[1]:.4f} rb:{total[0] / math.log(2) / max(1, total[2]):.4f} "
                  f"dl:{batch.sizes.min() + 1}-{batch.sizes.max() + 1} gd:{self.phases_done} sr:{int(short)} "
-                 f"sf:{int(batch.chunk != self.cfg.ttt_chunk_size)} t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")  # fmt: skip
+                 f"sf:{int(batch.chunk != self.cfg.ttt_chunk_size)} t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")
 
     def score_segment(self, segment: list[Batch], phase: int) -> None:
         """All batches between two phases: dealt to lanes, each lane one adapter lineage, lanes shared out over the ranks."""
@@ -3109,7 +3115,7 @@ class TttRun:
         pieces = [(int(by_number[n].starts[i]), int(by_number[n].sizes[i])) for n, i in records]
         tokens = np.concatenate([self.data.tokens[at : at + size + 1] for at, size in pieces])
         self.log(f"ttpp: phase:{self.phases_done + 1}/{self.cfg.phased_ttt_num_phases} pd:{sum(len(b.sizes) for b in segments)} "
-                 f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")  # fmt: skip
+                 f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
         self.world.barrier()
         update_base(self.cfg, self.world, self.model, tokens, self.log)
         self.phases_done += 1
@@ -3123,7 +3129,7 @@ class TttRun:
         total = sum(len(b.sizes) for b in self.batches)
         prefix = max(boundaries, default=0)
         self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
-                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{len(self.data.target_bytes)}")  # fmt: skip
+                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{len(self.data.target_bytes)}")
         self.eta = Eta(self.eta.total)
         scored: list[Batch] = []
         for phase, (segment, documents) in enumerate(segments):
@@ -3159,7 +3165,7 @@ class Run:
         score = evaluate(self.cfg, self.world, forward, self.data)
         self.log(f"{name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * (time.perf_counter() - start):.0f}ms")
         self.result |= {f"{key}_val_loss": score.loss, f"{key}_val_bpb": score.bpb, "val_loss": score.loss, "val_bpb": score.bpb,
-                        "target_tokens": score.tokens, "val_bytes": score.bytes}  # fmt: skip
+                        "target_tokens": score.tokens, "val_bytes": score.bytes}
         return score
 
 
@@ -3168,7 +3174,7 @@ def log_start(run: Run, env) -> None:
     cfg, log = run.cfg, run.log
     script = Path(__file__)
     log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, torch {torch.__version__}, "
-        f"python {platform.python_version()}")  # fmt: skip
+        f"python {platform.python_version()}")
     log("overrides: " + (" ".join(f"{k}={v}" for k, v in overrides(cfg).items()) or "none"))
     for note in without_effect(cfg, env):
         log(f"no effect: {note}")
@@ -3191,17 +3197,17 @@ def train_stage(run: Run) -> GPT:
     if cfg.resume:
         if not run.checkpoint.exists():
             raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
-        trainer.load_state(torch.load(run.checkpoint, map_location=world.device, weights_only=True))
+        trainer.load_state(load_tensors(run.checkpoint, world.device))
         log(f"resumed after step {trainer.step}")
     clock.phase("train")
     train(trainer, lambda: evaluate(cfg, world, trainer.forward, run.data, trainer.looping), log, run.checkpoint)
     log(f"peak memory allocated: {peak_memory_mib(world.device)} MiB reserved: "
-        f"{torch.cuda.max_memory_reserved() >> 20 if world.device.type == 'cuda' else peak_memory_mib(world.device)} MiB")  # fmt: skip
+        f"{torch.cuda.max_memory_reserved() >> 20 if world.device.type == 'cuda' else peak_memory_mib(world.device)} MiB")
     if trainer.ema:
         log("ema:applying EMA weights")
         trainer.ema.copy_to(trainer.model)
     run.result |= dict(steps=trainer.step, train_seconds=trainer.clock.seconds, train_tokens=trainer.step * cfg.train_batch_tokens,
-                       step_avg_ms=1000 * trainer.clock.seconds / trainer.step, loss_curve=trainer.losses)  # fmt: skip
+                       step_avg_ms=1000 * trainer.clock.seconds / trainer.step, loss_curve=trainer.losses)
     trainer.model.requires_grad_(False).eval()
     if world.main:
         save_tensors(run.weights, trainer.model.state_dict())
@@ -3255,11 +3261,12 @@ def count_bytes(run: Run) -> None:
     log(f"Total submission size {kind}: {total} bytes")
     if total > ARTIFACT_CAP_BYTES:
         log(f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; nothing is deleted, the run is "
-            "marked. Ship the packed script (tools/pack_code.py), or raise *_CLIP_SIGMAS, or lower *_BITS")  # fmt: skip
+            "marked. Ship the packed script (tools/pack_code.py), or raise *_CLIP_SIGMAS, or lower *_BITS")
     run.result |= dict(
         artifact_file=artifact.name, artifact_bytes=model, artifact_sha256=sha256_file(artifact),
-        bytes_by_part=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script), code_bytes_upstream_convention=upstream, bytes_total=total,
-        over_cap=total > ARTIFACT_CAP_BYTES)  # fmt: skip
+        bytes_by_part=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script),
+        code_bytes_upstream_convention=upstream, bytes_total=total,
+        over_cap=total > ARTIFACT_CAP_BYTES)
 
 
 def eval_stage(run: Run) -> None:
@@ -3289,7 +3296,7 @@ def eval_stage(run: Run) -> None:
     log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
     log(f"total_eval_time:{seconds:.1f}s")
     run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb, target_tokens=score.tokens,
-                       val_bytes=score.bytes, eval_seconds=seconds)  # fmt: skip
+                       val_bytes=score.bytes, eval_seconds=seconds)
 
 
 def finish(run: Run) -> None:
@@ -3310,7 +3317,7 @@ def finish(run: Run) -> None:
         data=dict(manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents["train"],
                   train_tokens=manifest.get("train", {}).get("tokens"), docs_val=documents["val"],
                   tokenizer_sha256=files.manifest.get("tokenizer_sha256")),
-        train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)  # fmt: skip
+        train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)
     if world.main:
         curve = result.pop("loss_curve", None)
         if curve:

@@ -67,7 +67,7 @@ def bench_caps() -> list[dict]:
     for name, f in (("caps encode", lambda: lossless_caps.encode(text)), ("caps decode", lambda: lossless_caps.decode(encoded))):
         speed = mb / median_seconds(f)
         rows.append(dict(name=name, unit="MB/s", value=round(speed, 1), reference="regex", reference_value=round(reference, 1),
-                         ratio=round(speed / reference, 2)))  # fmt: skip
+                         ratio=round(speed / reference, 2)))
     return rows
 
 
@@ -89,7 +89,7 @@ def bench_attention() -> list[dict]:
     torch.testing.assert_close(grads, expected_grads)
     ours, reference = (median_seconds(lambda a=a: run(a)) for a in (tg.document_attention_cpu, tg.document_attention_reference))
     return [dict(name="document attention fwd+bwd", unit="ms", value=round(1e3 * ours, 2), reference="SDPA per document",
-                 reference_value=round(1e3 * reference, 2), ratio=round(reference / ours, 2))]  # fmt: skip
+                 reference_value=round(1e3 * reference, 2), ratio=round(reference / ours, 2))]
 
 
 def bench_gptq() -> list[dict]:
@@ -104,7 +104,7 @@ def bench_gptq() -> list[dict]:
     ours = median_seconds(lambda: tg.gptq(W, H, 12.0, 6, none, 8), 3)
     reference = median_seconds(lambda: [tg.gptq(W[i : i + 1], H[i : i + 1], 12.0, 6, none[:1], 8) for i in range(8)], 3)
     return [dict(name="gptq 8x128x256", unit="ms", value=round(1e3 * ours, 1), reference="one at a time",
-                 reference_value=round(1e3 * reference, 1), ratio=round(reference / ours, 2))]  # fmt: skip
+                 reference_value=round(1e3 * reference, 1), ratio=round(reference / ours, 2))]
 
 
 BENCHES = dict(caps=bench_caps, attention=bench_attention, gptq=bench_gptq)

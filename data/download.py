@@ -92,7 +92,7 @@ def from_folder(folder: Path) -> Fetch:
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         names = [name for name in filter_repo_objects(names, allow_patterns=wanted) if not name.startswith(".cache/")]
         total = sum((folder / name).stat().st_size for name in names)
-        with tqdm(total=total, unit="B", unit_scale=True, desc=folder.name) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=folder.name, disable=None) as bar:
             for name in names:
                 copy_file(folder / name, dest / name, bar)
     return fetch
@@ -232,7 +232,7 @@ def check_overlap(train: Path, val: np.ndarray) -> None:
 def check_train(export: Export, paths: list[Path], val: np.ndarray) -> int:
     """Tokens of all train shards, after checking each and the split."""
     total = 0
-    for i, path in enumerate(tqdm(paths, desc="train shards", unit="shard", disable=not paths)):
+    for i, path in enumerate(tqdm(paths, desc="train shards", unit="shard", disable=None)):
         tokens = shard_tokens(path)
         if tokens < export.min_shard_tokens and i + 1 != export.train_shards:
             raise broken(path, f"{tokens:,} tokens", f"at least {export.min_shard_tokens:,}: "

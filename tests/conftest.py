@@ -28,7 +28,7 @@ TINY = dict(
     lqer_rank=2, compressor="brotli", max_eval_seconds=0.0, ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=5e-3, ttt_batch_size=4,
     ttt_chunk_size=16, ttt_short_score_first_steps="40:8", ttt_lanes=2, phased_ttt_prefix_docs=6, global_ttt_chunk_tokens=64,
     global_ttt_batch_seqs=2,
-)  # fmt: skip
+)
 
 
 def tiny_config(**changes) -> tg.Config:
@@ -66,7 +66,7 @@ def write_dataset(folder: Path, train_docs: int = 120, val_docs: int = 15, manif
     counts = np.where(val == tg.BOS_ID, 0, 1 + val % 3)
     half = len(train) // 2
     files = {"fineweb_train_000000.bin": train[:half], "fineweb_train_000001.bin": train[half:], "fineweb_val_000000.bin": val,
-             "fineweb_val_bytes_000000.bin": counts}  # fmt: skip
+             "fineweb_val_bytes_000000.bin": counts}
     entries = []
     for name, tokens in files.items():
         write_shard(folder / name, tokens)
@@ -74,7 +74,7 @@ def write_dataset(folder: Path, train_docs: int = 120, val_docs: int = 15, manif
     if manifest:
         splits = dict(
             train=dict(documents=[val_docs, val_docs + train_docs], tokens=len(train), shards=entries[:2]),
-            val=dict(documents=[0, val_docs], tokens=len(val), shards=entries[2:3], sidecar=entries[3:]))  # fmt: skip
+            val=dict(documents=[0, val_docs], tokens=len(val), shards=entries[2:3], sidecar=entries[3:]))
         (folder / "manifest.json").write_text(json.dumps(dict(format=1, transform="caseops", vocab_size=vocab, splits=splits)))
     return folder
 

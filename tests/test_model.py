@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import math
 
 import numpy as np
@@ -160,7 +161,9 @@ def packed_run(model, tokens, max_len, looping=True, **kwargs):
     """nats (T,) of one packed row in the model's own precision."""
     row = tg.packed_row(tokens, max_len, torch.device("cpu"))
     with torch.no_grad():
-        return model(row.inputs, row.targets, order=tg.layer_order(model.cfg, looping), packing=tg.Packing(row.cu_seqlens, max_len), **kwargs)[0]
+        return model(
+            row.inputs, row.targets, order=tg.layer_order(model.cfg, looping), packing=tg.Packing(row.cu_seqlens, max_len), **kwargs
+        )[0]
 
 
 def dense_run(model, tokens, looping=True, **kwargs):
@@ -235,7 +238,9 @@ def test_bf16_follows_fp32(random_model, world):
     exact.tok_emb.weight.data = exact.tok_emb.weight.data.bfloat16().float()
     half = tg.GPT(cfg, torch.bfloat16, tg.document_attention_cpu)
     half.load_state_dict(exact.state_dict())
-    assert half.tok_emb.weight.dtype == torch.bfloat16 and {p.dtype for n, p in half.named_parameters() if n != "tok_emb.weight"} == {torch.float32}
+    assert half.tok_emb.weight.dtype == torch.bfloat16 and {p.dtype for n, p in half.named_parameters() if n != "tok_emb.weight"} == {
+        torch.float32
+    }
     a, b = packed_run(exact, sample(), 17), packed_run(half, sample(), 17)
     assert b.dtype == torch.float32
     assert (a - b).abs().max() < 0.3 and (a - b).mean().abs() < 0.05  # 8 bits over 6 applications; unbiased
@@ -274,10 +279,10 @@ def test_layer_orders_of_the_record():
 def expected_shapes(L=11, D=512, H=8, kv=256, ff=2048, V=8192, skips=8) -> dict[str, tuple[int, ...]]:
     """Table of section 3.1."""
     shapes = {
-        "tok_emb.weight": (V, D), "qo_bank": (2 * L, D, D), "kv_bank": (2 * L, kv, D), "mlp_up_bank": (L, ff, D), "mlp_down_bank": (L, D, ff),
-        "skip_weights": (skips, D), "skip_gates": (skips, D), "parallel_post_lambdas": (L, 2, 2), "parallel_resid_lambdas": (L, 2),
+        "tok_emb.weight": (V, D), "qo_bank": (2 * L, D, D), "kv_bank": (2 * L, kv, D), "mlp_up_bank": (L, ff, D),
+        "mlp_down_bank": (L, D, ff), "skip_weights": (skips, D), "skip_gates": (skips, D), "parallel_post_lambdas": (L, 2, 2), "parallel_resid_lambdas": (L, 2),
         "smear_gate.weight": (1, 12), "smear_lambda": (1,), "softcap_pos": (), "softcap_neg": (),
-    }  # fmt: skip
+    }
     for i in range(L):
         shapes |= {f"blocks.{i}.attn.q_gain": (H,), f"blocks.{i}.attn.attn_gate_w": (H, 12), f"blocks.{i}.attn_scale": (D,)}
         shapes |= {f"blocks.{i}.mlp_scale": (D,), f"blocks.{i}.resid_mix": (2, D)}
@@ -316,7 +321,7 @@ def test_packed_documents_are_separate_documents(random_model):
     model, tokens = random_model(tiny_config()).double(), sample()
     packed = packed_run(model, tokens, 64)
     bounds = [0, 11, 12, 30, 50]
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         alone = dense_run(model, tokens[start : end + 1])[0]
         torch.testing.assert_close(packed[start:end], alone, **CLOSE)  # rotary positions are shifted: fp32 tables
 
@@ -436,7 +441,13 @@ def test_positions_equal_slicing(random_model):
     adapters = make_adapters(model.cfg, 2, SITES)
     whole = dense_run(model, rows, adapters=adapters)
     with torch.no_grad():
-        some = model(window[:, :-1], window[:, 1:].gather(1, positions), order=tg.layer_order(model.cfg, True), adapters=adapters, positions=positions)
+        some = model(
+            window[:, :-1],
+            window[:, 1:].gather(1, positions),
+            order=tg.layer_order(model.cfg, True),
+            adapters=adapters,
+            positions=positions,
+        )
     torch.testing.assert_close(some, whole.gather(1, positions), rtol=0, atol=1e-6)
 
 
@@ -456,12 +467,16 @@ def test_initial_values(world):
         assert (p[f"blocks.{i}.attn.q_gain"] == 5.25).all() and (p[f"blocks.{i}.attn.attn_gate_w"] == 0).all()
     assert not torch.equal(p["qo_bank"][0], p["qo_bank"][1])
     assert (p["qo_bank"][L:] == 0).all() and (p["mlp_down_bank"] == 0).all()
-    values = dict(skip_weights=1, skip_gates=0, parallel_post_lambdas=1, parallel_resid_lambdas=1.1, smear_lambda=0, softcap_pos=30, softcap_neg=30)
+    values = dict(
+        skip_weights=1, skip_gates=0, parallel_post_lambdas=1, parallel_resid_lambdas=1.1, smear_lambda=0, softcap_pos=30, softcap_neg=30
+    )
     for name, value in values.items():
         assert (p[name] == torch.tensor(float(value))).all(), name
     assert (p["smear_gate.weight"] == 0).all()
     emb = p["tok_emb.weight"]
-    assert emb.std().item() == pytest.approx(0.005, rel=0.1) and abs(emb.mean().item()) < 0.0005  # 2,048 draws: 1.6 % and 1e-4 are one sigma
+    assert (
+        emb.std().item() == pytest.approx(0.005, rel=0.1) and abs(emb.mean().item()) < 0.0005
+    )  # 2,048 draws: 1.6 % and 1e-4 are one sigma
     untied = tg.build_model(tiny_config(tie_embeddings=False, sparse_attn_gate_enabled=False, gated_attn_enabled=True), world)
     assert (untied.lm_head.weight == 0).all()
     assert untied.blocks[0].attn.attn_gate_w.std().item() == pytest.approx(0.01, rel=0.4)

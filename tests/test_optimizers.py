@@ -37,7 +37,7 @@ def slow_polar(G):
         (8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
         (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-    ]:  # fmt: skip
+    ]:
         s = a * s + b * s**3 + c * s**5
     return U @ torch.diag(s) @ Vh
 
@@ -61,7 +61,7 @@ def test_singular_values_land_in_the_band(shape):
     assert (S[0, -1] / S[0].norm()) >= 1e-3
     X = tg.polar_express(5.0 * U @ torch.diag_embed(S) @ Vh, 5)
     sigma = torch.linalg.svdvals(X)
-    assert 0.8585 <= sigma.min() and sigma.max() <= 1.1415  # the edges are known to three digits
+    assert sigma.min() >= 0.8585 and sigma.max() <= 1.1415  # the edges are known to three digits
     half = torch.linalg.svdvals(tg.polar_express((5.0 * U @ torch.diag_embed(S) @ Vh).bfloat16(), 5).float())
     assert half.max() <= 1.141 * 1.06 and half.median() > 0.85  # bf16: a few per cent, and values below its resolution are lost
 
@@ -76,7 +76,9 @@ def test_polar_express_details():
     assert torch.equal(tg.polar_express(G, 9), X)  # more than five still runs five
     a, b, c = tg.POLAR_EXPRESS[0]
     Y = G[0].T / (G[0].norm() + 1e-7)
-    torch.testing.assert_close(tg.polar_express(G, 1)[0], (a * Y + b * (Y @ Y.T) @ Y + c * (Y @ Y.T) @ (Y @ Y.T) @ Y).T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        tg.polar_express(G, 1)[0], (a * Y + b * (Y @ Y.T) @ Y + c * (Y @ Y.T) @ (Y @ Y.T) @ Y).T, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("row_normalize", [True, False])
@@ -100,7 +102,8 @@ def test_one_iteration_equals_torch_muon(shape):
     g = torch.Generator().manual_seed(3)
     p = torch.nn.Parameter(torch.zeros(shape))
     theirs = torch.optim.Muon(
-        [p], lr=1.0, momentum=0.9, nesterov=True, weight_decay=0.0, ns_steps=1, ns_coefficients=tg.POLAR_EXPRESS[0], adjust_lr_fn="original")
+        [p], lr=1.0, momentum=0.9, nesterov=True, weight_decay=0.0, ns_steps=1, ns_coefficients=tg.POLAR_EXPRESS[0], adjust_lr_fn="original"
+    )
     M = torch.zeros(1, *shape)
     for _ in range(4):
         p.grad = torch.randn(shape, generator=g)
@@ -116,7 +119,7 @@ CONFIGS = [
     {}, dict(tie_embeddings=False), dict(sparse_attn_gate_enabled=False, attn_out_gate_enabled=True), dict(parallel_start_layer=0),
     dict(sparse_attn_gate_enabled=False, gated_attn_enabled=True), dict(skip_gates_enabled=False, smear_gate_enabled=False),
     dict(asym_logit_rescale=False), dict(num_loops=0),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("changes", CONFIGS, ids=str)
@@ -134,14 +137,20 @@ def test_every_parameter_is_owned_once(changes, world):
     for name, p in model.named_parameters():
         if name.endswith("_bank") or name.startswith("softcap_"):
             continue
-        lr = cfg.scalar_lr if name not in ("tok_emb.weight", "lm_head.weight") else cfg.tied_embed_lr if tied or name[0] == "l" else cfg.embed_lr
+        lr = (
+            cfg.scalar_lr
+            if name not in ("tok_emb.weight", "lm_head.weight")
+            else cfg.tied_embed_lr
+            if tied or name[0] == "l"
+            else cfg.embed_lr
+        )
         assert settings[id(p)] == (lr, cfg.adam_wd if lr == cfg.scalar_lr else cfg.embed_wd), name
     for bank in optimizer.banks:
         assert (bank.lr, bank.wd) == (cfg.matrix_lr, cfg.muon_wd)
 
 
 def test_one_step_equals_the_definitions(random_model, world):
-    """Clip over everything after the reduction, AdamW as torch's, Muon as the slow reference, decoupled weight decay of both, one lr factor."""
+    """Clip over everything, AdamW as torch's, Muon as the slow reference, decoupled weight decay of both, one lr factor."""
     cfg = tiny_config(grad_clip_norm=0.3, muon_wd=0.2, embed_wd=0.3, adam_wd=0.1)
     model = random_model(cfg)
     optimizer = tg.TrainOptimizer(model, cfg, world)
@@ -151,7 +160,11 @@ def test_one_step_equals_the_definitions(random_model, world):
     emb = [reference["tok_emb.weight"]]
     rest = [reference[n] for n in adam_names if n != "tok_emb.weight"]
     adamw = torch.optim.AdamW(
-        [dict(params=emb, lr=0.03, weight_decay=0.3), dict(params=rest, lr=0.02, weight_decay=0.1)], betas=(0.9, 0.99), eps=1e-8, foreach=False)
+        [dict(params=emb, lr=0.03, weight_decay=0.3), dict(params=rest, lr=0.02, weight_decay=0.1)],
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        foreach=False,
+    )
     momenta = {n: torch.zeros_like(t) for n, t in twin.items() if n.endswith("_bank")}
     for step, (scale, mu) in enumerate([(1.0, 0.92), (0.5, 0.95), (0.25, 0.97)]):
         grads = with_gradients(model, seed=step, size=[1.0, 1e-5, 0.01][step])
@@ -284,7 +297,12 @@ def train_and_score(cfg: tg.Config, world: tg.World) -> dict:
     trainer.optimizer.load_state_dict(copy.deepcopy(optimizer_state))
     again = trainer.optimizer.state_dict()
     assert all(torch.equal(a, b) for a, b in zip(again["momentum"], optimizer_state["momentum"], strict=True))
-    out = dict(losses=losses, norms=norms, model={n: t.clone() for n, t in trainer.model.state_dict().items()}, momentum=optimizer_state["momentum"])
+    out = dict(
+        losses=losses,
+        norms=norms,
+        model={n: t.clone() for n, t in trainer.model.state_dict().items()},
+        momentum=optimizer_state["momentum"],
+    )
     data = tg.ValData.load(cfg, files)
     model = trainer.model.requires_grad_(False).eval()
     sliding = dataclasses.replace(cfg, eval_method="sliding")
@@ -318,14 +336,13 @@ def test_two_ranks_equal_one(dataset, tmp_path):
     assert first["losses"] == second["losses"] and first["norms"] == second["norms"] and first["scores"] == second["scores"]
     for key in ("model", "after"):
         assert all(torch.equal(t, second[key][n]) for n, t in first[key].items())  # replicas never drift apart
-        # One sum of two gradients in another order: fp32 rounding, blown up by Muon, which maps small singular values to 1.
+        # A sum of two and a half are exact in any order: on one kind of CPU only the norm is summed differently.
         for n, t in alone[key].items():
-            print(key, n, (first[key][n]-t).abs().max().item())
-            torch.testing.assert_close(first[key][n], t, rtol=0, atol=2e-3, msg=n)
-    assert first["losses"] == pytest.approx(alone["losses"], abs=1e-4) and first["norms"] == pytest.approx(alone["norms"], rel=1e-3)
+            torch.testing.assert_close(first[key][n], t, rtol=0, atol=1e-5, msg=n)
+    assert first["losses"] == pytest.approx(alone["losses"], abs=1e-5) and first["norms"] == pytest.approx(alone["norms"], rel=1e-5)
     for a, b in zip(first["momentum"], alone["momentum"], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     for ours, single in zip(first["scores"], alone["scores"], strict=True):
         assert (ours.tokens, ours.bytes) == (single.tokens, single.bytes)
-        assert ours.loss == pytest.approx(single.loss, abs=1e-3)
+        assert ours.loss == pytest.approx(single.loss, abs=1e-5)
     assert not torch.equal(alone["after"]["qo_bank"], alone["model"]["qo_bank"])  # the global phase took part

@@ -81,7 +81,8 @@ def test_unpack_inverts_pack_with_rows_sorted_and_transposed(zip_for_lrzip):
     stream = zlib.decompress(blob[at : at + header["streams"][0][2]])
     q = sample()["tok_emb.weight"].parts["gptq", "q"].numpy()
     assert stream == np.ascontiguousarray(q[tg.similarity_order(q)].T).tobytes()
-    orders = 2 * sum(s.parts["gptq", "q"].shape[0] for n, s in sample().items() if n.endswith(("tok_emb.weight", "c_q.weight", "fc.weight")))
+    sorted_ones = [n for n in sample() if n.endswith(("tok_emb.weight", "c_q.weight", "fc.weight"))]
+    orders = 2 * sum(len(sample()[n].parts["gptq", "q"]) for n in sorted_ones)
     assert {name: raw for name, _, _, raw in header["streams"]}["row_order"] == orders
 
 
@@ -128,7 +129,8 @@ print(hashlib.sha256(tg.pack(t.tiny_config(compressor="pergroup"), t.sample())).
 def test_same_bytes_in_another_process_with_other_threads(zip_for_lrzip):
     here = hashlib.sha256(tg.pack(tiny_config(compressor="pergroup"), sample())).hexdigest()
     code = FRESH.format(paths=[str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="2", PYTHONHASHSEED="7"))
+    env = os.environ | dict(OMP_NUM_THREADS="2", PYTHONHASHSEED="7")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout.strip() == here, done.stderr
 
 
@@ -190,12 +192,14 @@ def any_array(draw, shapes=SHAPES):
     dtype = draw(st.sampled_from(["i1", "i2", "f2"]))
     shape = draw(shapes)
     size = int(np.prod(shape)) * int(dtype[1])
-    raw = draw(st.one_of(st.just(bytes(size)), st.just(b"\xff" * size), st.just(b"\x80" * size), st.binary(min_size=size, max_size=size)))
+    constant = st.sampled_from([0, 127, 128, 255]).map(lambda byte: bytes([byte]) * size)
+    raw = draw(constant | st.binary(min_size=size, max_size=size))
     return torch.from_numpy(np.frombuffer(raw, "<" + dtype).reshape(shape).copy())
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.dictionaries(st.tuples(st.text(max_size=9), st.sampled_from("xyz")), any_array(), max_size=6), st.sampled_from([*PLAIN, "pergroup"]))
+@given(st.dictionaries(st.tuples(st.text(max_size=9), st.sampled_from("xyz")), any_array(), max_size=6),
+       st.sampled_from([*PLAIN, "pergroup"]))  # fmt: skip
 def test_any_arrays_survive(parts, compressor):
     stored = {}
     for (name, part), t in parts.items():
@@ -245,7 +249,7 @@ def test_truncation_is_reported_at_every_length():
     cfg = tiny_config()
     blob = tg.pack(cfg, sample())
     for length in [*range(80), *range(80, len(blob), 37), len(blob) - 1]:
-        with pytest.raises(tg.ArtifactError, match="no artifact|damaged"):
+        with pytest.raises(tg.ArtifactError, match=r"no artifact|damaged"):
             tg.unpack(cfg, blob[:length])
     with pytest.raises(tg.ArtifactError, match="damaged"):
         tg.unpack(cfg, blob + b"\0")
@@ -258,7 +262,7 @@ def test_bit_flips_are_reported():
     for bit in bits:
         damaged = bytearray(blob)
         damaged[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(tg.ArtifactError, match="no artifact|version|damaged"):
+        with pytest.raises(tg.ArtifactError, match=r"no artifact|version|damaged"):
             tg.unpack(cfg, bytes(damaged))
 
 
@@ -272,7 +276,7 @@ def test_other_files_other_versions_and_other_models_are_refused(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(tg.ArtifactError, match=r"version 7; this script reads version \d"):
         tg.unpack(cfg, newer)
-    with pytest.raises(tg.ArtifactError, match="MODEL_DIM: artifact 32, this run 64.*LN_SCALE: artifact True, this run False") as error:
+    with pytest.raises(tg.ArtifactError, match=r"MODEL_DIM: artifact 32, this run 64.*LN_SCALE: artifact True, this run False") as error:
         tg.unpack(tiny_config(model_dim=64, ln_scale=False, matrix_lr=0.5), blob)
     assert "MATRIX_LR" not in str(error.value)
     tg.unpack(tiny_config(matrix_lr=0.5, seed=9, iterations=3), blob)
@@ -295,7 +299,7 @@ def test_a_model_comes_back_from_disk_as_it_was_quantized(random_model, world, t
         hessians.H[t.site], hessians.count[t.site] = torch.eye(t.W.shape[1]), 1
     stored = tg.quantize(cfg, model.state_dict(), hessians, lambda line: None)
     path = tmp_path / "artifact"
-    with pytest.raises(tg.ArtifactError, match=r"cannot read the artifact.*ARTIFACT_DIR"):
+    with pytest.raises(tg.ArtifactError, match=r"cannot read .*ARTIFACT_DIR"):
         tg.load_artifact(cfg, world, path)
     path.write_bytes(tg.pack(cfg, stored))
     loaded = tg.load_artifact(cfg, world, path)

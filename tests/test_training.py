@@ -1,0 +1,573 @@
+"""TRAINING: schedules at their corners, a warm-up that leaves no trace, a clock that is never overrun, checkpoints exact to the bit."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+
+import train_gpt as tg
+
+S14 = tg.Config()
+# Compiling costs seconds per block: two of them still have a loop, a skip, two lanes and one block without XSA.
+SHALLOW = dict(num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1, xsa_last_n=1)
+
+
+def quiet(line, console=True):
+    pass
+
+
+def make_trainer(cfg, world) -> tg.Trainer:
+    return tg.Trainer(cfg, world, tg.Dataset.open(cfg, need_train=True))
+
+
+def no_score():
+    return tg.Score(1.0, 1.0, 1, 1)
+
+
+def run(cfg, world, folder, warm=False, log=quiet, trainer=None) -> tg.Trainer:
+    """A training run to its end."""
+    trainer = trainer or make_trainer(cfg, world)
+    if warm:
+        trainer.warm_up(log)
+    tg.train(trainer, no_score, log, folder / "checkpoint.pt")
+    return trainer
+
+
+def fingerprint(trainer) -> dict[str, torch.Tensor]:
+    """Weights, average, Adam moments and momentum."""
+    out = {f"model.{n}": t.detach().clone() for n, t in trainer.model.state_dict().items()}
+    out |= {f"ema.{n}": t.clone() for n, t in trainer.ema.shadow.items()}
+    state = trainer.optimizer.state_dict()
+    out |= {f"adam.{k}.{n}": t.clone() for k, moments in state["adamw"]["state"].items() for n, t in moments.items()}
+    return out | {f"momentum.{i}": t for i, t in enumerate(state["momentum"])}
+
+
+def assert_same(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def loss_values(trainer) -> list[float]:
+    return [loss for _, _, loss in trainer.losses]
+
+
+class FakeTime:
+    """`time.perf_counter` that only moves when told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(tg.time, "perf_counter", lambda: self.now)
+
+
+def slow_steps(trainer, fake, seconds):
+    """Every step takes `seconds(step, looping)` on the fake clock; returns the list of (context, looping, lr) of the steps."""
+    taken, step = [], trainer.train_step
+
+    def timed(window, context, looping, lr, momentum):
+        taken.append((context, looping, lr))
+        fake.now += seconds(len(taken) - 1, looping)
+        return step(window, context, looping, lr, momentum)
+
+    trainer.train_step = timed
+    return taken
+
+
+# ---- schedules
+
+
+def test_learning_rate_of_the_record():
+    """Golden test C.5 (warmdown 0.85, floor 0.1)."""
+    for progress, expected in {
+        0.0: 1,
+        0.149: 1,
+        0.15: 1,
+        0.5: 0.5882353,
+        0.9: 0.1176471,
+        0.914: 0.1011765,
+        0.916: 0.1,
+        0.95: 0.1,
+        1.0: 0.1,
+    }.items():
+        assert tg.lr_scale(S14, progress) == pytest.approx(expected, abs=1e-6), progress
+    no_warmdown = dataclasses.replace(S14, warmdown_frac=0.0)
+    assert [tg.lr_scale(no_warmdown, p) for p in (0.0, 0.5, 1.0)] == [1, 1, 1]
+    whole = dataclasses.replace(S14, warmdown_frac=1.0, min_lr=0.0)
+    assert [tg.lr_scale(whole, p) for p in (0.0, 0.25, 1.0)] == [1, 0.75, 0]
+
+
+def test_warmdown_in_iterations():
+    """Section 4.3: min(1, remaining / (iters * elapsed per step)) by the clock, else counted back from ITERATIONS; with the floor."""
+    by_clock = dataclasses.replace(S14, warmdown_iters=1000)  # 596 s of training
+    for progress, expected in {0.0: 1, 0.5: 1, 1 - 100 / 596: 1, 1 - 50 / 596: 0.5, 1 - 9 / 596: 0.1, 1.0: 0.1}.items():
+        assert tg.lr_scale(by_clock, progress, step=1, step_seconds=0.1) == pytest.approx(expected, abs=1e-6), progress
+    by_step = dataclasses.replace(by_clock, max_wallclock_seconds=0.0, iterations=5000)
+    for step, expected in {0: 1, 4000: 1, 4500: 0.5, 4990: 0.1}.items():
+        assert tg.lr_scale(by_step, step / 5000, step, 0.1) == pytest.approx(expected)
+        in_step_mode = dataclasses.replace(by_step, max_wallclock_seconds=600.0, train_seq_schedule_mode="step")
+        assert tg.lr_scale(in_step_mode, step / 5000, step, 0.3) == pytest.approx(expected)  # the clock plays no part
+
+
+def test_context_of_the_record():
+    """Golden test C.4: a stage lasts until its fraction, inclusive."""
+    for progress, expected in {0.0: 1024, 0.1: 1024, 0.1001: 2048, 0.7: 2048, 0.7001: 3072, 1.0: 3072}.items():
+        assert tg.context_length(S14, progress) == expected
+    half = tiny_config(train_seq_schedule="64@0.5")
+    assert [tg.context_length(half, p) for p in (0.0, 0.5, 0.6, 1.0)] == [64] * 4
+    with pytest.raises(ValueError, match="TRAIN_SEQ_LEN"):
+        tiny_config(train_seq_schedule="32@0.5")
+    blank = tiny_config(train_seq_schedule="")
+    assert [tg.context_length(blank, p) for p in (0.0, 1.0)] == [64, 64]
+    unsorted = tiny_config(train_seq_schedule="64@1.0,32@0.5")
+    assert [tg.context_length(unsorted, p) for p in (0.5, 0.51)] == [32, 64]
+
+
+def test_small_schedules():
+    assert [tg.rewarmup(S14, k) for k in (None, 1, 16, 32, 33, 900)] == [1, 1 / 32, 0.5, 1, 1, 1]
+    assert tg.rewarmup(dataclasses.replace(S14, seq_change_warmup_steps=0), 1) == 1
+    capped = dataclasses.replace(S14, midrun_cap_schedule="0.25@0.8,0.5@0.4")
+    assert [tg.midrun_cap(capped, p) for p in (0, 0.39, 0.4, 0.79, 0.8, 1.0)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert tg.midrun_cap(S14, 0.9) == 1
+    assert [tg.muon_momentum(S14, s) for s in (0, 750, 1500, 9999)] == pytest.approx([0.92, 0.945, 0.97, 0.97])
+    assert tg.muon_momentum(dataclasses.replace(S14, muon_momentum_warmup_steps=0), 0) == 0.97
+    assert [tg.looping_at(S14, p) for p in (0.0, 0.3499, 0.35, 1.0)] == [False, False, True, True]
+    assert not tg.looping_at(dataclasses.replace(S14, num_loops=0), 1.0)
+
+
+def test_shapes_to_warm():
+    """Section 5.4."""
+    P, L = False, True
+    shapes = lambda **c: tg.warm_shapes(dataclasses.replace(S14, **c))  # noqa: E731
+    assert shapes() == [(1024, P), (2048, P), (2048, L), (3072, L)]
+    assert shapes(compile_shape_warmup_loop_modes="both") == [(n, m) for n in (1024, 2048, 3072) for m in (P, L)]
+    assert shapes(compile_shape_warmup_loop_modes="inactive") == [(1024, P), (2048, P), (3072, P)]
+    assert shapes(compile_shape_warmup_loop_modes="active") == [(1024, L), (2048, L), (3072, L)]
+    assert shapes(compile_shape_warmup=False) == [(3072, P), (3072, L)]
+    assert shapes(num_loops=0) == [(1024, P), (2048, P), (3072, P)]
+    assert shapes(train_seq_schedule="") == [(3072, P), (3072, L)]
+    assert shapes(enable_looping_at=0.0) == [(1024, L), (2048, L), (3072, L)]
+
+
+def test_every_step_meets_a_warmed_shape(cfg, world):
+    """Walk the run's progress: no (context, loop mode) may appear that was not warmed."""
+    for c in (
+        S14,
+        dataclasses.replace(S14, enable_looping_at=0.2),
+        dataclasses.replace(S14, enable_looping_at=0.7),
+        tg.Config(num_loops=0),
+    ):
+        met = {(tg.context_length(c, p), tg.looping_at(c, p)) for p in np.linspace(0, 1, 10_001)}
+        assert met <= set(tg.warm_shapes(c))
+
+
+# ---- the loop
+
+
+def test_plan_follows_progress(cfg, world, tmp_path):
+    """12 steps by step count: context until the fraction, loops from 0.35, ramp of two steps, learning rate of that progress."""
+    trainer = make_trainer(cfg, world)
+    taken, step = [], trainer.train_step
+    trainer.train_step = lambda w, context, looping, lr, mu: taken.append((context, looping, lr, mu)) or step(w, context, looping, lr, mu)
+    lines = []
+    run(cfg, world, tmp_path, log=lambda line, console=True: lines.append(line), trainer=trainer)
+    for k, (context, looping, lr, mu) in enumerate(taken):
+        p = k / 12
+        assert (context, looping) == (32 if p <= 0.5 else 64, p >= 0.35)
+        ramp = 0.5 if k == 7 else 1.0  # steps 7 and 8 are the first two after the change
+        assert lr == pytest.approx(ramp * (1.0 if p < 0.15 else max((1 - p) / 0.85, 0.1)))
+        assert mu == pytest.approx(0.92 + 0.05 * min(1, k / 4))
+    assert len(taken) == 12 == trainer.step
+    assert any(line.startswith("growth_stage:seq_len:64 ") and line.endswith("step:7") for line in lines)
+    assert any(line.startswith("layer_loop:enabled step:5 ") for line in lines)
+
+
+def test_it_learns(cfg, world, tmp_path):
+    losses = loss_values(run(dataclasses.replace(cfg, iterations=40), world, tmp_path))
+    assert losses[0] == pytest.approx(np.log(64), abs=0.05)  # embeddings of 0.005 give nearly uniform predictions
+    assert np.mean(losses[-5:]) < losses[0] - 0.7
+
+
+def test_it_repeats_itself(cfg, world, tmp_path):
+    first, second = run(cfg, world, tmp_path), run(cfg, world, tmp_path)
+    assert loss_values(first) == loss_values(second) and len(first.losses) == 12
+    assert_same(fingerprint(first), fingerprint(second))
+
+
+def test_the_seed_moves_weights_and_not_data(cfg, world):
+    a, b = (make_trainer(dataclasses.replace(cfg, seed=s), world) for s in (1, 2))
+    assert not torch.equal(a.model.qo_bank, b.model.qo_bank)
+    assert all(np.array_equal(a.loader.next_step(), b.loader.next_step()) for _ in range(3))
+
+
+def test_accumulation_is_the_mean_of_its_micro_batches(cfg, world):
+    """Two rows of 256 in one step = the mean of the gradients of the two rows. (One row of 512 holds other tokens: every row spends one
+    extra token on its last target, so 1 x 512 and 2 x 256 never see quite the same data.)"""
+    trainer = make_trainer(cfg, world)
+    window, grads = trainer.loader.next_step(), []
+    assert window.shape == (2, 257) and trainer.accumulate == 2
+    trainer.optimizer.step = lambda lr, momentum: None  # leave the gradients in place
+    loss = trainer.train_step(window, 32, True, 1.0, 0.9)
+    total = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    rows = []
+    for tokens in window:
+        trainer.model.zero_grad()
+        row = tg.packed_row(tokens, 32, torch.device("cpu"))
+        nats = trainer.model(row.inputs, row.targets, order=tg.layer_order(cfg, True), packing=tg.Packing(row.cu_seqlens, 32))
+        nats.mean().backward()
+        rows.append(nats.mean().item())
+        grads.append({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+    assert loss == pytest.approx(np.mean(rows), abs=1e-6)
+    for n, g in total.items():
+        torch.testing.assert_close(g, (grads[0][n] + grads[1][n]) / 2, rtol=1e-5, atol=1e-7)  # halves are exact, sums are fp32
+    # The same 512 targets in one row: two rows that overlap in one token, cut at the same places.
+    trainer.model.zero_grad()
+    tokens = np.concatenate([window[0], window[0][1:]])
+    tokens[256] = tokens[0] = tg.BOS_ID  # both halves start a document, so neither sees the other
+    halves = np.stack([tokens[:257], tokens[256:]])
+    trainer.train_step(halves, 32, True, 1.0, 0.9)
+    split = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+    trainer.accumulate = 1
+    trainer.train_step(tokens[None], 32, True, 1.0, 0.9)
+    for n, p in trainer.model.named_parameters():
+        if n in split:
+            torch.testing.assert_close(p.grad, split[n], rtol=1e-4, atol=1e-6)  # other sums over rows of other lengths, fp32
+
+
+# ---- warm-up
+
+
+@pytest.mark.parametrize("backend", ["none", "eager"])
+def test_warm_up_leaves_no_trace(cfg, world, tmp_path, backend):
+    with clean_compiler():
+        cfg = dataclasses.replace(cfg, **SHALLOW, compile_backend=backend, compile_shape_warmup=backend != "none", iterations=8)
+        plain = run(cfg, world, tmp_path)
+        warmed, lines = make_trainer(dataclasses.replace(cfg, warmup_steps=3), world), []
+        before, position = fingerprint(warmed), warmed.loader.position
+        steps, shapes = [], []
+        step, forward = warmed.train_step, warmed.forward
+        warmed.train_step = lambda *a: steps.append((a[1], a[2], a[3])) or step(*a)
+        if backend != "none":
+            warmed.forward = lambda *a, **k: (
+                shapes.append((k["packing"].max_len, len(k["order"]), len(k["packing"].cu_seqlens))) or forward(*a, **k)
+            )
+        warmed.warm_up(lambda line, console=True: lines.append(line))
+        assert steps == [(32, False, 1.0)] * 3 + [(32, True, 1.0)] * 3  # full learning rate, first context, plain then looped
+        assert_same(fingerprint(warmed), before)  # no Adam state, zero momentum
+        assert warmed.loader.position == position and all(p.grad is None for p in warmed.model.parameters())
+        assert (warmed.step, warmed.losses) == (0, [])
+        if backend != "none":
+            assert {(n, layers) for n, layers, _ in shapes} >= {(n, 3 if loop else 2) for n, loop in tg.warm_shapes(cfg)}
+            assert {bucket for *_, bucket in shapes} == {64, 128, 192, 256}
+            assert "compile_shape_warmup:start 32xplain,32xloop,64xloop" in lines
+        run(cfg, world, tmp_path, trainer=warmed)
+        assert loss_values(warmed) == loss_values(plain)
+        assert_same(fingerprint(warmed), fingerprint(plain))
+
+
+# ---- the clock
+
+
+def test_clock_counts_running_time_only(monkeypatch):
+    fake = FakeTime(monkeypatch)
+    clock = tg.StepClock(5.0)
+    fake.now += 100  # not started yet
+    assert clock.now() == 5
+    clock.go_on()
+    fake.now += 2
+    assert clock.now() == 7
+    clock.pause()
+    fake.now += 50
+    assert clock.now() == 7  # a checkpoint written now says 7, not 9 or 59
+    clock.go_on()
+    fake.now += 1
+    assert clock.now() == 8
+    for seconds in (4.0, 2.0):
+        clock.record(seconds, 4)
+    assert clock.forecast(6) == pytest.approx(1.1 * 1.0 * 6)
+    for _ in range(10):
+        clock.record(2.0, 4)
+    assert clock.forecast(6) == pytest.approx(1.1 * 0.5 * 6)  # the slow step is forgotten
+
+
+def test_training_never_exceeds_its_budget(cfg, world, tmp_path, monkeypatch):
+    """Steps of 1 s that become 1.5 s with the loops (6 blocks instead of 4): the step that would overrun is not begun."""
+    cfg = dataclasses.replace(
+        cfg, iterations=1000, max_wallclock_seconds=20.9, gptq_reserve_seconds=1.0, train_seq_schedule_mode="wallclock"
+    )
+    fake, trainer, lines = FakeTime(monkeypatch), make_trainer(cfg, world), []
+    trainer.train_step = lambda *a: 4.0
+    taken = slow_steps(trainer, fake, lambda k, looping: 1.5 if looping else 1.0)
+    run(cfg, world, tmp_path, log=lambda line, console=True: lines.append(line), trainer=trainer)
+    seconds = sum(1.5 if looping else 1.0 for _, looping, _ in taken)
+    assert seconds <= 19.9 == pytest.approx(cfg.train_budget_seconds)
+    assert seconds + 1.1 * 1.5 > 19.9  # and the clock was used up: one more might not have fitted
+    assert trainer.clock.seconds == pytest.approx(seconds)
+    assert sum(line.startswith("stopping_early: wallclock_cap") for line in lines) == 1
+    assert [looping for _, looping, _ in taken] == sorted(looping for _, looping, _ in taken)  # once on, loops stay on
+    # what the step met is that of the clock's progress
+    elapsed = 0.0
+    for context, looping, _ in taken:
+        assert (context, looping) == (32 if elapsed / 19.9 <= 0.5 else 64, elapsed / 19.9 >= 0.35)
+        elapsed += 1.5 if looping else 1.0
+
+
+def test_the_switch_to_loops_is_forecast(cfg, world, tmp_path, monkeypatch):
+    """Plain steps of 2 s, looped ones of 3: with 2.5 s left after the switch no step is begun, though a plain one would fit."""
+    cfg = dataclasses.replace(
+        cfg, max_wallclock_seconds=6.6, gptq_reserve_seconds=0.0, enable_looping_at=0.6, train_seq_schedule_mode="wallclock"
+    )
+    fake, trainer = FakeTime(monkeypatch), make_trainer(cfg, world)
+    trainer.train_step = lambda *a: 4.0
+    taken = slow_steps(trainer, fake, lambda k, looping: 3.0 if looping else 2.0)
+    run(cfg, world, tmp_path, trainer=trainer)
+    assert len(taken) == 2 and trainer.clock.seconds == 4.0
+
+
+def test_the_ranks_stop_together(cfg, world, tmp_path, monkeypatch):
+    """A rank decides from what World.max gave it: clock, forecast and stop request. Another rank's slow step ends this one too."""
+    cfg = dataclasses.replace(
+        cfg, max_wallclock_seconds=10.0, gptq_reserve_seconds=0.0, train_seq_schedule_mode="wallclock", enable_looping_at=2.0
+    )
+    fake, trainer = FakeTime(monkeypatch), make_trainer(cfg, world)
+    trainer.train_step = lambda *a: 4.0
+    slow_steps(trainer, fake, lambda k, looping: 1.0)
+    agreed = []
+
+    def max_over_ranks(self, *values):
+        if len(values) > 1:
+            agreed.append(values)
+            values = (values[0], max(values[1], 8.0 / 4 if len(agreed) == 4 else 0), values[2])  # the other rank took 8 s
+        return list(values)
+
+    monkeypatch.setattr(tg.World, "max", max_over_ranks)
+    run(cfg, world, tmp_path, trainer=trainer)
+    assert trainer.step == 3
+
+
+def test_force_stop_step_overrides_the_clock(cfg, world, tmp_path, monkeypatch):
+    cfg = dataclasses.replace(
+        cfg, max_wallclock_seconds=5.0, gptq_reserve_seconds=1.0, force_stop_step=9, train_seq_schedule_mode="wallclock"
+    )
+    fake, trainer = FakeTime(monkeypatch), make_trainer(cfg, world)
+    trainer.train_step = lambda *a: 4.0
+    taken = slow_steps(trainer, fake, lambda k, looping: 1.0)
+    run(cfg, world, tmp_path, trainer=trainer)
+    assert trainer.step == len(taken) == 9 and trainer.clock.seconds == 9
+
+
+def test_validation_and_checkpoints_pause_the_clock(cfg, world, tmp_path, monkeypatch):
+    cfg = dataclasses.replace(cfg, iterations=6, val_loss_every=2, checkpoint_seconds=2.5)
+    fake, trainer = FakeTime(monkeypatch), make_trainer(cfg, world)
+    trainer.train_step = lambda *a: 4.0
+    slow_steps(trainer, fake, lambda k, looping: 1.0)
+    scored, saved, save = [], [], trainer.checkpoint
+
+    def validate():
+        scored.append(trainer.step)
+        fake.now += 100
+        return no_score()
+
+    def checkpoint(path):
+        fake.now += 30
+        save(path)
+        saved.append(torch.load(path, weights_only=True)["seconds"])
+
+    trainer.checkpoint = checkpoint
+    tg.train(trainer, validate, quiet, tmp_path / "checkpoint.pt")
+    assert scored == [2, 4, 6, 6]  # the last one is the final score
+    assert saved == [3.0, 6.0]
+    assert trainer.clock.seconds == 6 and [s for _, s, _ in trainer.losses] == [1, 2, 3, 4, 5, 6]
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6, 8, 10])
+def test_resume_is_exact(cfg, world, tmp_path, stop):
+    """Before anything happened, around the switch to loops (step 5), at the context change (step 7), within its ramp and after."""
+    whole = run(cfg, world, tmp_path)
+    interrupted(make_trainer(cfg, world), stop, tmp_path)
+    again = make_trainer(cfg, world)
+    again.load_state(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    assert again.step == stop
+    run(cfg, world, tmp_path, trainer=again)
+    assert loss_values(again) == loss_values(whole)
+    assert_same(fingerprint(again), fingerprint(whole))
+
+
+def interrupted(trainer, stop, folder) -> tg.Trainer:
+    """Train, ask to stop during step `stop`, and hand the trainer back when it has done so."""
+    step = trainer.train_step
+
+    def with_signal(*args):
+        loss = step(*args)
+        if trainer.step + 1 == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    trainer.train_step = with_signal
+    with pytest.raises(tg.Interrupted, match=rf"after step {stop}; .*checkpoint.pt.*RESUME=1"):
+        tg.train(trainer, no_score, quiet, folder / "checkpoint.pt")
+    assert trainer.step == stop
+    trainer.train_step = step
+    return trainer
+
+
+def test_the_trainer_of_an_interrupted_run_can_go_on_too(cfg, world, tmp_path):
+    whole = run(cfg, world, tmp_path)
+    trainer = interrupted(make_trainer(cfg, world), 4, tmp_path)
+    run(cfg, world, tmp_path, trainer=trainer)
+    assert_same(fingerprint(trainer), fingerprint(whole))
+
+
+def test_an_interrupted_run_keeps_its_time(cfg, world, tmp_path, monkeypatch):
+    """The seconds in the checkpoint are those of the steps: the budget of the resumed run is what was left."""
+    cfg = dataclasses.replace(
+        cfg, max_wallclock_seconds=7.05, gptq_reserve_seconds=0.0, train_seq_schedule_mode="wallclock", enable_looping_at=2.0
+    )
+    fake, trainer = FakeTime(monkeypatch), make_trainer(cfg, world)
+    slow_steps(trainer, fake, lambda k, looping: 1.0)
+    interrupted(trainer, 3, tmp_path)
+    fake.now += 500
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["seconds"] == 3.0 and state["step"] == 3
+    again = make_trainer(cfg, world)
+    again.load_state(state)
+    fake.now += 500  # loading, compiling
+    slow_steps(again, fake, lambda k, looping: 1.0)
+    run(cfg, world, tmp_path, trainer=again)
+    assert again.step == 6 and again.clock.seconds == 6.0  # 6 + 1.1 > 7.05
+
+
+def test_signals_are_handed_back(cfg, world, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with tg.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):  # the second one does not wait
+            os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize("change", [dict(matrix_lr=0.01), dict(seed=7), dict(iterations=13)])
+def test_resume_with_another_recipe_is_refused(cfg, world, tmp_path, change):
+    trainer = make_trainer(cfg, world)
+    state = trainer.state()
+    other = make_trainer(dataclasses.replace(cfg, **change), world)
+    before = fingerprint(other)
+    with pytest.raises(tg.RunError, match="another configuration or seed"):
+        other.load_state(state)
+    assert_same(fingerprint(other), before)
+    make_trainer(dataclasses.replace(cfg, run_id="x", artifact_dir="y", resume=True), world).load_state(state)  # names are no recipe
+
+
+def test_a_bad_loss_stops_the_run_and_keeps_the_last_good_state(cfg, world, tmp_path):
+    trainer = make_trainer(cfg, world)
+    step, good = trainer.train_step, {}
+
+    def poisoned(*args):
+        if trainer.step == 4:
+            good.update(fingerprint(trainer), position=trainer.loader.position)
+            hook = trainer.model.tok_emb.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+            try:
+                return step(*args)
+            finally:
+                hook.remove()
+        return step(*args)
+
+    trainer.train_step = poisoned
+    with pytest.raises(tg.RunError, match=r"step 5: the gradient norm is nan; .*checkpoint.pt.*MATRIX_LR"):
+        run(cfg, world, tmp_path, trainer=trainer)
+    whole = run(cfg, world, tmp_path / "other")
+    again = make_trainer(cfg, world)
+    again.load_state(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    good.pop("position")
+    assert again.step == 4
+    assert_same(fingerprint(again), good)
+    run(cfg, world, tmp_path, trainer=again)  # the step's data is read again: as if nothing had happened
+    assert_same(fingerprint(again), fingerprint(whole))
+
+
+def test_a_poisoned_weight_stops_the_run(cfg, world, tmp_path):
+    trainer = make_trainer(cfg, world)
+    with torch.no_grad():
+        trainer.model.mlp_up_bank[1, 0, 0] = float("nan")
+        trainer.model.mlp_down_bank[1] = 0.1
+    with pytest.raises(tg.RunError, match="step 1: the gradient norm is nan"):
+        run(cfg, world, tmp_path, trainer=trainer)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 0
+
+
+def test_no_step_at_all_is_an_error(cfg, world, tmp_path):
+    with pytest.raises(tg.RunError, match="no step fits"):
+        run(
+            dataclasses.replace(cfg, iterations=0, max_wallclock_seconds=5.0, train_seq_schedule_mode="step", gptq_reserve_seconds=1.0),
+            world,
+            tmp_path,
+        )
+
+
+# ---- the compiler
+
+
+@contextlib.contextmanager
+def clean_compiler():
+    """The limits of dynamo are process-wide: put them back, and forget the graphs."""
+    config = torch._dynamo.config
+    limits = config.recompile_limit, config.accumulated_recompile_limit
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        config.recompile_limit, config.accumulated_recompile_limit = limits
+        torch._dynamo.reset()
+
+
+def count_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_training_and_scoring_compile_into_few_whole_graphs(cfg, world, tmp_path):
+    """fullgraph=True raises at a graph break. Training: one graph per loop mode (the attention of a CPU ignores the longest segment, so
+    the context makes no graph of its own); scoring: one more per shape of rows; same losses as eager."""
+    cfg = dataclasses.replace(cfg, **SHALLOW, iterations=8)
+    compiled_cfg = dataclasses.replace(cfg, compile_backend="aot_eager")
+    eager = run(cfg, world, tmp_path)
+    data = tg.ValData.load(dataclasses.replace(cfg, val_doc_fraction=0.4), eager.files)
+    with clean_compiler():
+        before = count_graphs()
+        compiled = run(compiled_cfg, world, tmp_path)
+        assert count_graphs() - before == 2
+        # aot_eager runs the same kernels, decomposed: fp32 rounding, grown over eight steps of Muon
+        assert loss_values(compiled) == pytest.approx(loss_values(eager), abs=2e-3)
+        assert compiled.losses[0][2] == pytest.approx(eager.losses[0][2], abs=2e-5)
+        compiled.model.load_state_dict(eager.model.state_dict())
+        before = count_graphs()
+        for method in ("packed", "sliding"):
+            scoring = dataclasses.replace(cfg, eval_method=method)
+            ours = tg.evaluate(scoring, world, compiled.forward, data)
+            assert ours.loss == pytest.approx(tg.evaluate(scoring, world, eager.model, data).loss, abs=1e-5)
+        assert count_graphs() - before <= 3  # packed rows, full batches of windows, and the last one
+
+
+def test_test_time_training_compiles_into_few_whole_graphs(cfg, world, random_model, monkeypatch):
+    """Widths grow with every chunk, so they are dynamic: graphs per (chunk size, learning or not), not per width."""
+    cfg = dataclasses.replace(cfg, **SHALLOW, phased_ttt_enabled=False, val_doc_fraction=0.4)
+    data = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False))
+    model = random_model(cfg).requires_grad_(False).eval()
+    expected = tg.TttRun(cfg, world, model, data, quiet).run()
+    with clean_compiler():
+        before = count_graphs()
+        ours = tg.TttRun(dataclasses.replace(cfg, compile_backend="aot_eager"), world, model, data, quiet).run()
+        graphs = count_graphs() - before
+    assert (ours.tokens, ours.bytes) == (expected.tokens, expected.bytes)
+    assert ours.loss == pytest.approx(
+        expected.loss, abs=1e-3
+    )  # padded rows: other kernels, and AdamW turns noise in tiny gradients into steps
+    assert graphs <= 4  # with and without gradients; dynamic widths and chunk sizes may cost one more each
