@@ -280,7 +280,8 @@ def expected_shapes(L=11, D=512, H=8, kv=256, ff=2048, V=8192, skips=8) -> dict[
     """Table of section 3.1."""
     shapes = {
         "tok_emb.weight": (V, D), "qo_bank": (2 * L, D, D), "kv_bank": (2 * L, kv, D), "mlp_up_bank": (L, ff, D),
-        "mlp_down_bank": (L, D, ff), "skip_weights": (skips, D), "skip_gates": (skips, D), "parallel_post_lambdas": (L, 2, 2), "parallel_resid_lambdas": (L, 2),
+        "mlp_down_bank": (L, D, ff), "skip_weights": (skips, D), "skip_gates": (skips, D),
+        "parallel_post_lambdas": (L, 2, 2), "parallel_resid_lambdas": (L, 2),
         "smear_gate.weight": (1, 12), "smear_lambda": (1,), "softcap_pos": (), "softcap_neg": (),
     }
     for i in range(L):
