@@ -142,6 +142,8 @@ def rule_violations(c: Config):
         yield ("num_heads", "num_kv_heads"), f"NUM_HEADS={c.num_heads} must be divisible by NUM_KV_HEADS={c.num_kv_heads}"
     if c.rope_dims % 2 or c.rope_dims > c.head_dim:
         yield ("rope_dims", "model_dim", "num_heads"), f"ROPE_DIMS={c.rope_dims} must be even and at most the head size {c.head_dim}"
+    if c.rope_yarn and c.rope_dims < 4:
+        yield ("rope_yarn", "rope_dims"), f"ROPE_YARN=1 needs ROPE_DIMS of at least 4, got {c.rope_dims}"
     if c.gate_window > c.model_dim:
         yield ("gate_window", "model_dim"), f"GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
     if c.num_loops and not c.loop_start <= c.loop_end < c.num_layers:
@@ -553,8 +555,9 @@ def without_effect(cfg: Config, env) -> list[str]:
 
 
 def config_hash(cfg: Config) -> str:
-    """Identity of the recipe: everything but the seed, the run's name and where files lie."""
-    skip = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume"}
+    """Identity of the recipe: everything but the seed, the stage, the run's name, where files lie and what is logged."""
+    skip = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage", "prequant_only",
+            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every"}
     recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in skip}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -1852,8 +1855,8 @@ def warm_shapes(cfg: Config) -> list[tuple[int, bool]]:
 class StepClock:
     """Seconds of training so far, and a forecast of the next step. Pausing excludes validation and checkpoints."""
 
-    def __init__(self, seconds: float = 0.0):
-        self.seconds, self.start, self.recent = seconds, None, []  # start None: paused
+    def __init__(self, seconds: float = 0.0, recent: tuple[float, ...] = ()):
+        self.seconds, self.start, self.recent = seconds, None, [*recent]  # start None: paused
 
     def now(self) -> float:
         return self.seconds + (0.0 if self.start is None else time.perf_counter() - self.start)
@@ -1912,7 +1915,7 @@ class Trainer:
         self.accumulate = cfg.micro_batches // world.size
         self.loader = self.open_loader()
         self.step, self.clock, self.changed_at, self.stage_len = 0, StepClock(), None, cfg.seq_schedule[0][0]
-        self.looping, self.losses = False, []
+        self.looping, self.cap, self.losses = False, 1.0, []
 
     def open_loader(self, position: tuple[int, int] | None = None) -> TrainLoader:
         cfg = self.cfg
@@ -1938,7 +1941,8 @@ class Trainer:
     def state(self) -> dict:
         """Everything that decides how the run goes on."""
         return dict(
-            config_hash=config_hash(self.cfg), seed=self.cfg.seed, step=self.step, seconds=self.clock.now(), position=self.loader.position,
+            config_hash=config_hash(self.cfg), seed=self.cfg.seed, step=self.step, seconds=self.clock.now(), recent=self.clock.recent,
+            position=self.loader.position,
             changed_at=self.changed_at, stage_len=self.stage_len, looping=self.looping, losses=self.losses,
             model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema.shadow if self.ema else {},
         )
@@ -1954,7 +1958,7 @@ class Trainer:
             self.ema.shadow = {name: t.to(self.world.device) for name, t in state["ema"].items()}
         self.loader.close()
         self.loader = self.open_loader(tuple(state["position"]))
-        self.step, self.clock, self.changed_at = state["step"], StepClock(state["seconds"]), state["changed_at"]
+        self.step, self.clock, self.changed_at = state["step"], StepClock(state["seconds"], state["recent"]), state["changed_at"]
         self.stage_len, self.looping, self.losses = state["stage_len"], state["looping"], state["losses"]
 
     def checkpoint(self, path: Path) -> None:
@@ -1977,7 +1981,10 @@ class Trainer:
             if looping:
                 log(f"loop_warmup:enabled encoder:{list(order[: len(order) // 2])} decoder:{list(order[len(order) // 2 :])}")
             for k in range(cfg.warmup_steps):
-                self.train_step(window, cfg.seq_schedule[0][0], looping, 1.0, muon_momentum(cfg, k))
+                try:
+                    self.train_step(window, cfg.seq_schedule[0][0], looping, 1.0, muon_momentum(cfg, k))
+                except FloatingPointError as e:
+                    raise RunError(f"warm-up step {k + 1}: {e}; lower MATRIX_LR or TIED_EMBED_LR, or look at the data") from None
                 if k < 6 or (k + 1) % 10 == 0 or k + 1 == cfg.warmup_steps:
                     log(f"{'loop_warmup_step' if looping else 'warmup_step'}: {k + 1}/{cfg.warmup_steps}")
         self.model.load_state_dict(model)
@@ -2022,9 +2029,13 @@ class Trainer:
             self.looping, order = True, layer_order(cfg, True)
             log(f"layer_loop:enabled step:{self.step} frac:{progress:.3f} encoder:{list(order[: len(order) // 2])} "
                 f"decoder:{list(order[len(order) // 2 :])}")
+        cap = midrun_cap(cfg, progress)
+        if cfg.midrun_cap_log_updates and cap != self.cap:
+            log(f"midrun_cap:update step:{self.step} factor:{cap:g}")
+        self.cap = cap
         ramp = rewarmup(cfg, None if self.changed_at is None else self.step - self.changed_at + 1)
         per_step = elapsed / self.step if self.step else 0.0
-        return context, self.looping, lr_scale(cfg, progress, self.step, per_step) * midrun_cap(cfg, progress) * ramp
+        return context, self.looping, lr_scale(cfg, progress, self.step, per_step) * cap * ramp
 
 
 def log_training_start(cfg: Config, model: GPT, log: Log) -> None:
@@ -2044,7 +2055,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
     is no longer finite; in both cases checkpoint.pt holds the last good state.
     """
     cfg, world, clock = trainer.cfg, trainer.world, trainer.clock
-    budget, checkpointed, tokens_per_step, cap = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens, 1.0
+    budget, checkpointed, tokens_per_step = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens
     clock.go_on()
     with StopRequest() as stop:
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
@@ -2059,9 +2070,6 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
             if budget and not cfg.force_stop_step and elapsed + per_block * applications > budget:
                 log(f"stopping_early: wallclock_cap train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}")
                 break
-            if cfg.midrun_cap_log_updates and (now := midrun_cap(cfg, elapsed / budget if budget else 0)) != cap:
-                cap = now
-                log(f"midrun_cap:update step:{trainer.step} factor:{cap:g}")
             position = trainer.loader.position
             try:
                 loss = trainer.train_step(trainer.loader.next_step(), context, looping, lr, muon_momentum(cfg, trainer.step))

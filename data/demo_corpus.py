@@ -301,7 +301,8 @@ def collect(sources, max_bytes: int, workers: int, progress: bool = True) -> tup
     """(page, source path) pairs in reading order from as many sources as max_bytes needs, and the versions read."""
     documents, versions, seen = [], {}, set()
     size = 0
-    with Pool(workers, start_worker) if workers > 1 else nullcontext() as pool, tqdm(unit="file", disable=None if progress else True) as bar:
+    quiet = None if progress else True  # None: a bar on a terminal only
+    with Pool(workers, start_worker) if workers > 1 else nullcontext() as pool, tqdm(unit="file", disable=quiet) as bar:
         read_all = partial(pool.imap, chunksize=16) if pool else map
         for source in sources:
             if size >= max_bytes:

@@ -21,7 +21,8 @@ torch.set_num_threads(1)
 
 TINY = dict(
     vocab_size=64, num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, xsa_last_n=3, rope_dims=4, loop_start=1, loop_end=2, num_loops=1,
-    parallel_start_layer=3, gate_window=8, train_batch_tokens=512, train_microbatch_tokens=256, train_seq_len=64,
+    parallel_start_layer=3, gate_window=8,
+    train_batch_tokens=512, train_microbatch_tokens=256, train_seq_len=64,
     train_seq_schedule="32@0.5,64@1.0", seq_change_warmup_steps=2, compile_shape_warmup=False, warmup_steps=0, eval_seq_len=64,
     eval_stride=16, ttt_eval_seq_len=64, val_batch_tokens=2048, iterations=12, max_wallclock_seconds=0.0, train_seq_schedule_mode="step",
     muon_momentum_warmup_steps=4, ema_decay=0.5, train_log_every=1, gptq_calibration_batches=2, awq_lite_group_size=8, lqer_asym_group=16,

@@ -476,7 +476,8 @@ def test_overrides_rebuild_any_configuration(preset, tail, lr, batch, mask, floo
     assert tg.config_from_env(tg.overrides(cfg)) == cfg
 
 
-WHERE_AND_WHO = ("seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume")
+WHERE_AND_WHO = ("seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage",
+                 "prequant_only", "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every")
 RECIPE = [name for name in list(tg.Config.__dataclass_fields__)[16:] if name not in WHERE_AND_WHO]  # past the group `run`
 
 
