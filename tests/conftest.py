@@ -20,7 +20,8 @@ import train_gpt as tg
 torch.set_num_threads(1)
 
 TINY = dict(
-    vocab_size=64, num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, xsa_last_n=3, rope_dims=4, loop_start=1, loop_end=2, num_loops=1,
+    vocab_size=64, num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, xsa_last_n=3, rope_dims=4, loop_start=1, loop_end=2,
+    num_loops=1,
     parallel_start_layer=3, gate_window=8,
     train_batch_tokens=512, train_microbatch_tokens=256, train_seq_len=64,
     train_seq_schedule="32@0.5,64@1.0", seq_change_warmup_steps=2, compile_shape_warmup=False, warmup_steps=0, eval_seq_len=64,

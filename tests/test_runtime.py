@@ -155,10 +155,10 @@ def test_phases_add_up_to_the_wall_time(world):
 def test_peak_memory_is_that_of_the_phase(world):
     tg.reset_peak_memory(world.device)
     before = tg.peak_memory_mib(world.device)
-    block = torch.ones(32 << 20)  # 128 MiB
+    block = torch.ones(256 << 20)  # 1 GiB, more than a process keeps of what it freed
     during = tg.peak_memory_mib(world.device)
     del block
-    assert during >= before + 120
+    assert during >= before + 500
     if Path("/proc/self/clear_refs").exists() and os.access("/proc/self/clear_refs", os.W_OK):
         tg.reset_peak_memory(world.device)
         assert tg.peak_memory_mib(world.device) < during
