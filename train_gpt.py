@@ -176,19 +176,15 @@ def rule_violations(c: Config):
             steps = parse_steps(getattr(c, name), separator)
         except ValueError as e:
             yield (name,), f"{name.upper()}: {e}"
-        else:
-            if separator == ":" and any(chunk < 1 or chunk % 1 for _, chunk in steps):
-                yield (name,), f"{name.upper()}={getattr(c, name)!r}: chunks are whole numbers of tokens, at least 1"
+            continue
+        short = {chunk for _, chunk in steps} or {c.ttt_short_chunk_size}
+        chunks = {c.ttt_chunk_size} | (short if c.ttt_short_score_first_enabled else set())
+        if separator == ":" and c.ttt_enabled and any(chunk % 1 or not 1 <= chunk <= c.ttt_eval_seq_len for chunk in chunks):
+            yield ("ttt_chunk_size", "ttt_short_chunk_size", "ttt_eval_seq_len", name), (
+                f"chunks are whole numbers of tokens from 1 to TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}, not {sorted(chunks)}: "
+                f"TTT_CHUNK_SIZE={c.ttt_chunk_size}, {name.upper()}={getattr(c, name)!r}, TTT_SHORT_CHUNK_SIZE={c.ttt_short_chunk_size}")
     if not all(item.strip().isdigit() for item in filter(None, c.ttt_eval_batches.split(","))):
         yield ("ttt_eval_batches",), f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: expected a comma list of batch numbers"
-    try:
-        chunks = {int(chunk) for _, chunk in parse_steps(c.ttt_short_score_first_steps, ":")} or {c.ttt_short_chunk_size}
-    except (ValueError, OverflowError):
-        chunks = set()  # reported above
-    chunks = {c.ttt_chunk_size} | (chunks if c.ttt_short_score_first_enabled else set())
-    if c.ttt_enabled and not 1 <= min(chunks) <= max(chunks) <= c.ttt_eval_seq_len:
-        yield ("ttt_chunk_size", "ttt_short_chunk_size", "ttt_short_score_first_steps", "ttt_eval_seq_len"), (
-            f"every chunk of test-time training, here {sorted(chunks)}, must be from 1 to TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len} tokens")
     if c.max_wallclock_seconds and c.gptq_reserve_seconds >= c.max_wallclock_seconds:
         yield ("max_wallclock_seconds", "gptq_reserve_seconds"), (
             f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
@@ -200,6 +196,9 @@ def rule_violations(c: Config):
         yield ("lqer_rank", "lqer_asym_group", "model_dim", "mlp_mult"), (
             f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} must be multiples of "
             f"LQER_ASYM_GROUP={c.lqer_asym_group} (or LQER_ASYM_ENABLED=0)")
+    if c.lqer_enabled and c.lqer_rank > min(c.kv_dim, c.model_dim, c.mlp_dim):
+        yield ("lqer_rank", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"), (
+            f"LQER_RANK={c.lqer_rank} must be at most the smallest side of a matrix, {min(c.kv_dim, c.model_dim, c.mlp_dim)}")
     if c.phased_ttt_enabled and c.ttt_enabled and c.global_ttt_chunk_tokens < c.eval_seq_len:
         yield ("global_ttt_chunk_tokens", "eval_seq_len"), (
             f"GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} must hold at least one sequence of EVAL_SEQ_LEN={c.eval_seq_len}")
@@ -595,7 +594,6 @@ def launch_from_env(env) -> Launch:
 # RUNTIME - the processes, the device, the clock, the log and files that never lie half written.
 # ==================================================================================================
 
-
 @dataclass(frozen=True)
 class World:
     """The ranks of a run and the device of this one. At size 1 every collective is the identity."""
@@ -806,7 +804,6 @@ class Eta:
 # DATA - shards of uint16 tokens, their manifest, packed training rows, validation tokens with their bytes.
 # ==================================================================================================
 
-
 def read_shard(path: Path) -> np.ndarray:
     """Memory-map one shard: 256 little-endian int32 (magic, version, n), then n little-endian uint16. Raises RunError."""
     try:
@@ -872,7 +869,10 @@ def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path,
 
     Hashing is skipped for training shards beyond the first GB (16 GB of FineWeb would cost a minute); sizes never are.
     """
-    splits = manifest.get("splits", {})
+    splits = manifest.get("splits")
+    shards = [entry for split in (splits or {}).values() for entry in split.get("shards", [{}])]
+    if not shards or any(key not in entry for entry in shards for key in ("file", "tokens", "sha256")):
+        raise RunError(f"{folder}/manifest.json does not list the shards of this folder: prepare the data again")
     train_docs, val_docs = (splits.get(split, {}).get("documents", [0, 0]) for split in ("train", "val"))
     if max(train_docs[0], val_docs[0]) < min(train_docs[1], val_docs[1]):
         raise RunError(f"{folder}/manifest.json: training documents {train_docs} and validation documents {val_docs} overlap, so every "
@@ -1068,7 +1068,6 @@ class ValData:
 # KERNELS - each a definition first; where a faster form exists, it is held to the definition by a test.
 # ==================================================================================================
 
-
 def softcapped_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, round_cap: bool = False) -> Tensor:
     """Cross-entropy in nats, per token and in fp32, of cap tanh(logits / cap), with one cap for each sign of the logit.
 
@@ -1160,25 +1159,35 @@ def document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, 
     return _document_attention_cpu(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens)[0]
 
 
-def document_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-    """`document_attention_reference` by torch's variable-length flash attention (CUDA, half precision)."""
+def varlen_attention():
+    """`document_attention_reference` by torch's variable-length flash attention (CUDA, half precision).
+
+    What this version of torch accepts is looked up here, once, and not inside the compiled graph.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     accepted = inspect.signature(varlen_attn).parameters
-    causal = dict(window_size=(-1, 0)) if "window_size" in accepted else dict(is_causal=True)
-    if "enable_gqa" in accepted:
-        causal["enable_gqa"] = True
-    else:
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, **causal)
+    options = dict(window_size=(-1, 0)) if "window_size" in accepted else dict(is_causal=True)
+    grouped = "enable_gqa" in accepted
+    options |= dict(enable_gqa=True) if grouped else {}
+
+    def document_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        if not grouped:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, **options)
+
+    return document_attention_varlen
 
 
-def document_attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+def flash_attention_3():
     """`document_attention_reference` by FlashAttention 3 (Hopper)."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, causal=True)
-    return out[0] if isinstance(out, tuple) else out
+    def document_attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+
+    return document_attention_fa3
 
 
 def choose_document_attention(world: World):
@@ -1188,16 +1197,13 @@ def choose_document_attention(world: World):
     half = world.dtype in (torch.bfloat16, torch.float16)
     capability = torch.cuda.get_device_capability(world.device) if world.device.type == "cuda" else (0, 0)
     if half and capability[0] == 9 and importlib.util.find_spec("flash_attn_interface"):
-        return document_attention_fa3
-    if half and capability[0] >= 8:
-        return document_attention_varlen
-    return document_attention_reference
+        return flash_attention_3()
+    return varlen_attention() if half and capability[0] >= 8 else document_attention_reference
 
 
 # ==================================================================================================
 # MODEL - one network, one forward: training, scoring, calibration and test-time training differ by its arguments.
 # ==================================================================================================
-
 
 class Lora(NamedTuple):
     """Low-rank deltas of one site, one per document b: delta(x)[b] = scale x[b] A[b]^T B[b]^T."""
@@ -1504,14 +1510,6 @@ class GPT(nn.Module):
         return softcapped_ce(logits, targets, *caps, round_cap)
 
 
-def init_constant(value: float):
-    return lambda p: p.fill_(value)
-
-
-def init_normal(std: float):
-    return lambda p: p.normal_(0, std)
-
-
 def init_orthogonal(p: Tensor) -> None:
     for matrix in p:
         nn.init.orthogonal_(matrix)
@@ -1530,26 +1528,27 @@ def init_resid_mix(p: Tensor) -> None:
 
 def init_rules(cfg: Config):
     """(pattern, how to fill the parameter); first match wins."""
+    gate_std = cfg.gated_attn_init_std if cfg.attn_gate == "dense" else cfg.sparse_attn_gate_init_std
     return (
-        ("tok_emb.weight", init_normal(cfg.tied_embed_init_std)),
-        ("lm_head.weight", init_constant(0.0)),
+        ("tok_emb.weight", partial(nn.init.normal_, std=cfg.tied_embed_init_std)),
+        ("lm_head.weight", nn.init.zeros_),
         ("qo_bank", init_half_orthogonal),
         ("kv_bank", init_orthogonal),
         ("mlp_up_bank", init_orthogonal),
-        ("mlp_down_bank", init_constant(0.0)),
-        ("*.q_gain", init_constant(cfg.qk_gain_init)),
-        ("*.attn_gate_w", init_normal(cfg.gated_attn_init_std if cfg.attn_gate == "dense" else cfg.sparse_attn_gate_init_std)),
-        ("*.attn_gate_proj.weight", init_constant(0.0)),
-        ("*.attn_scale", init_constant(1.0)),
-        ("*.mlp_scale", init_constant(1.0)),
+        ("mlp_down_bank", nn.init.zeros_),
+        ("*.q_gain", partial(nn.init.constant_, val=cfg.qk_gain_init)),
+        ("*.attn_gate_w", partial(nn.init.normal_, std=gate_std)),
+        ("*.attn_gate_proj.weight", nn.init.zeros_),
+        ("*.attn_scale", nn.init.ones_),
+        ("*.mlp_scale", nn.init.ones_),
         ("*.resid_mix", init_resid_mix),
-        ("skip_weights", init_constant(1.0)),
-        ("skip_gates", init_constant(0.0)),
-        ("parallel_post_lambdas", init_constant(1.0)),
-        ("parallel_resid_lambdas", init_constant(1.1)),
-        ("smear_gate.weight", init_constant(0.0)),
-        ("smear_lambda", init_constant(0.0)),
-        ("softcap_*", init_constant(cfg.logit_softcap)),
+        ("skip_weights", nn.init.ones_),
+        ("skip_gates", nn.init.zeros_),
+        ("parallel_post_lambdas", nn.init.ones_),
+        ("parallel_resid_lambdas", partial(nn.init.constant_, val=1.1)),
+        ("smear_gate.weight", nn.init.zeros_),
+        ("smear_lambda", nn.init.zeros_),
+        ("softcap_*", partial(nn.init.constant_, val=cfg.logit_softcap)),
     )
 
 
@@ -1586,7 +1585,6 @@ def compile_forward(model: GPT, cfg: Config, world: World, dynamic: bool = False
 # ==================================================================================================
 # OPTIMIZERS - which parameter is learned how, and one step of it on any number of ranks.
 # ==================================================================================================
-
 
 # Polar Express (arXiv:2505.16932): rows are (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X.
 # Five of them map singular values in [1e-3, 1] into [0.86, 1.14].
@@ -1794,7 +1792,6 @@ class Ema:
 # TRAINING - schedules as pure functions of progress, exact warm-up, and a loop that never overruns its clock.
 # ==================================================================================================
 
-
 def lr_scale(cfg: Config, progress: float, step: int = 0, step_seconds: float = 0.0) -> float:
     """Share of the peak learning rate: 1, then linear down to MIN_LR over the last WARMDOWN_FRAC; progress runs from 0 to 1.
 
@@ -1949,8 +1946,9 @@ class Trainer:
 
     def load_state(self, state: dict) -> None:
         """Go on where `state` was taken. Raises RunError when it belongs to another recipe."""
-        if (state["config_hash"], state["seed"]) != (config_hash(self.cfg), self.cfg.seed):
-            raise RunError(f"checkpoint.pt was written by another configuration or seed ({state['config_hash']}, seed {state['seed']}); "
+        if (state.get("config_hash"), state.get("seed")) != (config_hash(self.cfg), self.cfg.seed):
+            found = f"{state.get('config_hash')}, seed {state.get('seed')}"
+            raise RunError(f"checkpoint.pt was written by another configuration or seed ({found}); "
                            "resume with the same variables, or start afresh with RESUME=0")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -2110,7 +2108,6 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
 # ==================================================================================================
 # QUANTIZATION - weights -> small integers and scales. Each codec is an encode next to its decode; rules choose.
 # ==================================================================================================
-
 
 class Hessians:
     """GPTQ's H = sum of x^T x over every matmul input, by site; handed to the forward as its tap."""
@@ -2419,7 +2416,19 @@ def low_rank_corrections(cfg: Config, tasks: list[Task], stored: dict[str, Store
     return {name: fits.get(name) or fit(residuals[name]) for name in best}
 
 
+@contextlib.contextmanager
+def full_fp32():
+    """No TF32 inside: GPTQ divides by what it subtracts."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
+@full_fp32()
 def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log: Log) -> dict[str, Stored]:
     """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`."""
     tensors = unbank(cfg, state)
@@ -2453,7 +2462,6 @@ def dequantized_state(cfg: Config, stored: dict[str, Stored]) -> dict[str, Tenso
 # ==================================================================================================
 # PACKING - tensors <-> bytes. The only section that knows the artifact's layout.
 # ==================================================================================================
-
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 1  # bump the version whenever any byte of the output could change its meaning
 DTYPES = {"i1": torch.int8, "i2": torch.int16, "f2": torch.float16}
@@ -2640,12 +2648,12 @@ def bytes_by_part(blob: bytes) -> dict[str, int]:
 def load_artifact(cfg: Config, world: World, path: Path) -> GPT:
     """The model that the bytes on disk stand for. Raises ArtifactError."""
     try:
-        blob = path.read_bytes()
+        stored = unpack(cfg, path.read_bytes())
     except OSError as e:
         raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
     model = GPT(cfg, world.dtype, choose_document_attention(world))
-    model.load_state_dict(dequantized_state(cfg, unpack(cfg, blob)))
-    return model.to(world.device).requires_grad_(False).eval()
+    model.load_state_dict(dequantized_state(cfg, stored))
+    return model.to(world.device).requires_grad_(False)
 
 
 def load_checkpoint_model(cfg: Config, world: World, path: Path) -> GPT:
@@ -2674,7 +2682,6 @@ def upstream_code_bytes() -> int | None:
 # ==================================================================================================
 # EVALUATION - bits per byte: every target scored once, every byte counted once.
 # ==================================================================================================
-
 
 class Score(NamedTuple):
     """What an evaluation comes to."""
@@ -2780,7 +2787,6 @@ def evaluate(cfg: Config, world: World, forward, data: ValData, looping: bool = 
 # ==================================================================================================
 # TEST-TIME TRAINING - score a chunk, then learn from it: a prediction never depends on what it predicts.
 # ==================================================================================================
-
 
 class Batch(NamedTuple):
     """Documents side by side. starts and sizes (n,): first input token and number of predictions, sizes ascending."""
@@ -3152,7 +3158,6 @@ class TttRun:
 # MAIN - the stages of a run. The artifact's bytes on disk are the only bridge from training to scoring.
 # ==================================================================================================
 
-
 class Run:
     """What all stages of one run share: configuration, ranks, files, log, clock and the numbers collected so far."""
 
@@ -3207,16 +3212,23 @@ def train_stage(run: Run) -> GPT:
             raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
         trainer.load_state(load_tensors(run.checkpoint, world.device))
         log(f"resumed after step {trainer.step}")
+
+    def validate() -> Score:
+        clock.phase("diagnostic eval")
+        score = evaluate(cfg, world, trainer.forward, run.data, trainer.looping)
+        clock.phase("train")
+        return score
+
     clock.phase("train")
-    train(trainer, lambda: evaluate(cfg, world, trainer.forward, run.data, trainer.looping), log, run.checkpoint)
-    log(f"peak memory allocated: {peak_memory_mib(world.device)} MiB reserved: "
-        f"{torch.cuda.max_memory_reserved() >> 20 if world.device.type == 'cuda' else peak_memory_mib(world.device)} MiB")
+    train(trainer, validate, log, run.checkpoint)
+    peak = max(peak_memory_mib(world.device), clock.peak_mib.get("train", 0))
+    reserved = torch.cuda.max_memory_reserved() >> 20 if world.device.type == "cuda" else peak
+    log(f"peak memory allocated: {peak} MiB reserved: {reserved} MiB")
     if trainer.ema:
         log("ema:applying EMA weights")
         trainer.ema.copy_to(trainer.model)
     run.result |= dict(steps=trainer.step, train_seconds=trainer.clock.seconds, train_tokens=trainer.step * cfg.train_batch_tokens,
                        step_avg_ms=1000 * trainer.clock.seconds / trainer.step, loss_curve=trainer.losses)
-    trainer.model.requires_grad_(False).eval()
     if world.main:
         save_tensors(run.weights, trainer.model.state_dict())
         run.checkpoint.unlink(missing_ok=True)
@@ -3228,7 +3240,7 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
     """Hessians, GPTQ, packing; the artifact is read back and compared before the stage is done."""
     cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
     if model is None:
-        model = load_checkpoint_model(cfg, world, run.weights).requires_grad_(False).eval()
+        model = load_checkpoint_model(cfg, world, run.weights)
         run.diagnostic("diagnostic pre-quantization post-ema", "pre_quant", model)
     clock.phase("calibrate")
     start = time.perf_counter()
@@ -3383,6 +3395,13 @@ def main() -> int:
     except RunError as e:
         print(f"error: {e}", file=sys.stderr)
         return 130 if isinstance(e, Interrupted) else 1
+    except torch.OutOfMemoryError as e:
+        print(f"error: out of device memory: {e}\nLower TRAIN_MICROBATCH_TOKENS (the batch stays the same), VAL_BATCH_TOKENS or "
+              "TTT_BATCH_SIZE", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is on disk: go on with STAGE=quantize or STAGE=eval", file=sys.stderr)
+        return 130
     finally:
         if world is not None:
             world.close()

@@ -105,7 +105,7 @@ def test_nothing_reads_a_later_name_while_importing_or_in_a_signature():
 
 
 def test_length():
-    assert len(LINES) <= 3400
+    assert sum(bool(line.strip()) for line in LINES) <= 3000
 
 
 def test_no_long_function():

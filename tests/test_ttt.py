@@ -120,7 +120,7 @@ def test_chunk_sizes_of_the_record():
     dict(ttt_chunk_size=65), dict(ttt_short_score_first_steps="40:65"), dict(ttt_short_score_first_steps="", ttt_short_chunk_size=65),
 ])  # fmt: skip
 def test_a_chunk_must_fit_the_context(change):
-    with pytest.raises(ValueError, match="must be from 1 to TTT_EVAL_SEQ_LEN=64"):
+    with pytest.raises(ValueError, match="whole numbers of tokens from 1 to TTT_EVAL_SEQ_LEN=64"):
         tiny_config(**change)
     tiny_config(ttt_enabled=False, **change)
     with pytest.raises(ValueError, match="TTT_SHORT_SCORE_FIRST_STEPS"):
