@@ -303,6 +303,7 @@ def test_a_model_comes_back_from_disk_as_it_was_quantized(random_model, world, t
         tg.load_artifact(cfg, world, path)
     path.write_bytes(tg.pack(cfg, stored))
     loaded = tg.load_artifact(cfg, world, path)
+    assert not any(p.requires_grad for p in loaded.parameters())
     expected = tg.dequantized_state(cfg, stored)
     assert all(torch.equal(t, expected[n]) for n, t in loaded.state_dict().items())
 
