@@ -919,10 +919,14 @@ class Row(NamedTuple):
     max_len: int
 
 
-def packed_row(tokens: np.ndarray, max_len: int, device: torch.device) -> Row:
-    """T + 1 consecutive tokens -> a Row of T predictions; attention stays within documents cut at `max_len`."""
-    window = torch.from_numpy(tokens.astype(np.int64))
-    cu_seqlens = torch.from_numpy(document_cu_seqlens(np.flatnonzero(tokens[:-1] == BOS_ID), len(tokens) - 1, max_len))
+def packed_row(tokens: np.ndarray, max_len: int, device: torch.device, every: int = 0) -> Row:
+    """T + 1 consecutive tokens -> a Row of T predictions; attention stays within documents cut at `max_len`.
+
+    every: cut at its multiples too, wherever documents start.
+    """
+    window, starts = torch.from_numpy(tokens.astype(np.int64)), np.flatnonzero(tokens[:-1] == BOS_ID)
+    starts = np.union1d(starts, np.arange(0, len(tokens) - 1, every)) if every else starts
+    cu_seqlens = torch.from_numpy(document_cu_seqlens(starts, len(tokens) - 1, max_len))
     if device.type == "cuda":
         window, cu_seqlens = window.pin_memory(), cu_seqlens.pin_memory()
     window = window.to(device, non_blocking=True)
@@ -3022,13 +3026,10 @@ def update_base(cfg: Config, world: World, model: GPT, tokens: np.ndarray, log: 
         for s in range(first, end, cfg.global_ttt_batch_seqs):
             count = min(cfg.global_ttt_batch_seqs, end - s)
             at = chunk * size + s * seq
-            window = tokens[at : at + count * seq + 1]
-            row = packed_row(window, seq, world.device)
+            # Cut at every sequence: how many of them share a row depends on the ranks, what a token sees must not.
+            row = packed_row(tokens[at : at + count * seq + 1], seq, world.device, every=seq)
             if cfg.global_ttt_respect_doc_boundaries:
-                # Cut at every sequence too: how many of them share a row depends on the ranks, what a token sees must not.
-                cuts = np.union1d(np.flatnonzero(window[:-1] == BOS_ID), np.arange(0, count * seq, seq))
-                cu_seqlens = torch.from_numpy(document_cu_seqlens(cuts, count * seq, seq)).to(world.device)
-                nats = model(row.inputs, row.targets, order=order, packing=Packing(cu_seqlens, seq))
+                nats = model(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, seq))
             else:
                 nats = model(row.inputs.view(count, seq), row.targets.view(count, seq), order=order)
             (nats.sum() / (per_chunk * seq)).backward()
@@ -3378,6 +3379,8 @@ def run_stages(cfg: Config, world: World, env) -> None:
 def main() -> int:
     """Exit codes: 0 done, 1 the run failed with an explanation, 2 bad configuration, 130 interrupted."""
     if set(sys.argv[1:]) & {"-h", "--help"}:
+        if hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
         print(help_text())
         return 0
     if sys.argv[1:]:
