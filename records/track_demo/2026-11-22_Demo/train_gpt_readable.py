@@ -1,0 +1,3415 @@
+"""
+Train a language model, squeeze it into 16,000,000 bytes, score it in bits per byte.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py      # the S14 recipe on 8 GPUs; no variables needed
+    PRESET=demo python train_gpt.py                            # the same pipeline on a laptop CPU, minutes
+    python train_gpt.py --help                                 # every variable: type, default, range, meaning
+
+train -> EMA -> Hessians -> GPTQ -> artifact on disk -> reload from its bytes -> score -> test-time training -> one JSON line.
+
+Reads top to bottom, a name is used below its definition:
+CONFIG, RUNTIME, DATA, KERNELS, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, EVALUATION, TEST-TIME TRAINING, MAIN.
+Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width, V vocabulary,
+L blocks, S slots (positions in the unrolled layer order), W ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import fnmatch
+import hashlib
+import heapq
+import importlib.util
+import inspect
+import json
+import linecache
+import lzma
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import brotli
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BOS_ID = 1                                # every document starts with it; there is no end-of-document token
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+ARTIFACT_CAP_BYTES = 16_000_000           # decimal, model file plus shipped code
+CU_SEQLENS_BUCKET = 64                    # cu_seqlens are padded to multiples of this: few shapes for the compiler
+
+
+class RunError(Exception):
+    """A failure with an explanation for the person at the keyboard: what, where, what was expected, what to do."""
+
+
+# ==================================================================================================
+# CONFIG - every variable of a run. The only section that reads the environment.
+# ==================================================================================================
+
+S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
+COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
+
+PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable set by hand wins
+    "s14": {},
+    "s55": dict(
+        train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, eval_seq_len=2048, qk_gain_init=5.0, asym_logit_rescale=False,
+        awq_lite_enabled=False, gptq_reserve_seconds=0.5, eval_include_tail=False, rope_train_seq_len=2048,
+        ttt_eval_seq_len=2048, ttt_batch_size=64, ttt_mask="", ttt_local_lr_mult=1.0, ttt_short_score_first_enabled=False,
+        ttt_short_score_first_steps="", phased_ttt_num_phases=3,
+    ),
+    "demo": dict(
+        data_path="data/demo", vocab_size=1024, num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=6, rope_dims=8,
+        loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096,
+        train_seq_len=512, train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
+        eval_seq_len=512, ttt_eval_seq_len=512, rope_train_seq_len=512, eval_stride=256, val_batch_tokens=65536,
+        max_wallclock_seconds=100.0, gptq_reserve_seconds=8.0, gptq_calibration_batches=12, max_eval_seconds=0.0, train_log_every=20,
+        muon_momentum_warmup_steps=100, ema_decay=0.95, compressor="brotli", ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
+        ttt_batch_size=16, ttt_chunk_size=128, ttt_short_score_first_steps="256:32,512:64", ttt_lanes=1, phased_ttt_prefix_docs=40,
+        global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
+    ),
+}
+
+REFUSED = {  # names that appear in published commands but never did anything, and names whose meaning is gone
+    "LQER_GROUP_SIZE": "nothing ever read it; the group size of the asymmetric factors is LQER_ASYM_GROUP",
+    "TTT_LR": "nothing ever read it; the learning rate of the adapters is TTT_LORA_LR times TTT_LOCAL_LR_MULT",
+    "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
+    "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; PARAM_RULES says which optimizer owns which tensor",
+}
+
+FAMILIES = (  # an unknown variable that starts like this is a typo, not somebody else's
+    "ADAM_", "ASYM_", "ATTN_", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_", "FUSED_CE",
+    "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_", "MAX_WALL",
+    "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_", "PHASED_TTT_", "QK_", "ROPE_",
+    "SCALAR_", "SEQ_", "SKIP_GATES", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_",
+)
+
+
+def knob(default: Any, doc: str, lo: float = -math.inf, hi: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
+    """Declare one variable: default, meaning, accepted range or choices."""
+    return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices))
+
+
+def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], ...]:
+    """'1024@0.1,2048@1' -> ((1024, 0.1), (2048, 1.0)): each context length lasts until its fraction of the run.
+
+    Blank means one stage of `default_len`. Raises ValueError on a malformed stage.
+    """
+    stages = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        length, at, end = item.partition("@")
+        if not at or int(length) <= 0 or not 0 < float(end) <= 1:
+            raise ValueError(f"stage {item!r}: expected LENGTH@END_FRACTION with LENGTH > 0 and 0 < END_FRACTION <= 1")
+        stages.append((int(length), float(end)))
+    stages.sort(key=lambda stage: stage[1])
+    if not stages:
+        return ((default_len, 1.0),)
+    return tuple(stages) if stages[-1][1] >= 1 else (*stages, (stages[-1][0], 1.0))
+
+
+def parse_steps(text: str, separator: str) -> tuple[tuple[float, float], ...]:
+    """'256:8,2000:24' -> ((256.0, 8.0), (2000.0, 24.0)), sorted by the first number. Raises ValueError."""
+    pairs = [item.split(separator) for item in filter(None, (part.strip() for part in text.split(",")))]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"{text!r}: expected a comma list of A{separator}B")
+    return tuple(sorted((float(a), float(b)) for a, b in pairs))
+
+
+def rule_violations(c: Config):
+    """Cross-field rules: yields (fields involved, what is wrong and what would be right)."""
+    if c.model_dim % c.num_heads:
+        yield ("model_dim", "num_heads"), f"MODEL_DIM={c.model_dim} must be divisible by NUM_HEADS={c.num_heads}"
+    if c.num_heads % c.num_kv_heads:
+        yield ("num_heads", "num_kv_heads"), f"NUM_HEADS={c.num_heads} must be divisible by NUM_KV_HEADS={c.num_kv_heads}"
+    if c.rope_dims % 2 or c.rope_dims > c.head_dim:
+        yield ("rope_dims", "model_dim", "num_heads"), f"ROPE_DIMS={c.rope_dims} must be even and at most the head size {c.head_dim}"
+    if c.rope_yarn and c.rope_dims < 4:
+        yield ("rope_yarn", "rope_dims"), f"ROPE_YARN=1 needs ROPE_DIMS of at least 4, got {c.rope_dims}"
+    if c.gate_window > c.model_dim:
+        yield ("gate_window", "model_dim"), f"GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
+    if c.num_loops and not c.loop_start <= c.loop_end < c.num_layers:
+        yield ("loop_start", "loop_end", "num_layers", "num_loops"), (
+            f"need LOOP_START <= LOOP_END < NUM_LAYERS, got {c.loop_start}, {c.loop_end}, {c.num_layers} (NUM_LOOPS=0 turns loops off)")
+    if c.attn_out_gate_enabled + c.gated_attn_enabled + c.sparse_attn_gate_enabled > 1:
+        yield ("attn_out_gate_enabled", "gated_attn_enabled", "sparse_attn_gate_enabled"), (
+            "at most one of ATTN_OUT_GATE_ENABLED, GATED_ATTN_ENABLED, SPARSE_ATTN_GATE_ENABLED may be 1")
+    if c.prequant_only + c.quantize_only + c.ttt_eval_only > 1 or (
+            c.stage != "all" and c.prequant_only + c.quantize_only + c.ttt_eval_only):
+        yield ("stage", "prequant_only", "quantize_only", "ttt_eval_only"), (
+            "set only one of STAGE, PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY")
+    if c.train_batch_tokens % c.train_microbatch_tokens:
+        yield ("train_batch_tokens", "train_microbatch_tokens"), (
+            f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens}")
+    try:
+        lengths = [length for length, _ in c.seq_schedule]
+    except ValueError as e:
+        yield ("train_seq_schedule",), f"TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r}: {e}"
+    else:
+        schedule = ("train_seq_len", "train_seq_schedule")
+        if max(lengths) != c.train_seq_len:
+            yield schedule, (f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest context of TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r} "
+                             "(a blank schedule trains at TRAIN_SEQ_LEN throughout)")
+        if bad := [n for n in lengths if c.train_microbatch_tokens % n]:
+            yield (*schedule, "train_microbatch_tokens"), (
+                f"TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens} must be a multiple of every context length, not of {bad}")
+    for name, separator in (("midrun_cap_schedule", "@"), ("ttt_short_score_first_steps", ":")):
+        try:
+            steps = parse_steps(getattr(c, name), separator)
+        except ValueError as e:
+            yield (name,), f"{name.upper()}: {e}"
+            continue
+        short = {chunk for _, chunk in steps} or {c.ttt_short_chunk_size}
+        chunks = {c.ttt_chunk_size} | (short if c.ttt_short_score_first_enabled else set())
+        if separator == ":" and c.ttt_enabled and any(chunk % 1 or not 1 <= chunk <= c.ttt_eval_seq_len for chunk in chunks):
+            yield ("ttt_chunk_size", "ttt_short_chunk_size", "ttt_eval_seq_len", name), (
+                f"chunks are whole numbers of tokens from 1 to TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}, not {sorted(chunks)}: "
+                f"TTT_CHUNK_SIZE={c.ttt_chunk_size}, {name.upper()}={getattr(c, name)!r}, TTT_SHORT_CHUNK_SIZE={c.ttt_short_chunk_size}")
+    if not all(item.strip().isdigit() for item in filter(None, c.ttt_eval_batches.split(","))):
+        yield ("ttt_eval_batches",), f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: expected a comma list of batch numbers"
+    if c.max_wallclock_seconds and c.gptq_reserve_seconds >= c.max_wallclock_seconds:
+        yield ("max_wallclock_seconds", "gptq_reserve_seconds"), (
+            f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
+    if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
+        yield ("max_wallclock_seconds", "iterations"), "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
+    if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
+        yield ("eval_stride", "eval_seq_len"), f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
+    if c.lqer_enabled and c.lqer_asym_enabled and any(c.lqer_rank * n % c.lqer_asym_group for n in (c.model_dim, c.mlp_dim)):
+        yield ("lqer_rank", "lqer_asym_group", "model_dim", "mlp_mult"), (
+            f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} must be multiples of "
+            f"LQER_ASYM_GROUP={c.lqer_asym_group} (or LQER_ASYM_ENABLED=0)")
+    if c.lqer_enabled and c.lqer_rank > min(c.kv_dim, c.model_dim, c.mlp_dim):
+        yield ("lqer_rank", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"), (
+            f"LQER_RANK={c.lqer_rank} must be at most the smallest side of a matrix, {min(c.kv_dim, c.model_dim, c.mlp_dim)}")
+    if c.phased_ttt_enabled and c.ttt_enabled and c.global_ttt_chunk_tokens < c.eval_seq_len:
+        yield ("global_ttt_chunk_tokens", "eval_seq_len"), (
+            f"GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} must hold at least one sequence of EVAL_SEQ_LEN={c.eval_seq_len}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every variable of a run. Field `num_layers` is environment variable NUM_LAYERS. Defaults are S14 (PR #2014)."""
+
+    # run
+    preset: str = knob("s14", "table of overrides to start from", choices=tuple(PRESETS))
+    stage: str = knob("all", "which part of the pipeline to run", choices=("all", "train", "quantize", "eval"))
+    prequant_only: bool = knob(False, "same as STAGE=train")
+    quantize_only: bool = knob(False, "same as STAGE=quantize: start from final_model.pt")
+    ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact")
+    seed: int = knob(1337, "seeds weights and adapters; the data order does not depend on it", lo=0)
+    run_id: str = knob("", "name of the run; blank = date and time")
+    artifact_dir: str = knob("", "folder for log, checkpoint and artifact; blank = logs/RUN_ID")
+    resume: bool = knob(False, "continue from checkpoint.pt of ARTIFACT_DIR")
+    checkpoint_seconds: float = knob(0.0, "write checkpoint.pt this often while training; 0 = only when interrupted", lo=0)
+    device: str = knob("auto", "where to run; auto = cuda if there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
+    activation_dtype: str = knob("auto", "activations and embedding; auto = bf16 on cuda, else fp32", choices=("auto", "bf16", "fp32"))
+    compile_backend: str = knob("auto", "of torch.compile; auto = inductor on cuda, else none", choices=COMPILE_BACKENDS)
+    dynamo_cache_size_limit: int = knob(128, "graphs torch.compile may keep per function", lo=1)
+    dynamo_accumulated_cache_size_limit: int = knob(1024, "graphs torch.compile may keep in all", lo=1)
+    # data
+    data_dir: str = knob("./data/", "root of the default data paths")
+    data_path: str = knob("", "folder of the shards; blank = the published CaseOps export below DATA_DIR")
+    tokenizer_path: str = knob("", "SentencePiece model; blank = tokenizer.model beside the shards, or the published one")
+    caseops_enabled: bool = knob(True, "bytes come from the sidecar; 0 = from the SentencePiece pieces")
+    vocab_size: int = knob(8192, "token ids are below this", lo=2, hi=65536)
+    val_doc_fraction: float = knob(1.0, "score a fixed random share of the documents; below 1 is for development", lo=1e-6, hi=1)
+    # model
+    num_layers: int = knob(11, "blocks", lo=1)
+    model_dim: int = knob(512, "width of the residual stream", lo=1)
+    num_heads: int = knob(8, "query heads", lo=1)
+    num_kv_heads: int = knob(4, "key/value heads", lo=1)
+    mlp_mult: float = knob(4.0, "MLP width over MODEL_DIM", lo=0.01)
+    mlp_slope: float = knob(0.5, "slope of leaky ReLU below zero, before the square", lo=0, hi=1)
+    tie_embeddings: bool = knob(True, "the head is the embedding matrix")
+    logit_softcap: float = knob(30.0, "logits become c tanh(logits / c)", lo=1e-3)
+    asym_logit_rescale: bool = knob(True, "one cap for positive and one for negative logits, both stored and both LOGIT_SOFTCAP")
+    fused_ce_enabled: bool = knob(True, "softcap and cross-entropy of training in fp32; 0 = softcap rounded to the activation dtype")
+    rope_base: float = knob(10000.0, "base of the rotary frequencies", lo=1)
+    rope_dims: int = knob(16, "rotated dimensions of each head", lo=2)
+    rope_yarn: bool = knob(False, "stretch ROPE_BASE where the context exceeds ROPE_TRAIN_SEQ_LEN")
+    rope_train_seq_len: int = knob(3072, "context the rotary base is meant for", lo=1)
+    ln_scale: bool = knob(True, "scale the normed input of block i by 1/sqrt(i+1)")
+    qk_gain_init: float = knob(5.25, "initial gain of the normed queries")
+    xsa_last_n: int = knob(11, "blocks, counted from the last, whose heads drop the part along their own value", lo=0)
+    skip_gates_enabled: bool = knob(True, "gated skips; 0 = plain weighted sums")
+    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", lo=0)
+    loop_start: int = knob(3, "first block of the repeated segment", lo=0)
+    loop_end: int = knob(5, "last block of the repeated segment, inclusive", lo=0)
+    parallel_start_layer: int = knob(8, "first block of the two-lane decoder; 0 = one lane", lo=0)
+    parallel_final_lane: str = knob("mean", "which lane feeds the head", choices=("mean", "mlp", "attn"))
+    attn_out_gate_enabled: bool = knob(False, "head gate 2 sigmoid(W src[:GATE_WINDOW])")
+    attn_out_gate_src: str = knob("proj", "input of that gate: the block's normed input or the raw queries", choices=("proj", "q"))
+    gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over all channels")
+    gated_attn_init_std: float = knob(0.01, "initial std of its weights", lo=0)
+    sparse_attn_gate_enabled: bool = knob(True, "head gate sigmoid(SPARSE_ATTN_GATE_SCALE W n[:GATE_WINDOW])")
+    sparse_attn_gate_init_std: float = knob(0.0, "initial std of its weights", lo=0)
+    sparse_attn_gate_scale: float = knob(0.5, "factor inside the sigmoid")
+    gate_window: int = knob(12, "channels read by the sparse, output and smear gates", lo=1)
+    smear_gate_enabled: bool = knob(True, "add a gated share of the previous token's embedding")
+    smear_gate_bos_fix: bool = knob(True, "never smear across a document start")
+    tied_embed_init_std: float = knob(0.005, "initial std of the embedding", lo=0)
+    # optimizers
+    matrix_lr: float = knob(0.026, "Muon, the weight banks", lo=0)
+    embed_lr: float = knob(0.6, "AdamW, the embedding when the head is untied", lo=0)
+    tied_embed_lr: float = knob(0.03, "AdamW, the tied embedding and the untied head", lo=0)
+    scalar_lr: float = knob(0.02, "AdamW, all small tensors", lo=0)
+    muon_momentum: float = knob(0.97, "Nesterov momentum", lo=0, hi=0.9999)
+    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", lo=0, hi=0.9999)
+    muon_momentum_warmup_steps: int = knob(1500, "steps until MUON_MOMENTUM is reached", lo=0)
+    muon_backend_steps: int = knob(5, "Polar Express iterations; more than 5 still runs 5", lo=1)
+    muon_row_normalize: bool = knob(True, "divide rows of the update by their norm before orthogonalising")
+    muon_wd: float = knob(0.095, "decoupled weight decay of the banks", lo=0)
+    embed_wd: float = knob(0.085, "decoupled weight decay of embedding and head", lo=0)
+    adam_wd: float = knob(0.02, "decoupled weight decay of the small tensors", lo=0)
+    beta1: float = knob(0.9, "AdamW", lo=0, hi=0.9999)
+    beta2: float = knob(0.99, "AdamW", lo=0, hi=0.99999)
+    adam_eps: float = knob(1e-8, "AdamW", lo=0)
+    grad_clip_norm: float = knob(0.3, "global norm of the reduced gradient; 0 = off", lo=0)
+    ema_decay: float = knob(0.9965, "moving average of the weights, per step; 0 = off", lo=0, hi=0.999999)
+    # schedule
+    iterations: int = knob(20000, "upper bound on training steps", lo=0)
+    max_wallclock_seconds: float = knob(600.0, "training budget, calibration included; 0 = ITERATIONS decides", lo=0)
+    force_stop_step: int = knob(0, "stop at this step whatever the clock says; not record-legal", lo=0)
+    train_batch_tokens: int = knob(786432, "tokens per step, all ranks", lo=1)
+    train_microbatch_tokens: int = knob(98304, "tokens per packed row; the data order depends on it, not on the ranks", lo=1)
+    train_seq_len: int = knob(3072, "longest attention context of training; must be the longest of the schedule", lo=1)
+    train_seq_schedule: str = knob(S14_SCHEDULE, "LENGTH@END_FRACTION,...; blank = TRAIN_SEQ_LEN throughout")
+    train_seq_schedule_mode: str = knob("wallclock", "what progress means", choices=("wallclock", "step"))
+    seq_change_warmup_steps: int = knob(32, "ramp the learning rate over this many steps after a context change", lo=0)
+    midrun_cap_schedule: str = knob("", "FACTOR@FRACTION,...: multiply the learning rate from that fraction on")
+    midrun_cap_log_updates: bool = knob(False, "log each change of that factor")
+    enable_looping_at: float = knob(0.35, "progress at which the loops switch on", lo=0)
+    warmdown_frac: float = knob(0.85, "share of the run, at its end, over which the learning rate falls", lo=0, hi=1)
+    warmdown_iters: int = knob(0, "if set: the warmdown lasts this many steps instead", lo=0)
+    min_lr: float = knob(0.1, "floor of the learning rate, as a share of its peak", lo=0, hi=1)
+    warmup_steps: int = knob(20, "untimed steps per loop mode before the clock starts, rolled back exactly", lo=0)
+    compile_shape_warmup: bool = knob(True, "compile every (context, loop mode) before the clock starts")
+    compile_shape_warmup_iters: int = knob(1, "forward-backward passes per shape", lo=1)
+    compile_shape_warmup_loop_modes: str = knob("auto", "which loop modes to warm", choices=("auto", "inactive", "active", "both"))
+    train_log_every: int = knob(500, "steps between log lines", lo=1)
+    val_loss_every: int = knob(0, "steps between validations, clock stopped; 0 = only at the end", lo=0)
+    # quantization
+    matrix_bits: int = knob(6, "bits of the matrices", lo=2, hi=8)
+    embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8)
+    matrix_clip_sigmas: float = knob(12.85, "clip of matrices that are neither attention, MLP nor embedding (the untied head)", lo=0.1)
+    embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row", lo=0.1)
+    mlp_clip_sigmas: float = knob(11.5, "clip of the MLP matrices", lo=0.1)
+    attn_clip_sigmas: float = knob(13.0, "clip of the attention matrices", lo=0.1)
+    gated_attn_quant_gate: bool = knob(True, "attention gates as int8 rows; 0 = fp16")
+    gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians", lo=1)
+    gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians", lo=0)
+    awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most")
+    awq_lite_bits: int = knob(8, "bits of those groups; tensors with as many bits are no candidates", lo=3, hi=8)
+    awq_lite_group_size: int = knob(64, "columns per group", lo=1)
+    awq_lite_group_top_k: int = knob(1, "groups protected, over all tensors", lo=0)
+    lqer_enabled: bool = knob(True, "low-rank correction of the worst residuals")
+    lqer_rank: int = knob(4, "rank of the correction", lo=1)
+    lqer_top_k: int = knob(3, "tensors corrected", lo=0)
+    lqer_factor_bits: int = knob(4, "bits of symmetric factors", lo=2, hi=8)
+    lqer_asym_enabled: bool = knob(True, "2-bit left and grouped 4-bit right factors instead of symmetric ones")
+    lqer_asym_group: int = knob(64, "values per scale of the right factor", lo=1)
+    lqer_scope: str = knob("all", "tensors that may be corrected", choices=("all", "mlp", "attn", "embed"))
+    lqer_gain_select: bool = knob(False, "choose tensors by the error removed instead of the error present")
+    compressor: str = knob("pergroup", "coder of the artifact; pergroup needs the lrzip program", choices=("pergroup", "brotli", "lzma"))
+    # evaluation
+    eval_method: str = knob("packed", "diagnostics: whole documents packed, or sliding windows", choices=("packed", "sliding"))
+    eval_seq_len: int = knob(3072, "longest context of the diagnostics", lo=1)
+    eval_stride: int = knob(1536, "targets scored per sliding window after the first", lo=1)
+    eval_include_tail: bool = knob(True, "score the last, partial sequence too")
+    val_batch_tokens: int = knob(524288, "tokens per evaluation batch, 8 packed rows", lo=8)
+    max_eval_seconds: float = knob(600.0, "budget of the scored evaluation; 0 = no limit", lo=0)
+    # test-time training: one adapter set per document
+    ttt_enabled: bool = knob(True, "score with test-time training")
+    ttt_lora_rank: int = knob(80, "rank of the adapters", lo=1)
+    ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank")
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", lo=0)
+    ttt_local_lr_mult: float = knob(0.75, "factor on TTT_LORA_LR", lo=0)
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", lo=0)
+    ttt_beta1: float = knob(0.0, "AdamW of the adapters", lo=0, hi=0.9999)
+    ttt_beta2: float = knob(0.99, "AdamW of the adapters", lo=0, hi=0.99999)
+    ttt_optimizer: str = knob("adam", "optimizer of the adapters", choices=("adam", "sgd"))
+    ttt_grad_steps: int = knob(1, "updates per scored chunk", lo=1)
+    ttt_mask: str = knob("no_qv", "which attention adapters to leave out", choices=("", "all", "baseline_all", "no_q", "no_v", "no_qv"))
+    ttt_q_lora: str = knob("auto", "query adapter; auto = as TTT_MASK says", choices=("auto", "0", "1"))
+    ttt_v_lora: str = knob("auto", "value adapter; auto = as TTT_MASK says", choices=("auto", "0", "1"))
+    ttt_k_lora: bool = knob(True, "key adapter")
+    ttt_o_lora: bool = knob(True, "adapter beside the attention block, reading its normed input")
+    ttt_mlp_lora: bool = knob(True, "adapter beside the MLP, reading its normed input")
+    ttt_warm_start_a: bool = knob(True, "keep A between the batches of a lane; 0 = draw it anew")
+    ttt_eval_seq_len: int = knob(3072, "context of a scored chunk", lo=1)
+    ttt_batch_size: int = knob(24, "documents side by side", lo=1)
+    ttt_chunk_size: int = knob(48, "tokens scored between two updates", lo=1)
+    ttt_short_doc_len: int = knob(2000, "documents up to this length are short", lo=0)
+    ttt_short_score_first_enabled: bool = knob(True, "smaller chunks for short documents")
+    ttt_short_chunk_size: int = knob(24, "chunk of short documents when TTT_SHORT_SCORE_FIRST_STEPS is blank", lo=1)
+    ttt_short_score_first_steps: str = knob("256:8,2000:24", "MAX_LENGTH:CHUNK,...")
+    ttt_short_lora_enabled: bool = knob(False, "other adapter settings for short documents")
+    ttt_short_lora_rank: int = knob(80, "rank for short documents", lo=1)
+    ttt_short_lora_lr: float = knob(1e-4, "learning rate for short documents", lo=0)
+    ttt_short_lora_weight_decay: float = knob(0.5, "weight decay for short documents", lo=0)
+    ttt_short_lora_beta2: float = knob(0.99, "AdamW for short documents", lo=0, hi=0.99999)
+    ttt_train_min_doc_len: int = knob(0, "shorter documents are scored without learning; 0 = off", lo=0)
+    ttt_train_max_doc_len: int = knob(0, "longer documents are scored without learning; 0 = off", lo=0)
+    ttt_warm_start_mean_enabled: bool = knob(False, "start short documents from the moving mean of finished adapters")
+    ttt_warm_start_mean_doc_len: int = knob(2000, "documents up to this length do", lo=0)
+    ttt_warm_start_mean_momentum: float = knob(0.95, "momentum of that mean", lo=0, hi=1)
+    ttt_eval_batches: str = knob("", "comma list of batch numbers to report; also turns the order to shortest first")
+    ttt_lanes: int = knob(8, "independent adapter lineages; ranks share them out, so the score does not depend on the ranks", lo=1)
+    # test-time training: global phases
+    phased_ttt_enabled: bool = knob(True, "learn from scored documents with all weights between phases")
+    phased_ttt_prefix_docs: int = knob(2500, "documents scored before the last global phase", lo=0)
+    phased_ttt_num_phases: int = knob(1, "global phases", lo=1)
+    global_ttt_lr: float = knob(0.001, "SGD, peak of a cosine", lo=0)
+    global_ttt_momentum: float = knob(0.9, "SGD", lo=0, hi=0.9999)
+    global_ttt_epochs: int = knob(1, "passes over the scored tokens", lo=1)
+    global_ttt_chunk_tokens: int = knob(32768, "tokens per update", lo=1)
+    global_ttt_batch_seqs: int = knob(32, "sequences per forward", lo=1)
+    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at the first chunk of the warm-up", lo=0)
+    global_ttt_warmup_chunks: int = knob(0, "linear warm-up", lo=0)
+    global_ttt_grad_clip: float = knob(1.0, "global norm; 0 = off", lo=0)
+    global_ttt_respect_doc_boundaries: bool = knob(True, "mask attention across documents")
+
+    def __post_init__(self):
+        if problems := [message for _, message in rule_violations(self)]:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def attn_gate(self) -> str:
+        """The per-head output gate: none, out, dense or sparse."""
+        flags = dict(out=self.attn_out_gate_enabled, dense=self.gated_attn_enabled, sparse=self.sparse_attn_gate_enabled)
+        return next((name for name, on in flags.items() if on), "none")
+
+    @property
+    def micro_batches(self) -> int:
+        """Packed rows per step, all ranks together."""
+        return self.train_batch_tokens // self.train_microbatch_tokens
+
+    @property
+    def train_budget_seconds(self) -> float:
+        """Seconds for the training loop; 0 = no limit."""
+        return max(self.max_wallclock_seconds - self.gptq_reserve_seconds, 0.0)
+
+    @property
+    def seq_schedule(self) -> tuple[tuple[int, float], ...]:
+        return parse_seq_schedule(self.train_seq_schedule, self.train_seq_len)
+
+    @property
+    def lora_sites(self) -> tuple[str, ...]:
+        """Where adapters sit in a block: subset of q k v o mlp. The head always has one."""
+        left_out = {"no_q": "q", "no_v": "v", "no_qv": "qv"}.get(self.ttt_mask, "")
+        wanted = dict(
+            q=self.ttt_q_lora == "1" or (self.ttt_q_lora == "auto" and "q" not in left_out),
+            k=self.ttt_k_lora,
+            v=self.ttt_v_lora == "1" or (self.ttt_v_lora == "auto" and "v" not in left_out),
+            o=self.ttt_o_lora,
+            mlp=self.ttt_mlp_lora,
+        )
+        return tuple(site for site, on in wanted.items() if on)
+
+    @property
+    def shards_path(self) -> Path:
+        export = "fineweb10B_sp8192_caseops/datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+        return Path(self.data_path) if self.data_path else Path(self.data_dir) / "datasets" / export
+
+    @property
+    def tokenizer_file(self) -> Path:
+        published = "fineweb10B_sp8192_caseops/datasets/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+        if self.tokenizer_path:
+            return Path(self.tokenizer_path)
+        beside = self.shards_path / "tokenizer.model"
+        return beside if self.data_path else Path(self.data_dir) / "datasets" / published
+
+
+TTT_KNOBS = tuple(name for name in Config.__dataclass_fields__ if "ttt_" in name and name != "ttt_enabled")
+PHASE_KNOBS = tuple(name for name in TTT_KNOBS if not name.startswith("ttt_") and name != "phased_ttt_enabled")
+
+NO_EFFECT = (  # (variables, when they do nothing, why)
+    (("eval_stride",), lambda c: c.eval_method != "sliding", "EVAL_METHOD is not sliding"),
+    (("rope_train_seq_len",), lambda c: not c.rope_yarn, "ROPE_YARN is 0"),
+    (("matrix_clip_sigmas",), lambda c: c.tie_embeddings, "the head is tied, so no matrix is left for it"),
+    (("embed_lr",), lambda c: c.tie_embeddings, "the head is tied; TIED_EMBED_LR applies"),
+    (("attn_out_gate_src",), lambda c: c.attn_gate != "out", "ATTN_OUT_GATE_ENABLED is 0"),
+    (("gated_attn_init_std",), lambda c: c.attn_gate != "dense", "GATED_ATTN_ENABLED is 0"),
+    (("sparse_attn_gate_init_std", "sparse_attn_gate_scale"), lambda c: c.attn_gate != "sparse", "SPARSE_ATTN_GATE_ENABLED is 0"),
+    (("gated_attn_quant_gate",), lambda c: c.attn_gate not in ("dense", "sparse"), "there is no gate matrix to quantize"),
+    (("loop_start", "loop_end", "enable_looping_at"), lambda c: not c.num_loops, "NUM_LOOPS is 0"),
+    (("parallel_final_lane",), lambda c: not c.parallel_start_layer, "PARALLEL_START_LAYER is 0"),
+    (("smear_gate_bos_fix",), lambda c: not c.smear_gate_enabled, "SMEAR_GATE_ENABLED is 0"),
+    (("warmdown_frac",), lambda c: c.warmdown_iters > 0, "WARMDOWN_ITERS is set"),
+    (("seq_change_warmup_steps",), lambda c: len(c.seq_schedule) == 1, "the context never changes"),
+    (("compile_shape_warmup_iters", "compile_shape_warmup_loop_modes"), lambda c: not c.compile_shape_warmup, "COMPILE_SHAPE_WARMUP is 0"),
+    (("midrun_cap_log_updates",), lambda c: not c.midrun_cap_schedule, "MIDRUN_CAP_SCHEDULE is blank"),
+    (("awq_lite_bits", "awq_lite_group_size", "awq_lite_group_top_k"), lambda c: not c.awq_lite_enabled, "AWQ_LITE_ENABLED is 0"),
+    (("lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_asym_enabled", "lqer_asym_group", "lqer_scope", "lqer_gain_select"),
+     lambda c: not c.lqer_enabled, "LQER_ENABLED is 0"),
+    (("lqer_factor_bits",), lambda c: c.lqer_enabled and c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 1"),
+    (("lqer_asym_group",), lambda c: c.lqer_enabled and not c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 0"),
+    (("gptq_reserve_seconds",), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
+    (TTT_KNOBS, lambda c: not c.ttt_enabled, "TTT_ENABLED is 0"),
+    (PHASE_KNOBS, lambda c: c.ttt_enabled and not c.phased_ttt_enabled, "PHASED_TTT_ENABLED is 0"),
+    (("ttt_short_chunk_size", "ttt_short_score_first_steps"),
+     lambda c: not c.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED is 0"),
+    (("ttt_short_chunk_size",), lambda c: c.ttt_short_score_first_enabled and c.ttt_short_score_first_steps,
+     "TTT_SHORT_SCORE_FIRST_STEPS decides"),
+    (("ttt_short_doc_len",),
+     lambda c: not c.ttt_short_lora_enabled and (not c.ttt_short_score_first_enabled or c.ttt_short_score_first_steps),
+     "TTT_SHORT_SCORE_FIRST_STEPS decides and TTT_SHORT_LORA_ENABLED is 0"),
+    (("ttt_short_lora_rank", "ttt_short_lora_lr", "ttt_short_lora_weight_decay", "ttt_short_lora_beta2"),
+     lambda c: not c.ttt_short_lora_enabled, "TTT_SHORT_LORA_ENABLED is 0"),
+    (("ttt_warm_start_mean_doc_len", "ttt_warm_start_mean_momentum"),
+     lambda c: not c.ttt_warm_start_mean_enabled, "TTT_WARM_START_MEAN_ENABLED is 0"),
+    (("ttt_beta1", "ttt_beta2", "ttt_short_lora_beta2"), lambda c: c.ttt_optimizer == "sgd", "TTT_OPTIMIZER is sgd"),
+)
+
+
+def parse_knob(f, raw: str) -> Any:
+    """One environment string -> one checked value. Raises ValueError saying what would be accepted."""
+    meta = f.metadata
+    if f.type == "bool":
+        if raw not in ("0", "1"):
+            raise ValueError("expected 0 or 1")
+        return raw == "1"
+    try:
+        value = {"int": int, "float": float, "str": str}[f.type](raw)
+    except ValueError:
+        raise ValueError(f"expected {'a whole number' if f.type == 'int' else 'a number'}") from None
+    if meta["choices"] and value not in meta["choices"]:
+        raise ValueError(f"expected one of {', '.join(c or '(blank)' for c in meta['choices'])}")
+    if f.type != "str" and not meta["lo"] <= value <= meta["hi"]:
+        raise ValueError(f"expected a value in [{meta['lo']}, {meta['hi']}]")
+    return value
+
+
+def config_from_env(env) -> Config:
+    """Environment -> checked Config. Raises ValueError that lists every problem at once."""
+    known = {f.name.upper(): f for f in fields(Config)}
+    values, errors, failed = {}, [], set()
+    preset = env.get("PRESET", "s14")
+    values.update(PRESETS.get(preset, {}))
+    for name in sorted(env):
+        if name in REFUSED:
+            errors.append(f"{name}: {REFUSED[name]}")
+        elif name in known:
+            try:
+                values[name.lower()] = parse_knob(known[name], env[name])
+            except ValueError as e:
+                errors.append(f"{name}={env[name]!r}: {e}")
+                failed.add(name.lower())
+        elif name.startswith(FAMILIES):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            errors.append(f"{name}: no such variable; the nearest is {near}")
+    probe = object.__new__(Config)  # the rules look at a candidate that need not be valid
+    for f in fields(Config):
+        object.__setattr__(probe, f.name, values.get(f.name, f.default))
+    errors += [message for involved, message in rule_violations(probe) if not failed & set(involved)]
+    if errors:
+        raise ValueError("\n".join(errors))
+    alias = dict(prequant_only="train", quantize_only="quantize", ttt_eval_only="eval")
+    for flag, stage in alias.items():
+        if values.get(flag):
+            values |= {"stage": stage, flag: False}
+    return Config(**values)
+
+
+def overrides(cfg: Config) -> dict[str, str]:
+    """What this run changes against its preset, as the environment would say it, PRESET included."""
+    base = {f.name: f.default for f in fields(cfg)} | PRESETS[cfg.preset]
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != base[f.name]}
+    return {name.upper(): str(int(value)) if isinstance(value, bool) else str(value) for name, value in changed.items()}
+
+
+def without_effect(cfg: Config, env) -> list[str]:
+    """Variables somebody set that this configuration never looks at, with the reason."""
+    return [f"{name.upper()} ({why})" for names, dead, why in NO_EFFECT for name in names if name.upper() in env and dead(cfg)]
+
+
+def config_hash(cfg: Config) -> str:
+    """Identity of the recipe: everything but the seed, the stage, the run's name, where files lie and what is logged."""
+    skip = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage", "prequant_only",
+            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every"}
+    recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in skip}
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def help_text() -> str:
+    """Every variable, one line each: what `--help` prints."""
+    lines = [__doc__.strip(), "", "Variables (type, default, accepted, meaning):"]
+    for f in fields(Config):
+        meta = f.metadata
+        accepted = "|".join(meta["choices"]) if meta["choices"] else "0|1" if f.type == "bool" else ""
+        if not accepted and f.type != "str" and (meta["lo"], meta["hi"]) != (-math.inf, math.inf):
+            accepted = f"[{meta['lo']:g}, {meta['hi']:g}]"
+        default = int(f.default) if f.type == "bool" else f.default
+        lines.append(f"  {f.name.upper():36} {f.type:6} {default!s:12} {accepted:28} {meta['doc']}")
+    lines += ["", "Presets (a variable set by hand wins):"]
+    lines += [f"  {name}: " + (" ".join(f"{k.upper()}={int(v) if isinstance(v, bool) else v}" for k, v in preset.items()) or "the defaults")
+              for name, preset in PRESETS.items()]
+    lines += ["", "Refused:"] + [f"  {name}: {why}" for name, why in REFUSED.items()]
+    return "\n".join(lines)
+
+
+class Launch(NamedTuple):
+    """What torchrun tells a process about itself."""
+
+    rank: int
+    local_rank: int
+    size: int
+
+
+def launch_from_env(env) -> Launch:
+    return Launch(int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
+
+
+# ==================================================================================================
+# RUNTIME - the processes, the device, the clock, the log and files that never lie half written.
+# ==================================================================================================
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run and the device of this one. At size 1 every collective is the identity."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype  # of activations, embedding and the optimizer's communication
+
+    @staticmethod
+    def init(cfg: Config, launch: Launch) -> World:
+        """Choose the device, start the process group (NCCL on cuda, gloo elsewhere) and seed every generator.
+
+        Raises RunError when the ranks do not divide the micro-batches or the device is missing.
+        """
+        if cfg.micro_batches % launch.size:
+            raise RunError(
+                f"{launch.size} ranks cannot share {cfg.micro_batches} micro-batches (TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} / "
+                f"TRAIN_MICROBATCH_TOKENS={cfg.train_microbatch_tokens}): start a number of ranks that divides {cfg.micro_batches}, "
+                "or lower TRAIN_MICROBATCH_TOKENS")
+        kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise RunError("DEVICE=cuda, but torch sees no CUDA device: install a CUDA build of torch, or set DEVICE=cpu")
+        if kind == "mps" and not torch.backends.mps.is_available():
+            raise RunError("DEVICE=mps, but torch sees no Metal device: set DEVICE=cpu")
+        device = torch.device(kind, launch.local_rank) if kind == "cuda" else torch.device(kind)
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")
+        if launch.size > 1:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+        wanted = cfg.activation_dtype if cfg.activation_dtype != "auto" else "bf16" if kind == "cuda" else "fp32"
+        dtype = dict(bf16=torch.bfloat16, fp32=torch.float32)[wanted]
+        torch.manual_seed(cfg.seed)
+        return World(launch.rank, launch.size, device, dtype)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Add up in place over the ranks."""
+        for t in tensors if self.size > 1 else ():
+            dist.all_reduce(t)
+
+    def max(self, *values: float) -> list[float]:
+        """The largest of each value over the ranks: how the ranks agree on clocks and stop requests."""
+        if self.size == 1:
+            return list(values)
+        t = torch.tensor(values, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+        return t.tolist()
+
+    def from_main(self, value: Any) -> Any:
+        """The object rank 0 holds."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def hardware_name(world: World) -> str:
+    """Device, number of ranks and, on a CPU, its cores."""
+    if world.device.type == "cuda":
+        return f"{world.size}x {torch.cuda.get_device_name(world.device)}"
+    cpuinfo = Path("/proc/cpuinfo")
+    model = next((line.split(":")[1].strip() for line in (cpuinfo.read_text() if cpuinfo.exists() else "").splitlines()
+                  if line.startswith("model name")), platform.processor() or platform.machine())
+    return f"{world.size}x {world.device.type} ({model}, {os.cpu_count()} cores)"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write under a temporary name, flush to disk, rename: readers see the old file or the whole new one.
+
+    Raises RunError (read-only folder, full disk), leaving an older file as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise RunError(f"cannot write {path} ({len(data)} bytes): {e.strerror or e}; free space or choose another ARTIFACT_DIR") from None
+
+
+def save_tensors(path: Path, state: Any) -> None:
+    """torch.save through `write_atomic`."""
+    with tempfile.SpooledTemporaryFile() as buffer:
+        torch.save(state, buffer)
+        buffer.seek(0)
+        write_atomic(path, buffer.read())
+
+
+def load_tensors(path: Path, device: torch.device | str) -> Any:
+    """What `save_tensors` wrote; nothing but tensors and plain values is ever unpickled. Raises RunError."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # damaged bytes raise whatever they lead to
+        why = e.strerror if isinstance(e, OSError) else f"damaged, {type(e).__name__}"
+        raise RunError(f"cannot load {path} ({why}): train first, or set ARTIFACT_DIR to the run's folder") from None
+
+
+class Log:
+    """Lines to the console and to RUN_ID.txt, from rank 0 only. Nothing is lost: every line is appended at once."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.open("a").close()
+            except OSError as e:
+                raise RunError(f"cannot write the log {path}: {e.strerror or e}; choose a writable ARTIFACT_DIR") from None
+
+    def __call__(self, line: str, console: bool = True) -> None:
+        if self.path is None:
+            return
+        if console:
+            print(line, flush=True)
+        try:
+            with self.path.open("a") as f:
+                f.write(line + "\n")
+        except OSError as e:  # the run matters more than its diary
+            print(f"cannot append to {self.path}: {e.strerror or e}", file=sys.stderr)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new high-water mark: of the GPU's allocator, or of this process where Linux lets us."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    """Largest memory held since `reset_peak_memory`, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) >> 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+class Clock:
+    """One monotonic clock cut into named phases. A phase ends where the next begins, so they add up to the wall time."""
+
+    def __init__(self, world: World):
+        self.world, self.name, self.start = world, "setup", time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.peak_mib: dict[str, int] = {}
+
+    def phase(self, name: str) -> None:
+        """End the current phase and begin `name`; coming back to a name adds to it."""
+        self.world.synchronize()
+        now = time.perf_counter()
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + now - self.start
+        self.peak_mib[self.name] = max(self.peak_mib.get(self.name, 0), peak_memory_mib(self.world.device))
+        reset_peak_memory(self.world.device)
+        self.name, self.start = name, now
+
+    def table(self) -> list[dict]:
+        """Phases so far, the current one included: [{name, seconds, peak_mib}]."""
+        self.phase(self.name)
+        return [dict(name=n, seconds=round(s, 3), peak_mib=self.peak_mib[n]) for n, s in self.seconds.items()]
+
+
+class Eta:
+    """Seconds left, from work done and work planned."""
+
+    def __init__(self, total: float):
+        self.total, self.done, self.start = total, 0.0, time.perf_counter()
+
+    def add(self, work: float) -> None:
+        self.done += work
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    @property
+    def left(self) -> float:
+        return self.elapsed * (self.total - self.done) / self.done if self.done else math.inf
+
+
+# ==================================================================================================
+# DATA - shards of uint16 tokens, their manifest, packed training rows, validation tokens with their bytes.
+# ==================================================================================================
+
+def read_shard(path: Path) -> np.ndarray:
+    """Memory-map one shard: 256 little-endian int32 (magic, version, n), then n little-endian uint16. Raises RunError."""
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=256)
+    except OSError as e:
+        raise RunError(f"cannot read shard {path}: {e.strerror or e}") from None
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise RunError(f"{path} is no token shard: its header must start with {SHARD_MAGIC}, {SHARD_VERSION}, found {header[:2].tolist()}; "
+                       "prepare the data again")
+    expected = SHARD_HEADER_BYTES + 2 * int(header[2])
+    if size != expected:
+        raise RunError(f"{path} is damaged: {expected} bytes expected for {header[2]} tokens, found {size}; download or prepare it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+
+
+def check_vocab(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
+    """Raises RunError when a token id does not fit the model's vocabulary."""
+    if len(tokens) and (top := int(tokens.max())) >= vocab_size:
+        raise RunError(f"{path} holds token id {top}, but VOCAB_SIZE={vocab_size}: set VOCAB_SIZE to that of the data's tokenizer")
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The files of a run. `train` is empty when the run only evaluates."""
+
+    train: tuple[Path, ...]
+    val: tuple[Path, ...]
+    sidecar: tuple[Path, ...]
+    manifest: dict
+    manifest_sha256: str | None
+
+    @staticmethod
+    def open(cfg: Config, need_train: bool) -> Dataset:
+        """List the shards and check them against manifest.json where there is one. Raises RunError."""
+        folder = cfg.shards_path
+        names = sorted(p for p in folder.glob("fineweb_*.bin")) if folder.is_dir() else []
+        train = tuple(p for p in names if p.name.startswith("fineweb_train_")) if need_train else ()
+        sidecar = tuple(p for p in names if p.name.startswith("fineweb_val_bytes_"))
+        val = tuple(p for p in names if p.name.startswith("fineweb_val_") and p not in sidecar)
+        for kind, found in (("train", train or not need_train), ("val", val), ("val_bytes", sidecar or not cfg.caseops_enabled)):
+            if not found:
+                raise RunError(f"no fineweb_{kind}_*.bin in {folder}: set DATA_PATH to a folder made by prepare_caseops_data.py or "
+                               "data/download.py" + (" (or CASEOPS_ENABLED=0 for plain tokens)" if kind == "val_bytes" else ""))
+        path = folder / "manifest.json"
+        manifest, digest = {}, None
+        if path.exists():
+            try:
+                manifest, digest = json.loads(path.read_text()), sha256_file(path)
+            except (OSError, ValueError) as e:
+                raise RunError(f"cannot read {path}: {e}; prepare the data again") from None
+            check_manifest(cfg, manifest, folder, (*train, *val, *(sidecar if cfg.caseops_enabled else ())))
+        return Dataset(train, val, sidecar, manifest, digest)
+
+
+def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path, ...]) -> None:
+    """Overlap of train and val documents, vocabulary, and size and sha256 of each file. Raises RunError.
+
+    Hashing is skipped for training shards beyond the first GB (16 GB of FineWeb would cost a minute); sizes never are.
+    """
+    splits = manifest.get("splits")
+    shards = [entry for split in (splits or {}).values() for entry in split.get("shards", [{}])]
+    if not shards or any(key not in entry for entry in shards for key in ("file", "tokens", "sha256")):
+        raise RunError(f"{folder}/manifest.json does not list the shards of this folder: prepare the data again")
+    train_docs, val_docs = (splits.get(split, {}).get("documents", [0, 0]) for split in ("train", "val"))
+    if max(train_docs[0], val_docs[0]) < min(train_docs[1], val_docs[1]):
+        raise RunError(f"{folder}/manifest.json: training documents {train_docs} and validation documents {val_docs} overlap, so every "
+                       "score would be invalid; prepare the data again with one --val-docs")
+    if manifest.get("vocab_size", cfg.vocab_size) != cfg.vocab_size:
+        raise RunError(f"{folder}: the data was made with a vocabulary of {manifest['vocab_size']}, but VOCAB_SIZE={cfg.vocab_size}")
+    listed = {s["file"]: s for split in splits.values() for s in (*split.get("shards", ()), *split.get("sidecar", ()))}
+    hashed_bytes = 0
+    for path in paths:
+        if path.name not in listed:
+            raise RunError(f"{path} is not in manifest.json: remove it or prepare the data again")
+        entry, tokens = listed[path.name], read_shard(path)
+        if len(tokens) != entry["tokens"]:
+            raise RunError(f"{path} holds {len(tokens)} tokens, manifest.json says {entry['tokens']}; download or prepare it again")
+        hashed_bytes += tokens.nbytes
+        if ("_train_" not in path.name or hashed_bytes < 1 << 30) and sha256_file(path) != entry["sha256"]:
+            raise RunError(f"{path} does not have the sha256 that manifest.json says; download or prepare it again")
+
+
+def document_cu_seqlens(bos: np.ndarray, total: int, max_len: int, bucket: int = CU_SEQLENS_BUCKET) -> np.ndarray:
+    """Attention segments of one packed row: starts of its documents, cut every `max_len` tokens, closed and padded with `total`.
+
+    bos: sorted offsets of BOS in [0, total). max_len 0 = no cuts. Returns int32, its length a multiple of `bucket`; the padding
+    makes zero-length segments, so that the compiler sees few shapes. Example: bos [5, 900], total 2048, max_len 512 ->
+    0 5 517 900 1412 1924 2048 2048 ...
+    """
+    starts = bos if len(bos) and bos[0] == 0 else np.concatenate(([0], bos))
+    if max_len:
+        lengths = np.diff(np.append(starts, total))
+        pieces = -(-lengths // max_len)
+        nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        starts = np.repeat(starts, pieces) + nth * max_len
+    out = np.full(-(-(len(starts) + 1) // bucket) * bucket, total, dtype=np.int32)
+    out[: len(starts)] = starts
+    return out
+
+
+class Row(NamedTuple):
+    """One packed row: inputs and targets (1, T) int64, segments (padded) int32, longest segment."""
+
+    inputs: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+    max_len: int
+
+
+def packed_row(tokens: np.ndarray, max_len: int, device: torch.device, every: int = 0) -> Row:
+    """T + 1 consecutive tokens -> a Row of T predictions; attention stays within documents cut at `max_len`.
+
+    every: cut at its multiples too, wherever documents start.
+    """
+    window, starts = torch.from_numpy(tokens.astype(np.int64)), np.flatnonzero(tokens[:-1] == BOS_ID)
+    starts = np.union1d(starts, np.arange(0, len(tokens) - 1, every)) if every else starts
+    cu_seqlens = torch.from_numpy(document_cu_seqlens(starts, len(tokens) - 1, max_len))
+    if device.type == "cuda":
+        window, cu_seqlens = window.pin_memory(), cu_seqlens.pin_memory()
+    window = window.to(device, non_blocking=True)
+    return Row(window[None, :-1], window[None, 1:], cu_seqlens.to(device, non_blocking=True), max_len)
+
+
+class TrainLoader:
+    """Consecutive windows of `rows` x (row_tokens + 1) tokens in file order, from the first document of each shard on.
+
+    The order depends on the row size alone: ranks take their share of the rows of each step. The tail of a shard that does not
+    hold a whole step is dropped. One thread reads ahead. `position` (file, offset) is where the next step will be read.
+    """
+
+    def __init__(self, shards: tuple[Path, ...], row_tokens: int, rows: int, vocab_size: int, position: tuple[int, int] | None = None):
+        self.shards, self.span, self.rows, self.vocab_size = shards, row_tokens + 1, rows, vocab_size
+        self.pool = ThreadPoolExecutor(1)
+        self.position = position or (0, -1)  # offset -1: at the first BOS
+        self.ahead: Future = self.pool.submit(self._read, self.position)
+
+    def _read(self, position: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+        """Tokens (rows, span) at a position, and the position after them."""
+        file, offset = position
+        for _ in range(len(self.shards) + 1):
+            path = self.shards[file % len(self.shards)]
+            tokens = read_shard(path)
+            if offset < 0:
+                starts = np.flatnonzero(tokens == BOS_ID)
+                if not len(starts):
+                    raise RunError(f"{path} holds no document start (token {BOS_ID}): prepare the data with BOS before every document")
+                offset = int(starts[0])
+            end = offset + self.rows * self.span
+            if end <= len(tokens):
+                window = np.array(tokens[offset:end])
+                check_vocab(window, self.vocab_size, path)
+                return window.reshape(self.rows, self.span), (file, end)
+            file, offset = file + 1, -1
+        raise RunError(f"no training shard holds a step of {self.rows} x {self.span} tokens: prepare more data or lower TRAIN_BATCH_TOKENS")
+
+    def next_step(self) -> np.ndarray:
+        """Tokens (rows, span) uint16 of the next step, all ranks' rows."""
+        window, self.position = self.ahead.result()
+        self.ahead = self.pool.submit(self._read, self.position)
+        return window
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def calibration_windows(shards: tuple[Path, ...], row_tokens: int, count: int, seed: int = 0) -> list[np.ndarray]:
+    """`count` windows of row_tokens + 1 training tokens, spread over all shards by PCG64, none twice until all were used."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    starts = []
+    for file, path in enumerate(shards):
+        n = len(read_shard(path))
+        phase = int(generator.integers(0, max(1, min(row_tokens, n - row_tokens - 1))))
+        starts += [(file, phase + k * row_tokens) for k in range((n - 1 - phase) // row_tokens)]
+    if not starts:
+        raise RunError(f"no training shard holds {row_tokens + 1} tokens for calibration: lower TRAIN_MICROBATCH_TOKENS")
+    order = np.concatenate([generator.permutation(len(starts)) for _ in range(-(-count // len(starts)))])[:count]
+    return [np.array(read_shard(shards[starts[i][0]])[starts[i][1]:starts[i][1] + row_tokens + 1]) for i in order]
+
+
+def sentencepiece_byte_tables(path: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per token id: bytes of its text without a leading space, whether it has one, whether it is no text at all.
+
+    Control, unknown and unused pieces count 0 bytes and swallow the space of the piece that follows; a byte piece counts 1.
+    Raises RunError when the model lacks the lone space piece: spaces would be scored as three byte pieces.
+    """
+    import sentencepiece  # only runs without a sidecar need it
+
+    if not path.exists():
+        raise RunError(f"no tokenizer at {path}: set TOKENIZER_PATH to the SentencePiece model of the data")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    if model.vocab_size() != vocab_size:
+        raise RunError(f"{path} has {model.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
+    if model.is_unknown(model.piece_to_id("\u2581")):
+        raise RunError(f"{path} has no piece for a lone space, so bytes per token can not be counted; use another tokenizer")
+    size, lead, boundary = np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool), np.zeros(vocab_size, bool)
+    for i in range(vocab_size):
+        if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
+            boundary[i] = True
+        elif model.is_byte(i):
+            size[i] = 1
+        else:
+            piece = model.id_to_piece(i)
+            lead[i] = piece.startswith("\u2581")
+            size[i] = len(piece.removeprefix("\u2581").replace("\u2581", " ").encode())
+    return size, lead, boundary
+
+
+@dataclass(frozen=True)
+class ValData:
+    """Validation tokens (N + 1) and the bytes (N) each target stands for: `target_bytes[i]` belongs to `tokens[i + 1]`."""
+
+    tokens: np.ndarray
+    target_bytes: np.ndarray
+
+    @staticmethod
+    def load(cfg: Config, files: Dataset) -> ValData:
+        """Read tokens and the one byte count of the run: the sidecar, or the SentencePiece rule. Raises RunError."""
+        tokens = np.concatenate([read_shard(p) for p in files.val])
+        check_vocab(tokens, cfg.vocab_size, files.val[0])
+        if len(tokens) < 2:
+            raise RunError(f"{files.val[0].parent}: the validation set is empty; prepare the data again")
+        if tokens[0] != BOS_ID:
+            raise RunError(f"{files.val[0]} starts with token {tokens[0]}, not with a document start ({BOS_ID}): documents were written "
+                           "without BOS, prepare the data again")
+        if cfg.caseops_enabled:
+            per_token = np.concatenate([read_shard(p) for p in files.sidecar]).astype(np.int32)
+            if len(per_token) != len(tokens):
+                raise RunError(f"the byte sidecar holds {len(per_token)} counts for {len(tokens)} tokens: {files.sidecar[0]} does not "
+                               "belong to this validation set; prepare both again")
+            target_bytes = per_token[1:]
+        else:
+            size, lead, boundary = sentencepiece_byte_tables(cfg.tokenizer_file, cfg.vocab_size)
+            target_bytes = size[tokens[1:]] + (lead[tokens[1:]] & ~boundary[tokens[:-1]])
+        data = ValData(tokens, target_bytes)
+        if cfg.val_doc_fraction < 1:
+            data = data.subset(cfg.val_doc_fraction)
+        if not cfg.eval_include_tail:
+            n = (len(data.tokens) - 1) // cfg.eval_seq_len * cfg.eval_seq_len
+            data = ValData(data.tokens[: n + 1], data.target_bytes[:n])
+        if not data.target_bytes.sum():
+            raise RunError("the validation set stands for 0 bytes: bits per byte are undefined; prepare the data again")
+        return data
+
+    def subset(self, fraction: float, seed: int = 0) -> ValData:
+        """A random share of the documents, in file order; the same for every SEED of a run."""
+        starts, ends = self.documents()
+        count = max(1, round(fraction * len(starts)))
+        keep = np.sort(np.random.Generator(np.random.PCG64(seed)).choice(len(starts), count, replace=False))
+        index = np.concatenate([np.arange(starts[i], ends[i] + (ends[i] == len(self.tokens) - 1)) for i in keep])
+        return ValData(self.tokens[index], np.concatenate(([0], self.target_bytes))[index][1:].astype(np.int32))
+
+    def documents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs [start, end) of every document: its BOS to the token before the next BOS. They cover each target once."""
+        starts = np.flatnonzero(self.tokens == BOS_ID)
+        starts = starts[starts < len(self.tokens) - 1]
+        return starts, np.append(starts[1:], len(self.tokens) - 1)
+
+
+# ==================================================================================================
+# KERNELS - each a definition first; where a faster form exists, it is held to the definition by a test.
+# ==================================================================================================
+
+def softcapped_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, round_cap: bool = False) -> Tensor:
+    """Cross-entropy in nats, per token and in fp32, of cap tanh(logits / cap), with one cap for each sign of the logit.
+
+    logits (..., V), targets (...) int64 -> (...) fp32. The upcast comes before the cap: a cap rounded to bf16 costs about
+    0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
+    """
+    z = logits.float()
+    cap = cap_pos if cap_pos is cap_neg else torch.where(z > 0, cap_pos, cap_neg)
+    z = cap * torch.tanh(z / cap)
+    z = z.to(logits.dtype).float() if round_cap else z
+    return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
+    """leaky_relu(x)^2: homogeneous of degree 2 on each side of zero."""
+    return F.leaky_relu(x, slope).square()
+
+
+def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    """The definition: causal attention within each segment. q (T, H, d), k and v (T, G, d) -> (T, H, d)."""
+    out = []
+    bounds = cu_seqlens.tolist()
+    for start, end in pairwise(bounds):
+        if end > start:
+            heads = [t[start:end].transpose(0, 1)[None] for t in (q, k, v)]
+            out.append(F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+# On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop, whose trip count
+# depends on data, out of the compiler's sight, and its backward reuses the saved log-sum-exp instead of recomputing.
+
+
+@torch.library.custom_op("train_gpt::document_attention_cpu", mutates_args=())
+def _document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    bounds = cu_seqlens.tolist()
+    for start, end in pairwise(bounds):
+        if end > start:
+            heads = [t[start:end].transpose(0, 1)[None] for t in (q, k, v)]
+            o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True)
+            out[start:end] = o[0].transpose(0, 1)
+            lse[:, start:end] = m.view(q.shape[1], end - start)
+    return out, lse
+
+
+@_document_attention_cpu.register_fake
+def _(q, k, v, cu_seqlens):
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("train_gpt::document_attention_cpu_backward", mutates_args=())
+def _document_attention_cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    bounds = cu_seqlens.tolist()
+    for start, end in pairwise(bounds):
+        if end > start:
+            heads = [t[start:end].transpose(0, 1)[None] for t in (grad, q, k, v, out)]
+            m = lse[:, start:end].contiguous()[None]
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, m, 0.0, True)
+            for whole, part in zip(grads, parts, strict=True):
+                whole[start:end] = part[0].transpose(0, 1)
+    return grads
+
+
+@_document_attention_cpu_backward.register_fake
+def _(grad, q, k, v, out, lse, cu_seqlens):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _document_attention_cpu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+
+
+def _document_attention_cpu_grad(ctx, grad, _grad_lse):
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    return *_document_attention_cpu_backward(grad.contiguous(), q, k, v, out, lse, cu_seqlens), None
+
+
+_document_attention_cpu.register_autograd(_document_attention_cpu_grad, setup_context=_document_attention_cpu_setup)
+
+
+def document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    """`document_attention_reference` for CPU: one graph node, no recomputation. The kernel wants as many k/v heads as queries."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
+    return _document_attention_cpu(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens)[0]
+
+
+def varlen_attention():
+    """`document_attention_reference` by torch's variable-length flash attention (CUDA, half precision).
+
+    What this version of torch accepts is looked up here, once, and not inside the compiled graph.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    accepted = inspect.signature(varlen_attn).parameters
+    options = dict(window_size=(-1, 0)) if "window_size" in accepted else dict(is_causal=True)
+    grouped = "enable_gqa" in accepted
+    options |= dict(enable_gqa=True) if grouped else {}
+
+    def document_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        if not grouped:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, **options)
+
+    return document_attention_varlen
+
+
+def flash_attention_3():
+    """`document_attention_reference` by FlashAttention 3 (Hopper)."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    def document_attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+
+    return document_attention_fa3
+
+
+def choose_document_attention(world: World):
+    """The best attention this machine has for packed documents: FlashAttention 3, torch's varlen flash, or a loop of SDPA."""
+    if world.device.type == "cpu":
+        return document_attention_cpu
+    half = world.dtype in (torch.bfloat16, torch.float16)
+    capability = torch.cuda.get_device_capability(world.device) if world.device.type == "cuda" else (0, 0)
+    if half and capability[0] == 9 and importlib.util.find_spec("flash_attn_interface"):
+        return flash_attention_3()
+    return varlen_attention() if half and capability[0] >= 8 else document_attention_reference
+
+
+# ==================================================================================================
+# MODEL - one network, one forward: training, scoring, calibration and test-time training differ by its arguments.
+# ==================================================================================================
+
+class Lora(NamedTuple):
+    """Low-rank deltas of one site, one per document b: delta(x)[b] = scale x[b] A[b]^T B[b]^T."""
+
+    A: Tensor  # (S, B, r, n_in), or (B, r, n_in) for one slot
+    B: Tensor  # (S, B, n_out, r), or (B, n_out, r)
+    scale: float
+
+
+class Adapters(NamedTuple):
+    """Adapters by site. q k v sit on the projections; o and mlp run beside the sublayer and read its normed input."""
+
+    q: Lora | None = None
+    k: Lora | None = None
+    v: Lora | None = None
+    o: Lora | None = None
+    mlp: Lora | None = None
+    head: Lora | None = None  # one slot, reads the final normed hidden state
+
+    def slots(self, count: int) -> list[Adapters]:
+        """One Adapters per slot. unbind, not indexing: its backward writes each gradient once."""
+        columns = {}
+        for site in ("q", "k", "v", "o", "mlp"):
+            lora = getattr(self, site)
+            columns[site] = [None] * count if lora is None else [
+                Lora(a, b, lora.scale) for a, b in zip(lora.A.unbind(0), lora.B.unbind(0), strict=True)]
+        return [Adapters(**{site: column[i] for site, column in columns.items()}) for i in range(count)]
+
+    def rows(self, first: int, end: int) -> Adapters:
+        """Views of the adapters of documents [first, end)."""
+        return Adapters(*(lora and Lora(*(t[..., first:end, :, :] for t in lora[:2]), lora.scale) for lora in self))
+
+
+NO_ADAPTERS = Adapters()
+
+
+class Weights(NamedTuple):
+    """The matrices of one block, (n_out, n_in) each, in the activation dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class Packing(NamedTuple):
+    """Attention segments of a packed row (1, T); None in its place means plain causal attention."""
+
+    cu_seqlens: Tensor
+    max_len: int
+
+
+def lora_delta(x: Tensor, lora: Lora) -> Tensor:
+    """(B, T, n_in) -> (B, T, n_out), in the dtype of x."""
+    return lora.scale * (x @ lora.A.to(x.dtype).mT) @ lora.B.to(x.dtype).mT
+
+
+def linear(x: Tensor, weight: Tensor, lora: Lora | None = None) -> Tensor:
+    """x W^T, plus the per-document delta during test-time training."""
+    y = F.linear(x, weight)
+    return y if lora is None else y + lora_delta(x, lora)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / rms(x) over the last dimension; no weight, eps is that of the dtype."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
+    """Blocks in execution order; when looping, the middle segment runs 1 + NUM_LOOPS times."""
+    if not (looping and cfg.num_loops):
+        return tuple(range(cfg.num_layers))
+    segment = tuple(range(cfg.loop_start, cfg.loop_end + 1))
+    return (*range(cfg.loop_start), *(segment * (1 + cfg.num_loops)), *range(cfg.loop_end + 1, cfg.num_layers))
+
+
+def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, 1, rope_dims / 2) of the row positions: only differences matter, so documents need no reset.
+
+    The frequencies are rounded to bf16 because published checkpoints were trained with rounded ones. With ROPE_YARN the base
+    grows where the attention context exceeds ROPE_TRAIN_SEQ_LEN.
+    """
+    base = cfg.rope_base
+    if cfg.rope_yarn and context > cfg.rope_train_seq_len:
+        base *= (context / cfg.rope_train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
+    exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32, device=device) / cfg.rope_dims
+    frequencies = (base**-exponents).bfloat16().float()
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Partial rotary embedding, half-split: x (B, T, heads, d), the first 2 n of d dimensions turn, n = cos.shape[-1]."""
+    n = cos.shape[-1]
+    x1, x2, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+
+
+def without_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: drop from each head's output its component along the token's own value. y (B, T, H, d), v (B, T, G, d)."""
+    grouped = y.unflatten(2, (v.shape[2], -1))  # (B, T, G, H/G, d)
+    direction = F.normalize(v, dim=-1, eps=1e-12).unsqueeze(3)
+    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+
+
+class Attention(nn.Module):
+    """Small tensors of one attention sublayer; its matrices live in the banks."""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.cfg, self.exclusive = cfg, layer >= cfg.num_layers - cfg.xsa_last_n
+        self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
+        if cfg.attn_gate == "out":
+            self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
+        elif cfg.attn_gate != "none":
+            self.attn_gate_w = nn.Parameter(torch.empty(cfg.num_heads, cfg.model_dim if cfg.attn_gate == "dense" else cfg.gate_window))
+
+    def gate(self, n: Tensor, q_raw: Tensor) -> Tensor | float:
+        """(B, T, H): how much of each head's output passes."""
+        cfg = self.cfg
+        if cfg.attn_gate == "dense":
+            return torch.sigmoid(linear(n, self.attn_gate_w.to(n.dtype)))
+        if cfg.attn_gate == "sparse":
+            window = n[..., : cfg.gate_window].contiguous()
+            return torch.sigmoid(cfg.sparse_attn_gate_scale * linear(window, self.attn_gate_w.to(n.dtype)))
+        source = n if cfg.attn_out_gate_src == "proj" else q_raw
+        return 2 * torch.sigmoid(linear(source[..., : cfg.gate_window].contiguous(), self.attn_gate_proj.weight.to(n.dtype)))
+
+    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, attend, packing: Packing | None, tap, name: str) -> Tensor:
+        """n (B, T, D) normed and scaled -> (B, T, D)."""
+        cfg, (B, T, _) = self.cfg, n.shape
+        if tap is not None:
+            tap(f"{name}.attn_in", n)
+        q_raw = linear(n, w.q, lora.q)
+        q = q_raw.view(B, T, cfg.num_heads, cfg.head_dim)
+        k = linear(n, w.k, lora.k).view(B, T, cfg.num_kv_heads, cfg.head_dim)
+        v = linear(n, w.v, lora.v).view(B, T, cfg.num_kv_heads, cfg.head_dim)
+        q, k = rotate(rms_norm(q), *rope), rotate(rms_norm(k), *rope)
+        q = q * self.q_gain.to(q.dtype)[:, None]
+        if packing is None:
+            heads = (t.transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+        else:
+            y = attend(q[0], k[0], v[0], packing.cu_seqlens, packing.max_len)[None]
+        if self.exclusive:
+            y = without_own_value(y, v)
+        if cfg.attn_gate != "none":
+            y = y * self.gate(n, q_raw).unsqueeze(-1)
+        y = y.flatten(2)
+        if tap is not None:
+            tap(f"{name}.attn_out", y)
+        out = linear(y, w.o)
+        return out if lora.o is None else out + lora_delta(n, lora.o)
+
+
+class Block(nn.Module):
+    """Small tensors of one block and the two sublayers."""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.cfg, self.name = cfg, f"blocks.{layer}"
+        self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
+        self.attn = Attention(cfg, layer)
+        self.attn_scale = nn.Parameter(torch.empty(cfg.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
+        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
+
+    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
+        """The residual stream with its share of the embedding, per channel."""
+        m = self.resid_mix.to(x.dtype)
+        return m[0] * x + m[1] * x0
+
+    def attention(self, u: Tensor, w: Weights, lora: Adapters, rope, attend, packing, tap) -> Tensor:
+        n = rms_norm(u) * self.norm_scale
+        return self.attn_scale.to(u.dtype) * self.attn(n, w, lora, rope, attend, packing, tap, self.name)
+
+    def mlp(self, x: Tensor, w: Weights, lora: Adapters, tap) -> Tensor:
+        n = rms_norm(x) * self.norm_scale
+        hidden = leaky_relu_squared(linear(n, w.up), self.cfg.mlp_slope)
+        if tap is not None:
+            tap(f"{self.name}.mlp_in", n)
+            tap(f"{self.name}.mlp_mid", hidden)
+        out = linear(hidden, w.down)
+        return self.mlp_scale.to(x.dtype) * (out if lora.mlp is None else out + lora_delta(n, lora.mlp))
+
+
+class GPT(nn.Module):
+    """The S14 network. Parameter names are those of published checkpoints.
+
+    The matrices of all blocks are stacked into four banks, so that the optimizer shards whole matrices over the ranks:
+    qo_bank (2L, D, D): rows i < L are Q of block i, rows L + i its output projection; kv_bank (2L, G d, D): K, then V;
+    mlp_up_bank (L, F, D); mlp_down_bank (L, D, F). Masters are fp32, the embedding has the activation dtype.
+    """
+
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attend=document_attention_reference):
+        super().__init__()
+        self.cfg, self.attend = cfg, attend
+        L, D = cfg.num_layers, cfg.model_dim
+        looped = layer_order(cfg, looping=True)
+        self.tok_emb = nn.Embedding(cfg.vocab_size, D, dtype=dtype)
+        self.lm_head = None if cfg.tie_embeddings else nn.Linear(D, cfg.vocab_size, bias=False, dtype=dtype)
+        self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
+        self.kv_bank = nn.Parameter(torch.empty(2 * L, cfg.kv_dim, D))
+        self.mlp_up_bank = nn.Parameter(torch.empty(L, cfg.mlp_dim, D))
+        self.mlp_down_bank = nn.Parameter(torch.empty(L, D, cfg.mlp_dim))
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(L))
+        self.skip_weights = nn.Parameter(torch.empty(len(looped) // 2, D))
+        self.skip_gates = nn.Parameter(torch.empty(len(looped) // 2, D)) if cfg.skip_gates_enabled else None
+        self.parallel_post_lambdas = nn.Parameter(torch.empty(L, 2, 2)) if cfg.parallel_start_layer else None
+        self.parallel_resid_lambdas = nn.Parameter(torch.empty(L, 2)) if cfg.parallel_start_layer else None
+        self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False) if cfg.smear_gate_enabled else None
+        self.smear_lambda = nn.Parameter(torch.empty(1)) if cfg.smear_gate_enabled else None
+        # Never trained, in no optimizer: stored because published checkpoints store them.
+        self.softcap_pos = nn.Parameter(torch.tensor(cfg.logit_softcap), requires_grad=False) if cfg.asym_logit_rescale else None
+        self.softcap_neg = nn.Parameter(torch.tensor(cfg.logit_softcap), requires_grad=False) if cfg.asym_logit_rescale else None
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, D), each token with a gated share of its predecessor."""
+        x = self.tok_emb(tokens)
+        if self.smear_gate is not None:
+            weight, strength = self.smear_gate.weight.to(x.dtype), self.smear_lambda.to(x.dtype)
+            gate = strength * torch.sigmoid(linear(x[:, 1:, : self.cfg.gate_window].contiguous(), weight))
+            if self.cfg.smear_gate_bos_fix:
+                # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
+                gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
+            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+        return rms_norm(x)
+
+    def weights(self, dtype: torch.dtype) -> list[Weights]:
+        """The banks cut into blocks. unbind, not indexing: its backward writes each gradient once."""
+        L = self.cfg.num_layers
+        qo, kv, up, down = (b.to(dtype).unbind(0) for b in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
+        return [Weights(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i]) for i in range(L)]
+
+    def skip(self, x: Tensor, skipped: Tensor, j: int) -> Tensor:
+        """Combine the decoder's x with an encoder output; rows of the weights count decoder positions, not blocks."""
+        skipped = self.skip_weights[j].to(x.dtype) * skipped
+        if self.skip_gates is None:
+            return x + skipped
+        return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[j]).to(x.dtype))
+
+    def hidden(self, tokens: Tensor, packing: Packing | None, order: tuple[int, ...], adapters: Adapters, tap) -> Tensor:
+        """Tokens -> final normed hidden states (B, T, D). The first half of `order` pushes skips, the second half pops them.
+
+        From the first decoder slot with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
+        the first, the MLP reads the second, and both sublayers write to both.
+        """
+        cfg = self.cfg
+        x0 = lane = self.embed(tokens)
+        mlp_lane = None
+        context = packing.max_len if packing is not None else tokens.shape[1]
+        rope = rotary_tables(cfg, tokens.shape[1], context, tokens.device)
+        weights, loras, half, skips = self.weights(x0.dtype), adapters.slots(len(order)), len(order) // 2, []
+        for slot, layer in enumerate(order):
+            block, w, lora, j = self.blocks[layer], weights[layer], loras[slot], slot - half
+            if j >= 0 and cfg.parallel_start_layer and layer >= cfg.parallel_start_layer and mlp_lane is None:
+                mlp_lane = lane
+            if j >= 0 and skips:
+                lane = self.skip(lane, skips.pop(), j)
+            u = block.mix(lane, x0)
+            a = block.attention(u, w, lora, rope, self.attend, packing, tap)
+            if mlp_lane is None:
+                lane = u + a
+                lane = lane + block.mlp(lane, w, lora, tap)
+            else:
+                m = block.mlp(mlp_lane, w, lora, tap)
+                post, resid = self.parallel_post_lambdas[layer].to(a.dtype), self.parallel_resid_lambdas[layer].to(a.dtype)
+                lane, mlp_lane = (resid[i] * old + post[i, 0] * a + post[i, 1] * m for i, old in enumerate((lane, mlp_lane)))
+            if j < 0:
+                skips.append(lane)
+        if mlp_lane is not None:
+            lane = dict(mean=(lane + mlp_lane) / 2, mlp=mlp_lane, attn=lane)[cfg.parallel_final_lane]
+        return rms_norm(lane)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        order: tuple[int, ...],
+        packing: Packing | None = None,
+        adapters: Adapters = NO_ADAPTERS,
+        positions: Tensor | None = None,
+        round_cap: bool = False,
+        tap=None,
+    ) -> Tensor:
+        """Nats per target, fp32. The only entry: training, scoring, calibration and test-time training.
+
+        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions.
+        order: `layer_order`. packing: segments of a packed row. adapters: one set per row. tap(site, x): sees the input of
+        every matrix. round_cap: see `softcapped_ce`.
+        """
+        x = self.hidden(tokens, packing, order, adapters, tap)
+        if positions is not None:
+            x = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        if tap is not None:
+            tap("head", x)
+        logits = linear(x, self.tok_emb.weight if self.lm_head is None else self.lm_head.weight, adapters.head)
+        cap = torch.full((), self.cfg.logit_softcap, device=x.device)
+        caps = (cap, cap) if self.softcap_pos is None else (self.softcap_pos, self.softcap_neg)
+        return softcapped_ce(logits, targets, *caps, round_cap)
+
+
+def init_orthogonal(p: Tensor) -> None:
+    for matrix in p:
+        nn.init.orthogonal_(matrix)
+
+
+def init_half_orthogonal(p: Tensor) -> None:
+    """Q orthogonal, the output projection zero: every block starts as the identity."""
+    init_orthogonal(p[: len(p) // 2])
+    p[len(p) // 2 :].zero_()
+
+
+def init_resid_mix(p: Tensor) -> None:
+    p[0].fill_(1)
+    p[1].zero_()
+
+
+def init_rules(cfg: Config):
+    """(pattern, how to fill the parameter); first match wins."""
+    gate_std = cfg.gated_attn_init_std if cfg.attn_gate == "dense" else cfg.sparse_attn_gate_init_std
+    return (
+        ("tok_emb.weight", partial(nn.init.normal_, std=cfg.tied_embed_init_std)),
+        ("lm_head.weight", nn.init.zeros_),
+        ("qo_bank", init_half_orthogonal),
+        ("kv_bank", init_orthogonal),
+        ("mlp_up_bank", init_orthogonal),
+        ("mlp_down_bank", nn.init.zeros_),
+        ("*.q_gain", partial(nn.init.constant_, val=cfg.qk_gain_init)),
+        ("*.attn_gate_w", partial(nn.init.normal_, std=gate_std)),
+        ("*.attn_gate_proj.weight", nn.init.zeros_),
+        ("*.attn_scale", nn.init.ones_),
+        ("*.mlp_scale", nn.init.ones_),
+        ("*.resid_mix", init_resid_mix),
+        ("skip_weights", nn.init.ones_),
+        ("skip_gates", nn.init.zeros_),
+        ("parallel_post_lambdas", nn.init.ones_),
+        ("parallel_resid_lambdas", partial(nn.init.constant_, val=1.1)),
+        ("smear_gate.weight", nn.init.zeros_),
+        ("smear_lambda", nn.init.zeros_),
+        ("softcap_*", partial(nn.init.constant_, val=cfg.logit_softcap)),
+    )
+
+
+def first_match(rules, name: str):
+    """The right-hand side of the first rule whose pattern fits. Raises LookupError: a new tensor needs a line in every table."""
+    for pattern, *rule in rules:
+        if fnmatch.fnmatchcase(name, pattern):
+            return rule
+    raise LookupError(f"no rule for {name!r}: add one line to the table")
+
+
+@torch.no_grad()
+def build_model(cfg: Config, world: World) -> GPT:
+    """A freshly initialised model on this rank's device; the same on every rank and on every device type."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg, world.dtype, choose_document_attention(world))
+    for name, p in model.named_parameters():
+        first_match(init_rules(cfg), name)[0](p)
+    return model.to(world.device)
+
+
+def compile_forward(model: GPT, cfg: Config, world: World, dynamic: bool = False):
+    """The forward that everything calls: compiled without graph breaks where COMPILE_BACKEND says so, else the model itself."""
+    backend = cfg.compile_backend
+    if backend == "auto":
+        backend = "inductor" if world.device.type == "cuda" else "none"
+    if backend == "none":
+        return model
+    torch._dynamo.config.recompile_limit = cfg.dynamo_cache_size_limit
+    torch._dynamo.config.accumulated_recompile_limit = cfg.dynamo_accumulated_cache_size_limit
+    return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
+
+
+# ==================================================================================================
+# OPTIMIZERS - which parameter is learned how, and one step of it on any number of ranks.
+# ==================================================================================================
+
+# Polar Express (arXiv:2505.16932): rows are (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X.
+# Five of them map singular values in [1e-3, 1] into [0.86, 1.14].
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(G: Tensor, steps: int) -> Tensor:
+    """Nearest semi-orthogonal matrix, approximately, of each of G (n, rows, cols). Zero matrices stay zero."""
+    X = G.mT if G.shape[-2] > G.shape[-1] else G
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if G.shape[-2] > G.shape[-1] else X
+
+
+def muon_direction(G: Tensor, M: Tensor, momentum: float, steps: int, row_normalize: bool) -> Tensor:
+    """One Muon update for matrices G (n, rows, cols), momentum buffer M updated in place.
+
+    Nesterov momentum, rows scaled to norm 1 (MuonEq-R), orthogonalised, scaled by sqrt(max(1, rows / cols)).
+    """
+    M.mul_(momentum).add_(G)
+    U = G + momentum * M
+    if row_normalize:
+        U = U / U.float().norm(dim=-1, keepdim=True).clamp_min(1e-7).to(U.dtype)
+    return polar_express(U, steps) * max(1.0, G.shape[-2] / G.shape[-1]) ** 0.5
+
+
+PARAM_RULES = (  # pattern, optimizer, learning rate, weight decay; first match wins, no match is an error
+    ("*_bank", "muon", "matrix_lr", "muon_wd"),
+    ("tok_emb.weight", "adamw", "tied_embed_lr", "embed_wd"),
+    ("lm_head.weight", "adamw", "tied_embed_lr", "embed_wd"),
+    ("blocks.*", "adamw", "scalar_lr", "adam_wd"),
+    ("skip_*", "adamw", "scalar_lr", "adam_wd"),
+    ("parallel_*", "adamw", "scalar_lr", "adam_wd"),
+    ("smear_*", "adamw", "scalar_lr", "adam_wd"),
+    ("softcap_*", "fixed", "", ""),
+)
+
+
+class Bank:
+    """A weight bank and this rank's share of it: `per_rank` whole matrices, zero padding behind the last."""
+
+    def __init__(self, p: nn.Parameter, lr: float, wd: float, world: World):
+        self.p, self.lr, self.wd, self.world = p, lr, wd, world
+        self.per_rank = -(-len(p) // world.size)
+        self.first = min(world.rank * self.per_rank, len(p))
+        self.momentum = p.new_zeros(self.per_rank, *p.shape[1:], dtype=world.dtype)
+        self.shard = torch.empty_like(self.momentum)
+        padded = (self.per_rank * world.size, *p.shape[1:])
+        self.padded = p.new_zeros(padded, dtype=world.dtype) if world.size > 1 else self.shard
+        self.pending = None
+
+    def launch_reduce(self) -> None:
+        """Start averaging the gradient over the ranks; each receives its share in `shard`."""
+        self.padded[: len(self.p)].copy_(self.p.grad)
+        if self.world.size > 1:
+            reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            self.pending = reduce_scatter(self.shard, self.padded, dist.ReduceOp.AVG, async_op=True)
+
+    def launch_gather(self, update: Tensor) -> None:
+        """Start collecting every rank's share of the update in `padded`."""
+        if self.world.size == 1:
+            self.padded = update
+            return
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        self.pending = all_gather(self.padded, update.contiguous(), async_op=True)
+
+    def wait(self) -> None:
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
+
+    def apply(self, lr_scale: float) -> None:
+        """Decay, then move along the gathered update."""
+        self.wait()
+        lr = self.lr * lr_scale
+        self.p.mul_(1 - lr * self.wd).add_(self.padded[: len(self.p)].to(self.p.dtype), alpha=-lr)
+        if self.world.size == 1:
+            self.padded = self.shard
+
+    def full_momentum(self) -> Tensor:
+        """Momentum of all matrices, on every rank."""
+        full = [torch.empty_like(self.momentum) for _ in range(self.world.size)]
+        if self.world.size > 1:
+            dist.all_gather(full, self.momentum)
+        else:
+            full = [self.momentum]
+        return torch.cat(full)[: len(self.p)].clone()
+
+    def load_momentum(self, full: Tensor) -> None:
+        mine = full[self.first : self.first + self.per_rank]
+        self.momentum.zero_()[: len(mine)].copy_(mine)
+
+
+class TrainOptimizer:
+    """Muon on the banks, each rank owning whole matrices, and AdamW on everything else, replicated."""
+
+    def __init__(self, model: GPT, cfg: Config, world: World):
+        self.cfg, self.world, self.banks, groups = cfg, world, [], {}
+        for name, p in model.named_parameters():
+            kind, lr, wd = first_match(PARAM_RULES, name)
+            if name == "tok_emb.weight" and not cfg.tie_embeddings:
+                lr = "embed_lr"
+            if kind == "muon":
+                self.banks.append(Bank(p, getattr(cfg, lr), getattr(cfg, wd), world))
+            elif kind == "adamw":
+                groups.setdefault((lr, wd), []).append(p)
+        self.banks.sort(key=lambda bank: -bank.p.numel())  # the largest reduction starts first
+        self.replicated = [p for group in groups.values() for p in group]
+        self.adamw = torch.optim.AdamW(
+            [dict(params=ps, base_lr=getattr(cfg, lr), weight_decay=getattr(cfg, wd)) for (lr, wd), ps in groups.items()],
+            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=world.device.type in ("cuda", "cpu"))
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, momentum: float) -> float:
+        """Reduce the gradients, clip them, update. Returns the gradient norm before clipping.
+
+        Raises FloatingPointError, leaving the weights as they were, when the norm is not finite.
+        """
+        self.reduce()
+        norm = self.grad_norm()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm}")
+        clip = self.cfg.grad_clip_norm
+        factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+        previous = None
+        steps, row_normalize = self.cfg.muon_backend_steps, self.cfg.muon_row_normalize
+        for bank in self.banks:  # the gather of one bank overlaps the orthogonalisation of the next
+            bank.launch_gather(muon_direction(bank.shard.mul_(factor), bank.momentum, momentum, steps, row_normalize))
+            if previous is not None:
+                previous.apply(lr_scale)
+            previous = bank
+        torch._foreach_mul_([p.grad for p in self.replicated], factor)
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adamw.step()
+        previous.apply(lr_scale)
+        self.zero_grad()
+        return norm
+
+    def reduce(self) -> None:
+        """Average all gradients over the ranks: banks scattered, small tensors in one flat message. Clipping comes after."""
+        for p in self.replicated:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a tensor this model has no use for, as skips of one block
+        for bank in self.banks:
+            bank.launch_reduce()
+        if self.world.size > 1:
+            large = [p.grad for p in self.replicated if p.numel() > 32768]
+            small = [p.grad for p in self.replicated if p.numel() <= 32768]
+            handles = [dist.all_reduce(g, dist.ReduceOp.AVG, async_op=True) for g in large]
+            flat = torch.cat([g.flatten() for g in small])
+            dist.all_reduce(flat, dist.ReduceOp.AVG)
+            for g, part in zip(small, flat.split([g.numel() for g in small]), strict=True):
+                g.copy_(part.view_as(g))
+            for handle in handles:
+                handle.wait()
+        for bank in self.banks:
+            bank.wait()
+
+    def grad_norm(self) -> float:
+        """Norm of the averaged gradient: the same number on every rank."""
+        squares = torch.stack([bank.shard.float().square().sum() for bank in self.banks]).sum()
+        self.world.sum_(squares)
+        rest = torch.stack([p.grad.float().square().sum() for p in self.replicated]).sum()
+        return (squares + rest).sqrt().item()
+
+    def zero_grad(self) -> None:
+        for p in [*self.replicated, *(bank.p for bank in self.banks)]:
+            p.grad = None
+
+    def state_dict(self) -> dict:
+        return dict(adamw=self.adamw.state_dict(), momentum=[bank.full_momentum().cpu() for bank in self.banks])
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        for bank, full in zip(self.banks, state["momentum"], strict=True):
+            bank.load_momentum(full.to(self.world.device))
+
+
+class Ema:
+    """Moving average of every tensor of the model, in fp32, started at the initial weights, without debiasing."""
+
+    def __init__(self, model: GPT, decay: float):
+        self.decay = decay
+        self.shadow = {name: t.detach().float().clone() for name, t in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: GPT) -> None:
+        live = model.state_dict()
+        torch._foreach_lerp_(list(self.shadow.values()), [live[name].float() for name in self.shadow], 1 - self.decay)
+
+    def copy_to(self, model: GPT) -> None:
+        """Replace the weights by their average, each in its own dtype."""
+        model.load_state_dict(self.shadow)
+
+
+# ==================================================================================================
+# TRAINING - schedules as pure functions of progress, exact warm-up, and a loop that never overruns its clock.
+# ==================================================================================================
+
+def lr_scale(cfg: Config, progress: float, step: int = 0, step_seconds: float = 0.0) -> float:
+    """Share of the peak learning rate: 1, then linear down to MIN_LR over the last WARMDOWN_FRAC; progress runs from 0 to 1.
+
+    With WARMDOWN_ITERS the warmdown lasts that many steps instead: counted back from ITERATIONS, or from the end of the
+    clock at `step_seconds` per step.
+    """
+    if cfg.warmdown_iters:
+        budget = cfg.train_budget_seconds
+        by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget and step_seconds
+        left = budget * (1 - progress) / step_seconds if by_clock else cfg.iterations - step
+        return max(min(1.0, left / cfg.warmdown_iters), cfg.min_lr)
+    if progress < 1 - cfg.warmdown_frac or not cfg.warmdown_frac:
+        return 1.0
+    return max((1 - progress) / cfg.warmdown_frac, cfg.min_lr)
+
+
+def context_length(cfg: Config, progress: float) -> int:
+    """Attention context: the first stage whose end fraction has not passed."""
+    return next(length for length, end in cfg.seq_schedule if progress <= end)
+
+
+def midrun_cap(cfg: Config, progress: float) -> float:
+    """Factor of MIDRUN_CAP_SCHEDULE in force: that of the last fraction reached, 1 before the first."""
+    caps = [(at, factor) for factor, at in parse_steps(cfg.midrun_cap_schedule, "@") if at <= progress]
+    return max(caps)[1] if caps else 1.0
+
+
+def rewarmup(cfg: Config, steps_since_change: int | None) -> float:
+    """Ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None = no change yet."""
+    if steps_since_change is None or not cfg.seq_change_warmup_steps:
+        return 1.0
+    return min(1.0, steps_since_change / cfg.seq_change_warmup_steps)
+
+
+def muon_momentum(cfg: Config, step: int) -> float:
+    """Linear warm-up over MUON_MOMENTUM_WARMUP_STEPS, then constant."""
+    share = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
+    return cfg.muon_momentum_warmup_start + share * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
+
+
+def looping_at(cfg: Config, progress: float) -> bool:
+    return cfg.num_loops > 0 and progress >= cfg.enable_looping_at
+
+
+def warm_shapes(cfg: Config) -> list[tuple[int, bool]]:
+    """(context, looping) combinations the run will meet, in the order it meets them."""
+    if not cfg.compile_shape_warmup:
+        return list(dict.fromkeys([(cfg.train_seq_len, False), (cfg.train_seq_len, cfg.num_loops > 0)]))
+    modes, shapes, start = cfg.compile_shape_warmup_loop_modes, [], 0.0
+    for length, end in cfg.seq_schedule:
+        plain = modes in ("inactive", "both") or (modes == "auto" and (not cfg.num_loops or start < cfg.enable_looping_at))
+        looped = cfg.num_loops > 0 and (modes in ("active", "both") or (modes == "auto" and end > cfg.enable_looping_at))
+        shapes += [(length, looping) for looping, wanted in ((False, plain), (True, looped)) if wanted]
+        start = end
+    return list(dict.fromkeys(shapes))
+
+
+class StepClock:
+    """Seconds of training so far, and a forecast of the next step. Pausing excludes validation and checkpoints."""
+
+    def __init__(self, seconds: float = 0.0, recent: tuple[float, ...] = ()):
+        self.seconds, self.start, self.recent = seconds, None, [*recent]  # start None: paused
+
+    def now(self) -> float:
+        return self.seconds + (0.0 if self.start is None else time.perf_counter() - self.start)
+
+    def pause(self) -> None:
+        self.seconds, self.start = self.now(), None
+
+    def go_on(self) -> None:
+        self.start = time.perf_counter()
+
+    def record(self, seconds: float, applications: int) -> None:
+        """Seconds of one step that ran `applications` blocks."""
+        self.recent = [*self.recent[-9:], seconds / applications]
+
+    def forecast(self, applications: int) -> float:
+        """Upper estimate of a step: the slowest recent one, per block, plus 10 %."""
+        return 1.1 * max(self.recent, default=0.0) * applications
+
+
+class StopRequest:
+    """Turns the first Ctrl-C (or SIGTERM) into a request that the loop honours between two steps; the second one kills."""
+
+    def __init__(self):
+        self.requested, self.previous = False, {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread
+                self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, _frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+class Interrupted(RunError):
+    """Training was asked to stop; its checkpoint has been written."""
+
+
+class Trainer:
+    """Model, optimizer, average and data of one training run, and the state a checkpoint keeps."""
+
+    def __init__(self, cfg: Config, world: World, files: Dataset):
+        self.cfg, self.world, self.files = cfg, world, files
+        self.model = build_model(cfg, world)
+        self.forward = compile_forward(self.model, cfg, world)
+        self.optimizer = TrainOptimizer(self.model, cfg, world)
+        self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
+        self.accumulate = cfg.micro_batches // world.size
+        self.loader = self.open_loader()
+        self.step, self.clock, self.changed_at, self.stage_len = 0, StepClock(), None, cfg.seq_schedule[0][0]
+        self.looping, self.cap, self.losses = False, 1.0, []
+
+    def open_loader(self, position: tuple[int, int] | None = None) -> TrainLoader:
+        cfg = self.cfg
+        return TrainLoader(self.files.train, cfg.train_microbatch_tokens, cfg.micro_batches, cfg.vocab_size, position)
+
+    def train_step(self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float) -> float:
+        """One optimizer step on a window (rows, span) of all ranks; returns the mean loss in nats, the same on every rank.
+
+        Raises FloatingPointError before any weight is touched when loss or gradient is not finite.
+        """
+        order, total = layer_order(self.cfg, looping), torch.zeros((), device=self.world.device)
+        for tokens in window[self.world.rank * self.accumulate : (self.world.rank + 1) * self.accumulate]:
+            row = packed_row(tokens, context, self.world.device)
+            nats = self.forward(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len),
+                                round_cap=not self.cfg.fused_ce_enabled)
+            loss = nats.mean() / self.accumulate
+            loss.backward()
+            total += loss.detach()
+        self.optimizer.step(lr, momentum)
+        self.world.sum_(total)
+        return total.item() / self.world.size
+
+    def state(self) -> dict:
+        """Everything that decides how the run goes on."""
+        return dict(
+            config_hash=config_hash(self.cfg), seed=self.cfg.seed, step=self.step, seconds=self.clock.now(), recent=self.clock.recent,
+            position=self.loader.position,
+            changed_at=self.changed_at, stage_len=self.stage_len, looping=self.looping, losses=self.losses,
+            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema.shadow if self.ema else {},
+        )
+
+    def load_state(self, state: dict) -> None:
+        """Go on where `state` was taken. Raises RunError when it belongs to another recipe."""
+        if (state.get("config_hash"), state.get("seed")) != (config_hash(self.cfg), self.cfg.seed):
+            found = f"{state.get('config_hash')}, seed {state.get('seed')}"
+            raise RunError(f"checkpoint.pt was written by another configuration or seed ({found}); "
+                           "resume with the same variables, or start afresh with RESUME=0")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.shadow = {name: t.to(self.world.device) for name, t in state["ema"].items()}
+        self.loader.close()
+        self.loader = self.open_loader(tuple(state["position"]))
+        self.step, self.clock, self.changed_at = state["step"], StepClock(state["seconds"], state["recent"]), state["changed_at"]
+        self.stage_len, self.looping, self.losses = state["stage_len"], state["looping"], state["losses"]
+
+    def checkpoint(self, path: Path) -> None:
+        state = self.state()
+        if self.world.main:
+            save_tensors(path, state)
+
+    def warm_up(self, log: Log) -> None:
+        """Compile every shape and run WARMUP_STEPS steps per loop mode, then put back weights, moments and data exactly."""
+        cfg = self.cfg
+        if self.forward is self.model and not cfg.warmup_steps:
+            return
+        model = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+        optimizer = copy.deepcopy(self.optimizer.state_dict())
+        window = self.loader.next_step()
+        if self.forward is not self.model:
+            self.warm_shapes(window[0], log)
+        for looping in dict.fromkeys((False, cfg.num_loops > 0)):
+            order = layer_order(cfg, looping)
+            if looping:
+                log(f"loop_warmup:enabled encoder:{list(order[: len(order) // 2])} decoder:{list(order[len(order) // 2 :])}")
+            for k in range(cfg.warmup_steps):
+                try:
+                    self.train_step(window, cfg.seq_schedule[0][0], looping, 1.0, muon_momentum(cfg, k))
+                except FloatingPointError as e:
+                    raise RunError(f"warm-up step {k + 1}: {e}; lower MATRIX_LR or TIED_EMBED_LR, or look at the data") from None
+                if k < 6 or (k + 1) % 10 == 0 or k + 1 == cfg.warmup_steps:
+                    log(f"{'loop_warmup_step' if looping else 'warmup_step'}: {k + 1}/{cfg.warmup_steps}")
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+        self.optimizer.zero_grad()
+        self.loader.close()
+        self.loader = self.open_loader()
+        torch.manual_seed(cfg.seed)
+
+    def warm_shapes(self, tokens: np.ndarray, log: Log) -> None:
+        """Forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
+        cfg, shapes = self.cfg, warm_shapes(self.cfg)
+        buckets = [CU_SEQLENS_BUCKET * k for k in range(1, 5)]
+        log(f"warmup_cu_buckets:{','.join(map(str, buckets))} iters_each:{cfg.compile_shape_warmup_iters}")
+        log("compile_shape_warmup:start " + ",".join(f"{n}x{'loop' if loop else 'plain'}" for n, loop in shapes))
+        row = packed_row(tokens, cfg.train_seq_len, self.world.device)
+        for length, looping in shapes:
+            log(f"compile_shape_warmup:shape seq_len:{length} loop:{int(looping)}")
+            bounds = torch.arange(0, cfg.train_microbatch_tokens, length, dtype=torch.int32)
+            for bucket in (b for b in buckets if b > len(bounds)):
+                cu_seqlens = torch.full((bucket,), cfg.train_microbatch_tokens, dtype=torch.int32)
+                cu_seqlens[: len(bounds)] = bounds
+                for _ in range(cfg.compile_shape_warmup_iters):
+                    packing = Packing(cu_seqlens.to(self.world.device), length)
+                    self.forward(row.inputs, row.targets, order=layer_order(cfg, looping), packing=packing,
+                                 round_cap=not cfg.fused_ce_enabled).mean().backward()
+                    self.optimizer.zero_grad()
+
+    def plan_step(self, elapsed: float, log: Log) -> tuple[int, bool, float]:
+        """Context, loop mode and learning-rate factor of the step about to run."""
+        cfg = self.cfg
+        budget = cfg.train_budget_seconds
+        by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget > 0
+        progress = min(1.0, elapsed / budget if by_clock else self.step / max(1, cfg.iterations))
+        context = context_length(cfg, progress)
+        if context != self.stage_len:
+            self.stage_len, self.changed_at = context, self.step
+            log(f"growth_stage:seq_len:{context} progress:{progress:.3f} step:{self.step}")
+            if cfg.seq_change_warmup_steps:
+                log(f"growth_stage_rewarmup:start step:{self.step} steps:{cfg.seq_change_warmup_steps} seq_len:{context}")
+        if looping_at(cfg, progress) and not self.looping:
+            self.looping, order = True, layer_order(cfg, True)
+            log(f"layer_loop:enabled step:{self.step} frac:{progress:.3f} encoder:{list(order[: len(order) // 2])} "
+                f"decoder:{list(order[len(order) // 2 :])}")
+        cap = midrun_cap(cfg, progress)
+        if cfg.midrun_cap_log_updates and cap != self.cap:
+            log(f"midrun_cap:update step:{self.step} factor:{cap:g}")
+        self.cap = cap
+        ramp = rewarmup(cfg, None if self.changed_at is None else self.step - self.changed_at + 1)
+        per_step = elapsed / self.step if self.step else 0.0
+        return context, self.looping, lr_scale(cfg, progress, self.step, per_step) * cap * ramp
+
+
+def log_training_start(cfg: Config, model: GPT, log: Log) -> None:
+    log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    log("train_seq_schedule:" + ",".join(f"{n}@{end:.3f}" for n, end in cfg.seq_schedule))
+    if cfg.midrun_cap_schedule:
+        log(f"midrun_cap_schedule:{cfg.midrun_cap_schedule}")
+    log(f"local_microbatch_tokens:{cfg.train_microbatch_tokens}")
+    log(f"growth_stage:seq_len:{cfg.seq_schedule[0][0]} progress:0.000")
+    log(f"gptq:reserving {cfg.gptq_reserve_seconds:.0f}s, effective={cfg.train_budget_seconds * 1000:.0f}ms")
+
+
+def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
+    """The timed loop. Stops at ITERATIONS, at FORCE_STOP_STEP, or before the step that would overrun the budget.
+
+    validate(): scores the model as it stands, clock stopped. Raises Interrupted on Ctrl-C and RunError when loss or gradient
+    is no longer finite; in both cases checkpoint.pt holds the last good state.
+    """
+    cfg, world, clock = trainer.cfg, trainer.world, trainer.clock
+    budget, checkpointed, tokens_per_step = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens
+    clock.go_on()
+    with StopRequest() as stop:
+        while trainer.step < (cfg.force_stop_step or cfg.iterations):
+            elapsed, per_block, requested = world.max(clock.now(), clock.forecast(1), float(stop.requested))
+            context, looping, lr = trainer.plan_step(elapsed, log)
+            applications = len(layer_order(cfg, looping))
+            if requested:
+                clock.pause()
+                trainer.checkpoint(checkpoint_path)
+                raise Interrupted(f"interrupted after step {trainer.step}; {checkpoint_path} holds it: go on with RESUME=1 and the same "
+                                  f"variables (ARTIFACT_DIR={checkpoint_path.parent})")
+            if budget and not cfg.force_stop_step and elapsed + per_block * applications > budget:
+                log(f"stopping_early: wallclock_cap train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}")
+                break
+            position = trainer.loader.position
+            try:
+                loss = trainer.train_step(trainer.loader.next_step(), context, looping, lr, muon_momentum(cfg, trainer.step))
+            except FloatingPointError as e:
+                trainer.loader.position = position
+                trainer.optimizer.zero_grad()
+                trainer.checkpoint(checkpoint_path)
+                raise RunError(f"step {trainer.step + 1}: {e}; the weights before it are in {checkpoint_path}. Lower MATRIX_LR or "
+                               "TIED_EMBED_LR, or look at the data of this step") from None
+            trainer.step += 1
+            if trainer.ema:
+                trainer.ema.update(trainer.model)
+            now = clock.now()
+            clock.record(now - elapsed, applications)
+            trainer.losses.append((trainer.step, round(now, 3), round(loss, 5)))
+            if trainer.step <= 5 or trainer.step % cfg.train_log_every == 0:
+                log(f"{trainer.step}/{cfg.iterations} train_loss: {loss:.4f} train_time: {now / 60:.1f}m "
+                    f"tok/s: {trainer.step * tokens_per_step / now:.0f} seconds:{now:.2f} lr_scale:{lr:.4f} "
+                    f"tok/s_now:{tokens_per_step / (now - elapsed):.0f}")
+            if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
+                clock.pause()
+                score = validate()
+                log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
+                clock.go_on()
+            if cfg.checkpoint_seconds and (agreed := world.max(now)[0]) - checkpointed >= cfg.checkpoint_seconds:
+                clock.pause()
+                checkpointed = agreed
+                trainer.checkpoint(checkpoint_path)
+                clock.go_on()
+        clock.pause()
+    trainer.loader.close()
+    if not trainer.step:
+        raise RunError(f"no step fits into {budget:g} s of training: raise MAX_WALLCLOCK_SECONDS or lower TRAIN_BATCH_TOKENS")
+    score = validate()
+    log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
+
+
+# ==================================================================================================
+# QUANTIZATION - weights -> small integers and scales. Each codec is an encode next to its decode; rules choose.
+# ==================================================================================================
+
+class Hessians:
+    """GPTQ's H = sum of x^T x over every matmul input, by site; handed to the forward as its tap."""
+
+    def __init__(self):
+        self.H: dict[str, Tensor] = {}
+        self.count: dict[str, int] = {}
+
+    def __call__(self, site: str, x: Tensor) -> None:
+        x = x.flatten(0, -2).float()
+        if site not in self.H:
+            self.H[site] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        self.H[site].addmm_(x.T, x)
+        self.count[site] = self.count.get(site, 0) + len(x)
+
+    def rms(self, site: str) -> Tensor:
+        """Root mean square of each input column."""
+        return (self.H[site].diagonal() / self.count[site]).sqrt()
+
+
+@torch.no_grad()
+def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Hessians:
+    """Run training windows through the looped network, documents masked as in training, and add H up over the ranks."""
+    hessians, order = Hessians(), layer_order(cfg, looping=True)
+    windows = calibration_windows(files.train, cfg.train_microbatch_tokens, cfg.gptq_calibration_batches * cfg.micro_batches)
+    eta = Eta(len(windows[world.rank :: world.size]))
+    for tokens in windows[world.rank :: world.size]:
+        row = packed_row(tokens, cfg.train_seq_len, world.device)
+        model(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len), tap=hessians)
+        eta.add(1)
+        if eta.done == 1 and eta.left > 20:
+            log(f"GPTQ:calibration takes about {eta.left:.0f}s more")
+    world.sum_(*hessians.H.values())
+    counts = torch.tensor(list(hessians.count.values()), device=world.device)
+    world.sum_(counts)
+    hessians.count = dict(zip(hessians.count, counts.tolist(), strict=True))
+    return hessians
+
+
+def unbank(cfg: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict -> one 2-D tensor per matrix, under the names of published artifacts; everything else as it is."""
+    L, out = cfg.num_layers, {name: t for name, t in state.items() if not name.endswith("_bank")}
+    for i in range(L):
+        out[f"blocks.{i}.attn.c_q.weight"] = state["qo_bank"][i]
+        out[f"blocks.{i}.attn.c_k.weight"] = state["kv_bank"][i]
+        out[f"blocks.{i}.attn.c_v.weight"] = state["kv_bank"][L + i]
+        out[f"blocks.{i}.attn.proj.weight"] = state["qo_bank"][L + i]
+        out[f"blocks.{i}.mlp.fc.weight"] = state["mlp_up_bank"][i]
+        out[f"blocks.{i}.mlp.proj.weight"] = state["mlp_down_bank"][i]
+    return out
+
+
+def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `unbank`."""
+    def stack(*roles: str) -> Tensor:
+        return torch.stack([tensors[f"blocks.{i}.{role}.weight"] for role in roles for i in range(cfg.num_layers)])
+
+    roles = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
+    out = {name: t for name, t in tensors.items() if not any(name.endswith(f".{role}.weight") for role in roles)}
+    return out | dict(qo_bank=stack("attn.c_q", "attn.proj"), kv_bank=stack("attn.c_k", "attn.c_v"),
+                      mlp_up_bank=stack("mlp.fc"), mlp_down_bank=stack("mlp.proj"))
+
+
+def clip_scale(W: Tensor, clip_sigmas: float, q_max: int) -> Tensor:
+    """SDClip: fp16 step sizes (..., rows) that put `clip_sigmas` standard deviations of a row on `q_max` steps.
+
+    Fp16 because that is what is stored; never zero, so an all-zero row decodes to zeros.
+    """
+    return (clip_sigmas * W.std(-1) / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
+
+
+def inverse_cholesky(H: Tensor) -> Tensor:
+    """Upper U with U^T U = H^-1, for a stack of positive definite H: Cholesky of the flipped H, one triangular solve."""
+    R = torch.linalg.cholesky(H.flip(-2, -1)).flip(-2, -1)  # H = R R^T, R upper
+    identity = torch.eye(H.shape[-1], device=H.device, dtype=H.dtype).expand_as(H)
+    return torch.linalg.solve_triangular(R, identity, upper=True)
+
+
+def gptq(W: Tensor, H: Tensor, clip_sigmas: float, bits: int, protected: Tensor, hi_bits: int, block: int = 128):
+    """GPTQ (arXiv:2210.17323) with act-order, one scale per row, for a stack of matrices of one shape.
+
+    W (n, rows, cols) fp32, H (n, cols, cols), protected (n, cols) bool: columns on the finer grid of `hi_bits`.
+    Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and of protected columns.
+    """
+    cols = W.shape[2]
+    q_max, hi_max = 2 ** (bits - 1) - 1, 2 ** (hi_bits - 1) - 1
+    scale, hi_scale = clip_scale(W, clip_sigmas, q_max), clip_scale(W, clip_sigmas, hi_max)
+    H, W = H.clone(), W.clone()
+    diag = H.diagonal(dim1=-2, dim2=-1)
+    dead = diag == 0
+    diag[dead] = 1
+    diag += 0.01 * diag.mean(-1, keepdim=True)
+    perm = diag.argsort(dim=-1, descending=True, stable=True)  # act-order
+    W[dead[:, None].expand_as(W)] = 0
+    W = W.gather(2, perm[:, None].expand_as(W))
+    H = H.gather(1, perm[:, :, None].expand_as(H)).gather(2, perm[:, None].expand_as(H))
+    Hinv = inverse_cholesky(H)
+    protected = protected.gather(1, perm)
+    step = torch.where(protected[:, None], hi_scale.float()[:, :, None], scale.float()[:, :, None])  # (n, rows, cols)
+    limit = torch.where(protected, hi_max, q_max)[:, None].float()
+    Q = torch.empty_like(W)
+    for start in range(0, cols, block):
+        end = min(start + block, cols)
+        err = torch.empty_like(W[:, :, start:end])
+        for j in range(start, end):
+            s, top = step[:, :, j], limit[:, :, j]
+            q = (W[:, :, j] / s).round().clamp(-top, top)
+            e = (W[:, :, j] - q * s) / Hinv[:, j, j, None]
+            W[:, :, j:end] -= e[:, :, None] * Hinv[:, j, None, j:end]
+            Q[:, :, j], err[:, :, j - start] = q, e
+        W[:, :, end:] -= err @ Hinv[:, start:end, end:]
+    inverse = perm.argsort(-1)
+    return Q.gather(2, inverse[:, None].expand_as(Q)).to(torch.int8), scale, hi_scale
+
+
+class Stored(NamedTuple):
+    """One tensor of the artifact: its codecs, whose decoded values add up, and their parts by (codec, part)."""
+
+    parts: dict[tuple[str, str], Tensor]
+
+    def decode(self) -> Tensor:
+        """fp32 values."""
+        total = None
+        for codec in dict.fromkeys(codec for codec, _ in self.parts):
+            value = CODECS[codec].decode({part: t for (c, part), t in self.parts.items() if c == codec})
+            total = value if total is None else total + value
+        return total
+
+
+class Float16:
+    """Half precision, as it is."""
+
+    @staticmethod
+    def encode(w: Tensor) -> dict[str, Tensor]:
+        return dict(w=w.half())
+
+    @staticmethod
+    def decode(parts: dict[str, Tensor]) -> Tensor:
+        return parts["w"].float()
+
+
+class Int8Rows:
+    """Symmetric int8, one fp16 scale per row."""
+
+    @staticmethod
+    def encode(w: Tensor) -> dict[str, Tensor]:
+        scale = (w.abs().amax(1) / 127).clamp_min(1e-10).half().clamp_min(2.0**-24)
+        return dict(q=(w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale=scale)
+
+    @staticmethod
+    def decode(parts: dict[str, Tensor]) -> Tensor:
+        return parts["q"].float() * parts["scale"].float()[:, None]
+
+
+class Gptq:
+    """What `gptq` chose: integers, a scale per row, and a finer scale for the protected column groups (AWQ-lite, PR #1908)."""
+
+    @staticmethod
+    def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: list[int], hi_size: int) -> dict[str, Tensor]:
+        parts = dict(q=q, scale=scale)
+        if hi_starts:
+            hi_start, size = torch.tensor(hi_starts, dtype=torch.int16), torch.tensor([hi_size], dtype=torch.int16)
+            parts |= dict(hi_start=hi_start, hi_size=size, hi_scale=hi_scale)
+        return parts
+
+    @staticmethod
+    def decode(parts: dict[str, Tensor]) -> Tensor:
+        q = parts["q"].float()
+        w = q * parts["scale"].float()[:, None]
+        for start in parts["hi_start"].tolist() if "hi_start" in parts else ():
+            columns = slice(start, start + int(parts["hi_size"]))
+            w[:, columns] = q[:, columns] * parts["hi_scale"].float()[:, None]
+        return w
+
+
+class LowRank:
+    """Low-rank correction with symmetric integer factors, one fp16 scale per row of A and of B (LQER, arXiv:2402.02446)."""
+
+    @staticmethod
+    def encode(A: Tensor, B: Tensor, bits: int) -> dict[str, Tensor]:
+        parts, q_max = {}, 2 ** (bits - 1) - 1
+        for name, factor in (("A", A), ("B", B)):
+            scale = (factor.abs().amax(1) / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
+            parts |= {name: (factor / scale.float()[:, None]).round().clamp(-q_max, q_max).to(torch.int8), f"{name}_scale": scale}
+        return parts
+
+    @staticmethod
+    def decode(parts: dict[str, Tensor]) -> Tensor:
+        A, B = (parts[name].float() * parts[f"{name}_scale"].float()[:, None] for name in ("A", "B"))
+        return A @ B
+
+
+class LowRankAsym:
+    """Low-rank correction, A in {-2..1} with one scale, B in {-8..7} with one scale per group of values (PR #1797)."""
+
+    @staticmethod
+    def encode(A: Tensor, B: Tensor, group: int) -> dict[str, Tensor]:
+        a_scale = (A.abs().max() / 1.5).clamp_min(1e-10).half().clamp_min(2.0**-24)
+        groups = B.reshape(-1, group)
+        b_scale = (groups.abs().amax(1) / 7.5).clamp_min(1e-10).half().clamp_min(2.0**-24)
+        return dict(
+            A=(A / a_scale.float()).round().clamp(-2, 1).to(torch.int8), A_scale=a_scale.view(1),
+            B=(groups / b_scale.float()[:, None]).round().clamp(-8, 7).to(torch.int8).view_as(B), B_scale=b_scale)
+
+    @staticmethod
+    def decode(parts: dict[str, Tensor]) -> Tensor:
+        B = parts["B"].float().reshape(len(parts["B_scale"]), -1) * parts["B_scale"].float()[:, None]
+        return (parts["A"].float() * parts["A_scale"].float()) @ B.view_as(parts["B"])
+
+
+CODECS = dict(float16=Float16, int8_row=Int8Rows, gptq=Gptq, low_rank=LowRank, low_rank_asym=LowRankAsym)
+
+QUANT_RULES = (  # pattern, codec, bits, clip, site of the Hessian; first match wins
+    ("tok_emb.weight", "gptq", "embed_bits", "embed_clip_sigmas", "head"),
+    ("lm_head.weight", "gptq", "matrix_bits", "matrix_clip_sigmas", "head"),
+    ("blocks.*.attn.c_?.weight", "gptq", "matrix_bits", "attn_clip_sigmas", "attn_in"),
+    ("blocks.*.attn.proj.weight", "gptq", "matrix_bits", "attn_clip_sigmas", "attn_out"),
+    ("blocks.*.mlp.fc.weight", "gptq", "matrix_bits", "mlp_clip_sigmas", "mlp_in"),
+    ("blocks.*.mlp.proj.weight", "gptq", "matrix_bits", "mlp_clip_sigmas", "mlp_mid"),
+    ("blocks.*.attn.attn_gate_w", "int8_row", "", "", ""),
+    ("*", "float16", "", "", ""),
+)
+
+LQER_SCOPES = dict(all="*", mlp="*.mlp.*", attn="*.attn.*", embed="tok_emb.weight")
+
+
+class Task(NamedTuple):
+    """One matrix for GPTQ."""
+
+    name: str
+    W: Tensor  # (rows, cols) fp32
+    bits: int
+    clip_sigmas: float
+    site: str | None  # None: no matmul reads it (the embedding of an untied head), so every column counts alike
+
+
+def gptq_tasks(cfg: Config, tensors: dict[str, Tensor]) -> list[Task]:
+    tasks = []
+    for name, t in tensors.items():
+        codec, bits, clip, site = first_match(QUANT_RULES, name)
+        if codec == "gptq":
+            block = ".".join(name.split(".")[:2]) + "." if name.startswith("blocks.") else ""
+            site = None if name == "tok_emb.weight" and not cfg.tie_embeddings else block + site
+            tasks.append(Task(name, t.float(), getattr(cfg, bits), getattr(cfg, clip), site))
+    return tasks
+
+
+def protected_groups(cfg: Config, tasks: list[Task], hessians: Hessians) -> dict[str, list[int]]:
+    """AWQ-lite: first columns of the groups with the largest sum of rms(x_j) mean|W_j|, the best over all tensors."""
+    if not cfg.awq_lite_enabled:
+        return {}
+    size, scored = cfg.awq_lite_group_size, []
+    for task in tasks:
+        if task.bits < cfg.awq_lite_bits and task.site is not None:
+            column = hessians.rms(task.site) * task.W.abs().mean(0)
+            groups = column[: len(column) // size * size].view(-1, size).sum(1)
+            scored += [(score, task.name, g * size) for g, score in enumerate(groups.tolist())]
+    chosen: dict[str, list[int]] = {}
+    for _, name, start in sorted(scored, key=lambda s: (-s[0], s[1], s[2]))[: cfg.awq_lite_group_top_k]:
+        chosen.setdefault(name, []).append(start)
+    return chosen
+
+
+def run_gptq(cfg: Config, tasks: list[Task], hessians: Hessians, protected: dict[str, list[int]]) -> dict[str, Stored]:
+    """GPTQ over all tasks, matrices of one shape and setting batched. Raises RunError when a Hessian is not positive definite."""
+    batches, out = {}, {}
+    for task in tasks:
+        batches.setdefault((task.W.shape, task.bits, task.clip_sigmas), []).append(task)
+    for ((_, cols), bits, clip), batch in batches.items():
+        mask = torch.zeros(len(batch), cols, dtype=torch.bool, device=batch[0].W.device)
+        for row, task in zip(mask, batch, strict=True):
+            for start in protected.get(task.name, ()):
+                row[start : start + cfg.awq_lite_group_size] = True
+        H = torch.stack([torch.eye(cols, device=mask.device) if t.site is None else hessians.H[t.site] for t in batch])
+        try:
+            results = gptq(torch.stack([t.W for t in batch]), H, clip, bits, mask, cfg.awq_lite_bits)
+        except torch.linalg.LinAlgError as e:
+            raise RunError(f"GPTQ of {batch[0].name} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
+        for task, q, scale, hi_scale in zip(batch, *results, strict=True):
+            parts = Gptq.encode(q, scale, hi_scale, protected.get(task.name, []), cfg.awq_lite_group_size)
+            out[task.name] = Stored({("gptq", part): t for part, t in parts.items()})
+    return out
+
+
+def low_rank_corrections(cfg: Config, tasks: list[Task], stored: dict[str, Stored]) -> dict[str, Stored]:
+    """LQER: rank-r factors of W - W_hat for the tensors with the largest residual, or the largest gain (LQER_GAIN_SELECT)."""
+    if not cfg.lqer_enabled:
+        return {}
+
+    def fit(E: Tensor) -> Stored:
+        U, S, Vh = torch.linalg.svd(E, full_matrices=False)
+        r = min(cfg.lqer_rank, len(S))
+        A, B = (U[:, :r] * S[:r]).contiguous(), Vh[:r].contiguous()
+        codec = "low_rank_asym" if cfg.lqer_asym_enabled else "low_rank"
+        parts = LowRankAsym.encode(A, B, cfg.lqer_asym_group) if cfg.lqer_asym_enabled else LowRank.encode(A, B, cfg.lqer_factor_bits)
+        return Stored({(codec, part): t for part, t in parts.items()})
+
+    scope = LQER_SCOPES[cfg.lqer_scope]
+    residuals = {t.name: t.W - stored[t.name].decode() for t in tasks if fnmatch.fnmatchcase(t.name, scope)}
+    if cfg.lqer_gain_select:
+        fits = {name: fit(E) for name, E in residuals.items()}
+        worth = {name: (E.norm() - (E - fits[name].decode()).norm()).item() for name, E in residuals.items()}
+    else:
+        fits, worth = {}, {name: E.norm().item() for name, E in residuals.items()}
+    best = sorted(worth, key=lambda name: (-worth[name], name))[: cfg.lqer_top_k]
+    return {name: fits.get(name) or fit(residuals[name]) for name in best}
+
+
+@contextlib.contextmanager
+def full_fp32():
+    """No TF32 inside: GPTQ divides by what it subtracts."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@torch.no_grad()
+@full_fp32()
+def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log: Log) -> dict[str, Stored]:
+    """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`."""
+    tensors = unbank(cfg, state)
+    tasks = gptq_tasks(cfg, tensors)
+    protected = protected_groups(cfg, tasks, hessians)
+    stored = run_gptq(cfg, tasks, hessians, protected)
+    for name, extra in low_rank_corrections(cfg, tasks, stored).items():
+        stored[name] = Stored(stored[name].parts | extra.parts)
+    for name, t in tensors.items():
+        if name not in stored:
+            codec = first_match(QUANT_RULES, name)[0]
+            codec = "float16" if codec == "int8_row" and not cfg.gated_attn_quant_gate else codec
+            stored[name] = Stored({(codec, part): x for part, x in CODECS[codec].encode(t.float()).items()})
+    log("Quantized weights:")
+    kinds: dict[str, set[str]] = {}
+    bits = {task.name: f" (int{task.bits})" for task in tasks}
+    for name, s in stored.items():
+        kind = "+".join(dict.fromkeys(c for c, _ in s.parts)) + bits.get(name, "")
+        kind += f"+awqgrpint{cfg.awq_lite_bits}" if name in protected else ""
+        kinds.setdefault(kind, set()).add(".".join("*" if part.isdigit() else part for part in name.split(".")))
+    for kind, names in sorted(kinds.items()):
+        log(f"  {kind}: {', '.join(sorted(names))}")
+    return {name: Stored({k: t.cpu() for k, t in stored[name].parts.items()}) for name in tensors}
+
+
+def dequantized_state(cfg: Config, stored: dict[str, Stored]) -> dict[str, Tensor]:
+    """What the artifact stands for, as a state dict in fp32."""
+    return rebank(cfg, {name: s.decode() for name, s in stored.items()})
+
+
+# ==================================================================================================
+# PACKING - tensors <-> bytes. The only section that knows the artifact's layout.
+# ==================================================================================================
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 1  # bump the version whenever any byte of the output could change its meaning
+DTYPES = {"i1": torch.int8, "i2": torch.int16, "f2": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "tie_embeddings", "logit_softcap",
+    "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "skip_gates_enabled", "num_loops", "loop_start",
+    "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled", "attn_out_gate_src", "gated_attn_enabled",
+    "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled", "smear_gate_bos_fix", "asym_logit_rescale",
+)
+
+STREAM_RULES = (  # array "tensor:codec.part", its stream, sort its rows by similarity when COMPRESSOR=pergroup; first match wins
+    ("tok_emb.weight:gptq.q", "tok_emb", True),
+    ("blocks.*.attn.c_k.weight:gptq.q", "attn.c_k", False),
+    ("blocks.*.attn.c_q.weight:gptq.q", "attn.c_q", True),
+    ("blocks.*.attn.c_v.weight:gptq.q", "attn.c_v", False),
+    ("blocks.*.attn.proj.weight:gptq.q", "attn.proj", False),
+    ("blocks.*.mlp.fc.weight:gptq.q", "mlp.fc", True),
+    ("blocks.*.mlp.proj.weight:gptq.q", "mlp.proj", False),
+    ("lm_head.weight:gptq.q", "lm_head", False),
+    ("*:*", "rest", False),
+)
+STREAMS = (*dict.fromkeys(stream for _, stream, _ in STREAM_RULES), "row_order")
+
+
+class ArtifactError(RunError):
+    """The bytes are no artifact of ours, are damaged, or belong to another model."""
+
+
+def need_lrzip() -> str:
+    """Path of the lrzip program. Raises RunError saying how to get it."""
+    path = shutil.which("lrzip")
+    if path is None:
+        raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and Ubuntu: "
+                       "apt-get install lrzip), or set COMPRESSOR=brotli")
+    return path
+
+
+def run_lrzip(data: bytes, *flags: str) -> bytes:
+    """Feed one file through lrzip; one thread, so that the bytes do not depend on the machine. Raises RunError."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder, "in.lrz"), Path(folder, "out")
+        source.write_bytes(data)
+        done = subprocess.run([need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)], capture_output=True, text=True)
+        if done.returncode or not result.exists():
+            raise RunError(f"lrzip {' '.join(flags)} failed with exit code {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+        return result.read_bytes()
+
+
+CODERS = {  # how a stream's bytes are coded: (encode, decode). An entropy coder of our own is one more line here.
+    "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24), brotli.decompress),
+    "lzma": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
+    "lrzip": (lambda data: run_lrzip(data, "-z", "-L", "9"), lambda data: run_lrzip(data, "-d")),
+}
+
+
+def stream_coder(compressor: str, stream: str) -> str:
+    """Which coder a stream gets: pergroup means lrzip for the integer matrices and brotli for the rest."""
+    return compressor if compressor != "pergroup" else "brotli" if stream in ("rest", "row_order") else "lrzip"
+
+
+def similarity_order(q: np.ndarray) -> np.ndarray:
+    """Greedy chain of rows: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,)."""
+    rows = torch.from_numpy(q).float()
+    distance = torch.cdist(rows, rows, p=1).numpy()
+    order, current = np.zeros(len(q), np.uint16), 0
+    for i in range(1, len(q)):
+        distance[:, current] = np.inf
+        current = int(distance[current].argmin())
+        order[i] = current
+    return order
+
+
+def byte_planes(a: np.ndarray) -> np.ndarray:
+    """All first bytes, then all second bytes, ...: halves of fp16 compress better apart."""
+    return np.ascontiguousarray(a).reshape(-1).view(np.uint8).reshape(a.size, a.itemsize).T
+
+
+def from_byte_planes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    planes = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1)
+    return np.ascontiguousarray(planes.T).reshape(-1).view(dtype).reshape(shape)
+
+
+def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
+    """Tensors -> artifact. Deterministic: the same tensors give the same bytes.
+
+    magic "PGA1" | u16 version | u32 header size | 16-byte blake2b of all but the magic and itself | header | streams.
+    The header is brotli-coded JSON: {model: the fields both sides must share, streams: [[name, coder, coded, raw bytes]],
+    arrays: [[tensor, codec, part, dtype, shape, stream]]}. A stream is its arrays one after another in header order: integer
+    matrices of `pergroup` transposed, their rows reordered where STREAM_RULES says so (the orders, uint16, are stream
+    row_order); every other array as byte planes.
+    """
+    arrays, streams = [], {name: [] for name in STREAMS}
+    for name, s in stored.items():
+        for (codec, part), t in s.parts.items():
+            a = t.numpy()
+            stream, sort = first_match(STREAM_RULES, f"{name}:{codec}.{part}")
+            arrays.append([name, codec, part, DTYPE_NAMES[t.dtype], list(a.shape), STREAMS.index(stream)])
+            if stream_coder(cfg.compressor, stream) == "lrzip":
+                if sort:
+                    order = similarity_order(a)
+                    streams["row_order"].append(byte_planes(order).tobytes())
+                    a = a[order]
+                a = a.T
+                streams[stream].append(np.ascontiguousarray(a).tobytes())
+            else:
+                streams[stream].append(byte_planes(a).tobytes())
+    raw = {name: b"".join(chunks) for name, chunks in streams.items()}
+    with ThreadPoolExecutor() as pool:
+        coded = dict(zip(raw, pool.map(lambda n: CODERS[stream_coder(cfg.compressor, n)][0](raw[n]) if raw[n] else b"", raw), strict=True))
+    header = dict(model={f: getattr(cfg, f) for f in MODEL_FIELDS}, arrays=arrays,
+                  streams=[[n, stream_coder(cfg.compressor, n), len(coded[n]), len(raw[n])] for n in raw])
+    head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
+    body = head + b"".join(coded.values())
+    prefix = struct.pack("<HI", ARTIFACT_VERSION, len(head))
+    return ARTIFACT_MAGIC + prefix + hashlib.blake2b(prefix + body, digest_size=16).digest() + body
+
+
+def read_header(blob: bytes) -> tuple[dict, int]:
+    """Header of an artifact and the offset of its first stream, checksum verified. Raises ArtifactError."""
+    if blob[:4] != ARTIFACT_MAGIC or len(blob) < 26:
+        raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} in {len(blob)} bytes")
+    version, size = struct.unpack("<HI", blob[4:10])
+    if version != ARTIFACT_VERSION:
+        raise ArtifactError(f"artifact version {version}; this script reads version {ARTIFACT_VERSION}: use the script it was written by")
+    if hashlib.blake2b(blob[4:10] + blob[26:], digest_size=16).digest() != blob[10:26]:
+        raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy or make it again")
+    return json.loads(brotli.decompress(blob[26 : 26 + size])), 26 + size
+
+
+def check_model_fields(cfg: Config, saved: dict) -> None:
+    """Raises ArtifactError naming every variable by which this run differs from the one that wrote the artifact."""
+    differ = [f"{name.upper()}: artifact {saved.get(name)}, this run {getattr(cfg, name)}" for name in MODEL_FIELDS
+              if saved.get(name) != getattr(cfg, name)]
+    if differ:
+        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run that wrote it")
+
+
+def unpack(cfg: Config, blob: bytes) -> dict[str, Stored]:
+    """Artifact -> tensors, the inverse of `pack`. Raises ArtifactError."""
+    header, at = read_header(blob)
+    check_model_fields(cfg, header["model"])
+    sizes, coded = [], []
+    for _, _, coded_bytes, raw_bytes in header["streams"]:
+        coded.append(blob[at : at + coded_bytes])
+        sizes.append(raw_bytes)
+        at += coded_bytes
+    with ThreadPoolExecutor() as pool:
+        coders = [coder for _, coder, _, _ in header["streams"]]
+        raw = list(pool.map(lambda coder, data: CODERS[coder][1](data) if data else b"", coders, coded))
+    for (name, *_), data, size in zip(header["streams"], raw, sizes, strict=True):
+        if len(data) != size:
+            raise ArtifactError(f"stream {name} of the artifact decodes to {len(data)} bytes instead of {size}")
+    offsets = dict.fromkeys(STREAMS, 0)
+
+    def take(stream: str, count: int) -> bytes:
+        start = offsets[stream]
+        offsets[stream] = start + count
+        return raw[STREAMS.index(stream)][start : start + count]
+
+    out: dict[str, Stored] = {}
+    for name, codec, part, dtype, shape, index in header["arrays"]:
+        stream, sort = first_match(STREAM_RULES, f"{name}:{codec}.{part}")
+        data = take(stream, math.prod(shape) * int(dtype[1]))
+        if coders[index] == "lrzip":
+            a = np.frombuffer(data, f"<{dtype}").reshape(shape[::-1]).T
+            if sort:
+                order = from_byte_planes(take("row_order", 2 * shape[0]), "<u2", (shape[0],))
+                unsorted = np.empty_like(a)
+                unsorted[order] = a
+                a = unsorted
+        else:
+            a = from_byte_planes(data, f"<{dtype}", tuple(shape))
+        out.setdefault(name, Stored({})).parts[codec, part] = torch.from_numpy(np.array(a, order="C"))
+    return out
+
+
+def bytes_by_part(blob: bytes) -> dict[str, int]:
+    """Bytes of each stream of an artifact, and of its header; they add up to its size."""
+    header, at = read_header(blob)
+    return dict(header=at, **{name: coded for name, _, coded, _ in header["streams"]})
+
+
+def load_artifact(cfg: Config, world: World, path: Path) -> GPT:
+    """The model that the bytes on disk stand for. Raises ArtifactError."""
+    try:
+        stored = unpack(cfg, path.read_bytes())
+    except OSError as e:
+        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
+    model = GPT(cfg, world.dtype, choose_document_attention(world))
+    model.load_state_dict(dequantized_state(cfg, stored))
+    return model.to(world.device).requires_grad_(False)
+
+
+def load_checkpoint_model(cfg: Config, world: World, path: Path) -> GPT:
+    """A model from final_model.pt, ours or a published one. Raises RunError."""
+    state = load_tensors(path, "cpu")
+    model = GPT(cfg, world.dtype, choose_document_attention(world))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise RunError(f"{path} does not fit this configuration: {e}") from None
+    return model.to(world.device)
+
+
+def upstream_code_bytes() -> int | None:
+    """Code size by the convention of published records: a minified, compressed, base85 script that is never written. None
+    when python_minifier is not installed. Our own count is the size of the script that runs."""
+    try:
+        import python_minifier
+    except ImportError:
+        return None
+    source = "".join(linecache.getlines(upstream_code_bytes.__code__.co_filename))  # also when the script runs packed
+    small = python_minifier.minify(source, rename_locals=False, hoist_literals=False, remove_literal_statements=True, remove_asserts=True)
+    return len(brotli.compress(small.encode(), quality=11)) * 5 // 4 + 67
+
+
+# ==================================================================================================
+# EVALUATION - bits per byte: every target scored once, every byte counted once.
+# ==================================================================================================
+
+class Score(NamedTuple):
+    """What an evaluation comes to."""
+
+    loss: float  # nats per token
+    bpb: float   # bits per byte
+    tokens: int
+    bytes: int
+
+
+class Tally:
+    """Sums over scored tokens, in fp64 on the device; bits per byte = nats / ln 2 / bytes."""
+
+    def __init__(self, device: torch.device):
+        self.nats = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        self.tokens = self.bytes = 0
+
+    def add(self, nats: Tensor, mask: Tensor, target_bytes: int) -> None:
+        """nats: fp32 per target, on the device; mask: which of them count, on the CPU; target_bytes: what those stand for."""
+        self.nats += (nats.detach().to(self.nats.dtype) * mask.to(nats.device, non_blocking=True)).sum()
+        self.tokens += int(mask.sum())
+        self.bytes += target_bytes
+
+    def sums(self) -> tuple[float, int, int]:
+        """Nats, tokens and bytes of this rank so far."""
+        return self.nats.item(), self.tokens, self.bytes
+
+    def score(self, world: World, expected_tokens: int) -> Score:
+        """Merge the ranks. Raises RunError unless exactly `expected_tokens` targets were scored."""
+        counts = torch.tensor([self.tokens, self.bytes], device=world.device)
+        nats = self.nats.clone()
+        world.sum_(nats, counts)
+        tokens, size = counts.tolist()
+        if tokens != expected_tokens:
+            raise RunError(f"scored {tokens} targets instead of {expected_tokens}: a bug, please report it with the log")
+        return Score(nats.item() / tokens, nats.item() / math.log(2) / size, tokens, size)
+
+
+class EvalBatch(NamedTuple):
+    """Inputs and targets (B, T) int64, which targets count (B, T), their bytes, and the packing of a packed row."""
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor
+    target_bytes: int
+    packing: Packing | None
+
+
+def packed_rows(data: ValData, context: int, row_tokens: int) -> list[tuple[int, int]]:
+    """Cut the stream into rows of at most `row_tokens` inputs that never cut a piece: a document, or `context` tokens of a long one."""
+    total = len(data.target_bytes)
+    cuts = document_cu_seqlens(data.documents()[0], total, context, bucket=1)
+    rows, start = [], 0
+    while start < total:
+        end = int(cuts[np.searchsorted(cuts, start + row_tokens, side="right") - 1])
+        rows.append((start, end))
+        start = end
+    return rows
+
+
+def packed_batches(cfg: Config, data: ValData, rank: int, size: int):
+    """Whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
+    total, context = len(data.target_bytes), cfg.eval_seq_len
+    row_tokens = min(max(cfg.val_batch_tokens // 8, context), -(-total // context) * context)
+    for start, end in packed_rows(data, context, row_tokens)[rank::size]:
+        n = end - start
+        tokens = np.zeros(row_tokens + 1, np.int64)
+        tokens[: n + 1] = data.tokens[start : end + 1]
+        starts = np.flatnonzero(tokens[:n] == BOS_ID)
+        cu_seqlens = document_cu_seqlens(np.append(starts, n) if n < row_tokens else starts, row_tokens, context)
+        window, mask = torch.from_numpy(tokens)[None], torch.arange(row_tokens)[None] < n
+        packing = Packing(torch.from_numpy(cu_seqlens), context)
+        yield EvalBatch(window[:, :-1], window[:, 1:], mask, int(data.target_bytes[start:end].sum()), packing)
+
+
+def sliding_batches(cfg: Config, data: ValData, rank: int, size: int):
+    """Windows every EVAL_STRIDE tokens, documents not masked; each scores the targets no earlier window has scored."""
+    total, seq, stride = len(data.target_bytes), cfg.eval_seq_len, cfg.eval_stride
+    starts = np.arange(0, max(1, total - (seq - stride)), stride)
+    per_batch = max(1, cfg.val_batch_tokens // 8 // seq)
+    for first in range(rank * per_batch, len(starts), size * per_batch):
+        window_starts = starts[first : first + per_batch]
+        at = window_starts[:, None] + np.arange(seq + 1)
+        tokens = torch.from_numpy(np.where(at <= total, data.tokens[np.minimum(at, total)], 0).astype(np.int64))
+        fresh = np.where(window_starts == 0, 0, seq - stride)
+        mask = (np.arange(seq) >= fresh[:, None]) & (at[:, :-1] < total)
+        counted = int(data.target_bytes[at[:, :-1][mask]].sum())
+        yield EvalBatch(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(mask), counted, None)
+
+
+@torch.no_grad()
+def evaluate(cfg: Config, world: World, forward, data: ValData, looping: bool = True) -> Score:
+    """Score all of `data` with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
+    tally, order = Tally(world.device), layer_order(cfg, looping)
+    batches = packed_batches if cfg.eval_method == "packed" else sliding_batches
+    for batch in batches(cfg, data, world.rank, world.size):
+        packing = batch.packing and Packing(batch.packing.cu_seqlens.to(world.device), batch.packing.max_len)
+        nats = forward(batch.inputs.to(world.device), batch.targets.to(world.device), order=order, packing=packing)
+        tally.add(nats, batch.mask, batch.target_bytes)
+    return tally.score(world, len(data.target_bytes))
+
+
+# ==================================================================================================
+# TEST-TIME TRAINING - score a chunk, then learn from it: a prediction never depends on what it predicts.
+# ==================================================================================================
+
+class Batch(NamedTuple):
+    """Documents side by side. starts and sizes (n,): first input token and number of predictions, sizes ascending."""
+
+    number: int  # position in the order of ascending length
+    starts: np.ndarray
+    sizes: np.ndarray
+    chunk: int
+
+
+def chunk_size(cfg: Config, length: int) -> int:
+    """Tokens scored between two updates, for a batch whose longest document has `length` tokens, its last target included."""
+    if not cfg.ttt_short_score_first_enabled:
+        return cfg.ttt_chunk_size
+    if cfg.ttt_short_score_first_steps:
+        steps = parse_steps(cfg.ttt_short_score_first_steps, ":")
+        return next((int(chunk) for limit, chunk in steps if length <= limit), cfg.ttt_chunk_size)
+    return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
+
+
+def document_batches(cfg: Config, data: ValData) -> list[Batch]:
+    """All documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
+    starts, ends = data.documents()
+    sizes = ends - starts
+    order = np.argsort(sizes, kind="stable")
+    groups = [order[i : i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
+    return [Batch(i, starts[g], sizes[g], chunk_size(cfg, int(sizes[g].max()) + 1)) for i, g in enumerate(groups)]
+
+
+def chunk_window(size: int, chunk: int, index: int, context: int) -> tuple[int, int, int]:
+    """(window start, chunk start, end) in inputs of a document with `size` predictions: chunk `index` sees up to `context` tokens.
+
+    Example: size 100, chunk 48, context 3072 -> (0, 0, 48), (0, 48, 96), (0, 96, 100).
+    """
+    start, end = index * chunk, min((index + 1) * chunk, size)
+    return max(0, end - context), start, end
+
+
+def batch_cost(batch: Batch, context: int) -> float:
+    """Token positions a batch runs through the network, the unit of its duration."""
+    chunks = -(-int(batch.sizes.max()) // batch.chunk)
+    growing = min(chunks, context // batch.chunk)
+    return len(batch.sizes) * (batch.chunk * growing * (growing + 1) / 2 + (chunks - growing) * context)
+
+
+def phase_segments(cfg: Config, batches: list[Batch]) -> list[tuple[list[Batch], int]]:
+    """The scoring order cut at the global phases: [(batches, documents the phase after them learns from; 0 = no phase)].
+
+    Longest first, because they cost most and teach most; TTT_EVAL_BATCHES turns that round. A function of the data alone.
+    """
+    order = batches if cfg.ttt_eval_batches else batches[::-1]
+    total = sum(len(b.sizes) for b in batches)
+    prefix = min(total, cfg.phased_ttt_prefix_docs) if cfg.phased_ttt_enabled else 0
+    boundaries = [prefix * (p + 1) // cfg.phased_ttt_num_phases for p in range(cfg.phased_ttt_num_phases)] if prefix else []
+    segments, current, done = [], [], 0
+    for batch in order:
+        current.append(batch)
+        done += len(batch.sizes)
+        if reached := [b for b in boundaries if b <= done]:  # several at once make one phase, over all of their documents
+            segments.append((current, reached[-1]))
+            boundaries, current = boundaries[len(reached) :], []
+    return [*segments, (current, 0)] if current else [*segments[:-1], (segments[-1][0], 0)]
+
+
+def deal(costs: list[float], lanes: int) -> list[list[int]]:
+    """Items to lanes, in the given order, each to the least loaded lane: balanced when costs fall, and the same on every run."""
+    load, hands = [(0.0, lane) for lane in range(lanes)], [[] for _ in range(lanes)]
+    for i, cost in enumerate(costs):
+        total, lane = heapq.heappop(load)
+        hands[lane].append(i)
+        heapq.heappush(load, (total + cost, lane))
+    return hands
+
+
+class Lineage:
+    """The adapters of one lane, passed on from batch to batch: B starts at zero every time, A is kept (TTT_WARM_START_A).
+
+    What is passed on comes from tokens scored in earlier batches only.
+    """
+
+    def __init__(self, cfg: Config, world: World, rows: int, rank: int, lr: float, wd: float, beta2: float, seed: int):
+        self.cfg, self.lr, self.wd, self.beta2, self.template = cfg, lr, wd, beta2, None
+        self.generator = torch.Generator().manual_seed(seed)
+        D, slots, scale = cfg.model_dim, len(layer_order(cfg, looping=True)), cfg.ttt_lora_alpha / rank
+        n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
+
+        def lora(site: str) -> Lora:
+            lead = (rows,) if site == "head" else (slots, rows)
+            A = torch.empty(*lead, rank, D, device=world.device, requires_grad=True)
+            return Lora(A, torch.zeros(*lead, n_out[site], rank, device=world.device, requires_grad=True), scale)
+
+        self.adapters = Adapters(**{site: lora(site) for site in (*cfg.lora_sites, "head")})
+        self.loras = [lora for lora in self.adapters if lora is not None]
+        self.draw()
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Fresh A, uniform in +-1/sqrt(n_in)."""
+        for lora in self.loras:
+            bound = lora.A.shape[-1] ** -0.5
+            lora.A.copy_(torch.empty(lora.A.shape).uniform_(-bound, bound, generator=self.generator))
+
+    @torch.no_grad()
+    def begin(self, from_mean: bool) -> torch.optim.Optimizer:
+        """Reset for a new batch and return its optimizer. from_mean: start every row from the mean of finished adapters."""
+        if not self.cfg.ttt_warm_start_a:
+            self.draw()
+        for i, lora in enumerate(self.loras):
+            lora.B.zero_()
+            if from_mean and self.template is not None:
+                lora.A.copy_(self.template[i][0].expand_as(lora.A))
+                lora.B.copy_(self.template[i][1].expand_as(lora.B))
+        parameters = [t for lora in self.loras for t in (lora.A, lora.B)]
+        lr = self.lr * self.cfg.ttt_local_lr_mult
+        if self.cfg.ttt_optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=lr, weight_decay=self.wd)
+        return torch.optim.AdamW(parameters, lr=lr, betas=(self.cfg.ttt_beta1, self.beta2), eps=1e-10, weight_decay=self.wd,
+                                 fused=parameters[0].device.type in ("cuda", "cpu"))
+
+    @torch.no_grad()
+    def finish(self, documents: int) -> None:
+        """Move the template towards the mean adapter of the `documents` of the batch that was just scored."""
+        if not self.cfg.ttt_warm_start_mean_enabled:
+            return
+        means = [tuple(t[..., :documents, :, :].mean(-3, keepdim=True) for t in (lora.A, lora.B)) for lora in self.loras]
+        m = self.cfg.ttt_warm_start_mean_momentum
+        if self.template is not None:
+            means = [(a.lerp(new_a, 1 - m), b.lerp(new_b, 1 - m)) for (a, b), (new_a, new_b) in zip(self.template, means, strict=True)]
+        self.template = means
+
+
+class Lane:
+    """One adapter lineage per kind of document: all alike, or short ones with their own rank and rate (TTT_SHORT_LORA_ENABLED)."""
+
+    def __init__(self, cfg: Config, world: World, rows: int, seed: int):
+        self.cfg = cfg
+        normal = (cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2)
+        short = (cfg.ttt_short_lora_rank, cfg.ttt_short_lora_lr, cfg.ttt_short_lora_weight_decay, cfg.ttt_short_lora_beta2)
+        self.normal = Lineage(cfg, world, rows, *normal, seed)
+        self.short = Lineage(cfg, world, rows, *short, seed + 1) if cfg.ttt_short_lora_enabled else self.normal
+
+    def is_short(self, batch: Batch) -> bool:
+        return self.cfg.ttt_short_lora_enabled and int(batch.sizes.max()) + 1 <= self.cfg.ttt_short_doc_len
+
+    def lineage(self, batch: Batch) -> Lineage:
+        return self.short if self.is_short(batch) else self.normal
+
+
+class Chunk(NamedTuple):
+    """One step of a batch: windows (B, w), the positions to score in them (B, c), their targets, which count, their bytes."""
+
+    inputs: Tensor
+    positions: Tensor
+    targets: Tensor
+    mask: Tensor
+    target_bytes: int
+
+
+def build_chunk(data: ValData, batch: Batch, first: int, rows: int, index: int, context: int) -> Chunk:
+    """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing."""
+    c, width = batch.chunk, min((index + 1) * batch.chunk, context)
+    last = len(data.tokens) - 1
+    inputs, targets = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64)
+    positions, mask, target_bytes = np.zeros((rows, c), np.int64), np.zeros((rows, c), bool), 0
+    for row, (at, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
+        window, start, end = chunk_window(size, c, index, context)
+        if start >= size:
+            continue
+        inputs[row, : end - window] = data.tokens[at + window : at + end]
+        positions[row] = np.minimum(start - window + np.arange(c), width - 1)
+        targets[row] = data.tokens[np.minimum(at + start + 1 + np.arange(c), last)]
+        mask[row, : end - start] = True
+        target_bytes += int(data.target_bytes[at + start : at + end].sum())
+    return Chunk(*(torch.from_numpy(a) for a in (inputs, positions, targets, mask)), target_bytes)
+
+
+def score_batch(
+    cfg: Config, world: World, forward, data: ValData, batch: Batch, lineage: Lineage, from_mean: bool, tally: Tally, static_rows: int = 0
+) -> None:
+    """Two verbs, in this order: grade a chunk with adapters that have never seen it, then learn from it.
+
+    Each document has its own adapters and the loss is a sum over documents, so they do not influence each other. A document's
+    last chunk is scored and not learned from. static_rows: a compiled forward wants this many rows at every step; otherwise
+    documents that have ended are left out (sizes ascend, so they are the first).
+    """
+    optimizer, order, context, device = lineage.begin(from_mean), layer_order(cfg, looping=True), cfg.ttt_eval_seq_len, world.device
+    low, high = cfg.ttt_train_min_doc_len, cfg.ttt_train_max_doc_len or math.inf
+    may_learn = (batch.sizes + 1 >= low) & (batch.sizes + 1 <= high)
+    chunks = -(-batch.sizes // batch.chunk)
+    for index in range(int(chunks.max())):
+        first = 0 if static_rows else int(np.searchsorted(chunks, index, side="right"))
+        rows = static_rows or len(chunks) - first
+        chunk = build_chunk(data, batch, first, rows, index, context)
+        inputs, targets, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.targets, chunk.positions))
+        torch._dynamo.maybe_mark_dynamic(inputs, 1)
+        learn = torch.zeros(rows)
+        learn[: len(chunks) - first] = torch.from_numpy(((chunks > index + 1) & may_learn)[first:])
+        score = partial(forward, inputs, targets, order=order, adapters=lineage.adapters.rows(first, first + rows), positions=positions)
+        with torch.set_grad_enabled(bool(learn.any())):
+            nats = score()
+        tally.add(nats, chunk.mask, chunk.target_bytes)
+        for repeat in range(cfg.ttt_grad_steps if learn.any() else 0):
+            loss = ((nats if repeat == 0 else score()).mean(1) * learn.to(device)).sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    lineage.finish(len(batch.sizes))
+
+
+def base_lr(cfg: Config, chunk: int, chunks: int) -> float:
+    """Learning rate of a global phase: linear warm-up, then a cosine to zero."""
+    warm = cfg.global_ttt_warmup_chunks
+    if chunk < warm:
+        return cfg.global_ttt_warmup_start_lr + (cfg.global_ttt_lr - cfg.global_ttt_warmup_start_lr) * chunk / warm
+    return cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (chunk - warm) / max(1, chunks - 1 - warm)))
+
+
+def update_base(cfg: Config, world: World, model: GPT, tokens: np.ndarray, log: Log) -> None:
+    """One global phase: SGD on all weights over scored tokens, all ranks together; the last, partial chunk is skipped.
+
+    Every rank joins every collective, with zero gradients when a chunk has fewer sequences than there are ranks, and the mean
+    is over the chunk's tokens: the result does not depend on the ranks (but for the smear gate at a row's first token).
+    """
+    seq, size = cfg.eval_seq_len, cfg.global_ttt_chunk_tokens
+    chunks, per_chunk = -(-(len(tokens) - 1) // size), size // seq
+    parameters = [p for name, p in model.named_parameters() if not name.startswith("softcap_")]
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizer = torch.optim.SGD(parameters, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+    order, eta = layer_order(cfg, looping=True), Eta(cfg.global_ttt_epochs * (chunks - 1))
+    for chunk in (c for _ in range(cfg.global_ttt_epochs) for c in range(chunks - 1)):
+        first, end = per_chunk * world.rank // world.size, per_chunk * (world.rank + 1) // world.size
+        for s in range(first, end, cfg.global_ttt_batch_seqs):
+            count = min(cfg.global_ttt_batch_seqs, end - s)
+            at = chunk * size + s * seq
+            # Cut at every sequence: how many of them share a row depends on the ranks, what a token sees must not.
+            row = packed_row(tokens[at : at + count * seq + 1], seq, world.device, every=seq)
+            if cfg.global_ttt_respect_doc_boundaries:
+                nats = model(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, seq))
+            else:
+                nats = model(row.inputs.view(count, seq), row.targets.view(count, seq), order=order)
+            (nats.sum() / (per_chunk * seq)).backward()
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        world.sum_(*(p.grad for p in parameters))
+        if cfg.global_ttt_grad_clip:
+            torch.nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = base_lr(cfg, chunk, chunks)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        eta.add(1)
+        if chunk % 50 == 0 or chunk == chunks - 2:
+            log(f"tttg: c{chunk + 1}/{chunks} lr:{base_lr(cfg, chunk, chunks):.6f} t:{eta.elapsed:.1f}s")
+    for p in parameters:
+        p.requires_grad_(False)
+
+
+def warm_up_ttt(cfg: Config, world: World, forward, rows: int, log: Log) -> None:
+    """Compile the scoring step for every chunk size on random tokens; model in eval mode, adapters thrown away."""
+    log("ttt_lora:warming up compile (random tokens, no val data)")
+    start = time.perf_counter()
+    order, generator = layer_order(cfg, looping=True), torch.Generator().manual_seed(0)
+    lane = Lane(cfg, world, rows, seed=0)
+    sizes = {chunk_size(cfg, n) for n in (2, *(int(limit) for limit, _ in parse_steps(cfg.ttt_short_score_first_steps, ":")), 1 << 30)}
+    for lineage in dict.fromkeys((lane.normal, lane.short)):
+        optimizer = lineage.begin(False)
+        for chunk, width in ((c, w) for c in sorted(sizes) for w in (c, 2 * c, cfg.ttt_eval_seq_len)):
+            width = min(width, cfg.ttt_eval_seq_len)
+            inputs, targets = (torch.randint(0, cfg.vocab_size, (rows, n), generator=generator).to(world.device) for n in (width, chunk))
+            positions = torch.arange(width - chunk, width, device=world.device).expand(rows, -1).contiguous()
+            torch._dynamo.maybe_mark_dynamic(inputs, 1)
+            for learn in (False, True):
+                with torch.set_grad_enabled(learn):
+                    nats = forward(inputs, targets, order=order, adapters=lineage.adapters, positions=positions)
+            nats.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    log(f"ttt_lora:compile warmup done ({time.perf_counter() - start:.1f}s)")
+
+
+class TttRun:
+    """One scored evaluation with test-time training: its tally, its clock and its log lines."""
+
+    def __init__(self, cfg: Config, world: World, model: GPT, data: ValData, log: Log):
+        self.cfg, self.world, self.model, self.data, self.log = cfg, world, model, data, log
+        self.forward = compile_forward(model, cfg, world, dynamic=None)
+        self.batches = document_batches(cfg, data)
+        self.rows = max(len(b.sizes) for b in self.batches)
+        self.static_rows = 0 if self.forward is model else self.rows
+        self.tally, self.phases_done, self.scored_docs = Tally(world.device), 0, 0
+        self.reported = {int(n) for n in filter(None, cfg.ttt_eval_batches.split(","))}
+        self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
+
+    def check_budget(self, batch: Batch) -> None:
+        """Raises RunError before the batch that would break MAX_EVAL_SECONDS."""
+        budget, cost = self.cfg.max_eval_seconds, batch_cost(batch, self.cfg.ttt_eval_seq_len)
+        forecast = self.eta.elapsed + (self.eta.elapsed / self.eta.done * cost if self.eta.done else 0)
+        if budget and forecast > budget:
+            raise RunError(
+                f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {self.eta.elapsed:.0f} s used, {self.scored_docs} documents scored, "
+                f"about {self.eta.left:.0f} s to go. Use larger TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, "
+                "fewer PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
+
+    def report(self, batch: Batch, before: tuple[float, int, int], short: bool) -> None:
+        """Log a batch and this rank's running score; before: the sums ahead of the batch."""
+        if self.reported and batch.number + 1 not in self.reported:
+            return
+        total = self.tally.sums()
+        nats, tokens, size = (now - old for now, old in zip(total, before, strict=True))
+        self.log(f"ttp: b{batch.number + 1}/{len(self.batches)} bl:{nats / tokens:.4f} bb:{nats / math.log(2) / max(1, size):.4f} "
+                 f"rl:{total[0] / total[1]:.4f} rb:{total[0] / math.log(2) / max(1, total[2]):.4f} "
+                 f"dl:{batch.sizes.min() + 1}-{batch.sizes.max() + 1} gd:{self.phases_done} sr:{int(short)} "
+                 f"sf:{int(batch.chunk != self.cfg.ttt_chunk_size)} t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")
+
+    def score_segment(self, segment: list[Batch], phase: int) -> None:
+        """All batches between two phases: dealt to lanes, each lane one adapter lineage, lanes shared out over the ranks."""
+        cfg, world = self.cfg, self.world
+        hands = deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in segment], cfg.ttt_lanes)
+        for number in range(world.rank, cfg.ttt_lanes, world.size):
+            if not hands[number]:
+                continue
+            lane = Lane(cfg, world, self.rows, seed=cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
+            for batch in (segment[i] for i in hands[number]):
+                self.check_budget(batch)
+                before = self.tally.sums()
+                from_mean = cfg.ttt_warm_start_mean_enabled and int(batch.sizes.max()) + 1 <= cfg.ttt_warm_start_mean_doc_len
+                score_batch(cfg, world, self.forward, self.data, batch, lane.lineage(batch), from_mean, self.tally, self.static_rows)
+                self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
+                self.scored_docs += len(batch.sizes)
+                self.report(batch, before, lane.is_short(batch))
+
+    def learn_base(self, segments: list[Batch], documents: int) -> None:
+        """A global phase over the first `documents` scored documents in the order of ascending length."""
+        records = sorted((b.number, i) for b in segments for i in range(len(b.sizes)))[:documents]
+        by_number = {b.number: b for b in segments}
+        pieces = [(int(by_number[n].starts[i]), int(by_number[n].sizes[i])) for n, i in records]
+        tokens = np.concatenate([self.data.tokens[at : at + size + 1] for at, size in pieces])
+        self.log(f"ttpp: phase:{self.phases_done + 1}/{self.cfg.phased_ttt_num_phases} pd:{sum(len(b.sizes) for b in segments)} "
+                 f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
+        self.world.barrier()
+        update_base(self.cfg, self.world, self.model, tokens, self.log)
+        self.phases_done += 1
+        self.log(f"ttpr: phase:{self.phases_done}/{self.cfg.phased_ttt_num_phases} t:{self.eta.elapsed:.1f}s")
+
+    def run(self) -> Score:
+        """Score every document. Returns the number the run is judged by."""
+        cfg = self.cfg
+        segments = phase_segments(cfg, self.batches)
+        boundaries = [documents for _, documents in segments if documents]
+        total = sum(len(b.sizes) for b in self.batches)
+        prefix = max(boundaries, default=0)
+        self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
+                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{len(self.data.target_bytes)}")
+        self.eta = Eta(self.eta.total)
+        scored: list[Batch] = []
+        for phase, (segment, documents) in enumerate(segments):
+            self.score_segment(segment, phase)
+            scored += segment
+            if documents:
+                self.learn_base(scored, documents)
+        return self.tally.score(self.world, len(self.data.target_bytes))
+
+
+# ==================================================================================================
+# MAIN - the stages of a run. The artifact's bytes on disk are the only bridge from training to scoring.
+# ==================================================================================================
+
+class Run:
+    """What all stages of one run share: configuration, ranks, files, log, clock and the numbers collected so far."""
+
+    def __init__(self, cfg: Config, world: World, out: Path):
+        self.cfg, self.world, self.out, self.clock = cfg, world, out, Clock(world)
+        self.log = Log(out / f"{out.name if not cfg.run_id else cfg.run_id}.txt" if world.main else None)
+        self.checkpoint, self.weights, self.artifact = out / "checkpoint.pt", out / "final_model.pt", out / "final_model.int6.ptz"
+        if cfg.compressor == "pergroup" and cfg.stage != "train":
+            need_lrzip()  # before an hour of training, not after
+        self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
+        self.data = ValData.load(cfg, self.files)
+        self.result: dict[str, Any] = {}
+
+    def diagnostic(self, name: str, key: str, forward) -> Score:
+        """Score with fixed weights and log it."""
+        self.clock.phase("diagnostic eval")
+        start = time.perf_counter()
+        score = evaluate(self.cfg, self.world, forward, self.data)
+        self.log(f"{name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * (time.perf_counter() - start):.0f}ms")
+        self.result |= {f"{key}_val_loss": score.loss, f"{key}_val_bpb": score.bpb, "val_loss": score.loss, "val_bpb": score.bpb,
+                        "target_tokens": score.tokens, "val_bytes": score.bytes}
+        return score
+
+
+def log_start(run: Run, env) -> None:
+    """Overrides, variables without effect, the whole configuration and the source: a log is a complete account of its run."""
+    cfg, log = run.cfg, run.log
+    script = Path(__file__)
+    log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, torch {torch.__version__}, "
+        f"python {platform.python_version()}")
+    log("overrides: " + (" ".join(f"{k}={v}" for k, v in overrides(cfg).items()) or "none"))
+    for note in without_effect(cfg, env):
+        log(f"no effect: {note}")
+    log("Hyperparameters:", console=False)
+    for f in sorted(fields(cfg), key=lambda f: f.name):
+        log(f"  {f.name}: {getattr(cfg, f.name)}", console=False)
+    log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
+    log(f"train_shards: {len(run.files.train)}")
+    log(f"val_tokens: {len(run.data.target_bytes)}")
+    log(f"attention: {choose_document_attention(run.world).__name__}")
+
+
+def train_stage(run: Run) -> GPT:
+    """Train within the budget, average, score, and leave final_model.pt. Returns the averaged model."""
+    cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
+    trainer = Trainer(cfg, world, run.files)
+    log_training_start(cfg, trainer.model, log)
+    clock.phase("compile")
+    trainer.warm_up(log)
+    if cfg.resume:
+        if not run.checkpoint.exists():
+            raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
+        trainer.load_state(load_tensors(run.checkpoint, world.device))
+        log(f"resumed after step {trainer.step}")
+
+    def validate() -> Score:
+        clock.phase("diagnostic eval")
+        score = evaluate(cfg, world, trainer.forward, run.data, trainer.looping)
+        clock.phase("train")
+        return score
+
+    clock.phase("train")
+    train(trainer, validate, log, run.checkpoint)
+    peak = max(peak_memory_mib(world.device), clock.peak_mib.get("train", 0))
+    reserved = torch.cuda.max_memory_reserved() >> 20 if world.device.type == "cuda" else peak
+    log(f"peak memory allocated: {peak} MiB reserved: {reserved} MiB")
+    if trainer.ema:
+        log("ema:applying EMA weights")
+        trainer.ema.copy_to(trainer.model)
+    run.result |= dict(steps=trainer.step, train_seconds=trainer.clock.seconds, train_tokens=trainer.step * cfg.train_batch_tokens,
+                       step_avg_ms=1000 * trainer.clock.seconds / trainer.step, loss_curve=trainer.losses)
+    if world.main:
+        save_tensors(run.weights, trainer.model.state_dict())
+        run.checkpoint.unlink(missing_ok=True)
+    run.diagnostic("diagnostic pre-quantization post-ema", "pre_quant", trainer.forward)
+    return trainer.model
+
+
+def quantize_stage(run: Run, model: GPT | None) -> None:
+    """Hessians, GPTQ, packing; the artifact is read back and compared before the stage is done."""
+    cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
+    if model is None:
+        model = load_checkpoint_model(cfg, world, run.weights)
+        run.diagnostic("diagnostic pre-quantization post-ema", "pre_quant", model)
+    clock.phase("calibrate")
+    start = time.perf_counter()
+    log("GPTQ:collecting Hessians from calibration data...")
+    hessians = collect_hessians(cfg, world, model, run.files, log)
+    world.synchronize()
+    run.result["calib_seconds"] = time.perf_counter() - start
+    log(f"GPTQ:collected {len(hessians.H)} Hessians in {run.result['calib_seconds']:.1f}s")
+    spent = run.result.get("train_seconds", 0) + run.result["calib_seconds"]
+    if cfg.max_wallclock_seconds and spent > cfg.max_wallclock_seconds:
+        log(f"budget: training and calibration took {spent:.1f}s, more than MAX_WALLCLOCK_SECONDS: raise GPTQ_RESERVE_SECONDS")
+    clock.phase("quantize")
+    if world.main:
+        stored = quantize(cfg, model.state_dict(), hessians, log)
+        clock.phase("pack")
+        start = time.perf_counter()
+        log(f"Serialized model: {run.weights.stat().st_size} bytes")
+        blob = pack(cfg, stored)
+        log(f"Serialize: {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
+        write_atomic(run.artifact, blob)
+        clock.phase("unpack")
+        back = unpack(cfg, run.artifact.read_bytes())
+        for name, s in stored.items():
+            if not torch.equal(s.decode(), back[name].decode()):
+                raise RunError(f"{run.artifact}: {name} does not survive packing: a bug, please report it with the log")
+    world.barrier()
+
+
+def count_bytes(run: Run) -> None:
+    """Sizes of the files that a submission ships: the artifact and the script that is running."""
+    log, script, artifact = run.log, Path(__file__), run.artifact
+    code, model, kind = script.stat().st_size, artifact.stat().st_size, f"quantized+{run.cfg.compressor}"
+    upstream, total = upstream_code_bytes(), script.stat().st_size + artifact.stat().st_size
+    log(f"Code size (uncompressed): {code} bytes")
+    if upstream is not None:
+        log(f"Code size (compressed): {upstream} bytes (upstream's convention, a file that is never written)")
+    log(f"Serialized model {kind}: {model} bytes")
+    log(f"Total submission size {kind}: {total} bytes")
+    if total > ARTIFACT_CAP_BYTES:
+        log(f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; nothing is deleted, the run is "
+            "marked. Ship the packed script (tools/pack_code.py), or raise *_CLIP_SIGMAS, or lower *_BITS")
+    run.result |= dict(
+        artifact_file=artifact.name, artifact_bytes=model, artifact_sha256=sha256_file(artifact),
+        bytes_by_part=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script),
+        code_bytes_upstream_convention=upstream, bytes_total=total,
+        over_cap=total > ARTIFACT_CAP_BYTES)
+
+
+def eval_stage(run: Run) -> None:
+    """Load the artifact from its bytes, score it as it is, then with test-time training."""
+    cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
+    clock.phase("unpack")
+    start = time.perf_counter()
+    model = load_artifact(cfg, world, run.artifact)
+    log(f"Deserialize: decompression and dequantization done in {time.perf_counter() - start:.1f}s")
+    run.result["model_params"] = sum(p.numel() for p in model.parameters())
+    count_bytes(run)
+    start = time.perf_counter()
+    score = run.diagnostic("diagnostic quantized", "quantized", compile_forward(model, cfg, world))
+    if not cfg.ttt_enabled:
+        run.result |= dict(eval_seconds=time.perf_counter() - start, ttt_val_loss=None, ttt_val_bpb=None)
+        return
+    ttt = TttRun(cfg, world, model, run.data, log)
+    if ttt.static_rows:
+        clock.phase("compile")
+        warm_up_ttt(cfg, world, ttt.forward, ttt.rows, log)
+    clock.phase("eval")
+    log("beginning TTT eval timer")
+    start = time.perf_counter()
+    score = ttt.run()
+    world.synchronize()
+    seconds = time.perf_counter() - start
+    log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
+    log(f"total_eval_time:{seconds:.1f}s")
+    run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb, target_tokens=score.tokens,
+                       val_bytes=score.bytes, eval_seconds=seconds)
+
+
+def finish(run: Run) -> None:
+    """Complete the result, write result.json, print the table and the one JSON line."""
+    cfg, world, files, manifest = run.cfg, run.world, run.files, run.files.manifest.get("splits", {})
+    phases = run.clock.table()
+    documents = {split: (lambda d: d[1] - d[0])(manifest.get(split, {}).get("documents", [0, 0])) or None for split in ("train", "val")}
+    scores = [f"{stage}val_{unit}" for stage in ("", "pre_quant_", "quantized_", "ttt_") for unit in ("loss", "bpb")]
+    keys = (*scores, "steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds")
+    triton = importlib.util.find_spec("triton")
+    result = dict(
+        schema_version=1, run_id=run.out.name if not cfg.run_id else cfg.run_id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
+        overrides=overrides(cfg), config_hash=config_hash(cfg), **dict.fromkeys(keys)) | run.result | dict(
+        val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]), wall_seconds=sum(p["seconds"] for p in phases),
+        phases=phases, peak_mem_mib=max(p["peak_mib"] for p in phases), world_size=world.size, hardware=hardware_name(world),
+        python_version=platform.python_version(), torch_version=torch.__version__,
+        triton_version=__import__("triton").__version__ if triton else None,
+        data=dict(manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents["train"],
+                  train_tokens=manifest.get("train", {}).get("tokens"), docs_val=documents["val"],
+                  tokenizer_sha256=files.manifest.get("tokenizer_sha256")),
+        train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)
+    if world.main:
+        curve = result.pop("loss_curve", None)
+        if curve:
+            write_atomic(run.out / "loss_curve.json", json.dumps(curve).encode())
+        write_atomic(run.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    for line in summary_table(result):
+        run.log(line)
+    run.log(f"result: {json.dumps(result)}")
+
+
+def summary_table(result: dict) -> list[str]:
+    """The numbers a person wants first."""
+    lines = ["", f"{'stage':<28}{'val_bpb':>10}{'val_loss':>10}"]
+    for name, key in (("trained (EMA)", "pre_quant"), ("quantized", "quantized"), ("test-time trained", "ttt")):
+        if result.get(f"{key}_val_bpb") is not None:
+            lines.append(f"{name:<28}{result[f'{key}_val_bpb']:>10.5f}{result[f'{key}_val_loss']:>10.5f}")
+    if "artifact_bytes" in result:
+        lines += ["", f"{'bytes':<28}{'':>10}{'':>10}"]
+        lines += [f"  {name:<26}{size:>10,}" for name, size in result["bytes_by_part"].items() if size]
+        lines += [f"  {'code':<26}{result['code_bytes']:>10,}", f"{'total':<28}{result['bytes_total']:>10,}  of {ARTIFACT_CAP_BYTES:,}"]
+    lines += ["", f"{'phase':<28}{'seconds':>10}{'peak MiB':>10}"]
+    lines += [f"  {p['name']:<26}{p['seconds']:>10.1f}{p['peak_mib']:>10}" for p in result["phases"]]
+    return [*lines, f"{'wall':<28}{result['wall_seconds']:>10.1f}{result['peak_mem_mib']:>10}", ""]
+
+
+def run_stages(cfg: Config, world: World, env) -> None:
+    run_id = cfg.run_id or world.from_main(datetime.now(UTC).strftime("%Y%m%d_%H%M%S"))
+    run = Run(cfg, world, Path(cfg.artifact_dir or f"logs/{run_id}"))
+    log_start(run, env)
+    model = train_stage(run) if cfg.stage in ("all", "train") else None
+    if cfg.stage in ("all", "quantize"):
+        quantize_stage(run, model)
+    if cfg.stage in ("all", "quantize", "eval"):
+        eval_stage(run)
+    finish(run)
+
+
+def main() -> int:
+    """Exit codes: 0 done, 1 the run failed with an explanation, 2 bad configuration, 130 interrupted."""
+    if set(sys.argv[1:]) & {"-h", "--help"}:
+        if hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
+        print(help_text())
+        return 0
+    if sys.argv[1:]:
+        print(f"unknown arguments {sys.argv[1:]}: everything is set by environment variables; see --help", file=sys.stderr)
+        return 2
+    try:
+        cfg = config_from_env(os.environ)
+    except ValueError as e:
+        print("bad configuration:\n" + "\n".join(f"  {line}" for line in str(e).splitlines()), file=sys.stderr)
+        return 2
+    world = None
+    try:
+        world = World.init(cfg, launch_from_env(os.environ))
+        run_stages(cfg, world, os.environ)
+    except RunError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 130 if isinstance(e, Interrupted) else 1
+    except torch.OutOfMemoryError as e:
+        print(f"error: out of device memory: {e}\nLower TRAIN_MICROBATCH_TOKENS (the batch stays the same), VAL_BATCH_TOKENS or "
+              "TTT_BATCH_SIZE", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is on disk: go on with STAGE=quantize or STAGE=eval", file=sys.stderr)
+        return 130
+    finally:
+        if world is not None:
+            world.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
