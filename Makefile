@@ -26,7 +26,7 @@ data/demo_docs.jsonl: data/demo_corpus.py .venv/installed
 
 data/demo/manifest.json: data/demo_docs.jsonl prepare_caseops_data.py lossless_caps.py
 	rm -rf data/demo
-	$(PY) prepare_caseops_data.py --docs $< --out data/demo --train-tokenizer 1024 --val-docs 100 --workers 2
+	$(PY) prepare_caseops_data.py --docs $< --out data/demo --train-tokenizer 1024 --val-docs 80 --workers 2
 
 logs/demo/result.json: train_gpt.py data/demo/manifest.json
 	PRESET=demo RUN_ID=demo $(PY) train_gpt.py

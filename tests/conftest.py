@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers on two cores: spinning threads cost 10x
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before train_gpt is imported: kernels run on the CPU, one program after the other
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 

@@ -1,7 +1,13 @@
 """KERNELS: each fast form equals its definition in values and gradients, and writes every cell it returns."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT, tiny_config, write_dataset
 
 import train_gpt as tg
 
@@ -140,6 +146,231 @@ def test_custom_operators_are_well_formed():
     torch.library.opcheck(tg._document_attention_cpu_backward, (*plain, bounds))
 
 
-def test_the_attention_of_a_cpu_is_the_cpu_kernel():
-    for dtype in (torch.float32, torch.bfloat16):
-        assert tg.choose_document_attention(tg.World(0, 1, torch.device("cpu"), dtype)) is tg.document_attention_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cpu_chooses_its_kernel_after_a_trial(dtype):
+    name, attend, trials = tg.choose_attention("auto", tg.World(0, 1, torch.device("cpu"), dtype))
+    assert name == "cpu" and attend is tg.document_attention_cpu and trials.startswith("cpu:") and "sdpa" not in trials
+
+
+def test_a_wanted_attention_is_taken_or_refused(monkeypatch):
+    world = tg.World(0, 1, torch.device("cpu"), torch.float32)
+    assert tg.choose_attention("sdpa", world)[1] is tg.document_attention_reference
+    with pytest.raises(tg.RunError, match=r"ATTN_BACKEND=fa3 can not be had here: cpu in torch.float32 has cpu, sdpa"):
+        tg.choose_attention("fa3", world)
+
+
+def test_a_wrong_attention_is_never_chosen(monkeypatch):
+    """One that lets a token see its future, and is fast."""
+
+    def peeks(q, k, v, cu_seqlens, max_len):
+        return tg.document_attention_cpu(q, k, v.roll(-1, 0), cu_seqlens, max_len)
+
+    world = tg.World(0, 1, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(tg, "attention_backends", lambda world: dict(cpu=peeks, sdpa=tg.document_attention_reference))
+    choose = tg.choose_attention.__wrapped__
+    assert choose("auto", world)[0] == "sdpa"
+    with pytest.raises(tg.RunError, match="ATTN_BACKEND=cpu is wrong on this machine: relative error"):
+        choose("cpu", world)
+
+
+def test_the_fastest_right_attention_is_chosen(monkeypatch):
+    world = tg.World(0, 1, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(tg, "attention_backends", lambda world: dict(fa3="a", varlen="b", sdpa="c"))
+    monkeypatch.setattr(tg, "attention_trial", lambda attend, world, segments: dict(a=(0.001, 0.5), b=(0.001, 0.25), c=(0.0, 0.01))[attend])
+    assert tg.choose_attention.__wrapped__("auto", world) == ("varlen", "b", "fa3:500.00ms varlen:250.00ms")
+
+
+def test_backends_of_a_gpu_depend_on_its_age_and_on_what_is_installed(monkeypatch):
+    made = {name: (lambda name=name: name, *rest[1:]) for name, rest in tg.ATTENTION_BACKENDS.items()}
+    monkeypatch.setattr(tg, "ATTENTION_BACKENDS", made)
+    for installed, capability, dtype, expected in (
+            ({"flash_attn_interface", "torch.nn.attention.varlen"}, (9, 0), torch.bfloat16, ["fa3", "varlen", "sdpa"]),
+            ({"flash_attn_interface", "torch.nn.attention.varlen"}, (8, 0), torch.bfloat16, ["varlen", "sdpa"]),
+            ({"flash_attn.cute", "torch.nn.attention.varlen"}, (12, 0), torch.bfloat16, ["fa4", "varlen", "sdpa"]),
+            ({"torch.nn.attention.varlen"}, (7, 5), torch.float16, ["sdpa"]),
+            ({"flash_attn_interface"}, (9, 0), torch.float32, ["sdpa"])):
+        monkeypatch.setattr(tg, "module_exists", lambda name, installed=installed: name in installed)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert list(tg.attention_backends(tg.World(0, 1, torch.device("cuda", 0), dtype))) == expected
+
+
+# ---- Triton kernels, in the interpreter: odd sizes, every form, fresh memory poisoned with NaN.
+# The interpreter cuts fp32 to bf16 instead of rounding, so one rounding costs up to 2^-7 = 0.8 %, twice what a GPU's does.
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """New memory holds NaN, so a cell that a kernel forgets shows up in its results."""
+    for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
+        allocate = getattr(owner, name)
+
+        def poisoned(*args, allocate=allocate, **kwargs):
+            t = allocate(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        monkeypatch.setattr(owner, name, poisoned)
+
+
+def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    assert ours.shape == reference.shape
+    return ((ours.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30)).item()
+
+
+def values_and_gradients(function, inputs, *rest):
+    """Every output of function(*inputs, *rest) and the gradients of a random direction of them."""
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    out = function(*inputs, *rest)
+    out = out if isinstance(out, tuple) else (out,)
+    g = torch.Generator().manual_seed(99)  # no input's seed: a direction along an input can be one in which nothing moves
+    directions = [torch.randn(t.shape, generator=g).to(t.dtype) for t in out]
+    return [*out, *torch.autograd.grad(out, inputs, directions)]
+
+
+def compare(fused, definition, inputs, *rest, tolerance: float):
+    """The kernel on `inputs` against the definition on the same numbers in fp64."""
+    ours = values_and_gradients(fused, inputs, *rest)
+    wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in rest]
+    reference = values_and_gradients(definition, [t.double() for t in inputs], *wide)
+    errors = [relative_error(a, b) for a, b in zip(ours, reference, strict=True)]
+    assert max(errors) < tolerance, errors
+
+
+def randn(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+@pytest.mark.parametrize("slope", [0.5, 0.3])
+@pytest.mark.parametrize("form", tg.MLP_KERNELS[1:])
+@pytest.mark.parametrize("shape", [(1, 32, 16, 32), (3, 23, 24, 40), (1, 97, 40, 72)], ids=str)
+def test_fused_mlp_equals_its_definition(poison, shape, form, slope):
+    B, T, D, hidden = shape
+    inputs = [randn(B, T, D, dtype=torch.bfloat16), randn(hidden, D, dtype=torch.bfloat16, seed=1, scale=D**-0.5),
+              randn(D, hidden, dtype=torch.bfloat16, seed=2, scale=hidden**-0.5)]
+    compare(tg.fused_mlp(form), tg.leaky_mlp, inputs, slope, tolerance=0.015)
+
+
+def test_fused_mlp_makes_only_the_gradients_asked_for():
+    """Test-time training freezes the matrices: their gradients are two of the three GEMMs of the backward."""
+    x = randn(2, 9, 16, dtype=torch.bfloat16).requires_grad_()
+    up, down = randn(32, 16, dtype=torch.bfloat16, seed=1), randn(16, 32, dtype=torch.bfloat16, seed=2)
+    out = tg.fused_mlp("lsb")(x, up, down, 0.5)
+    reference = tg.leaky_mlp(x.detach().float().requires_grad_(), up.float(), down.float(), 0.5)
+    assert relative_error(out, reference) < 0.01
+    (grad,) = torch.autograd.grad(out.sum(), [x])
+    assert grad.shape == x.shape and up.grad is None and down.grad is None
+
+
+def test_the_sign_rides_in_the_last_bit_at_the_least_cost():
+    """Identity weights make the hidden layer a function of x alone: of all bf16 whose last bit is the sign, the nearest to the square."""
+    values = torch.cat([randn(500, scale=3.0), torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-20, -1e-20, 3e4, -3e4])]).bfloat16()
+    x = torch.zeros(len(values), 16, dtype=torch.bfloat16)
+    x[:, 3] = values
+    hidden, _ = tg.mlp_up(x, torch.eye(16, dtype=torch.bfloat16), 0.5, "lsb")
+    pre = values.float()
+    post = torch.where(pre > 0, pre * pre, (0.5 * pre) ** 2).double()
+    bits = torch.arange(0x7F80, dtype=torch.int32)  # all finite bf16 >= 0
+    for bit in (0, 1):
+        candidates = bits[bits % 2 == bit].to(torch.int16).view(torch.bfloat16).double()
+        chosen = (pre <= 0) == bool(bit)
+        ours = hidden[chosen, 3]
+        assert (ours.view(torch.int16) & 1 == bit).all()
+        nearest = (candidates[None] - post[chosen, None]).abs().min(1).values
+        assert torch.equal((ours.double() - post[chosen]).abs(), nearest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("batch", "length", "heads", "kv_heads", "head_dim", "rope_dims"), [
+    (1, 70, 4, 2, 16, 8), (3, 11, 6, 2, 12, 12), (2, 33, 2, 2, 8, 2), (1, 1, 8, 4, 64, 16)])
+def test_split_heads_kernel_equals_its_definition(poison, batch, length, heads, kv_heads, head_dim, rope_dims, dtype):
+    cfg = tg.Config(model_dim=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads, rope_dims=rope_dims, lqer_enabled=False)
+    cos, sin = tg.rotary_tables(cfg, length, length, torch.device("cpu"))
+    inputs = [randn(batch, length, (heads + 2 * kv_heads) * head_dim, dtype=dtype), randn(heads, seed=3)]
+    compare(tg.split_heads_op, tg.split_heads, inputs, cos, sin, kv_heads, tolerance=1e-5 if dtype == torch.float32 else 0.012)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("batch", "length", "heads", "kv_heads", "head_dim"), [(1, 70, 4, 2, 16), (3, 11, 6, 2, 12), (2, 33, 2, 2, 8)])
+def test_gate_heads_kernel_equals_its_definition(poison, batch, length, heads, kv_heads, head_dim, dtype):
+    inputs = [randn(batch, length, heads, head_dim, dtype=dtype), randn(batch, length, kv_heads, head_dim, dtype=dtype, seed=1),
+              torch.sigmoid(randn(batch, length, heads, seed=2)).to(dtype)]
+    compare(tg.gate_heads_op, tg.gate_heads, inputs, tolerance=1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_gate_heads_kernel_survives_a_value_of_zero():
+    y, v, gate = randn(1, 5, 4, 8), torch.zeros(1, 5, 2, 8), torch.ones(1, 5, 4)
+    assert torch.equal(tg.gate_heads_op(y, v, gate), y) and torch.equal(tg.gate_heads(y, v, gate), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("vocab", "pos", "neg"), [(64, 30.0, 30.0), (41, 30.0, 12.0), (300, 5.0, 30.0)])
+def test_weighted_ce_equals_its_definition(poison, vocab, pos, neg, dtype):
+    g = torch.Generator().manual_seed(0)
+    logits, targets = randn(3, 7, vocab, dtype=dtype, scale=20.0), torch.randint(0, vocab, (3, 7), generator=g)
+    weight, caps = 0.037, (torch.tensor(pos), torch.tensor(neg))
+    ours, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    nats, expected = tg.weighted_ce(ours, targets, *caps, weight), defined_ce(wide, targets, pos, neg)
+    assert nats.dtype == torch.float32 and ours.dtype == dtype
+    torch.testing.assert_close(nats.double(), expected, rtol=0, atol=5e-5)  # fp32 ulp at 60 nats is 4e-6, tanh by a sigmoid a few of them
+    (weight * nats.sum()).backward()
+    (weight * expected.sum()).backward()
+    assert relative_error(ours.grad, wide.grad) < (1e-5 if dtype == torch.float32 else 0.008)
+
+
+def test_triton_operators_are_well_formed():
+    cfg = tg.Config(model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4, lqer_enabled=False)
+    cos, sin = tg.rotary_tables(cfg, 5, 5, torch.device("cpu"))
+    qkv, gain = randn(1, 5, 32).requires_grad_(), randn(2).requires_grad_()
+    torch.library.opcheck(tg.split_heads_op, (qkv, gain, cos, sin, 1))
+    y, v, gate = (randn(1, 5, *tail).requires_grad_() for tail in ((2, 8), (1, 8), (2,)))
+    torch.library.opcheck(tg.gate_heads_op, (y, v, gate))
+    cap = torch.tensor(30.0)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")  # its gradient keeps a promise that opcheck does not make
+    logits, targets = randn(1, 5, 9).requires_grad_(), torch.zeros(1, 5, dtype=torch.int64)
+    torch.library.opcheck(tg.weighted_ce_op, (logits, targets, cap, cap, 0.2), test_utils=tests)
+    x, up = randn(5, 16, dtype=torch.bfloat16), randn(8, 16, dtype=torch.bfloat16)
+    for form in tg.MLP_KERNELS[1:]:
+        torch.library.opcheck(tg.mlp_up, (x, up, 0.5, form))
+        torch.library.opcheck(tg.mlp_up_grad, (x, randn(16, 8, dtype=torch.bfloat16), x[:, :8].abs(), 0.5, form))
+
+
+@pytest.mark.parametrize("knob", ["mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel"])
+def test_kernels_that_can_not_run_are_refused(knob, monkeypatch):
+    cfg = tiny_config(**{knob: tg.Config.__dataclass_fields__[knob].metadata["choices"][-1]})
+    cpu = tg.World(0, 1, torch.device("cpu"), torch.float32)
+    if knob == "mlp_kernel":
+        with pytest.raises(tg.RunError, match="MLP_KERNEL=lsb needs bf16"):
+            tg.choose_kernels(cfg, cpu)
+    else:
+        assert tg.choose_kernels(cfg, cpu) != tg.choose_kernels(tiny_config(), cpu)
+    monkeypatch.setattr(tg, "INTERPRETED", False)
+    with pytest.raises(tg.RunError, match=f"{knob.upper()}=.* needs Triton and an NVIDIA GPU.*set them to eager"):
+        tg.choose_kernels(cfg, cpu)
+
+
+def test_training_with_all_kernels_follows_the_definitions(tmp_path):
+    """Eight steps on one row, two blocks, bf16, plain and looped: the losses differ by less than those of two seeds do."""
+    small = dict(data_path=str(write_dataset(tmp_path / "data")), num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1,
+                 xsa_last_n=2, train_batch_tokens=64, train_microbatch_tokens=64, train_seq_len=32, train_seq_schedule="")
+    fused = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", fused_ce_kernel="triton")
+    world, curves = tg.World(0, 1, torch.device("cpu"), torch.bfloat16), {}
+    for name, changes in dict(definitions={}, kernels=fused, other_seed=dict(seed=2)).items():
+        cfg = tiny_config(**small, **changes)
+        trainer = tg.Trainer(cfg, world, tg.Dataset.open(cfg, need_train=True))
+        window = trainer.loader.next_step()
+        curves[name] = torch.tensor([trainer.train_step(window, 32, step >= 4, 0.2, 0.9) for step in range(8)])
+        trainer.loader.close()
+    gap, noise = ((curves[name] - curves["definitions"]).abs() for name in ("kernels", "other_seed"))
+    assert curves["definitions"][-1] < curves["definitions"][0] - 0.5  # it learns
+    assert gap[0] < 0.01 and gap.mean() < noise.mean(), (gap, noise)
+
+
+def test_every_kernel_compiles_for_hopper_without_spilling():
+    """sm_90a with no GPU: no stack, no spills, shared memory within a block's, tensor cores and the copy engine in use."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, ROOT / "bench" / "cubin.py"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(made) == 2 * (len(tg.MLP_KERNELS) - 1) + 5
+    for line in made:
+        assert line["stack_bytes"] == line["spills"] == 0 and line["shared_bytes"] <= 232_448 and line["registers"] <= 255
+        assert not line["name"].startswith("mlp_") or (line["wgmma"] and line["tma_loads"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
 
@@ -236,7 +237,7 @@ def test_bf16_follows_fp32(random_model, world):
     cfg = tiny_config()
     exact = random_model(cfg)
     exact.tok_emb.weight.data = exact.tok_emb.weight.data.bfloat16().float()
-    half = tg.GPT(cfg, torch.bfloat16, tg.document_attention_cpu)
+    half = tg.GPT(cfg, torch.bfloat16, tg.DEFINITIONS._replace(attend=tg.document_attention_cpu))
     half.load_state_dict(exact.state_dict())
     assert half.tok_emb.weight.dtype == torch.bfloat16 and {p.dtype for n, p in half.named_parameters() if n != "tok_emb.weight"} == {
         torch.float32
@@ -382,6 +383,44 @@ def make_adapters(cfg, rows, sites, zero_b=False, rank=3, seed=0):
 
 
 SITES = ("q", "k", "v", "o", "mlp", "head")
+
+
+@pytest.mark.parametrize("gate", ["sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled", None])
+@pytest.mark.parametrize(("looping", "sites"), [(False, ()), (True, ()), (True, SITES)], ids=str)
+def test_flops_of_matrices_equal_torchs_counter(random_model, looping, sites, gate):
+    """What torch counts while the forward, and then the backward, runs. The first token of a row has no predecessor to smear."""
+    gates = dict.fromkeys(("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled"), False)
+    cfg = tiny_config(**(gates | ({gate: True} if gate else {})))
+    model, T = random_model(cfg), 24
+    adapters = make_adapters(cfg, 1, sites)
+    for lora in filter(None, adapters):
+        lora.A.requires_grad_(), lora.B.requires_grad_()
+    tokens = torch.from_numpy(sample(T, 0, bos=(0,)).astype(np.int64))
+    packing = tg.Packing(torch.tensor([0, T], dtype=torch.int32), T)
+    products = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm}
+
+    def counted(counter):
+        return sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in products)
+
+    with FlopCounterMode(display=False) as counter:
+        nats = model(tokens[None, :-1], tokens[None, 1:], order=tg.layer_order(cfg, looping), packing=packing, adapters=adapters)
+    flops = tg.flops_per_token(cfg, [T], looping, adapters)
+    forward = T * flops.matmul - 2 * cfg.gate_window
+    assert counted(counter) == forward
+    with FlopCounterMode(display=False) as counter:
+        nats.sum().backward()
+    assert counted(counter) == 2 * forward
+
+
+def test_flops_of_attention_are_its_causal_pairs():
+    cfg, lengths = tiny_config(), [5, 13, 1, 31]
+    pairs = sum(1 for n in lengths for query in range(n) for key in range(n) if key <= query)
+    applications = len(tg.layer_order(cfg, True))
+    flops = tg.flops_per_token(cfg, lengths, True)
+    assert flops.attention * sum(lengths) == pytest.approx(pairs * applications * cfg.num_heads * cfg.head_dim * 2 * 2)
+    record = tg.flops_per_token(tg.Config(), [2048], True)  # spec/performance 1.1: 106.43 MFLOP/token without attention, 17 applications
+    assert record.matmul / 1e6 == pytest.approx(106.43, abs=0.01)
+    assert record.trained == 3 * (record.matmul + record.attention) and record.executed == record.trained + record.attention / 2
 
 
 @pytest.mark.parametrize("sites", [SITES, *((site,) for site in SITES)], ids=lambda s: "+".join(s))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import signal
 
@@ -355,6 +356,31 @@ def test_the_ranks_stop_together(cfg, world, tmp_path, monkeypatch):
     monkeypatch.setattr(tg.World, "max", max_over_ranks)
     run(cfg, world, tmp_path, trainer=trainer)
     assert trainer.step == 3
+
+
+def test_utilization_is_flops_over_time(world, monkeypatch):
+    """Per interval, not since the start; of a datasheet's peak only where there is one; pauses count where they are asked for."""
+    monkeypatch.setattr(tg, "measured_peak", lambda world: 200.0)
+    monkeypatch.setattr(tg, "hardware_name", lambda world: "1x NVIDIA H200")
+    monkeypatch.setattr(tg, "PEAK_FLOPS", {"H200": 400.0})
+    u = tg.Utilization(world)
+    u.add(tg.Flops(10.0, 10.0), 2.0)
+    assert u.interval() == "mfu:0.0750 of_measured:0.1500"  # 3 x 20 FLOP in 2 s
+    u.add(tg.Flops(40.0, 0.0), 1.0)
+    assert u.interval() == "mfu:0.3000 of_measured:0.6000"
+    result = u.result(wall_seconds=6.0)
+    assert result["model"]["mfu"] == pytest.approx(180 / 3 / 400) and result["model_flops"] == 180
+    assert result["hardware"]["of_measured"] == pytest.approx((3 * 50 + 3.5 * 10) / 3 / 200)
+    assert result["model_with_pauses"]["mfu"] == pytest.approx(180 / 6 / 400)
+    monkeypatch.setattr(tg, "PEAK_FLOPS", {})
+    unknown = tg.Utilization(world)
+    assert unknown.result(1.0)["model"] == dict(mfu=None, of_measured=0.0) and unknown.interval() == "mfu:n/a of_measured:0.0000"
+
+
+def test_the_measured_peak_is_work_over_time(world, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: 0.1 * next(ticks))
+    assert tg.measured_peak.__wrapped__(world) == pytest.approx(2 * 256**3 / (0.1 / 4))  # four products between two ticks
 
 
 def test_force_stop_step_overrides_the_clock(cfg, world, tmp_path, monkeypatch):

@@ -1,0 +1,403 @@
+"""Everything to be learnt from a GPU in one call of ten minutes: `python bench/gpu_suite.py --out bench/results/DATE_DEVICE.jsonl`.
+
+Correctness first, then timings. Every section runs in a process of its own under its own limit, and its lines are written as
+they come: a crash or a slow compile costs one section. Inputs are random normal numbers and larger than the L2 cache; a time is
+the median of events around single calls; a ratio above 1 says how much faster ours is than the reference, measured in the same
+process. `--table FILE` prints the table of an older run; `--dry-run` goes through every section on the CPU with tiny sizes
+(under TRITON_INTERPRET=1), so that no minute of a GPU is spent on a typing error: its times mean nothing.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train_gpt as tg
+
+DRY = "--dry-run" in sys.argv
+SMALL = dict(num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, mlp_mult=2.0, vocab_size=64, loop_start=1, loop_end=2,
+             gate_window=8, xsa_last_n=4, parallel_start_layer=3, ttt_lora_rank=4, lqer_rank=2, lqer_asym_group=16) if DRY else {}
+CFG = tg.Config(**SMALL)
+N = 256 if DRY else 98_304  # tokens of a micro-batch of S14
+DEVICE = "cpu" if DRY else "cuda"
+D, H, G, HEAD, HIDDEN, V = CFG.model_dim, CFG.num_heads, CFG.num_kv_heads, CFG.head_dim, CFG.mlp_dim, CFG.vocab_size
+ALL_KERNELS = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", fused_ce_kernel="triton")
+# Document lengths in tokens of FineWeb's validation part at these percentiles (50,000 documents, CaseOps, 8,192 pieces).
+PERCENTILES = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.9, 100)
+LENGTHS = (26, 104, 142, 179, 251, 334, 440, 566, 722, 936, 1259, 1873, 2769, 4618, 6625, 9624, 22379, 93646)
+
+
+def make_world() -> tg.World:
+    torch.set_float32_matmul_precision("high")
+    return tg.World(0, 1, torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu"), torch.bfloat16)
+
+
+def compiled(f):
+    """What the compiler makes of a definition."""
+    return f if DRY else torch.compile(f)
+
+
+def milliseconds(f, repeat: int = 20) -> float:
+    """Median time of f() on the device, after three calls that do not count."""
+    if DRY:
+        start = time.perf_counter()
+        f()
+        return 1e3 * (time.perf_counter() - start)
+    for _ in range(3):
+        f()
+    times = []
+    for _ in range(repeat):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        f()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def randn(*shape, dtype=torch.bfloat16, grad=False, scale=1.0):
+    return (scale * torch.randn(*shape, device=DEVICE)).to(dtype).requires_grad_(grad)
+
+
+def relative_error(ours, reference) -> float:
+    return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def line(
+    name: str, ms: float, reference: str = "", reference_ms: float = 0.0, tf: float = 0.0, gb: float = 0.0, target_ms: float = 0.0
+) -> dict:
+    """One result. tf and gb: work done, in TFLOP and GB."""
+    out = dict(name=name, ms=round(ms, 4))
+    if reference:
+        out |= dict(reference=reference, reference_ms=round(reference_ms, 4), ratio=round(reference_ms / ms, 3))
+    if tf:
+        out["tflop_per_s"] = round(tf / ms * 1e3, 1)
+    if gb:
+        out["gb_per_s"] = round(gb / ms * 1e3, 1)
+    if target_ms:
+        out |= dict(target_ms=target_ms, reached=ms <= target_ms)
+    return out
+
+
+def packed_bounds(context: int, seed: int = 0) -> torch.Tensor:
+    """cu_seqlens of a row of N tokens with documents drawn from the lengths of FineWeb."""
+    rng = np.random.default_rng(seed)
+    lengths = np.interp(rng.uniform(0, 100, 4000), PERCENTILES, LENGTHS).astype(np.int64)
+    starts = np.cumsum(lengths)
+    return torch.from_numpy(tg.document_cu_seqlens(starts[starts < N], N, context)).to(DEVICE)
+
+
+def split_inputs(grad: bool = False):
+    cos, sin = tg.rotary_tables(CFG, N, CFG.train_seq_len, torch.device(DEVICE))
+    return randn(1, N, (H + 2 * G) * HEAD, grad=grad), randn(H, dtype=torch.float32, grad=grad), cos, sin, G
+
+
+def gate_inputs(grad: bool = False):
+    gate = torch.rand(1, N, H, device=DEVICE).bfloat16().requires_grad_(grad)
+    return randn(1, N, H, HEAD, grad=grad), randn(1, N, G, HEAD, grad=grad), gate
+
+
+def mlp_inputs(grad: bool = False):
+    return randn(1, N, D, grad=grad), randn(HIDDEN, D, grad=grad, scale=D**-0.5), randn(D, HIDDEN, grad=grad, scale=HIDDEN**-0.5)
+
+
+def forward_backward(f, inputs, gradients=None):
+    """Call and backward of f(*inputs), gradients of the inputs that want one."""
+    out = f(*inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    return [*out, *torch.autograd.grad(out, wanted, gradients or [torch.ones_like(t) for t in out])]
+
+
+# ---- sections
+
+
+def ceilings():
+    """What this device can do: a large product, a large copy."""
+    side = 64 if DRY else 8192
+    a, b = randn(side, side), randn(side, side)
+    yield line(f"matmul {side}^3 bf16", milliseconds(lambda: a @ b), tf=2 * side**3 / 1e12)
+    source = torch.randn(1 << (10 if DRY else 30), device=DEVICE)
+    target = torch.empty_like(source)
+    yield line("copy 8.6 GB", milliseconds(lambda: target.copy_(source)), gb=8.6)
+
+
+def correctness():
+    """Every kernel at full size against its definition in fp32, values and gradients of a random direction; NaN in fresh memory."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    pairs = {f"mlp {form}": (tg.fused_mlp(form), tg.leaky_mlp, lambda: (*mlp_inputs(True), 0.5), 0.012) for form in tg.MLP_KERNELS[1:]}
+    pairs |= {"split_heads": (tg.split_heads_op, tg.split_heads, lambda: split_inputs(True), 0.008),
+              "gate_heads": (tg.gate_heads_op, tg.gate_heads, lambda: gate_inputs(True), 0.008)}
+    for name, (fused, definition, make, tolerance) in pairs.items():
+        inputs, tolerance = make(), tolerance * (1 + DRY)  # the interpreter cuts to bf16 instead of rounding
+        wide = [t.detach().float().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in inputs]
+        outputs = definition(*wide)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        directions = [randn(*t.shape, dtype=torch.float32) for t in outputs]
+        ours = forward_backward(fused, inputs, [d.bfloat16() for d in directions])
+        reference = forward_backward(definition, wide, [d.bfloat16().float() for d in directions])
+        error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
+        yield dict(name=f"check {name}", error=error, tolerance=tolerance, reached=error < tolerance)
+    logits, targets = randn(1, N // 4, V, grad=True, scale=8.0), torch.randint(0, V, (1, N // 4), device=DEVICE)
+    cap = torch.tensor(30.0, device=DEVICE)
+    ours = tg.weighted_ce(logits, targets, cap, cap, 0.5)
+    (grad,) = torch.autograd.grad((0.5 * ours).sum(), [logits])
+    wide = logits.detach().float().requires_grad_()
+    reference = tg.softcapped_ce(wide, targets, cap, cap)
+    (expected,) = torch.autograd.grad((0.5 * reference).sum(), [wide])
+    error = max(relative_error(ours, reference), relative_error(grad, expected))
+    yield dict(name="check weighted_ce", error=error, tolerance=0.005, reached=error < 0.005)
+    for context in (1024, 3072):
+        bounds = packed_bounds(context)
+        q, k, v = (randn(N, heads, HEAD, grad=True) for heads in (H, G, G))
+        attend = tg.choose_attention("auto", make_world())[1]
+        ours = forward_backward(lambda *t, b=bounds, c=context, f=attend: f(*t, b, c), (q, k, v))
+        reference = forward_backward(lambda *t, b=bounds, c=context: tg.document_attention_reference(*t, b, c), (q, k, v))
+        error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
+        yield dict(name=f"check attention {context}", error=error, tolerance=0.012, reached=error < 0.012)
+
+
+def against_compiled(name, fused, definition, make, gb=(0.0, 0.0), tf: float = 0.0, targets=(0.0, 0.0)):
+    """Forward, then forward and backward, of a kernel against torch.compile of its definition."""
+    reference = compiled(definition)
+    plain, with_grad = make(False), make(True)
+    with torch.no_grad():
+        yield line(f"{name} forward", milliseconds(lambda: fused(*plain)), "compiled definition", milliseconds(lambda: reference(*plain)),
+                   tf=tf, gb=gb[0], target_ms=targets[0])
+    yield line(f"{name} forward+backward", milliseconds(lambda: forward_backward(fused, with_grad)), "compiled definition",
+               milliseconds(lambda: forward_backward(reference, with_grad)), tf=3 * tf, gb=gb[1], target_ms=targets[1])
+
+
+def mlp():
+    """B2: the MLP in its three forms."""
+    for form in tg.MLP_KERNELS[1:]:
+        yield from against_compiled(f"mlp {form}", tg.fused_mlp(form), tg.leaky_mlp, lambda grad: (*mlp_inputs(grad), 0.5),
+                                    tf=4 * N * D * HIDDEN / 1e12, targets=(0.60, 1.84))
+
+
+def heads():
+    """B3 and B4: projection to heads, XSA and gate. 1 U = a bf16 tensor of N x 512."""
+    U = N * 512 * 2 / 1e9
+    yield from against_compiled("split_heads", tg.split_heads_op, tg.split_heads, split_inputs, gb=(4 * U, 10 * U), targets=(0.08, 0.20))
+    yield from against_compiled("gate_heads", tg.gate_heads_op, tg.gate_heads, gate_inputs, gb=(2.5 * U, 6.5 * U), targets=(0.07, 0.18))
+
+
+def cross_entropy():
+    """B7: loss and gradient, one pass against two."""
+    logits, targets = randn(1, N, V, grad=True), torch.randint(0, V, (1, N), device=DEVICE)
+    cap = torch.tensor(30.0, device=DEVICE)
+    reference = compiled(lambda x: (1 / N) * tg.softcapped_ce(x, targets, cap, cap).sum())
+    yield line("softcapped CE forward+backward", milliseconds(lambda: forward_backward(
+        lambda x: (1 / N) * tg.weighted_ce(x, targets, cap, cap, 1 / N).sum(), (logits,))), "compiled definition",
+        milliseconds(lambda: forward_backward(reference, (logits,))), gb=2 * N * V * 2 / 1e9, target_ms=0.85)
+
+
+def dense_causal(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def attention():
+    """B6: every attention of this machine on packed documents, against dense causal attention of as many pairs."""
+    for name, attend in tg.attention_backends(make_world()).items():
+        for context in (1024, 2048, 3072):
+            bounds = packed_bounds(context)
+            lengths = np.diff(bounds.cpu().numpy()).astype(np.float64)
+            pairs = (lengths * (lengths + 1)).sum() / 2
+            packed = partial(attend, cu_seqlens=bounds, max_len=context)
+            inputs = tuple(randn(N, heads, HEAD, grad=True) for heads in (H, G, G))
+            side = int((2 * pairs / 8) ** 0.5)  # eight dense sequences with as many pairs in all
+            dense = tuple(randn(8, H, side, HEAD, grad=True) for _ in range(3))
+            ms, reference_ms = (milliseconds(partial(forward_backward, f, x)) for f, x in ((packed, inputs), (dense_causal, dense)))
+            yield line(f"{name} {context} forward+backward", ms, "dense causal SDPA of equal pairs", reference_ms,
+                       tf=3.5 * 4 * D * pairs / 1e12)
+
+
+def muon():
+    """B8 and B9: orthogonalisation of the four banks, and a whole optimizer step."""
+    for shape in ((2, 8, 8),) if DRY else ((22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048)):
+        g = randn(*shape)
+        n, m = max(shape[1:]), min(shape[1:])
+        flop = 5 * shape[0] * (4 * m * m * n + 2 * m**3)
+        yield line(f"polar_express {shape}", milliseconds(partial(tg.polar_express, g, 5)), tf=flop / 1e12)
+    world = make_world()
+    model = tg.build_model(CFG, world)
+    optimizer = tg.TrainOptimizer(model, CFG, world)
+
+    def step():
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 1e-3) if p.requires_grad else None
+        optimizer.step(1.0, 0.95)
+
+    yield line("optimizer step, gradients written first", milliseconds(step), target_ms=3.0)
+
+
+def micro_batch(cfg, model, forward, looping: bool, context: int):
+    """(a function that runs forward and backward of a micro-batch of random tokens, lengths of its segments)."""
+    tokens, bounds = torch.randint(8, V, (1, N + 1), device=DEVICE), packed_bounds(context)
+    order, packing = tg.layer_order(cfg, looping), tg.Packing(bounds, context)
+
+    def step():
+        ((1 / N) * forward(tokens[:, :-1], tokens[:, 1:], order=order, packing=packing, loss_weight=1 / N).sum()).backward()
+        for p in model.parameters():
+            p.grad = None
+
+    lengths = np.diff(bounds.cpu().numpy())
+    return step, lengths[lengths > 0]
+
+
+def train_step():
+    """B10: forward and backward of a micro-batch, definitions and kernels, compiled; MFU of the datasheet's 989 TFLOP/s."""
+    world, reference = make_world(), {}
+    for name, kernels in dict(definitions={}, kernels=ALL_KERNELS).items():
+        cfg = tg.Config(**SMALL, **kernels)
+        model = tg.build_model(cfg, world)
+        forward = tg.compile_forward(model, cfg, world)
+        for looping, context, target in ((False, 1024, 57.8), (True, 2048, 93.6), (True, 3072, 100.3)):
+            step, lengths = micro_batch(cfg, model, forward, looping, context)
+            begin = time.perf_counter()
+            step()
+            world.synchronize()
+            compile_seconds = time.perf_counter() - begin
+            ms = milliseconds(step, 10)
+            flops, shape = tg.flops_per_token(cfg, lengths, looping), (looping, context)
+            reference.setdefault(shape, ms)
+            what = f"micro-batch {name} loop:{int(looping)} context:{context}"
+            yield line(what, ms, "definitions", reference[shape], target_ms=target) | dict(
+                tokens_per_s=round(N / ms * 1e3), mfu=round(flops.trained * N / ms * 1e3 / 989.4e12, 4),
+                compile_seconds=round(compile_seconds, 1), peak_mib=tg.peak_memory_mib(world.device))
+
+
+def learning_step(cfg, world, rows: int, width: int, chunk: int):
+    """A function that scores a chunk of `rows` documents, learns from it and returns the nats."""
+    model = tg.build_model(cfg, world).requires_grad_(False)
+    forward, order = tg.compile_forward(model, cfg, world), tg.layer_order(cfg, True)
+    lineage = tg.Lineage(cfg, world, rows, cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, seed=0)
+    optimizer, generator = lineage.begin(False), torch.Generator(DEVICE).manual_seed(0)
+    inputs, targets = (torch.randint(8, V, (rows, n), device=DEVICE, generator=generator) for n in (width, chunk))
+    positions = torch.arange(width - chunk, width, device=DEVICE).expand(rows, -1).contiguous()
+
+    def step():
+        nats = forward(inputs, targets, order=order, adapters=lineage.adapters, positions=positions)
+        nats.mean(1).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return nats.detach()
+
+    return step
+
+
+def ttt():
+    """B12: one learning step of test-time training at four shapes, definitions against kernels, and how far their losses differ."""
+    world, fused = make_world(), {**ALL_KERNELS, "fused_ce_kernel": "eager"}  # every nat is wanted, not a weighted sum
+    for rows, width, chunk in ((2, 16, 4),) if DRY else ((24, 3072, 48), (24, 1024, 24), (96, 512, 8), (256, 192, 8)):
+        steps = [learning_step(tg.Config(**SMALL, **kernels), world, rows, width, chunk) for kernels in ({}, fused)]
+        definitions, kernels = (step() for step in steps)
+        reference_ms, ms = (milliseconds(step, 5) for step in steps)
+        yield line(f"ttt step {rows}x{width} chunk {chunk}", ms, "definitions", reference_ms) | dict(
+            positions_per_s=round(rows * width / ms * 1e3), loss_difference=(kernels - definitions).abs().max().item())
+
+
+def gptq():
+    """B13: Hessians and GPTQ of every matrix of S14."""
+    world = make_world()
+    model = tg.build_model(CFG, world)
+    hessians = tg.Hessians()
+    tokens = torch.randint(8, V, (1, N + 1), device=DEVICE)
+    packing = tg.Packing(packed_bounds(3072), 3072)
+
+    def collect():
+        with torch.no_grad():
+            model(tokens[:, :-1], tokens[:, 1:], order=tg.layer_order(CFG, True), packing=packing, tap=hessians)
+
+    yield line("Hessians of a micro-batch", milliseconds(collect, 3))
+    tensors = tg.unbank(CFG, model.state_dict())
+    tasks = tg.gptq_tasks(CFG, tensors)
+    yield line("GPTQ of all matrices", milliseconds(lambda: tg.run_gptq(CFG, tasks, hessians, {}), 2), target_ms=200.0)
+
+
+SECTIONS = dict(ceilings=(ceilings, 40), correctness=(correctness, 90), mlp=(mlp, 60), heads=(heads, 60), cross_entropy=(cross_entropy, 40),
+                attention=(attention, 40), muon=(muon, 40), train_step=(train_step, 300), gptq=(gptq, 60), ttt=(ttt, 180))
+
+
+def table(lines: list[dict]) -> str:
+    """The results for a person."""
+    out = [f"{'what':<46}{'ms':>10}{'ratio':>8}{'TFLOP/s':>9}{'GB/s':>8}{'target':>9}  reference or note"]
+    for r in lines:
+        note = str(r["error"])[:60] if "error" in r else r.get("reference", "")
+        target = f"{r['target_ms']:g}{'' if r['reached'] else ' !'}" if "target_ms" in r else ""
+        if "tolerance" in r:
+            target = "ok" if r["reached"] else "WRONG"
+        numbers = "".join(f"{r.get(key, ''):>{width}}" for key, width in (("ms", 10), ("ratio", 8), ("tflop_per_s", 9), ("gb_per_s", 8)))
+        out.append(f"{r['name']:<46}{numbers}{target:>9}  {note}")
+    return "\n".join(out)
+
+
+def run_section(name: str) -> int:
+    """In a process of its own: print one JSON line a result."""
+    for result in SECTIONS[name][0]():
+        print(json.dumps(dict(section=name, **result)), flush=True)
+    return 0
+
+
+def section_lines(name: str) -> list[dict]:
+    """Results of a section run in a process of its own, with a line about its end where that was not a good one."""
+    limit = SECTIONS[name][1]
+    process = subprocess.Popen([sys.executable, __file__, "--only", name, *(["--dry-run"] if DRY else [])],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        err = f"stopped after {limit} s"
+    made = [json.loads(text) for text in out.splitlines() if text.startswith("{")]
+    if process.returncode:
+        print(err[-3000:], file=sys.stderr)
+        made.append(dict(section=name, name=f"{name} failed", error=(err.strip() or f"exit {process.returncode}").splitlines()[-1]))
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all, in this order)")
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
+    parser.add_argument("--only", choices=SECTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--table", type=Path, help="print the table of this file and stop")
+    args = parser.parse_args()
+    if args.only:
+        return run_section(args.only)
+    if args.table:
+        print(table([json.loads(text) for text in args.table.read_text().splitlines()]))
+        return 0
+    if unknown := set(args.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    if not DRY and not torch.cuda.is_available():
+        print("error: torch sees no CUDA device. The CPU benchmarks are `make bench`, the compiler's reports `python bench/cubin.py`",
+              file=sys.stderr)
+        return 1
+    lines = [dict(section="machine", name="dry run" if DRY else torch.cuda.get_device_name(0), torch=torch.__version__,
+                  triton=tg.triton.__version__ if tg.triton else None)]
+    for name in args.sections or SECTIONS:
+        made = section_lines(name)
+        lines += made
+        print("\n".join(json.dumps(x) for x in made), flush=True)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    print("\n" + table(lines))
+    return any("error" in x and not x.get("reached", False) for x in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""BENCHES and the step profile: they run, they refuse what they can not do, their numbers add up."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tiny_config
+
+import train_gpt as tg
+
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
+import gpu_suite
+import step_profile
+
+
+def run(*command, **env):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=os.environ | env, timeout=300)
+
+
+# ---- the GPU suite
+
+
+def test_the_suite_runs_on_a_cpu_with_tiny_sizes(tmp_path):
+    out = tmp_path / "results" / "dry.jsonl"
+    done = run(ROOT / "bench" / "gpu_suite.py", "--dry-run", "--out", out, "ceilings", "muon", "gptq", "ttt")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(text) for text in out.read_text().splitlines()]
+    assert lines[0]["section"] == "machine" and {x["section"] for x in lines[1:]} == {"ceilings", "muon", "gptq", "ttt"}
+    (ttt,) = [x for x in lines if x["section"] == "ttt"]
+    assert ttt["loss_difference"] < 0.05 and ttt["ratio"] == pytest.approx(ttt["reference_ms"] / ttt["ms"], abs=2e-3)
+    again = run(ROOT / "bench" / "gpu_suite.py", "--table", out)
+    assert again.returncode == 0 and "ttt step" in again.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_suite_says_what_to_run_instead():
+    done = run(ROOT / "bench" / "gpu_suite.py", "ceilings")
+    assert done.returncode == 1 and "no CUDA device" in done.stderr and "make bench" in done.stderr
+
+
+def test_a_section_that_fails_costs_one_section(monkeypatch, capsys):
+    monkeypatch.setitem(gpu_suite.SECTIONS, "ceilings", (None, 0.01))
+    (line,) = gpu_suite.section_lines("ceilings")
+    assert line["error"] == "stopped after 0.01 s" and line["name"] == "ceilings failed"
+    assert "ceilings failed" in gpu_suite.table([line])
+
+
+def test_document_lengths_have_the_mean_of_the_validation_part(monkeypatch):
+    """957 tokens a document; long ones are cut at the context."""
+    monkeypatch.setattr(gpu_suite, "N", 4_000_000)
+    monkeypatch.setattr(gpu_suite, "DEVICE", "cpu")
+    bounds = gpu_suite.packed_bounds(1 << 30)
+    lengths = bounds.diff()
+    assert 800 < lengths[lengths > 0].float().mean() < 1200
+    assert gpu_suite.packed_bounds(1024).diff().max() == 1024
+
+
+# ---- the profile of a training step
+
+
+def test_classes_of_operators():
+    for name, kind in {"aten::mm": "matmul", "aten::addmm": "matmul", "train_gpt::mlp_up": "matmul", "aten::mul": "elementwise",
+                       "aten::copy_": "copy", "aten::sum": "norm/reduction", "aten::rms_norm": "norm/reduction",
+                       "train_gpt::document_attention_cpu": "attention", "ncclDevKernel_AllReduce": "communication",
+                       "sm90_xmma_gemm_bf16": "matmul", "triton_poi_fused_mul_3": "elementwise",
+                       "triton_red_fused_4": "norm/reduction"}.items():
+        assert step_profile.class_of(name) == kind, name
+
+
+def test_self_times_do_not_count_callees():
+    def event(name, ts, dur, tid=1):
+        return dict(name=name, ts=ts, dur=dur, tid=tid)
+
+    events = [event("outer", 0, 100), event("inner", 10, 30), event("innermost", 15, 5), event("second", 50, 20),
+              event("other", 0, 7, tid=2)]
+    assert {e["name"]: us for e, us in step_profile.self_times(events)} == dict(outer=50, inner=25, innermost=5, second=20, other=7)
+
+
+def test_bytes_and_flops_of_a_product():
+    args = {"Input Dims": [[4, 8], [8, 16]], "Input type": ["float", "c10::BFloat16"]}
+    assert step_profile.argument_bytes(args) == 4 * 8 * 4 + 8 * 16 * 2
+    assert step_profile.argument_flops("aten::mm", args) == 2 * 4 * 8 * 16
+    assert step_profile.argument_flops("aten::addmm", {"Input Dims": [[16], [4, 8], [8, 16]]}) == 2 * 4 * 8 * 16
+    assert step_profile.argument_flops("aten::bmm", {"Input Dims": [[3, 4, 8], [3, 8, 16]]}) == 2 * 3 * 4 * 8 * 16
+    assert step_profile.argument_flops("aten::mul", args) == 0
+
+
+def test_a_profiled_run_gives_a_table_that_adds_up(dataset, world, tmp_path):
+    cfg = tiny_config(data_path=str(dataset), iterations=6, profile=2)
+    trainer = tg.Trainer(cfg, world, tg.Dataset.open(cfg, need_train=True))
+    tg.train(trainer, lambda: tg.Score(1.0, 1.0, 1, 1), lambda line, console=True: None, tmp_path / "checkpoint.pt")
+    trace = tmp_path / "profile.json.gz"
+    done = run(ROOT / "tools" / "step_profile.py", trace, "--json")
+    assert done.returncode == 0, done.stderr
+    table = json.loads(done.stdout)
+    assert sum(row["share"] for row in table.values()) == pytest.approx(1)
+    assert {"matmul", "elementwise", "optimizer", "norm/reduction", "copy"} <= set(table)
+    assert (tmp_path / "profile.png").stat().st_size > 1000
+    flops = 3 * tg.flops_per_token(cfg, [1], True).matmul * cfg.train_batch_tokens  # steps 4 and 5 of 6 are looped
+    assert table["matmul"]["tflop"] == pytest.approx(flops / 1e12, rel=0.02)
+    shown = run(ROOT / "tools" / "step_profile.py", trace)
+    assert shown.returncode == 0 and "bound by" in shown.stdout and "matmul" in shown.stdout
+
+
+def test_what_is_no_trace_is_refused(tmp_path):
+    for name, data in {"a.json": b"{}", "b.json.gz": gzip.compress(b"[1]"), "c.json.gz": b"no gzip"}.items():
+        (tmp_path / name).write_bytes(data)
+        done = run(ROOT / "tools" / "step_profile.py", tmp_path / name)
+        assert done.returncode == 1 and "is no trace of a run with PROFILE=N" in done.stderr and "Traceback" not in done.stderr
