@@ -364,6 +364,27 @@ def test_training_with_all_kernels_follows_the_definitions(tmp_path):
     assert gap[0] < 0.01 and gap.mean() < noise.mean(), (gap, noise)
 
 
+def test_kernels_compile_into_whole_graphs():
+    """Forward and backward of a network with all kernels, no graph break, and the same numbers as without the compiler."""
+    cfg = tiny_config(num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1, xsa_last_n=2, mlp_kernel="lsb", qk_kernel="triton",
+                      xsa_kernel="triton", fused_ce_kernel="triton")
+    world = tg.World(0, 1, torch.device("cpu"), torch.bfloat16)
+    model = tg.build_model(cfg, world)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    tokens = torch.randint(4, 64, (1, 33), generator=torch.Generator().manual_seed(0))
+    packing, results = tg.Packing(torch.tensor([0, 20, 32], dtype=torch.int32), 32), []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        nats = forward(tokens[:, :-1], tokens[:, 1:], order=tg.layer_order(cfg, True), packing=packing, loss_weight=1 / 32)
+        ((1 / 32) * nats.sum()).backward()
+        results.append([nats.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    assert len(results[0]) > 20
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0.02, atol=2e-3)
+
+
 def test_every_kernel_compiles_for_hopper_without_spilling():
     """sm_90a with no GPU: no stack, no spills, shared memory within a block's, tensor cores and the copy engine in use."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -587,6 +587,7 @@ class Launch(NamedTuple):
 
 
 def launch_from_env(env) -> Launch:
+    """Rank, rank on this machine and number of ranks; one process when torchrun did not start us."""
     return Launch(int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
 
 
@@ -827,6 +828,7 @@ def check_vocab(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -1515,6 +1517,7 @@ class GPT(nn.Module):
 
 
 def init_orthogonal(p: Tensor) -> None:
+    """Each matrix of a bank orthogonal, gain 1."""
     for matrix in p:
         nn.init.orthogonal_(matrix)
 
@@ -1526,6 +1529,7 @@ def init_half_orthogonal(p: Tensor) -> None:
 
 
 def init_resid_mix(p: Tensor) -> None:
+    """All of the residual stream, nothing of the embedding."""
     p[0].fill_(1)
     p[1].zero_()
 
@@ -1837,6 +1841,7 @@ def muon_momentum(cfg: Config, step: int) -> float:
 
 
 def looping_at(cfg: Config, progress: float) -> bool:
+    """Whether the middle blocks repeat at this point of the run."""
     return cfg.num_loops > 0 and progress >= cfg.enable_looping_at
 
 
@@ -2349,6 +2354,7 @@ class Task(NamedTuple):
 
 
 def gptq_tasks(cfg: Config, tensors: dict[str, Tensor]) -> list[Task]:
+    """The tensors that QUANT_RULES sends to GPTQ, with their settings."""
     tasks = []
     for name, t in tensors.items():
         codec, bits, clip, site = first_match(QUANT_RULES, name)
@@ -2545,6 +2551,7 @@ def byte_planes(a: np.ndarray) -> np.ndarray:
 
 
 def from_byte_planes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `byte_planes`."""
     planes = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1)
     return np.ascontiguousarray(planes.T).reshape(-1).view(dtype).reshape(shape)
 

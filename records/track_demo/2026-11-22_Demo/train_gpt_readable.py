@@ -40,7 +40,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +51,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+try:  # without Triton the definitions run, and no kernel can be asked for
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = None
 
 BOS_ID = 1                                # every document starts with it; there is no end-of-document token
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
@@ -68,6 +75,8 @@ class RunError(Exception):
 
 S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
 COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
+ATTN_BACKENDS = ("auto", "fa3", "fa4", "varlen", "cpu", "sdpa")
+MLP_KERNELS = ("eager", "pre_post", "act_grad", "lsb")
 
 PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable set by hand wins
     "s14": {},
@@ -224,6 +233,13 @@ class Config:
     compile_backend: str = knob("auto", "of torch.compile; auto = inductor on cuda, else none", choices=COMPILE_BACKENDS)
     dynamo_cache_size_limit: int = knob(128, "graphs torch.compile may keep per function", lo=1)
     dynamo_accumulated_cache_size_limit: int = knob(1024, "graphs torch.compile may keep in all", lo=1)
+    profile: int = knob(0, "profile this many steps, after the third, for tools/step_profile.py; costs time, so not for records", lo=0)
+    # kernels
+    attn_backend: str = knob("auto", "attention of packed rows; auto = the fastest one here that is right", choices=ATTN_BACKENDS)
+    mlp_kernel: str = knob("eager", "GEMMs with the activation inside, by what they store for the backward", choices=MLP_KERNELS)
+    qk_kernel: str = knob("eager", "one kernel from merged projection to normed, rotated heads", choices=("eager", "triton"))
+    xsa_kernel: str = knob("eager", "one kernel for XSA and head gate", choices=("eager", "triton"))
+    fused_ce_kernel: str = knob("eager", "loss and its gradient in one pass over the logits", choices=("eager", "triton"))
     # data
     data_dir: str = knob("./data/", "root of the default data paths")
     data_path: str = knob("", "folder of the shards; blank = the published CaseOps export below DATA_DIR")
@@ -462,6 +478,8 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("gated_attn_init_std",), lambda c: c.attn_gate != "dense", "GATED_ATTN_ENABLED is 0"),
     (("sparse_attn_gate_init_std", "sparse_attn_gate_scale"), lambda c: c.attn_gate != "sparse", "SPARSE_ATTN_GATE_ENABLED is 0"),
     (("gated_attn_quant_gate",), lambda c: c.attn_gate not in ("dense", "sparse"), "there is no gate matrix to quantize"),
+    (("xsa_kernel",), lambda c: not c.xsa_last_n or c.attn_gate == "none", "XSA_LAST_N is 0 or there is no head gate"),
+    (("fused_ce_kernel",), lambda c: not c.fused_ce_enabled, "FUSED_CE_ENABLED is 0"),
     (("loop_start", "loop_end", "enable_looping_at"), lambda c: not c.num_loops, "NUM_LOOPS is 0"),
     (("parallel_final_lane",), lambda c: not c.parallel_start_layer, "PARALLEL_START_LAYER is 0"),
     (("smear_gate_bos_fix",), lambda c: not c.smear_gate_enabled, "SMEAR_GATE_ENABLED is 0"),
@@ -587,6 +605,7 @@ class Launch(NamedTuple):
 
 
 def launch_from_env(env) -> Launch:
+    """Rank, rank on this machine and number of ranks; one process when torchrun did not start us."""
     return Launch(int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
 
 
@@ -677,6 +696,31 @@ def hardware_name(world: World) -> str:
     model = next((line.split(":")[1].strip() for line in (cpuinfo.read_text() if cpuinfo.exists() else "").splitlines()
                   if line.startswith("model name")), platform.processor() or platform.machine())
     return f"{world.size}x {world.device.type} ({model}, {os.cpu_count()} cores)"
+
+
+PEAK_FLOPS = {  # datasheets: dense bf16 products summed in fp32, per second
+    "H200": 989.4e12, "H100": 989.4e12, "B200": 2250e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}
+
+
+@cache
+def measured_peak(world: World) -> float:
+    """FLOP/s of the best square matrix product in the activation dtype on this device, sizes doubled while they are quick."""
+    best, generator = 0.0, torch.Generator(world.device).manual_seed(0)
+    for n in (256, 512, 1024, 2048, 4096, 8192):
+        a = torch.randn(n, n, device=world.device, generator=generator).to(world.dtype)
+        seconds, repeats = math.inf, 4
+        for _ in range(3):
+            world.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                a @ a
+            world.synchronize()
+            seconds = min(seconds, (time.perf_counter() - start) / repeats)
+        best = max(best, 2 * n**3 / max(seconds, 1e-9))
+        if seconds > 0.002:
+            break
+    return best
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -827,6 +871,7 @@ def check_vocab(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -911,11 +956,12 @@ def document_cu_seqlens(bos: np.ndarray, total: int, max_len: int, bucket: int =
 
 
 class Row(NamedTuple):
-    """One packed row: inputs and targets (1, T) int64, segments (padded) int32, longest segment."""
+    """One packed row: inputs and targets (1, T) int64, segments (padded) int32 and their lengths, longest segment allowed."""
 
     inputs: Tensor
     targets: Tensor
     cu_seqlens: Tensor
+    lengths: np.ndarray  # of the segments, on the host
     max_len: int
 
 
@@ -926,11 +972,12 @@ def packed_row(tokens: np.ndarray, max_len: int, device: torch.device, every: in
     """
     window, starts = torch.from_numpy(tokens.astype(np.int64)), np.flatnonzero(tokens[:-1] == BOS_ID)
     starts = np.union1d(starts, np.arange(0, len(tokens) - 1, every)) if every else starts
-    cu_seqlens = torch.from_numpy(document_cu_seqlens(starts, len(tokens) - 1, max_len))
+    bounds = document_cu_seqlens(starts, len(tokens) - 1, max_len)
+    lengths, cu_seqlens = np.diff(bounds), torch.from_numpy(bounds)
     if device.type == "cuda":
         window, cu_seqlens = window.pin_memory(), cu_seqlens.pin_memory()
     window = window.to(device, non_blocking=True)
-    return Row(window[None, :-1], window[None, 1:], cu_seqlens.to(device, non_blocking=True), max_len)
+    return Row(window[None, :-1], window[None, 1:], cu_seqlens.to(device, non_blocking=True), lengths[lengths > 0], max_len)
 
 
 class TrainLoader:
@@ -1090,6 +1137,53 @@ def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
     return F.leaky_relu(x, slope).square()
 
 
+def leaky_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, see_hidden=None) -> Tensor:
+    """leaky_relu(x up^T)^2 down^T. x (..., D), up (F, D), down (D, F) -> (..., D). see_hidden(h): sees what `down` reads."""
+    hidden = leaky_relu_squared(F.linear(x, up), slope)
+    if see_hidden is not None:
+        see_hidden(hidden)
+    return F.linear(hidden, down)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / rms(x) over the last dimension; no weight, eps is that of the dtype."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Partial rotary embedding, half-split: x (B, T, heads, d), the first 2 n of d dimensions turn, n = cos.shape[-1]."""
+    n = cos.shape[-1]
+    x1, x2, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+
+
+def split_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One merged projection -> queries and keys, normed per head and rotated, queries times their gain, and values.
+
+    qkv (B, T, (H + 2 G) d), gain (H,), cos and sin (T, 1, n) -> q (B, T, H, d), k and v (B, T, G, d).
+    """
+    heads = len(gain)
+    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=2)
+    q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
+    return q * gain.to(q.dtype)[:, None], k, v
+
+
+def without_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: y - (y.v / v.v) v for each head of y (B, T, H, d) and its value v (B, T, G, d), computed in fp32."""
+    grouped, own = y.unflatten(2, (v.shape[2], -1)).float(), v.unsqueeze(3).float()  # (B, T, G, H/G, d) and (B, T, G, 1, d)
+    share = (grouped * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    return (grouped - share * own).flatten(2, 3).to(y.dtype)
+
+
+def gate_heads(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """XSA and the output gate: drop from each head its part along the token's own value, then scale the head.
+
+    y (B, T, H, d), v (B, T, G, d), gate (B, T, H) -> (B, T, H, d).
+    """
+    return without_own_value(y, v) * gate.unsqueeze(-1)
+
+
 def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
     """The definition: causal attention within each segment. q (T, H, d), k and v (T, G, d) -> (T, H, d)."""
     out = []
@@ -1194,15 +1288,526 @@ def flash_attention_3():
     return document_attention_fa3
 
 
-def choose_document_attention(world: World):
-    """The best attention this machine has for packed documents: FlashAttention 3, torch's varlen flash, or a loop of SDPA."""
+def flash_attention_4():
+    """`document_attention_reference` by FlashAttention 4 (Hopper and Blackwell, package flash-attn-4)."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    def document_attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        out = flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len, max_seqlen_k=max_len,
+                                     causal=True)
+        return out[0] if isinstance(out, tuple) else out
+
+    return document_attention_fa4
+
+
+ATTENTION_BACKENDS = {  # name: (how to get it, lowest and highest compute capability, module it comes from); half precision only
+    "fa3": (flash_attention_3, (9, 0), (9, 0), "flash_attn_interface"),
+    "fa4": (flash_attention_4, (9, 0), (12, 9), "flash_attn.cute"),
+    "varlen": (varlen_attention, (8, 0), (99, 0), "torch.nn.attention.varlen"),
+}
+
+
+def module_exists(name: str) -> bool:
+    """Whether `import name` would find something; importing nothing but its parents."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def attention_backends(world: World) -> dict[str, Any]:
+    """The attentions this device and installation have, the loop of SDPA that defines it last."""
     if world.device.type == "cpu":
-        return document_attention_cpu
-    half = world.dtype in (torch.bfloat16, torch.float16)
-    capability = torch.cuda.get_device_capability(world.device) if world.device.type == "cuda" else (0, 0)
-    if half and capability[0] == 9 and importlib.util.find_spec("flash_attn_interface"):
-        return flash_attention_3()
-    return varlen_attention() if half and capability[0] >= 8 else document_attention_reference
+        return dict(cpu=document_attention_cpu, sdpa=document_attention_reference)
+    found = {}
+    if world.device.type == "cuda" and world.dtype in (torch.bfloat16, torch.float16):
+        capability = torch.cuda.get_device_capability(world.device)
+        found = {name: make() for name, (make, low, high, module) in ATTENTION_BACKENDS.items()
+                 if low <= capability <= high and module_exists(module)}
+    return dict(**found, sdpa=document_attention_reference)
+
+
+@torch.enable_grad()
+def attention_trial(attend, world: World, segments: list[int]) -> tuple[float, float]:
+    """(relative error against the definition in fp32, seconds) of forward and backward on random packed documents."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, direction = (
+        torch.randn(sum(segments), heads, 64, generator=generator).to(world.device, world.dtype) for heads in (8, 4, 4, 8))
+    bounds = torch.tensor([0, *segments]).cumsum(0).int().to(world.device)
+
+    def run(f, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        out = f(*inputs, bounds, max(segments))
+        return [out, *torch.autograd.grad(out, inputs, direction.to(dtype))]
+
+    ours = run(attend, world.dtype)
+    errors = [(a.float() - b).norm() / b.norm() for a, b in zip(ours, run(document_attention_reference, torch.float32), strict=True)]
+    world.synchronize()
+    start = time.perf_counter()
+    run(attend, world.dtype)
+    world.synchronize()
+    return max(errors).item(), time.perf_counter() - start
+
+
+@cache
+def choose_attention(wanted: str, world: World) -> tuple[str, Any, str]:
+    """(name, function, how the choice was made). auto: the fastest that is right, on a row of documents; rank 0 decides.
+
+    Raises RunError when the wanted backend is missing or differs from the definition.
+    """
+    found, segments = attention_backends(world), [5, 130, 1, 377] if world.device.type == "cpu" else [1500, 800, 2048, 100, 3072, 672] * 4
+    if wanted not in ("auto", *found):
+        raise RunError(f"ATTN_BACKEND={wanted} can not be had here: {world.device} in {world.dtype} has {', '.join(found)}; "
+                       "install what is missing, or set ATTN_BACKEND=auto")
+    trials = {}
+    for name in found if wanted == "auto" else (wanted,):
+        if name == "sdpa" and trials:
+            break  # a loop on the host: only for want of anything else
+        error, seconds = attention_trial(found[name], world, segments)
+        if error < 0.02:  # a few roundings of bf16
+            trials[name] = seconds
+        elif name == wanted:
+            raise RunError(f"ATTN_BACKEND={name} is wrong on this machine: relative error {error:.3g} against the definition; take another")
+    best = world.from_main(min(trials, key=trials.get))
+    return best, found[best], " ".join(f"{name}:{1e3 * seconds:.2f}ms" for name, seconds in trials.items())
+
+
+# Triton kernels, each behind an operator with the definition's gradients. Tensors are read once and written once; sums are fp32.
+# Under Triton's interpreter they run on a CPU, where products must be widened by hand: it multiplies the bits of bf16.
+
+jit = triton.jit if triton else lambda kernel: kernel  # without Triton no kernel is ever called
+INTERPRETED = bool(triton and triton.knobs.runtime.interpret)
+
+
+@jit
+def sign_in_lsb(post, negative):
+    """The bf16 nearest to post >= 0 among those whose last bit says whether the input of the square was negative; ties go down."""
+    bits = post.to(tl.int32, bitcast=True)
+    odd = negative.to(tl.int32) << 16
+    nearest = ((tl.maximum(bits - odd + 65535, 0) >> 17) << 17) + odd
+    return (nearest >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@jit
+def mlp_epilogue(acc, out, saved, m, n, slope, FORM: tl.constexpr, BACKWARD: tl.constexpr):
+    """One half of a tile of products: activate and store it, or multiply it by the activation's derivative."""
+    if BACKWARD:
+        kept = saved.load([m, n])
+        if FORM == "lsb":
+            root = 2 * tl.sqrt(kept.to(tl.float32))
+            derivative = tl.where((kept.to(tl.int16, bitcast=True) & 1) == 1, -slope * root, root)
+        elif FORM == "pre_post":
+            pre = kept.to(tl.float32)
+            derivative = tl.where(pre > 0, 2 * pre, 2 * slope * slope * pre)
+        else:
+            derivative = kept.to(tl.float32)
+        out.store([m, n], (acc * derivative).to(tl.bfloat16))
+    else:
+        pre = acc.to(tl.bfloat16).to(tl.float32)
+        derivative = tl.where(pre > 0, 2 * pre, 2 * slope * slope * pre)
+        post = 0.5 * derivative * pre
+        if FORM == "lsb":
+            out.store([m, n], sign_in_lsb(post, pre <= 0))
+        elif FORM == "pre_post":
+            out.store([m, n], post.to(tl.bfloat16))
+            saved.store([m, n], pre.to(tl.bfloat16))
+        else:
+            out.store([m, n], post.to(tl.bfloat16))
+            saved.store([m, n], derivative.to(tl.bfloat16))
+
+
+@jit
+def mlp_kernel(
+    a, b, out, saved, M, N, K, slope, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FORM: tl.constexpr, BACKWARD: tl.constexpr, PROGRAMS: tl.constexpr, WIDEN: tl.constexpr,
+):
+    """Persistent GEMM over TMA descriptors: a (M, K) times b, (N, K) forward and (K, N) backward, and `mlp_epilogue`."""
+    tiles_n = tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tiles_n, PROGRAMS, flatten=True):
+        m, n = (tile // tiles_n) * BM, (tile % tiles_n) * BN
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, K, BK):
+            left = a.load([m, k])
+            if BACKWARD:
+                right = b.load([k, n])
+            else:
+                right = b.load([n, k]).T
+            if WIDEN:
+                left, right = left.to(tl.float32), right.to(tl.float32)
+            acc = tl.dot(left, right, acc)
+        # Halves of the columns one after the other: half the shared memory, and one's arithmetic hides the other's store.
+        first, second = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        mlp_epilogue(first, out, saved, m, n, slope, FORM, BACKWARD)
+        mlp_epilogue(second, out, saved, m, n + BN // 2, slope, FORM, BACKWARD)
+
+
+MLP_TILES = {  # by major compute capability: BM, BN, BK, stages forward and backward
+    9: (256, 128, 64, (4, 3)),
+    10: (256, 128, 64, (4, 3)),
+    12: (128, 128, 64, (3, 2)),  # 99 KB of shared memory
+}
+
+
+def mlp_tiles(device: torch.device) -> tuple[tuple, int]:
+    """(an entry of MLP_TILES, how many programs run at once) on this device; small ones under the interpreter."""
+    if device.type != "cuda":
+        return (32, 32, 16, (1, 1)), 3
+    properties = torch.cuda.get_device_properties(device)
+    return MLP_TILES[properties.major], properties.multi_processor_count
+
+
+def launch_mlp(a: Tensor, b: Tensor, slope: float, form: str, saved: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Forward, without `saved`: (leaky_relu(a b^T)^2, what the backward needs). Backward: (a b times the derivative, saved)."""
+    backward = saved is not None
+    a, b, (M, K) = a.contiguous(), b.contiguous(), a.shape
+    N = b.shape[1] if backward else b.shape[0]
+    out = a.new_empty(M, N)
+    kept = saved if backward else out if form == "lsb" else torch.empty_like(out)
+    (BM, BN, BK, stages), programs = mlp_tiles(a.device)
+    programs = min(programs, triton.cdiv(M, BM) * triton.cdiv(N, BN))
+    describe = TensorDescriptor.from_tensor
+    mlp_kernel[(programs,)](
+        describe(a, [BM, BK]), describe(b, [BK, BN] if backward else [BN, BK]), describe(out, [BM, BN // 2]), describe(kept, [BM, BN // 2]),
+        M, N, K, slope, BM, BN, BK, form, backward, programs, INTERPRETED, num_warps=8, num_stages=stages[backward])
+    return out, kept
+
+
+@torch.library.custom_op("train_gpt::mlp_up", mutates_args=())
+def mlp_up(x: Tensor, up: Tensor, slope: float, form: str) -> tuple[Tensor, Tensor]:
+    """Hidden layer (R, F) of x (R, D), and what the backward needs besides: nothing in the lsb form."""
+    hidden, kept = launch_mlp(x, up, slope, form)
+    return hidden, x.new_empty(0) if form == "lsb" else kept
+
+
+@mlp_up.register_fake
+def _(x, up, slope, form):
+    hidden = x.new_empty(x.shape[0], up.shape[0])
+    return hidden, x.new_empty(0) if form == "lsb" else torch.empty_like(hidden)
+
+
+@torch.library.custom_op("train_gpt::mlp_up_grad", mutates_args=())
+def mlp_up_grad(grad: Tensor, down: Tensor, saved: Tensor, slope: float, form: str) -> Tensor:
+    """Gradient (R, F) of the up projection's output from that of the MLP's, grad (R, D)."""
+    return launch_mlp(grad, down, slope, form, saved)[0]
+
+
+@mlp_up_grad.register_fake
+def _(grad, down, saved, slope, form):
+    return grad.new_empty(grad.shape[0], down.shape[1])
+
+
+class FusedMlp(torch.autograd.Function):
+    """`leaky_mlp` with the activation inside the GEMMs. What is stored for it besides the hidden layer is the form:
+
+    pre_post: the input of the activation (PR #1530); act_grad: its derivative, since f = f' x / 2 (PR #1105);
+    lsb: nothing, the sign goes into the last bit of the hidden layer and the magnitude comes back by a square root.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float, form: str) -> Tensor:
+        rows = x.flatten(0, -2)
+        hidden, kept = mlp_up(rows, up, slope, form)
+        ctx.save_for_backward(rows, up, down, hidden, kept)
+        ctx.slope, ctx.form, ctx.shape = slope, form, x.shape
+        return F.linear(hidden, down).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, up, down, hidden, kept = ctx.saved_tensors
+        grad = grad.reshape(rows.shape)
+        d_up = mlp_up_grad(grad, down, hidden if ctx.form == "lsb" else kept, ctx.slope, ctx.form)
+        need_x, need_up, need_down = ctx.needs_input_grad[:3]
+        return ((d_up @ up).view(ctx.shape) if need_x else None, d_up.T @ rows if need_up else None,
+                grad.T @ hidden if need_down else None, None, None)
+
+
+def fused_mlp(form: str):
+    """`leaky_mlp` by `FusedMlp` in one of its forms."""
+    return lambda x, up, down, slope: FusedMlp.apply(x, up, down, slope, form)
+
+
+@jit
+def rotation(cos, sin, position, c, HALF: tl.constexpr):
+    """Factors of channel c itself and of its partner, and the partner: y[c] = x[c] own + x[partner] other."""
+    turns = (c < 2 * HALF)[None, :]
+    at = position[:, None] * HALF + (c % HALF)[None, :]
+    own = tl.load(cos + at, mask=turns, other=1.0)
+    other = tl.load(sin + at, mask=turns, other=0.0)
+    other = tl.where((c < HALF)[None, :], other, -other)
+    return own, other, tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))
+
+
+@jit
+def split_heads_kernel(
+    qkv, gain, cos, sin, q, k, v, rows, length, eps,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):
+    """One program: BT rows of a query head, or of a key head and its value."""
+    head, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
+    inside = (t < rows)[:, None] & (c < D)[None, :]
+    t = t.to(tl.int64)
+    own, other, partner = rotation(cos, sin, t % length, c, HALF)
+    source = qkv + t[:, None] * ((H + 2 * G) * D) + head * D
+    x = tl.load(source + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    swapped = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps) * tl.load(gain + head, mask=head < H, other=1.0)
+    turned = scale[:, None] * (x * own + swapped * other)
+    if head < H:
+        tl.store(q + (t[:, None] * H + head) * D + c[None, :], turned.to(q.dtype.element_ty), mask=inside)
+    else:
+        at = (t[:, None] * G + head - H) * D + c[None, :]
+        tl.store(k + at, turned.to(k.dtype.element_ty), mask=inside)
+        tl.store(v + at, tl.load(source + G * D + c[None, :], mask=inside, other=0.0), mask=inside)
+
+
+@jit
+def split_heads_grad_kernel(
+    dq, dk, dv, qkv, gain, cos, sin, dqkv, dgain, rows, length, eps,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):
+    """With y the normed head, d its gradient, turned back, and s = d.y: dx = gain / rms (d - y s / D), dgain = sum of s."""
+    head, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
+    inside = (t < rows)[:, None] & (c < D)[None, :]
+    t = t.to(tl.int64)
+    own, other, partner = rotation(cos, sin, t % length, c, HALF)
+    at = t[:, None] * ((H + 2 * G) * D) + head * D + c[None, :]
+    if head < H:
+        source = dq + (t[:, None] * H + head) * D
+    else:
+        source = dk + (t[:, None] * G + head - H) * D
+        value = tl.load(dv + (t[:, None] * G + head - H) * D + c[None, :], mask=inside, other=0.0)
+        tl.store(dqkv + at + G * D, value, mask=inside)
+    d = tl.load(source + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    swapped = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+    d = d * own - swapped * other
+    x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
+    inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    y = x * inverse_rms
+    s = tl.sum(d * y, 1)
+    dx = tl.load(gain + head, mask=head < H, other=1.0) * inverse_rms * (d - y * (s / D)[:, None])
+    tl.store(dqkv + at, dx.to(dqkv.dtype.element_ty), mask=inside)
+    tl.store(dgain + tl.program_id(0) * (H + G) + head, tl.sum(s, 0))
+
+
+ROWS_PER_PROGRAM = 32  # of the two kernels on heads
+
+
+def split_launch(qkv: Tensor, cos: Tensor, H: int, G: int) -> tuple[tuple[int, int], dict]:
+    """Grid and size arguments of the two kernels above."""
+    rows, D = qkv.shape[:-1].numel(), qkv.shape[-1] // (H + 2 * G)
+    sizes = dict(rows=rows, length=qkv.shape[-2], eps=torch.finfo(qkv.dtype).eps, H=H, G=G, D=D, HALF=cos.shape[-1],
+                 BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
+    return (triton.cdiv(rows, ROWS_PER_PROGRAM), H + G), sizes
+
+
+@torch.library.custom_op("train_gpt::split_heads", mutates_args=())
+def split_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    H, G, qkv = len(gain), kv_heads, qkv.contiguous()
+    grid, sizes = split_launch(qkv, cos, H, G)
+    q, k, v = (qkv.new_empty(*qkv.shape[:-1], heads, sizes["D"]) for heads in (H, G, G))
+    split_heads_kernel[grid](qkv, gain.float(), cos, sin, q, k, v, **sizes)
+    return q, k, v
+
+
+@split_heads_op.register_fake
+def _(qkv, gain, cos, sin, kv_heads):
+    D = qkv.shape[-1] // (len(gain) + 2 * kv_heads)
+    return tuple(qkv.new_empty(*qkv.shape[:-1], heads, D) for heads in (len(gain), kv_heads, kv_heads))
+
+
+@torch.library.custom_op("train_gpt::split_heads_grad", mutates_args=())
+def split_heads_grad(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    H, G, qkv = len(gain), dk.shape[-2], qkv.contiguous()
+    grid, sizes = split_launch(qkv, cos, H, G)
+    dqkv, dgain = torch.empty_like(qkv), gain.new_empty(grid[0], H + G, dtype=torch.float32)
+    split_heads_grad_kernel[grid](dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv, gain.float(), cos, sin, dqkv, dgain, **sizes)
+    return dqkv, dgain[:, :H].sum(0).to(gain.dtype)
+
+
+@split_heads_grad.register_fake
+def _(dq, dk, dv, qkv, gain, cos, sin):
+    return torch.empty_like(qkv), torch.empty_like(gain)
+
+
+def _split_heads_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _split_heads_backward(ctx, dq, dk, dv):
+    return *split_heads_grad(dq, dk, dv, *ctx.saved_tensors), None, None, None
+
+
+split_heads_op.register_autograd(_split_heads_backward, setup_context=_split_heads_setup)
+
+
+@jit
+def gate_heads_kernel(
+    y, v, gate, out, rows, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):
+    """One program: BT rows of all heads that share a value."""
+    group, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
+    inside = (t < rows)[:, None] & (c < D)[None, :]
+    t64 = t.to(tl.int64)
+    own = tl.load(v + (t64[:, None] * G + group) * D + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    square = tl.maximum(tl.sum(own * own, 1), 1e-24)
+    for j in range(H // G):
+        head = group * (H // G) + j
+        at = (t64[:, None] * H + head) * D + c[None, :]
+        x = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        passes = tl.load(gate + t64 * H + head, mask=t < rows, other=0.0).to(tl.float32)
+        kept = passes[:, None] * (x - (tl.sum(x * own, 1) / square)[:, None] * own)
+        tl.store(out + at, kept.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def gate_heads_grad_kernel(
+    dout, y, v, gate, dy, dv, dgate, rows, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):
+    """With a = y.v / v.v, e = gate dout and b = e.v / v.v: dy = e - b v, dv = sum over heads of 2 a b v - a e - b y."""
+    group, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
+    inside = (t < rows)[:, None] & (c < D)[None, :]
+    t64 = t.to(tl.int64)
+    at_v = (t64[:, None] * G + group) * D + c[None, :]
+    own = tl.load(v + at_v, mask=inside, other=0.0).to(tl.float32)
+    square = tl.maximum(tl.sum(own * own, 1), 1e-24)
+    down = tl.zeros((BT, BD), tl.float32)
+    for j in range(H // G):
+        head = group * (H // G) + j
+        at = (t64[:, None] * H + head) * D + c[None, :]
+        x = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
+        passes = tl.load(gate + t64 * H + head, mask=t < rows, other=0.0).to(tl.float32)
+        a = (tl.sum(x * own, 1) / square)[:, None]
+        tl.store(dgate + t64 * H + head, tl.sum(d * (x - a * own), 1).to(dgate.dtype.element_ty), mask=t < rows)
+        e = passes[:, None] * d
+        b = (tl.sum(e * own, 1) / square)[:, None]
+        tl.store(dy + at, (e - b * own).to(dy.dtype.element_ty), mask=inside)
+        down += 2 * a * b * own - a * e - b * x
+    tl.store(dv + at_v, down.to(dv.dtype.element_ty), mask=inside)
+
+
+@torch.library.custom_op("train_gpt::gate_heads", mutates_args=())
+def gate_heads_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    y, (H, D), G, rows = y.contiguous(), y.shape[-2:], v.shape[-2], y.shape[:-2].numel()
+    out = torch.empty_like(y)
+    gate_heads_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM), G)](
+        y, v.contiguous(), gate.contiguous(), out, rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
+    return out
+
+
+@gate_heads_op.register_fake
+def _(y, v, gate):
+    return y.new_empty(y.shape)
+
+
+@torch.library.custom_op("train_gpt::gate_heads_grad", mutates_args=())
+def gate_heads_grad(dout: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dout, y, v, gate = (x.contiguous() for x in (dout, y, v, gate))
+    (H, D), G, rows = y.shape[-2:], v.shape[-2], y.shape[:-2].numel()
+    grads = tuple(torch.empty_like(x) for x in (y, v, gate))
+    gate_heads_grad_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM), G)](
+        dout, y, v, gate, *grads, rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
+    return grads
+
+
+@gate_heads_grad.register_fake
+def _(dout, y, v, gate):
+    return tuple(x.new_empty(x.shape) for x in (y, v, gate))
+
+
+def _gate_heads_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gate_heads_backward(ctx, dout):
+    return gate_heads_grad(dout, *ctx.saved_tensors)
+
+
+gate_heads_op.register_autograd(_gate_heads_backward, setup_context=_gate_heads_setup)
+
+
+@jit
+def ce_kernel(logits, targets, nats, grad, cap_pos, cap_neg, weight, V, BLOCK: tl.constexpr):
+    """One program, one row, all of it in registers: its loss and, times `weight`, its gradient. tanh(u) = 2 sigmoid(2 u) - 1."""
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(logits + row * V + c, mask=c < V, other=0.0).to(tl.float32)
+    cap = tl.where(x > 0, tl.load(cap_pos), tl.load(cap_neg))
+    s = tl.sigmoid(2 * x / cap)
+    z = tl.where(c < V, cap * (2 * s - 1), float("-inf"))
+    top = tl.max(z, 0)
+    e = tl.exp(z - top)
+    total = tl.sum(e, 0)
+    hit = c == tl.load(targets + row)
+    tl.store(nats + row, top + tl.log(total) - tl.sum(tl.where(hit, z, 0.0), 0))
+    slope = weight * (e / total - hit.to(tl.float32)) * 4 * s * (1 - s)
+    tl.store(grad + row * V + c, slope.to(grad.dtype.element_ty), mask=c < V)
+
+
+@torch.library.custom_op("train_gpt::weighted_ce", mutates_args=())
+def weighted_ce_op(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    logits, V = logits.contiguous(), logits.shape[-1]
+    nats, grad = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(logits)
+    ce_kernel[(targets.numel(),)](logits, targets.contiguous(), nats, grad, cap_pos.float(), cap_neg.float(), weight, V,
+                                  BLOCK=triton.next_power_of_2(V), num_warps=8)
+    return nats, grad
+
+
+@weighted_ce_op.register_fake
+def _(logits, targets, cap_pos, cap_neg, weight):
+    return targets.new_empty(targets.shape, dtype=torch.float32), logits.new_empty(logits.shape)
+
+
+def _weighted_ce_setup(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _weighted_ce_backward(ctx, _grad_nats, _grad):
+    return ctx.saved_tensors[0], None, None, None, None
+
+
+weighted_ce_op.register_autograd(_weighted_ce_backward, setup_context=_weighted_ce_setup)
+
+
+def weighted_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, weight: float) -> Tensor:
+    """`softcapped_ce` for a loss that is `weight` times the sum of its result, and for no other: one pass over the logits
+    makes the loss and the gradient, which the backward only hands on."""
+    return weighted_ce_op(logits, targets, cap_pos, cap_neg, weight)[0]
+
+
+class Kernels(NamedTuple):
+    """What computes each fused operation; the definitions by default."""
+
+    attend: Any = document_attention_reference
+    mlp: Any = leaky_mlp
+    split_heads: Any = split_heads
+    gate_heads: Any = gate_heads
+    weighted_ce: Any = None  # None: the loss and its gradient by `softcapped_ce` and autograd
+
+
+DEFINITIONS = Kernels()
+
+
+def choose_kernels(cfg: Config, world: World) -> Kernels:
+    """The attention this device has, and the kernels that *_KERNEL ask for. Raises RunError where they can not run."""
+    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel")}
+    asked = " ".join(f"{name.upper()}={value}" for name, value in knobs.items() if value != "eager")
+    on_gpu = world.device.type == "cuda"
+    if asked and not (triton and (on_gpu or INTERPRETED)):
+        raise RunError(f"{asked} need{'' if ' ' in asked else 's'} Triton and an NVIDIA GPU, this is {world.device}; set them to eager")
+    if cfg.mlp_kernel != "eager":
+        capability = torch.cuda.get_device_capability(world.device) if on_gpu else None
+        if world.dtype != torch.bfloat16 or (capability and capability[0] not in MLP_TILES):
+            raise RunError(f"MLP_KERNEL={cfg.mlp_kernel} needs bf16 activations and compute capability {', '.join(map(str, MLP_TILES))}.x "
+                           f"(TMA), not {world.dtype} on {capability}; set MLP_KERNEL=eager")
+    return Kernels(
+        choose_attention(cfg.attn_backend, world)[1],
+        leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel),
+        split_heads if cfg.qk_kernel == "eager" else split_heads_op,
+        gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
+        None if cfg.fused_ce_kernel == "eager" else weighted_ce)
 
 
 # ==================================================================================================
@@ -1227,14 +1832,14 @@ class Adapters(NamedTuple):
     mlp: Lora | None = None
     head: Lora | None = None  # one slot, reads the final normed hidden state
 
-    def slots(self, count: int) -> list[Adapters]:
-        """One Adapters per slot. unbind, not indexing: its backward writes each gradient once."""
+    def slots(self, norm_scales: list[float]) -> list[Adapters]:
+        """One Adapters per slot, for inputs that lack their norm scale. unbind, not indexing: its backward writes each gradient once."""
         columns = {}
         for site in ("q", "k", "v", "o", "mlp"):
             lora = getattr(self, site)
-            columns[site] = [None] * count if lora is None else [
-                Lora(a, b, lora.scale) for a, b in zip(lora.A.unbind(0), lora.B.unbind(0), strict=True)]
-        return [Adapters(**{site: column[i] for site, column in columns.items()}) for i in range(count)]
+            columns[site] = [None] * len(norm_scales) if lora is None else [
+                Lora(a, b, lora.scale * scale) for a, b, scale in zip(lora.A.unbind(0), lora.B.unbind(0), norm_scales, strict=True)]
+        return [Adapters(**{site: column[i] for site, column in columns.items()}) for i in range(len(norm_scales))]
 
     def rows(self, first: int, end: int) -> Adapters:
         """Views of the adapters of documents [first, end)."""
@@ -1245,11 +1850,9 @@ NO_ADAPTERS = Adapters()
 
 
 class Weights(NamedTuple):
-    """The matrices of one block, (n_out, n_in) each, in the activation dtype."""
+    """The matrices of one block, (n_out, n_in) each, in the activation dtype, with the block's constant and learned scales folded in."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    qkv: Tensor  # Q, K and V below one another
     o: Tensor
     up: Tensor
     down: Tensor
@@ -1271,11 +1874,6 @@ def linear(x: Tensor, weight: Tensor, lora: Lora | None = None) -> Tensor:
     """x W^T, plus the per-document delta during test-time training."""
     y = F.linear(x, weight)
     return y if lora is None else y + lora_delta(x, lora)
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last dimension; no weight, eps is that of the dtype."""
-    return F.rms_norm(x, (x.shape[-1],))
 
 
 def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
@@ -1301,69 +1899,62 @@ def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) 
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Partial rotary embedding, half-split: x (B, T, heads, d), the first 2 n of d dimensions turn, n = cos.shape[-1]."""
-    n = cos.shape[-1]
-    x1, x2, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
-
-
-def without_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: drop from each head's output its component along the token's own value. y (B, T, H, d), v (B, T, G, d)."""
-    grouped = y.unflatten(2, (v.shape[2], -1))  # (B, T, G, H/G, d)
-    direction = F.normalize(v, dim=-1, eps=1e-12).unsqueeze(3)
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
-
-
 class Attention(nn.Module):
     """Small tensors of one attention sublayer; its matrices live in the banks."""
 
-    def __init__(self, cfg: Config, layer: int):
+    def __init__(self, cfg: Config, layer: int, norm_scale: float):
         super().__init__()
-        self.cfg, self.exclusive = cfg, layer >= cfg.num_layers - cfg.xsa_last_n
+        self.cfg, self.exclusive, self.norm_scale = cfg, layer >= cfg.num_layers - cfg.xsa_last_n, norm_scale
         self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
         if cfg.attn_gate == "out":
             self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
         elif cfg.attn_gate != "none":
             self.attn_gate_w = nn.Parameter(torch.empty(cfg.num_heads, cfg.model_dim if cfg.attn_gate == "dense" else cfg.gate_window))
 
-    def gate(self, n: Tensor, q_raw: Tensor) -> Tensor | float:
-        """(B, T, H): how much of each head's output passes."""
+    def gate(self, n: Tensor, q_raw: Tensor) -> Tensor:
+        """(B, T, H): how much of each head's output passes. n lacks the norm scale, which the weights take over."""
         cfg = self.cfg
         if cfg.attn_gate == "dense":
-            return torch.sigmoid(linear(n, self.attn_gate_w.to(n.dtype)))
+            return torch.sigmoid(linear(n, (self.norm_scale * self.attn_gate_w).to(n.dtype)))
         if cfg.attn_gate == "sparse":
-            window = n[..., : cfg.gate_window].contiguous()
-            return torch.sigmoid(cfg.sparse_attn_gate_scale * linear(window, self.attn_gate_w.to(n.dtype)))
-        source = n if cfg.attn_out_gate_src == "proj" else q_raw
-        return 2 * torch.sigmoid(linear(source[..., : cfg.gate_window].contiguous(), self.attn_gate_proj.weight.to(n.dtype)))
+            weight = cfg.sparse_attn_gate_scale * self.norm_scale * self.attn_gate_w
+            return torch.sigmoid(linear(n[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
+        from_norm = cfg.attn_out_gate_src == "proj"
+        source, weight = (n, self.norm_scale * self.attn_gate_proj.weight) if from_norm else (q_raw, self.attn_gate_proj.weight)
+        return 2 * torch.sigmoid(linear(source[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
 
-    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, attend, packing: Packing | None, tap, name: str) -> Tensor:
-        """n (B, T, D) normed and scaled -> (B, T, D)."""
-        cfg, (B, T, _) = self.cfg, n.shape
+    def qkv(self, n: Tensor, w: Weights, lora: Adapters) -> Tensor:
+        """(B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
+        cfg, merged = self.cfg, linear(n, w.qkv)
+        sites = ((lora.q, cfg.model_dim), (lora.k, cfg.kv_dim), (lora.v, cfg.kv_dim))
+        if all(site is None for site, _ in sites):
+            return merged
+        deltas = [n.new_zeros(*n.shape[:-1], width) if site is None else lora_delta(n, site) for site, width in sites]
+        return merged + torch.cat(deltas, dim=-1)
+
+    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing: Packing | None, tap, name: str) -> Tensor:
+        """n (B, T, D) normed, without its norm scale -> (B, T, D)."""
+        cfg = self.cfg
         if tap is not None:
-            tap(f"{name}.attn_in", n)
-        q_raw = linear(n, w.q, lora.q)
-        q = q_raw.view(B, T, cfg.num_heads, cfg.head_dim)
-        k = linear(n, w.k, lora.k).view(B, T, cfg.num_kv_heads, cfg.head_dim)
-        v = linear(n, w.v, lora.v).view(B, T, cfg.num_kv_heads, cfg.head_dim)
-        q, k = rotate(rms_norm(q), *rope), rotate(rms_norm(k), *rope)
-        q = q * self.q_gain.to(q.dtype)[:, None]
+            tap(f"{name}.attn_in", self.norm_scale * n)
+        qkv = self.qkv(n, w, lora)
+        q, k, v = kernels.split_heads(qkv, self.q_gain, *rope, cfg.num_kv_heads)
         if packing is None:
             heads = (t.transpose(1, 2) for t in (q, k, v))
             y = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
         else:
-            y = attend(q[0], k[0], v[0], packing.cu_seqlens, packing.max_len)[None]
-        if self.exclusive:
+            y = kernels.attend(q[0], k[0], v[0], packing.cu_seqlens, packing.max_len)[None]
+        gate = None if cfg.attn_gate == "none" else self.gate(n, qkv)
+        if self.exclusive and gate is not None:
+            y = kernels.gate_heads(y, v, gate)
+        elif self.exclusive:
             y = without_own_value(y, v)
-        if cfg.attn_gate != "none":
-            y = y * self.gate(n, q_raw).unsqueeze(-1)
+        elif gate is not None:
+            y = y * gate.unsqueeze(-1)
         y = y.flatten(2)
         if tap is not None:
             tap(f"{name}.attn_out", y)
-        out = linear(y, w.o)
-        return out if lora.o is None else out + lora_delta(n, lora.o)
+        return linear(y, w.o)
 
 
 class Block(nn.Module):
@@ -1373,28 +1964,37 @@ class Block(nn.Module):
         super().__init__()
         self.cfg, self.name = cfg, f"blocks.{layer}"
         self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
-        self.attn = Attention(cfg, layer)
+        self.attn = Attention(cfg, layer, self.norm_scale)
         self.attn_scale = nn.Parameter(torch.empty(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
+
+    def fold(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Weights:
+        """Scales of a sublayer's input and output, moved into its matrices: they cost a pass over weights instead of activations."""
+        qkv, o = self.norm_scale * torch.cat((q, k, v)), self.attn_scale[:, None] * o
+        up, down = self.norm_scale * up, self.mlp_scale[:, None] * down
+        return Weights(*(matrix.to(dtype) for matrix in (qkv, o, up, down)))
 
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
         """The residual stream with its share of the embedding, per channel."""
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
-    def attention(self, u: Tensor, w: Weights, lora: Adapters, rope, attend, packing, tap) -> Tensor:
-        n = rms_norm(u) * self.norm_scale
-        return self.attn_scale.to(u.dtype) * self.attn(n, w, lora, rope, attend, packing, tap, self.name)
+    def attention(self, u: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, tap) -> Tensor:
+        """What attention adds to the residual stream u (B, T, D)."""
+        n = rms_norm(u)
+        out = self.attn(n, w, lora, rope, kernels, packing, tap, self.name)
+        return out if lora.o is None else out + self.attn_scale.to(n.dtype) * lora_delta(n, lora.o)
 
-    def mlp(self, x: Tensor, w: Weights, lora: Adapters, tap) -> Tensor:
-        n = rms_norm(x) * self.norm_scale
-        hidden = leaky_relu_squared(linear(n, w.up), self.cfg.mlp_slope)
-        if tap is not None:
-            tap(f"{self.name}.mlp_in", n)
-            tap(f"{self.name}.mlp_mid", hidden)
-        out = linear(hidden, w.down)
-        return self.mlp_scale.to(x.dtype) * (out if lora.mlp is None else out + lora_delta(n, lora.mlp))
+    def mlp(self, x: Tensor, w: Weights, lora: Adapters, kernels: Kernels, tap) -> Tensor:
+        """What the MLP adds to the residual stream x (B, T, D)."""
+        n = rms_norm(x)
+        if tap is None:
+            out = kernels.mlp(n, w.up, w.down, self.cfg.mlp_slope)
+        else:
+            tap(f"{self.name}.mlp_in", self.norm_scale * n)
+            out = leaky_mlp(n, w.up, w.down, self.cfg.mlp_slope, partial(tap, f"{self.name}.mlp_mid"))
+        return out if lora.mlp is None else out + self.mlp_scale.to(n.dtype) * lora_delta(n, lora.mlp)
 
 
 class GPT(nn.Module):
@@ -1405,9 +2005,9 @@ class GPT(nn.Module):
     mlp_up_bank (L, F, D); mlp_down_bank (L, D, F). Masters are fp32, the embedding has the activation dtype.
     """
 
-    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attend=document_attention_reference):
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, kernels: Kernels = DEFINITIONS):
         super().__init__()
-        self.cfg, self.attend = cfg, attend
+        self.cfg, self.kernels = cfg, kernels
         L, D = cfg.num_layers, cfg.model_dim
         looped = layer_order(cfg, looping=True)
         self.tok_emb = nn.Embedding(cfg.vocab_size, D, dtype=dtype)
@@ -1442,8 +2042,8 @@ class GPT(nn.Module):
     def weights(self, dtype: torch.dtype) -> list[Weights]:
         """The banks cut into blocks. unbind, not indexing: its backward writes each gradient once."""
         L = self.cfg.num_layers
-        qo, kv, up, down = (b.to(dtype).unbind(0) for b in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
-        return [Weights(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i]) for i in range(L)]
+        qo, kv, up, down = (bank.unbind(0) for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
+        return [b.fold(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i], dtype) for i, b in enumerate(self.blocks)]
 
     def skip(self, x: Tensor, skipped: Tensor, j: int) -> Tensor:
         """Combine the decoder's x with an encoder output; rows of the weights count decoder positions, not blocks."""
@@ -1463,7 +2063,8 @@ class GPT(nn.Module):
         mlp_lane = None
         context = packing.max_len if packing is not None else tokens.shape[1]
         rope = rotary_tables(cfg, tokens.shape[1], context, tokens.device)
-        weights, loras, half, skips = self.weights(x0.dtype), adapters.slots(len(order)), len(order) // 2, []
+        loras = adapters.slots([self.blocks[layer].norm_scale for layer in order])
+        weights, half, skips = self.weights(x0.dtype), len(order) // 2, []
         for slot, layer in enumerate(order):
             block, w, lora, j = self.blocks[layer], weights[layer], loras[slot], slot - half
             if j >= 0 and cfg.parallel_start_layer and layer >= cfg.parallel_start_layer and mlp_lane is None:
@@ -1471,12 +2072,12 @@ class GPT(nn.Module):
             if j >= 0 and skips:
                 lane = self.skip(lane, skips.pop(), j)
             u = block.mix(lane, x0)
-            a = block.attention(u, w, lora, rope, self.attend, packing, tap)
+            a = block.attention(u, w, lora, rope, self.kernels, packing, tap)
             if mlp_lane is None:
                 lane = u + a
-                lane = lane + block.mlp(lane, w, lora, tap)
+                lane = lane + block.mlp(lane, w, lora, self.kernels, tap)
             else:
-                m = block.mlp(mlp_lane, w, lora, tap)
+                m = block.mlp(mlp_lane, w, lora, self.kernels, tap)
                 post, resid = self.parallel_post_lambdas[layer].to(a.dtype), self.parallel_resid_lambdas[layer].to(a.dtype)
                 lane, mlp_lane = (resid[i] * old + post[i, 0] * a + post[i, 1] * m for i, old in enumerate((lane, mlp_lane)))
             if j < 0:
@@ -1494,6 +2095,7 @@ class GPT(nn.Module):
         packing: Packing | None = None,
         adapters: Adapters = NO_ADAPTERS,
         positions: Tensor | None = None,
+        loss_weight: float | None = None,
         round_cap: bool = False,
         tap=None,
     ) -> Tensor:
@@ -1501,7 +2103,8 @@ class GPT(nn.Module):
 
         tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions.
         order: `layer_order`. packing: segments of a packed row. adapters: one set per row. tap(site, x): sees the input of
-        every matrix. round_cap: see `softcapped_ce`.
+        every matrix. loss_weight: a promise to backpropagate exactly this times the sum, see `weighted_ce`. round_cap: see
+        `softcapped_ce`.
         """
         x = self.hidden(tokens, packing, order, adapters, tap)
         if positions is not None:
@@ -1511,10 +2114,46 @@ class GPT(nn.Module):
         logits = linear(x, self.tok_emb.weight if self.lm_head is None else self.lm_head.weight, adapters.head)
         cap = torch.full((), self.cfg.logit_softcap, device=x.device)
         caps = (cap, cap) if self.softcap_pos is None else (self.softcap_pos, self.softcap_neg)
+        if loss_weight is not None and self.kernels.weighted_ce is not None and not round_cap:
+            return self.kernels.weighted_ce(logits, targets, *caps, loss_weight)
         return softcapped_ce(logits, targets, *caps, round_cap)
 
 
+class Flops(NamedTuple):
+    """Floating-point operations of forward passes; a multiplication and an addition are two. Elementwise work is not counted."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+
+    def plus(self, other: Flops, times: float = 1.0) -> Flops:
+        return Flops(*(a + times * b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def trained(self) -> float:
+        """Forward and backward as the model defines them: three times the forward."""
+        return 3 * (self.matmul + self.attention)
+
+    @property
+    def executed(self) -> float:
+        """The same as the hardware runs it: the backward of flash attention computes the scores again, 5 products instead of 4."""
+        return 3 * self.matmul + 3.5 * self.attention
+
+
+def flops_per_token(cfg: Config, lengths: np.ndarray, looping: bool, adapters: Adapters = NO_ADAPTERS) -> Flops:
+    """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, gates, logits and
+    adapters, and attention by the causal pairs there really are."""
+    applications, H, D = len(layer_order(cfg, looping)), cfg.num_heads, cfg.model_dim
+    gate = H * dict(none=0, dense=D).get(cfg.attn_gate, cfg.gate_window)
+    block = D * (2 * D + 2 * cfg.kv_dim + 2 * cfg.mlp_dim) + gate
+    smear = cfg.gate_window if cfg.smear_gate_enabled else 0
+    deltas = sum((lora.A.numel() + lora.B.numel()) / lora.A.shape[-3] for lora in adapters if lora is not None)
+    lengths = np.asarray(lengths, dtype=np.float64)
+    pairs = (lengths * (lengths + 1)).sum() / 2 / lengths.sum()
+    return Flops(2 * (applications * block + D * cfg.vocab_size + smear + deltas), 4 * D * pairs * applications)
+
+
 def init_orthogonal(p: Tensor) -> None:
+    """Each matrix of a bank orthogonal, gain 1."""
     for matrix in p:
         nn.init.orthogonal_(matrix)
 
@@ -1526,6 +2165,7 @@ def init_half_orthogonal(p: Tensor) -> None:
 
 
 def init_resid_mix(p: Tensor) -> None:
+    """All of the residual stream, nothing of the embedding."""
     p[0].fill_(1)
     p[1].zero_()
 
@@ -1568,7 +2208,7 @@ def first_match(rules, name: str):
 def build_model(cfg: Config, world: World) -> GPT:
     """A freshly initialised model on this rank's device; the same on every rank and on every device type."""
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, world.dtype, choose_document_attention(world))
+    model = GPT(cfg, world.dtype, choose_kernels(cfg, world))
     for name, p in model.named_parameters():
         first_match(init_rules(cfg), name)[0](p)
     return model.to(world.device)
@@ -1837,6 +2477,7 @@ def muon_momentum(cfg: Config, step: int) -> float:
 
 
 def looping_at(cfg: Config, progress: float) -> bool:
+    """Whether the middle blocks repeat at this point of the run."""
     return cfg.num_loops > 0 and progress >= cfg.enable_looping_at
 
 
@@ -1904,6 +2545,39 @@ class Interrupted(RunError):
     """Training was asked to stop; its checkpoint has been written."""
 
 
+class Utilization:
+    """How busy training keeps the device: FLOPs of the model per second, as a share of what the device could do."""
+
+    def __init__(self, world: World):
+        name, self.measured = hardware_name(world), measured_peak(world)
+        self.datasheet = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+        self.total, self.seconds = Flops(), 0.0
+        self.marked = self.total, 0.0
+
+    def add(self, flops: Flops, seconds: float) -> None:
+        """One step of this rank."""
+        self.total, self.seconds = self.total.plus(flops), self.seconds + seconds
+
+    def share(self, flops: float, seconds: float) -> dict[str, float | None]:
+        """`flops` in `seconds`, of the datasheet's peak (None where there is none) and of the measured one."""
+        rate = flops / seconds if seconds else 0.0
+        return dict(mfu=rate / self.datasheet if self.datasheet else None, of_measured=rate / self.measured)
+
+    def interval(self) -> str:
+        """Since the last call, for the log."""
+        flops, seconds = self.marked
+        shares = self.share(self.total.trained - flops.trained, self.seconds - seconds)
+        self.marked = self.total, self.seconds
+        return " ".join(f"{name}:{'n/a' if value is None else format(value, '.4f')}" for name, value in shares.items())
+
+    def result(self, wall_seconds: float) -> dict:
+        """Of the whole training: as the model defines it, as the hardware runs it, and with pauses for validation and checkpoints."""
+        return dict(
+            model=self.share(self.total.trained, self.seconds), hardware=self.share(self.total.executed, self.seconds),
+            model_with_pauses=self.share(self.total.trained, wall_seconds), model_flops=self.total.trained,
+            peak_flops=dict(datasheet=self.datasheet, measured=self.measured))
+
+
 class Trainer:
     """Model, optimizer, average and data of one training run, and the state a checkpoint keeps."""
 
@@ -1914,6 +2588,7 @@ class Trainer:
         self.optimizer = TrainOptimizer(self.model, cfg, world)
         self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
         self.accumulate = cfg.micro_batches // world.size
+        self.utilization, self.step_flops = Utilization(world), Flops()
         self.loader = self.open_loader()
         self.step, self.clock, self.changed_at, self.stage_len = 0, StepClock(), None, cfg.seq_schedule[0][0]
         self.looping, self.cap, self.losses = False, 1.0, []
@@ -1922,20 +2597,27 @@ class Trainer:
         cfg = self.cfg
         return TrainLoader(self.files.train, cfg.train_microbatch_tokens, cfg.micro_batches, cfg.vocab_size, position)
 
+    def loss(self, row: Row, order: tuple[int, ...]) -> Tensor:
+        """This row's part of the mean loss of the rank's micro-batches."""
+        weight = 1 / (row.targets.numel() * self.accumulate)
+        return weight * self.forward(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len),
+                                     loss_weight=weight, round_cap=not self.cfg.fused_ce_enabled).sum()
+
     def train_step(self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float) -> float:
         """One optimizer step on a window (rows, span) of all ranks; returns the mean loss in nats, the same on every rank.
 
         Raises FloatingPointError before any weight is touched when loss or gradient is not finite.
         """
         order, total = layer_order(self.cfg, looping), torch.zeros((), device=self.world.device)
+        self.step_flops = Flops()
         for tokens in window[self.world.rank * self.accumulate : (self.world.rank + 1) * self.accumulate]:
             row = packed_row(tokens, context, self.world.device)
-            nats = self.forward(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len),
-                                round_cap=not self.cfg.fused_ce_enabled)
-            loss = nats.mean() / self.accumulate
+            loss = self.loss(row, order)
             loss.backward()
+            self.step_flops = self.step_flops.plus(flops_per_token(self.cfg, row.lengths, looping), row.targets.numel())
             total += loss.detach()
-        self.optimizer.step(lr, momentum)
+        with torch.profiler.record_function("optimizer"):
+            self.optimizer.step(lr, momentum)
         self.world.sum_(total)
         return total.item() / self.world.size
 
@@ -2010,9 +2692,8 @@ class Trainer:
                 cu_seqlens = torch.full((bucket,), cfg.train_microbatch_tokens, dtype=torch.int32)
                 cu_seqlens[: len(bounds)] = bounds
                 for _ in range(cfg.compile_shape_warmup_iters):
-                    packing = Packing(cu_seqlens.to(self.world.device), length)
-                    self.forward(row.inputs, row.targets, order=layer_order(cfg, looping), packing=packing,
-                                 round_cap=not cfg.fused_ce_enabled).mean().backward()
+                    shaped = row._replace(cu_seqlens=cu_seqlens.to(self.world.device), max_len=length)
+                    self.loss(shaped, layer_order(cfg, looping)).backward()
                     self.optimizer.zero_grad()
 
     def plan_step(self, elapsed: float, log: Log) -> tuple[int, bool, float]:
@@ -2040,14 +2721,38 @@ class Trainer:
         return context, self.looping, lr_scale(cfg, progress, self.step, per_step) * cap * ramp
 
 
-def log_training_start(cfg: Config, model: GPT, log: Log) -> None:
-    log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+def log_training_start(cfg: Config, trainer: Trainer, log: Log) -> None:
+    """What is about to be trained, by which schedule, on a device of which speed."""
+    log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
+    measured, datasheet = trainer.utilization.measured, trainer.utilization.datasheet
+    log(f"peak_tflops: measured:{measured / 1e12:.4g} datasheet:{'n/a' if datasheet is None else format(datasheet / 1e12, '.4g')}")
     log("train_seq_schedule:" + ",".join(f"{n}@{end:.3f}" for n, end in cfg.seq_schedule))
     if cfg.midrun_cap_schedule:
         log(f"midrun_cap_schedule:{cfg.midrun_cap_schedule}")
     log(f"local_microbatch_tokens:{cfg.train_microbatch_tokens}")
     log(f"growth_stage:seq_len:{cfg.seq_schedule[0][0]} progress:0.000")
     log(f"gptq:reserving {cfg.gptq_reserve_seconds:.0f}s, effective={cfg.train_budget_seconds * 1000:.0f}ms")
+
+
+def step_profiler(cfg: Config, trainer: Trainer, path: Path):
+    """torch's profiler over PROFILE steps after the third, and the speeds they are to be measured by; None without PROFILE."""
+    if not cfg.profile or not trainer.world.main:
+        return None
+    device = trainer.world.device
+    source, seconds = torch.ones(1 << 26, device=device), []
+    for _ in range(4):
+        trainer.world.synchronize()
+        start = time.perf_counter()
+        source.clone()
+        trainer.world.synchronize()
+        seconds.append(time.perf_counter() - start)
+    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=2 * source.nbytes / min(seconds))
+    write_atomic(path.with_name("profile_speeds.json"), json.dumps(speeds).encode())
+    kinds = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(
+        activities=[kinds.CPU, *([kinds.CUDA] if device.type == "cuda" else [])], record_shapes=True,
+        schedule=torch.profiler.schedule(wait=2, warmup=1, active=cfg.profile, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
 
 
 def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
@@ -2058,8 +2763,9 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
     """
     cfg, world, clock = trainer.cfg, trainer.world, trainer.clock
     budget, checkpointed, tokens_per_step = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens
+    profiler = step_profiler(cfg, trainer, checkpoint_path.with_name("profile.json.gz"))
     clock.go_on()
-    with StopRequest() as stop:
+    with StopRequest() as stop, profiler or contextlib.nullcontext():
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
             elapsed, per_block, requested = world.max(clock.now(), clock.forecast(1), float(stop.requested))
             context, looping, lr = trainer.plan_step(elapsed, log)
@@ -2086,11 +2792,14 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
                 trainer.ema.update(trainer.model)
             now = clock.now()
             clock.record(now - elapsed, applications)
+            trainer.utilization.add(trainer.step_flops, now - elapsed)
+            if profiler:
+                profiler.step()
             trainer.losses.append((trainer.step, round(now, 3), round(loss, 5)))
             if trainer.step <= 5 or trainer.step % cfg.train_log_every == 0:
                 log(f"{trainer.step}/{cfg.iterations} train_loss: {loss:.4f} train_time: {now / 60:.1f}m "
                     f"tok/s: {trainer.step * tokens_per_step / now:.0f} seconds:{now:.2f} lr_scale:{lr:.4f} "
-                    f"tok/s_now:{tokens_per_step / (now - elapsed):.0f}")
+                    f"tok/s_now:{tokens_per_step / (now - elapsed):.0f} {trainer.utilization.interval()}")
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 clock.pause()
                 score = validate()
@@ -2349,6 +3058,7 @@ class Task(NamedTuple):
 
 
 def gptq_tasks(cfg: Config, tensors: dict[str, Tensor]) -> list[Task]:
+    """The tensors that QUANT_RULES sends to GPTQ, with their settings."""
     tasks = []
     for name, t in tensors.items():
         codec, bits, clip, site = first_match(QUANT_RULES, name)
@@ -2545,6 +3255,7 @@ def byte_planes(a: np.ndarray) -> np.ndarray:
 
 
 def from_byte_planes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `byte_planes`."""
     planes = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1)
     return np.ascontiguousarray(planes.T).reshape(-1).view(dtype).reshape(shape)
 
@@ -2655,7 +3366,7 @@ def load_artifact(cfg: Config, world: World, path: Path) -> GPT:
         stored = unpack(cfg, path.read_bytes())
     except OSError as e:
         raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
-    model = GPT(cfg, world.dtype, choose_document_attention(world))
+    model = GPT(cfg, world.dtype, choose_kernels(cfg, world))
     model.load_state_dict(dequantized_state(cfg, stored))
     return model.to(world.device).requires_grad_(False)
 
@@ -2663,7 +3374,7 @@ def load_artifact(cfg: Config, world: World, path: Path) -> GPT:
 def load_checkpoint_model(cfg: Config, world: World, path: Path) -> GPT:
     """A model from final_model.pt, ours or a published one. Raises RunError."""
     state = load_tensors(path, "cpu")
-    model = GPT(cfg, world.dtype, choose_document_attention(world))
+    model = GPT(cfg, world.dtype, choose_kernels(cfg, world))
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
@@ -3198,14 +3909,16 @@ def log_start(run: Run, env) -> None:
     log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
     log(f"train_shards: {len(run.files.train)}")
     log(f"val_tokens: {len(run.data.target_bytes)}")
-    log(f"attention: {choose_document_attention(run.world).__name__}")
+    kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel)
+    attention, _, trials = choose_attention(cfg.attn_backend, run.world)
+    log(f"kernels: attention:{attention} ({trials}) " + " ".join(f"{name}:{kind}" for name, kind in kernels.items()))
 
 
 def train_stage(run: Run) -> GPT:
     """Train within the budget, average, score, and leave final_model.pt. Returns the averaged model."""
     cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
     trainer = Trainer(cfg, world, run.files)
-    log_training_start(cfg, trainer.model, log)
+    log_training_start(cfg, trainer, log)
     clock.phase("compile")
     trainer.warm_up(log)
     if cfg.resume:
@@ -3221,7 +3934,9 @@ def train_stage(run: Run) -> GPT:
         return score
 
     clock.phase("train")
+    start = time.perf_counter()
     train(trainer, validate, log, run.checkpoint)
+    run.result["mfu"] = trainer.utilization.result(time.perf_counter() - start)
     peak = max(peak_memory_mib(world.device), clock.peak_mib.get("train", 0))
     reserved = torch.cuda.max_memory_reserved() >> 20 if world.device.type == "cuda" else peak
     log(f"peak memory allocated: {peak} MiB reserved: {reserved} MiB")
@@ -3327,14 +4042,13 @@ def finish(run: Run) -> None:
     documents = {split: (lambda d: d[1] - d[0])(manifest.get(split, {}).get("documents", [0, 0])) or None for split in ("train", "val")}
     scores = [f"{stage}val_{unit}" for stage in ("", "pre_quant_", "quantized_", "ttt_") for unit in ("loss", "bpb")]
     keys = (*scores, "steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds")
-    triton = importlib.util.find_spec("triton")
     result = dict(
         schema_version=1, run_id=run.out.name if not cfg.run_id else cfg.run_id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
         overrides=overrides(cfg), config_hash=config_hash(cfg), **dict.fromkeys(keys)) | run.result | dict(
         val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]), wall_seconds=sum(p["seconds"] for p in phases),
         phases=phases, peak_mem_mib=max(p["peak_mib"] for p in phases), world_size=world.size, hardware=hardware_name(world),
         python_version=platform.python_version(), torch_version=torch.__version__,
-        triton_version=__import__("triton").__version__ if triton else None,
+        triton_version=triton.__version__ if triton else None,
         data=dict(manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents["train"],
                   train_tokens=manifest.get("train", {}).get("tokens"), docs_val=documents["val"],
                   tokenizer_sha256=files.manifest.get("tokenizer_sha256")),
