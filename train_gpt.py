@@ -109,7 +109,8 @@ FAMILIES = (  # an unknown variable that starts like this is a typo, not somebod
     "ADAM_", "ASYM_", "ATTN_", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_", "FUSED_CE",
     "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_", "MAX_WALL",
     "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_", "PHASED_TTT_", "QK_", "ROPE_",
-    "SCALAR_", "SEQ_", "SKIP_GATES", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "XSA_",
+    "SCALAR_", "SEQ_", "SKIP_GATES", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_",
+    "WINDOW_", "XSA_",
 )
 
 
@@ -153,6 +154,8 @@ def rule_violations(c: Config):
         yield ("rope_dims", "model_dim", "num_heads"), f"ROPE_DIMS={c.rope_dims} must be even and at most the head size {c.head_dim}"
     if c.rope_yarn and c.rope_dims < 4:
         yield ("rope_yarn", "rope_dims"), f"ROPE_YARN=1 needs ROPE_DIMS of at least 4, got {c.rope_dims}"
+    if not c.window_pattern or set(c.window_pattern) - set("SL"):
+        yield ("window_pattern",), f"WINDOW_PATTERN={c.window_pattern!r}: expected letters S and L, such as SSL"
     if c.gate_window > c.model_dim:
         yield ("gate_window", "model_dim"), f"GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
     if c.num_loops and not c.loop_start <= c.loop_end < c.num_layers:
@@ -265,6 +268,8 @@ class Config:
     ln_scale: bool = knob(True, "scale the normed input of block i by 1/sqrt(i+1)")
     qk_gain_init: float = knob(5.25, "initial gain of the normed queries")
     xsa_last_n: int = knob(11, "blocks, counted from the last, whose heads drop the part along their own value", lo=0)
+    window_pattern: str = knob("L", "S = the last WINDOW_SIZE tokens, L = the whole document so far; repeated over the blocks")
+    window_size: int = knob(1024, "tokens seen by the attention of an S block, itself included", lo=1)
     skip_gates_enabled: bool = knob(True, "gated skips; 0 = plain weighted sums")
     num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", lo=0)
     loop_start: int = knob(3, "first block of the repeated segment", lo=0)
@@ -419,6 +424,10 @@ class Config:
     def mlp_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
 
+    def window(self, layer: int) -> int:
+        """Tokens that block's attention sees, itself included; 0 = the whole document so far."""
+        return self.window_size if self.window_pattern[layer % len(self.window_pattern)] == "S" else 0
+
     @property
     def attn_gate(self) -> str:
         """The per-head output gate: none, out, dense or sparse."""
@@ -480,6 +489,7 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("gated_attn_quant_gate",), lambda c: c.attn_gate not in ("dense", "sparse"), "there is no gate matrix to quantize"),
     (("xsa_kernel",), lambda c: not c.xsa_last_n or c.attn_gate == "none", "XSA_LAST_N is 0 or there is no head gate"),
     (("fused_ce_kernel",), lambda c: not c.fused_ce_enabled, "FUSED_CE_ENABLED is 0"),
+    (("window_size",), lambda c: "S" not in c.window_pattern, "WINDOW_PATTERN has no S"),
     (("loop_start", "loop_end", "enable_looping_at"), lambda c: not c.num_loops, "NUM_LOOPS is 0"),
     (("parallel_final_lane",), lambda c: not c.parallel_start_layer, "PARALLEL_START_LAYER is 0"),
     (("smear_gate_bos_fix",), lambda c: not c.smear_gate_enabled, "SMEAR_GATE_ENABLED is 0"),
@@ -1184,15 +1194,30 @@ def gate_heads(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return without_own_value(y, v) * gate.unsqueeze(-1)
 
 
-def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+def window_mask(n: int, window: int, like: Tensor) -> Tensor | None:
+    """What is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
+
+    None where plain causal attention is the same: no window (0), or one that the segment fits into.
+    """
+    if not 0 < window < n:
+        return None
+    at = torch.arange(n, device=like.device)
+    distance = at[:, None] - at
+    return torch.zeros(n, n, dtype=like.dtype, device=like.device).masked_fill_((distance < 0) | (distance >= window), -math.inf)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal attention of whole rows, in a window. q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d)."""
+    mask = window_mask(q.shape[1], window, q)
+    heads = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
+
+
+def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
     """The definition: causal attention within each segment. q (T, H, d), k and v (T, G, d) -> (T, H, d)."""
-    out = []
     bounds = cu_seqlens.tolist()
-    for start, end in pairwise(bounds):
-        if end > start:
-            heads = [t[start:end].transpose(0, 1)[None] for t in (q, k, v)]
-            out.append(F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
-    return torch.cat(out)
+    return torch.cat([causal_attention(*(t[None, start:end] for t in (q, k, v)), window)[0]
+                      for start, end in pairwise(bounds) if end > start])
 
 
 # On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop, whose trip count
@@ -1200,61 +1225,61 @@ def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Te
 
 
 @torch.library.custom_op("train_gpt::document_attention_cpu", mutates_args=())
-def _document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def _document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     bounds = cu_seqlens.tolist()
     for start, end in pairwise(bounds):
         if end > start:
-            heads = [t[start:end].transpose(0, 1)[None] for t in (q, k, v)]
-            o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True)
+            heads, mask = [t[start:end].transpose(0, 1)[None] for t in (q, k, v)], window_mask(end - start, window, q)
+            o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, mask is None, attn_mask=mask)
             out[start:end] = o[0].transpose(0, 1)
             lse[:, start:end] = m.view(q.shape[1], end - start)
     return out, lse
 
 
 @_document_attention_cpu.register_fake
-def _(q, k, v, cu_seqlens):
+def _(q, k, v, cu_seqlens, window):
     return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("train_gpt::document_attention_cpu_backward", mutates_args=())
 def _document_attention_cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     bounds = cu_seqlens.tolist()
     for start, end in pairwise(bounds):
         if end > start:
-            heads = [t[start:end].transpose(0, 1)[None] for t in (grad, q, k, v, out)]
+            heads, mask = [t[start:end].transpose(0, 1)[None] for t in (grad, q, k, v, out)], window_mask(end - start, window, q)
             m = lse[:, start:end].contiguous()[None]
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, m, 0.0, True)
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, m, 0.0, mask is None, attn_mask=mask)
             for whole, part in zip(grads, parts, strict=True):
                 whole[start:end] = part[0].transpose(0, 1)
     return grads
 
 
 @_document_attention_cpu_backward.register_fake
-def _(grad, q, k, v, out, lse, cu_seqlens):
+def _(grad, q, k, v, out, lse, cu_seqlens, window):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _document_attention_cpu_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+    ctx.window = inputs[4]
 
 
 def _document_attention_cpu_grad(ctx, grad, _grad_lse):
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    return *_document_attention_cpu_backward(grad.contiguous(), q, k, v, out, lse, cu_seqlens), None
+    return *_document_attention_cpu_backward(grad.contiguous(), *ctx.saved_tensors, ctx.window), None, None
 
 
 _document_attention_cpu.register_autograd(_document_attention_cpu_grad, setup_context=_document_attention_cpu_setup)
 
 
-def document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+def document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
     """`document_attention_reference` for CPU: one graph node, no recomputation. The kernel wants as many k/v heads as queries."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
-    return _document_attention_cpu(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens)[0]
+    return _document_attention_cpu(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, window)[0]
 
 
 def varlen_attention():
@@ -1264,15 +1289,13 @@ def varlen_attention():
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    accepted = inspect.signature(varlen_attn).parameters
-    options = dict(window_size=(-1, 0)) if "window_size" in accepted else dict(is_causal=True)
-    grouped = "enable_gqa" in accepted
-    options |= dict(enable_gqa=True) if grouped else {}
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    options = dict(enable_gqa=True) if grouped else {}
 
-    def document_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    def document_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
         if not grouped:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, **options)
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=(window - 1, 0), **options)
 
     return document_attention_varlen
 
@@ -1281,8 +1304,8 @@ def flash_attention_3():
     """`document_attention_reference` by FlashAttention 3 (Hopper)."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    def document_attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, causal=True)
+    def document_attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
+        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, causal=True, window_size=(window - 1, 0))
         return out[0] if isinstance(out, tuple) else out
 
     return document_attention_fa3
@@ -1292,9 +1315,9 @@ def flash_attention_4():
     """`document_attention_reference` by FlashAttention 4 (Hopper and Blackwell, package flash-attn-4)."""
     from flash_attn.cute import flash_attn_varlen_func
 
-    def document_attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    def document_attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
         out = flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len, max_seqlen_k=max_len,
-                                     causal=True)
+                                     causal=True, window_size=(window - 1 if window else None, 0))
         return out[0] if isinstance(out, tuple) else out
 
     return document_attention_fa4
@@ -1904,7 +1927,8 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config, layer: int, norm_scale: float):
         super().__init__()
-        self.cfg, self.exclusive, self.norm_scale = cfg, layer >= cfg.num_layers - cfg.xsa_last_n, norm_scale
+        self.cfg, self.norm_scale, self.window = cfg, norm_scale, cfg.window(layer)
+        self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
         if cfg.attn_gate == "out":
             self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
@@ -1940,10 +1964,9 @@ class Attention(nn.Module):
         qkv = self.qkv(n, w, lora)
         q, k, v = kernels.split_heads(qkv, self.q_gain, *rope, cfg.num_kv_heads)
         if packing is None:
-            heads = (t.transpose(1, 2) for t in (q, k, v))
-            y = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+            y = causal_attention(q, k, v, self.window)
         else:
-            y = kernels.attend(q[0], k[0], v[0], packing.cu_seqlens, packing.max_len)[None]
+            y = kernels.attend(q[0], k[0], v[0], packing.cu_seqlens, packing.max_len, self.window)[None]
         gate = None if cfg.attn_gate == "none" else self.gate(n, qkv)
         if self.exclusive and gate is not None:
             y = kernels.gate_heads(y, v, gate)
@@ -2142,14 +2165,16 @@ class Flops(NamedTuple):
 def flops_per_token(cfg: Config, lengths: np.ndarray, looping: bool, adapters: Adapters = NO_ADAPTERS) -> Flops:
     """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, gates, logits and
     adapters, and attention by the causal pairs there really are."""
-    applications, H, D = len(layer_order(cfg, looping)), cfg.num_heads, cfg.model_dim
+    order, H, D = layer_order(cfg, looping), cfg.num_heads, cfg.model_dim
     gate = H * dict(none=0, dense=D).get(cfg.attn_gate, cfg.gate_window)
     block = D * (2 * D + 2 * cfg.kv_dim + 2 * cfg.mlp_dim) + gate
     smear = cfg.gate_window if cfg.smear_gate_enabled else 0
     deltas = sum((lora.A.numel() + lora.B.numel()) / lora.A.shape[-3] for lora in adapters if lora is not None)
-    lengths = np.asarray(lengths, dtype=np.float64)
-    pairs = (lengths * (lengths + 1)).sum() / 2 / lengths.sum()
-    return Flops(2 * (applications * block + D * cfg.vocab_size + smear + deltas), 4 * D * pairs * applications)
+    n, pairs = np.asarray(lengths, dtype=np.float64), 0.0
+    for window in map(cfg.window, order):
+        full = np.minimum(n, window or np.inf)  # queries whose window the start of the segment cuts short
+        pairs += (full * (full + 1) / 2 + (n - full) * window).sum() / n.sum()
+    return Flops(2 * (len(order) * block + D * cfg.vocab_size + smear + deltas), 4 * D * pairs)
 
 
 def init_orthogonal(p: Tensor) -> None:
@@ -3182,9 +3207,10 @@ DTYPES = {"i1": torch.int8, "i2": torch.int16, "f2": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it
     "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "tie_embeddings", "logit_softcap",
-    "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "skip_gates_enabled", "num_loops", "loop_start",
-    "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled", "attn_out_gate_src", "gated_attn_enabled",
-    "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled", "smear_gate_bos_fix", "asym_logit_rescale",
+    "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
+    "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled",
+    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled",
+    "smear_gate_bos_fix", "asym_logit_rescale",
 )
 
 STREAM_RULES = (  # array "tensor:codec.part", its stream, sort its rows by similarity when COMPRESSOR=pergroup; first match wins

@@ -72,26 +72,29 @@ def test_leaky_relu_squared(slope):
     torch.testing.assert_close(x.grad.tolist(), [2 * p if p > 0 else 2 * slope**2 * p for p in x.tolist()])
 
 
+@pytest.mark.parametrize("window", [0, 1, 5, 64])
 @pytest.mark.parametrize("sizes", SEGMENTS, ids=str)
-def test_reference_attention_equals_a_loop_over_heads_and_tokens(sizes):
-    """The definition itself against softmax written out: token t of a segment sees the segment's tokens up to t, and nothing else."""
+def test_reference_attention_equals_a_loop_over_heads_and_tokens(sizes, window):
+    """The definition itself against softmax written out: token t sees its segment's tokens up to t, the last `window` of them."""
     bounds = cu_seqlens(sizes)
     q, k, v = (t.detach().double() for t in qkv(sum(sizes), 4, 2))
-    out = tg.document_attention_reference(q, k, v, bounds, max(sizes))
+    out = tg.document_attention_reference(q, k, v, bounds, max(sizes), window)
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         for t in range(start, end):
+            first = max(start, t + 1 - window) if window else start
             for h in range(4):
-                weights = torch.softmax(k[start : t + 1, h // 2] @ q[t, h] / 12**0.5, 0)
-                torch.testing.assert_close(out[t, h], weights @ v[start : t + 1, h // 2], rtol=0, atol=1e-12)
+                weights = torch.softmax(k[first : t + 1, h // 2] @ q[t, h] / 12**0.5, 0)
+                torch.testing.assert_close(out[t, h], weights @ v[first : t + 1, h // 2], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [0, 1, 5, 64])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("sizes", SEGMENTS, ids=str)
-def test_cpu_attention_equals_the_reference(sizes, kv_heads):
+def test_cpu_attention_equals_the_reference(sizes, kv_heads, window):
     bounds, results = cu_seqlens(sizes), []
     for attend in (tg.document_attention_cpu, tg.document_attention_reference):
         inputs = qkv(sum(sizes), 4, kv_heads)
-        out = attend(*inputs, bounds, max(sizes))
+        out = attend(*inputs, bounds, max(sizes), window)
         direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         results.append([out, *torch.autograd.grad(out, inputs, direction)])
     for ours, reference in zip(*results, strict=True):
@@ -127,7 +130,7 @@ def test_every_cell_is_written(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
     for sizes in SEGMENTS:
         inputs = qkv(sum(sizes), 4, 2)
-        out, lse = tg._document_attention_cpu(inputs[0], *(t.repeat_interleave(2, dim=1) for t in inputs[1:]), cu_seqlens(sizes))
+        out, lse = tg._document_attention_cpu(inputs[0], *(t.repeat_interleave(2, dim=1) for t in inputs[1:]), cu_seqlens(sizes), 5)
         assert out.isfinite().all() and lse.isfinite().all()
         for grad in torch.autograd.grad(out.sum(), inputs):
             assert grad.isfinite().all()
@@ -139,11 +142,11 @@ def test_custom_operators_are_well_formed():
     sizes = [5, 13, 1, 0, 9]
     q, k, v = qkv(28, 4, 4)
     bounds = cu_seqlens(sizes)
-    torch.library.opcheck(tg._document_attention_cpu, (q, k, v, bounds))
+    torch.library.opcheck(tg._document_attention_cpu, (q, k, v, bounds, 4))
     with torch.no_grad():
-        out, lse = tg._document_attention_cpu(q, k, v, bounds)
+        out, lse = tg._document_attention_cpu(q, k, v, bounds, 4)
     plain = [t.detach() for t in (torch.randn_like(out), q, k, v, out, lse)]
-    torch.library.opcheck(tg._document_attention_cpu_backward, (*plain, bounds))
+    torch.library.opcheck(tg._document_attention_cpu_backward, (*plain, bounds, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -162,7 +165,7 @@ def test_a_wanted_attention_is_taken_or_refused(monkeypatch):
 def test_a_wrong_attention_is_never_chosen(monkeypatch):
     """One that lets a token see its future, and is fast."""
 
-    def peeks(q, k, v, cu_seqlens, max_len):
+    def peeks(q, k, v, cu_seqlens, max_len, window=0):
         return tg.document_attention_cpu(q, k, v.roll(-1, 0), cu_seqlens, max_len)
 
     world = tg.World(0, 1, torch.device("cpu"), torch.float32)

@@ -72,12 +72,14 @@ def spec_nats(model, cfg, tokens, targets, segments, looping, lora=None, see=lam
         raw_q = n @ p["qo_bank"][i].T + delta(n, "q", slot)
         k = n @ p["kv_bank"][i].T + delta(n, "k", slot)
         v = n @ p["kv_bank"][L + i].T + delta(n, "v", slot)
+        short = cfg.window_pattern[i % len(cfg.window_pattern)] == "S"
+        near = torch.ones(T, T, dtype=torch.bool).triu(1 - cfg.window_size) if short else torch.ones(T, T, dtype=torch.bool)
         heads = []
         for h in range(H):
             g = h * G // H
             qh = turn(norm(raw_q[:, h * d : (h + 1) * d])) * p[f"blocks.{i}.attn.q_gain"][h]
             kh, vh = turn(norm(k[:, g * d : (g + 1) * d])), v[:, g * d : (g + 1) * d]
-            y = (qh @ kh.T / math.sqrt(d)).masked_fill(~allowed, -math.inf).softmax(-1) @ vh
+            y = (qh @ kh.T / math.sqrt(d)).masked_fill(~(allowed & near), -math.inf).softmax(-1) @ vh
             if i >= L - cfg.xsa_last_n:
                 unit = vh / vh.norm(dim=-1, keepdim=True).clamp_min(1e-12)
                 y = y - (y * unit).sum(-1, keepdim=True) * unit
@@ -205,6 +207,7 @@ VARIANTS = {
     "no group": dict(num_kv_heads=4),
     "one cap": dict(asym_logit_rescale=False, logit_softcap=8.0),
     "slope": dict(mlp_slope=0.3, mlp_mult=3.0),
+    "windows": dict(window_pattern="SSL", window_size=5),
     "two loops, odd": dict(num_loops=2, loop_start=1, loop_end=1, num_layers=5),
 }
 
@@ -418,6 +421,11 @@ def test_flops_of_attention_are_its_causal_pairs():
     applications = len(tg.layer_order(cfg, True))
     flops = tg.flops_per_token(cfg, lengths, True)
     assert flops.attention * sum(lengths) == pytest.approx(pairs * applications * cfg.num_heads * cfg.head_dim * 2 * 2)
+    windowed = tiny_config(window_pattern="SL", window_size=4)
+    seen = sum(min(query + 1, cap) for layer in tg.layer_order(windowed, True) for cap in [4 if layer % 2 == 0 else 999]
+               for n in lengths for query in range(n))
+    ours = tg.flops_per_token(windowed, lengths, True).attention * sum(lengths)
+    assert ours == pytest.approx(seen * cfg.num_heads * cfg.head_dim * 2 * 2)
     record = tg.flops_per_token(tg.Config(), [2048], True)  # spec/performance 1.1: 106.43 MFLOP/token without attention, 17 applications
     assert record.matmul / 1e6 == pytest.approx(106.43, abs=0.01)
     assert record.trained == 3 * (record.matmul + record.attention) and record.executed == record.trained + record.attention / 2
