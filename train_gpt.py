@@ -1625,6 +1625,7 @@ def split_launch(qkv: Tensor, cos: Tensor, H: int, G: int) -> tuple[tuple[int, i
 
 @torch.library.custom_op("train_gpt::split_heads", mutates_args=())
 def split_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_heads` by one kernel."""
     H, G, qkv = len(gain), kv_heads, qkv.contiguous()
     grid, sizes = split_launch(qkv, cos, H, G)
     q, k, v = (qkv.new_empty(*qkv.shape[:-1], heads, sizes["D"]) for heads in (H, G, G))
@@ -1642,6 +1643,7 @@ def _(qkv, gain, cos, sin, kv_heads):
 def split_heads_grad(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of `split_heads` for qkv and gain."""
     H, G, qkv = len(gain), dk.shape[-2], qkv.contiguous()
     grid, sizes = split_launch(qkv, cos, H, G)
     dqkv, dgain = torch.empty_like(qkv), gain.new_empty(grid[0], H + G, dtype=torch.float32)
@@ -1713,6 +1715,7 @@ def gate_heads_grad_kernel(
 
 @torch.library.custom_op("train_gpt::gate_heads", mutates_args=())
 def gate_heads_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """`gate_heads` by one kernel."""
     y, (H, D), G, rows = y.contiguous(), y.shape[-2:], v.shape[-2], y.shape[:-2].numel()
     out = torch.empty_like(y)
     gate_heads_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM), G)](
@@ -1727,6 +1730,7 @@ def _(y, v, gate):
 
 @torch.library.custom_op("train_gpt::gate_heads_grad", mutates_args=())
 def gate_heads_grad(dout: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `gate_heads` for y, v and gate."""
     dout, y, v, gate = (x.contiguous() for x in (dout, y, v, gate))
     (H, D), G, rows = y.shape[-2:], v.shape[-2], y.shape[:-2].numel()
     grads = tuple(torch.empty_like(x) for x in (y, v, gate))
@@ -1770,6 +1774,7 @@ def ce_kernel(logits, targets, nats, grad, cap_pos, cap_neg, weight, V, BLOCK: t
 
 @torch.library.custom_op("train_gpt::weighted_ce", mutates_args=())
 def weighted_ce_op(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Nats per target, and `weight` times their gradient for the logits."""
     logits, V = logits.contiguous(), logits.shape[-1]
     nats, grad = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(logits)
     ce_kernel[(targets.numel(),)](logits, targets.contiguous(), nats, grad, cap_pos.float(), cap_neg.float(), weight, V,
@@ -4105,6 +4110,7 @@ def summary_table(result: dict) -> list[str]:
 
 
 def run_stages(cfg: Config, world: World, env) -> None:
+    """The stages that STAGE asks for, in order, and the result."""
     run_id = cfg.run_id or world.from_main(datetime.now(UTC).strftime("%Y%m%d_%H%M%S"))
     run = Run(cfg, world, Path(cfg.artifact_dir or f"logs/{run_id}"))
     log_start(run, env)
