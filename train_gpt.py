@@ -615,8 +615,11 @@ class Launch(NamedTuple):
 
 
 def launch_from_env(env) -> Launch:
-    """Rank, rank on this machine and number of ranks; one process when torchrun did not start us."""
-    return Launch(int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
+    """Rank, rank on this machine and number of ranks; one process when torchrun did not start us. Raises ValueError."""
+    given = {name: env.get(name, default) for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
+    if bad := [f"{name}={value!r}: expected a whole number, as torchrun sets it" for name, value in given.items() if not value.isdigit()]:
+        raise ValueError("\n".join(bad))
+    return Launch(*map(int, given.values()))
 
 
 # ==================================================================================================
@@ -4133,13 +4136,13 @@ def main() -> int:
         print(f"unknown arguments {sys.argv[1:]}: everything is set by environment variables; see --help", file=sys.stderr)
         return 2
     try:
-        cfg = config_from_env(os.environ)
+        cfg, launch = config_from_env(os.environ), launch_from_env(os.environ)
     except ValueError as e:
         print("bad configuration:\n" + "\n".join(f"  {line}" for line in str(e).splitlines()), file=sys.stderr)
         return 2
     world = None
     try:
-        world = World.init(cfg, launch_from_env(os.environ))
+        world = World.init(cfg, launch)
         run_stages(cfg, world, os.environ)
     except RunError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -530,6 +530,9 @@ def test_bad_configuration_exits_2_and_lists_everything(monkeypatch, capsys):
 def test_launch_comes_from_torchrun():
     assert tg.launch_from_env({}) == tg.Launch(0, 0, 1)
     assert tg.launch_from_env({"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}) == tg.Launch(9, 1, 16)
+    with pytest.raises(ValueError, match=r"RANK='first': expected a whole number.*\nWORLD_SIZE='-1': expected") as e:
+        tg.launch_from_env({"RANK": "first", "LOCAL_RANK": "1", "WORLD_SIZE": "-1"})
+    assert "LOCAL_RANK" not in str(e.value)
 
 
 def test_tiny_fixture_is_one_configuration_in_two_spellings():
