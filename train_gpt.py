@@ -39,7 +39,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import pairwise
@@ -915,6 +915,7 @@ class Dataset:
     sidecar: tuple[Path, ...]
     manifest: dict
     manifest_sha256: str | None
+    hashes: dict[str, str | None]  # sha256 by file name, see `shard_hashes`
 
     @staticmethod
     def open(cfg: Config, need_train: bool) -> Dataset:
@@ -928,22 +929,30 @@ class Dataset:
             if not found:
                 raise RunError(f"no fineweb_{kind}_*.bin in {folder}: set DATA_PATH to a folder made by prepare_caseops_data.py or "
                                "data/download.py" + (" (or CASEOPS_ENABLED=0 for plain tokens)" if kind == "val_bytes" else ""))
-        path = folder / "manifest.json"
-        manifest, digest = {}, None
+        path, paths = folder / "manifest.json", (*train, *val, *(sidecar if cfg.caseops_enabled else ()))
+        manifest, digest, hashes = {}, None, shard_hashes(paths)
         if path.exists():
             try:
                 manifest, digest = json.loads(path.read_text()), sha256_file(path)
             except (OSError, ValueError) as e:
                 raise RunError(f"cannot read {path}: {e}; prepare the data again") from None
-            check_manifest(cfg, manifest, folder, (*train, *val, *(sidecar if cfg.caseops_enabled else ())))
-        return Dataset(train, val, sidecar, manifest, digest)
+            check_manifest(cfg, manifest, folder, paths, hashes)
+        return Dataset(train, val, sidecar, manifest, digest, hashes)
+
+    def without_training(self) -> Dataset:
+        """The files that evaluation may read."""
+        return replace(self, train=())
 
 
-def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path, ...]) -> None:
-    """Overlap of train and val documents, vocabulary, and size and sha256 of each file. Raises RunError.
+def shard_hashes(paths: tuple[Path, ...]) -> dict[str, str | None]:
+    """sha256 by file name; None for training shards beyond the first GB: 16 GB of FineWeb would cost a minute."""
+    sizes = np.cumsum([path.stat().st_size for path in paths])
+    return {path.name: sha256_file(path) if "_train_" not in path.name or size < 1 << 30 else None
+            for path, size in zip(paths, sizes, strict=True)}
 
-    Hashing is skipped for training shards beyond the first GB (16 GB of FineWeb would cost a minute); sizes never are.
-    """
+
+def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path, ...], hashes: dict[str, str | None]) -> None:
+    """Overlap of train and val documents, transform, vocabulary, and size and sha256 of each file. Raises RunError."""
     splits = manifest.get("splits")
     shards = [entry for split in (splits or {}).values() for entry in split.get("shards", [{}])]
     if not shards or any(key not in entry for entry in shards for key in ("file", "tokens", "sha256")):
@@ -954,16 +963,18 @@ def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path,
                        "score would be invalid; prepare the data again with one --val-docs")
     if manifest.get("vocab_size", cfg.vocab_size) != cfg.vocab_size:
         raise RunError(f"{folder}: the data was made with a vocabulary of {manifest['vocab_size']}, but VOCAB_SIZE={cfg.vocab_size}")
+    transform = "caseops" if cfg.caseops_enabled else "none"
+    if manifest.get("transform", transform) != transform:
+        raise RunError(f"{folder}: the data was made with transform {manifest['transform']!r}, but CASEOPS_ENABLED="
+                       f"{cfg.caseops_enabled:d} counts the bytes of {transform!r}")
     listed = {s["file"]: s for split in splits.values() for s in (*split.get("shards", ()), *split.get("sidecar", ()))}
-    hashed_bytes = 0
     for path in paths:
         if path.name not in listed:
             raise RunError(f"{path} is not in manifest.json: remove it or prepare the data again")
         entry, tokens = listed[path.name], read_shard(path)
         if len(tokens) != entry["tokens"]:
             raise RunError(f"{path} holds {len(tokens)} tokens, manifest.json says {entry['tokens']}; download or prepare it again")
-        hashed_bytes += tokens.nbytes
-        if ("_train_" not in path.name or hashed_bytes < 1 << 30) and sha256_file(path) != entry["sha256"]:
+        if hashes[path.name] not in (None, entry["sha256"]):
             raise RunError(f"{path} does not have the sha256 that manifest.json says; download or prepare it again")
 
 
@@ -1018,6 +1029,8 @@ class TrainLoader:
     """
 
     def __init__(self, shards: tuple[Path, ...], row_tokens: int, rows: int, vocab_size: int, position: tuple[int, int] | None = None):
+        if not shards:
+            raise RunError("there is no training data to read: evaluation, which has begun, must not")
         self.shards, self.span, self.rows, self.vocab_size = shards, row_tokens + 1, rows, vocab_size
         self.pool = ThreadPoolExecutor(1)
         self.position = position or (0, -1)  # offset -1: at the first BOS
@@ -1152,13 +1165,15 @@ class ValData:
 def softcapped_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, round_cap: bool = False) -> Tensor:
     """Cross-entropy in nats, per token and in fp32, of cap tanh(logits / cap), with one cap for each sign of the logit.
 
-    logits (..., V), targets (...) int64 -> (...) fp32. The upcast comes before the cap: a cap rounded to bf16 costs about
-    0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
+    logits (..., V), targets (...) int64 -> (...) fp32; targets (..., K) -> (..., K), K of them for each position. The
+    upcast comes before the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it, to compare with runs that did.
     """
     z = logits.float()
     cap = cap_pos if cap_pos is cap_neg else torch.where(z > 0, cap_pos, cap_neg)
     z = cap * torch.tanh(z / cap)
     z = z.to(logits.dtype).float() if round_cap else z
+    if targets.ndim == z.ndim:
+        return z.logsumexp(-1, keepdim=True) - z.gather(-1, targets)
     return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
@@ -2149,7 +2164,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Nats per target, fp32. The only entry: training, scoring, calibration and test-time training.
 
-        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions.
+        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more dimension
+        asks for several candidates at each.
         order: `layer_order`. packing: segments of a packed row. adapters: one set per row. tap(site, x): sees the input of
         every matrix. loss_weight: a promise to backpropagate exactly this times the sum, see `weighted_ce`. round_cap: see
         `softcapped_ce`.
@@ -2705,7 +2721,7 @@ class Trainer:
         cfg = self.cfg
         if self.forward is self.model and not cfg.warmup_steps:
             return
-        model = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+        model, generator = {name: t.detach().clone() for name, t in self.model.state_dict().items()}, torch.get_rng_state()
         optimizer = copy.deepcopy(self.optimizer.state_dict())
         window = self.loader.next_step()
         if self.forward is not self.model:
@@ -2726,7 +2742,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.loader.close()
         self.loader = self.open_loader()
-        torch.manual_seed(cfg.seed)
+        torch.set_rng_state(generator)
 
     def warm_shapes(self, tokens: np.ndarray, log: Log) -> None:
         """Forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
@@ -3521,7 +3537,7 @@ class ValDoor:
         self.own, self.graded = np.zeros(self.total, np.uint8), np.zeros(self.total, bool)  # by this rank; by any, at the last sync
         self.nats = torch.zeros(self.total, device=world.device)
         self.sum = torch.zeros((), dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
-        self.tokens = self.bytes = self.steps = 0
+        self.tokens, self.bytes, self.steps, self.early = 0, 0, 0, False
         self.fresh: dict[str, list[np.ndarray]] = {}                                        # since the last receipt, by kind
         self.receipts: list[tuple[str, np.ndarray]] = []                                    # since the last sync
 
@@ -3559,7 +3575,8 @@ class ValDoor:
         that check for methods that break the rule: the ledger says so, and the verdict follows.
         """
         index = at[at >= 0]
-        ready = (self.own[index] | self.graded[index]).all()
+        ready = bool((self.own[index] | self.graded[index]).all())
+        self.early |= not ready
         if not ready and not early:
             raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
         self.steps = 1 if what == "adapters" else math.inf
@@ -3630,6 +3647,189 @@ class ValDoor:
             self.ledger.add("tokens", {"pass": self.name, "file": path.name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
         total = float(nats.sum(dtype=np.float64))
         return Score(total / count, total / math.log(2) / size, count, size)
+
+
+class Watch:
+    """What Python opens, connects to and starts while `on`: an audit hook. It cannot be removed, so `open_watch` installs one."""
+
+    def __init__(self):
+        self.on, self.seen = False, []
+
+    def __call__(self, event: str, args: tuple) -> None:
+        if self.on and event in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+            self.seen.append((event, args[1] if event == "socket.connect" else args[0]))
+
+    def strangers(self, data: Path, ours: set[Path], packer: str) -> list[str]:
+        """What an evaluation has no business with: data but `ours`, files of neither Python, the system nor the run, other machines."""
+        system = (sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
+        roots = tuple(str(Path(path).resolve()) for path in system)
+        caches, programs = ("/.cache/", "/.triton/", "/.nv/"), (packer, "gcc", "g++", "cc", "c++", "clang", "ptxas", "ldconfig", "python")
+        ours, found = {str(path.resolve()) for path in ours}, []
+        for event, what in self.seen:
+            name = os.fsdecode(what) if isinstance(what, (str, bytes, os.PathLike)) else str(what)
+            if event == "open":
+                path = str(Path(name).resolve())
+                inside = path.startswith(tuple(ours)) or (
+                    not path.startswith(f"{data.resolve()}{os.sep}") and (path.startswith(roots) or any(c in path for c in caches)))
+                found += [] if inside or isinstance(what, int) else [f"open {name}"]
+            elif event == "socket.connect":
+                found += [] if isinstance(what, str) or what[0] in ("127.0.0.1", "::1", "localhost") else [f"connect {name}"]
+            elif not Path(name).name.startswith(programs):
+                found.append(f"run {name}")
+        return list(dict.fromkeys(found))
+
+
+@cache
+def open_watch() -> Watch:
+    watch = Watch()
+    sys.addaudithook(watch)
+    return watch
+
+
+Finding = tuple[str, str]  # a verdict, and the evidence in one line
+SEVERITY = ("FAIL", "NEEDS-RULING", "NOT-MEASURED", "PASS")
+RULES = (  # rule, what it asks, the findings that decide it
+    ("R1", "artifact and code fit the cap", ("bytes",)),
+    ("R2", "training and evaluation in time", ("P7",)),
+    ("R3", "no validation document in the training data", ("P9",)),
+    ("R4", "every target once, every byte of the text once", ("P4", "P5", "P10")),
+    ("R5", "a distribution over the vocabulary, fixed before its target", ("P2",)),
+    ("R6", "a score depends on its past in its document alone", ("P1", "P3")),
+    ("R7", "scored before learned from, by the artifact's weights", ("order",)),
+    ("R8", "warm-up leaves no trace", ("P6",)),
+    ("R9", "evaluation reads artifact and validation data alone", ("P11",)),
+    ("R10", "seeds declared before the first run", ("P12",)),
+    ("R11", "the score follows from the nats of its tokens", ("sum",)),
+    ("R12", "the artifact alone gives the same score elsewhere", ("P8",)),
+)
+UNRULED = (  # rule, when, what no maintainer has ruled on
+    ("R4", lambda c: not c.caseops_enabled, "bytes are those of the normalized pieces, not of a sidecar"),
+)
+
+
+def worst(findings: list[Finding]) -> Finding:
+    """The gravest verdict, with the evidence of all that share it."""
+    verdict = min((v for v, _ in findings), key=SEVERITY.index)
+    return verdict, "; ".join(text for v, text in findings if v == verdict)
+
+
+def verdicts(cfg: Config, findings: dict[str, Finding]) -> dict[str, Finding]:
+    """Rule by rule; a finding that nobody made is NOT-MEASURED, and so is everything where AUDIT=off."""
+    if cfg.audit == "off":
+        return {rule: ("NOT-MEASURED", "AUDIT=off") for rule, *_ in RULES}
+    missing = {name: ("NOT-MEASURED", f"{name} was not looked at in this stage") for _, _, names in RULES for name in names}
+    open_questions = {rule: [("NEEDS-RULING", why) for r, applies, why in UNRULED if r == rule and applies(cfg)] for rule, *_ in RULES}
+    return {rule: worst([(missing | findings)[name] for name in names] + open_questions[rule]) for rule, _, names in RULES}
+
+
+class ProbeDoor(ValDoor):
+    """Where target `watch` is scored, it asks for the nats of the whole vocabulary too: `row` at that target, `excess` anywhere near it."""
+
+    def __init__(self, data: ValData, world: World, watch: int, vocab: int):
+        super().__init__(data, world, "probe")
+        self.watch, self.vocab, self.row, self.excess = watch, vocab, None, math.inf
+
+    def score(self, at: np.ndarray, forward) -> Tensor:
+        if (at == self.watch).any():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # one shape, once: not worth a graph
+                nats = forward(torch.arange(self.vocab, device=self.world.device).expand(*at.shape, -1)).cpu()
+            self.excess = float((nats[torch.from_numpy(at >= 0)].double().neg().exp().sum(-1) - 1).abs().max())
+            self.row = nats[torch.from_numpy(at == self.watch)]
+        return super().score(at, forward)
+
+
+def short_stream(data: ValData, count: int, length: int, generator: np.random.Generator) -> ValData:
+    """The first `length` tokens of `count` random documents that have so many, or of the longest ones."""
+    starts, ends = data.documents()
+    sizes, count = ends - starts, min(count, len(starts))
+    enough = np.flatnonzero(sizes >= length)
+    picked = generator.choice(enough, count, replace=False) if len(enough) >= count else np.argsort(sizes)[-count:]
+    tokens = np.append(np.concatenate([data.tokens[starts[i] : starts[i] + min(sizes[i], length)] for i in picked]), BOS_ID)
+    return ValData(tokens.astype(np.uint16), np.ones(len(tokens) - 1, np.int32))
+
+
+def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, length: int, rounds: int, seed: int) -> dict[str, Finding]:
+    """P1 forged future, P2 sum over the vocabulary, P3 neighbours, on short streams. replay(door): the scored pass, starting afresh.
+
+    A stream is scored as it is, and with one document forged from a random target on. Until there, and in all other documents,
+    nats must be the same bits; so must the distribution at the first forged target, which adds up to one.
+    """
+    generator, looks, leaks, excess, targets = np.random.Generator(np.random.PCG64(seed)), 0.0, 0.0, 0.0, 0
+    for _ in range(rounds):
+        true = short_stream(data, count, length, generator)
+        starts, ends = true.documents()
+        start, end = starts[len(starts) // 2], ends[len(starts) // 2]
+        if end - start < 3:
+            return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", "the documents are too short"))
+        cut = int(generator.integers(start + (end - start) // 3, end - 1))  # token cut + 1 is the first to be forged
+        tokens = true.tokens.astype(np.int64)
+        tokens[cut + 1 : end] = 2 + (tokens[cut + 1 : end] - 1 + generator.integers(0, vocab - 3, end - cut - 1)) % (vocab - 2)
+        doors = [ProbeDoor(ValData(t, true.target_bytes), world, cut, vocab) for t in (true.tokens, tokens.astype(np.uint16), true.tokens)]
+        for door in doors[:2]:
+            replay(door)
+        moved, row = (doors[1].nats - doors[0].nats).abs().cpu().numpy(), float((doors[1].row - doors[0].row).abs().max())
+        past, others, size = moved[start:cut].max(initial=0.0), np.delete(moved, np.s_[start:end]).max(initial=0.0), len(moved)
+        if max(row, past, others) > 0:
+            replay(doors[2])
+            if noise := float((doors[2].nats - doors[0].nats).abs().max()):
+                why = ("NOT-MEASURED", f"two scorings of the same text differ by {noise:.2g} nats here")
+                return dict(P1=why, P2=("PASS" if doors[0].excess < 1e-4 else "FAIL", f"sums off by {doors[0].excess:.2g}"), P3=why)
+        looks, leaks, targets = max(looks, past, row), max(leaks, others), targets + size
+        excess = max(excess, doors[0].excess, math.inf if row > 0 else 0.0)
+    scale = f"in {rounds} forged streams of {count} documents, {targets} targets"
+    return dict(P1=("FAIL" if looks else "PASS", f"scores before the forgery moved by {looks:.3g} nats {scale}"),
+                P2=("PASS" if excess < 1e-4 else "FAIL", f"sums over {vocab} tokens off by {excess:.2g} (inf: moves with its target)"),
+                P3=("FAIL" if leaks else "PASS", f"scores of other documents moved by {leaks:.3g} nats {scale}"))
+
+
+def document_hashes(tokens: np.ndarray, offset: int, length: int) -> np.ndarray:
+    """64-bit hash of tokens [offset, offset + length) of every document that is long enough to have the first of them, else 0."""
+    starts = np.flatnonzero(tokens == BOS_ID)
+    ends = np.append(starts[1:], len(tokens))
+    h = np.zeros(len(starts), np.uint64)
+    for at in (starts + offset + j for j in range(length)):
+        token = np.where(at < ends, tokens[np.minimum(at, len(tokens) - 1)], 0).astype(np.uint64)
+        h = (h ^ token ^ (h >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
+    return np.where(starts + offset < ends, h, np.uint64(0))
+
+
+def probe_overlap(shards: tuple[Path, ...], val: np.ndarray, seconds: float) -> Finding:
+    """P9: validation documents whose first 64 tokens start a training document; near: that share a stretch of 32 further in."""
+    spans, start, read = ((1, 64), (65, 32), (129, 32), (257, 32)), time.perf_counter(), 0
+    ours = [document_hashes(val, *span) for span in spans]
+    hits = np.zeros((len(spans), len(ours[0])), bool)
+    for path in shards:
+        if time.perf_counter() - start > seconds:
+            break
+        tokens, read = np.array(read_shard(path)), read + 1
+        for i, span in enumerate(spans):
+            hits[i] |= np.isin(ours[i], document_hashes(tokens, *span)) & (ours[i] > 0)
+    exact, near = int(hits[0].sum()), int((hits[1:].any(0) & ~hits[0]).sum())
+    evidence = f"{exact} of {len(ours[0])} documents are in {read} of {len(shards)} training shards, {near} more in part"
+    if not read:
+        return "NOT-MEASURED", "there are no training shards in this stage"
+    return ("PASS" if not exact else "FAIL" if exact > 0.01 * len(ours[0]) else "NEEDS-RULING"), evidence
+
+
+def probe_round_trip(cfg: Config, data: ValData, count: int, seed: int) -> Finding:
+    """P10: documents decoded to text must have the bytes that were counted for them, and give the same tokens when encoded again."""
+    try:
+        import sentencepiece
+        caps = importlib.import_module("lossless_caps") if cfg.caseops_enabled else None
+        model = sentencepiece.SentencePieceProcessor(model_file=str(cfg.tokenizer_file))
+    except (ImportError, OSError, RuntimeError) as e:
+        return "NOT-MEASURED", f"the text cannot be decoded here: {str(e).splitlines()[0]}"
+    starts = data.documents()[0]
+    ends = np.append(starts[1:], len(data.tokens))
+    generator, broken, lost, total = np.random.Generator(np.random.PCG64(seed)), 0, 0, 0
+    picked = generator.choice(len(starts), min(count, len(starts)), replace=False)
+    for start, end in zip(starts[picked].tolist(), ends[picked].tolist(), strict=True):
+        ids, counted = data.tokens[start + 1 : end].tolist(), int(data.target_bytes[start : end - 1].sum())
+        coded = model.decode(ids)
+        text = caps.decode(coded) if caps else coded
+        missing = abs(counted - len(text.encode()))
+        broken, lost, total = broken + bool(missing or model.encode(coded) != ids), lost + missing, total + counted
+    return ("NEEDS-RULING" if broken else "PASS"), f"{broken} of {len(picked)} documents and {lost} of {total} bytes do not come back"
 
 
 # ==================================================================================================
@@ -3972,13 +4172,13 @@ def warm_up_ttt(cfg: Config, world: World, forward, rows: int, log: Log) -> None
 
 
 class TttRun:
-    """One scored evaluation with test-time training: its door, its clock and its log lines."""
+    """One scored evaluation with test-time training: its door, its clock and its log lines. like: a run whose graphs it can use."""
 
-    def __init__(self, cfg: Config, world: World, model: GPT, door: ValDoor, log: Log):
+    def __init__(self, cfg: Config, world: World, model: GPT, door: ValDoor, log: Log, like: TttRun | None = None):
         self.cfg, self.world, self.model, self.door, self.log = cfg, world, model, door, log
-        self.forward = compile_forward(model, cfg, world, dynamic=None)
+        self.forward = like.forward if like else compile_forward(model, cfg, world, dynamic=None)
         self.batches = document_batches(cfg, door)
-        self.rows = max(len(b.sizes) for b in self.batches)
+        self.rows = like.rows if like else max(len(b.sizes) for b in self.batches)
         self.static_rows = 0 if self.forward is model else self.rows
         self.phases_done = self.scored_docs = 0
         self.reported = {int(n) for n in filter(None, cfg.ttt_eval_batches.split(","))}
@@ -4072,12 +4272,39 @@ class Run:
         if cfg.compressor == "pergroup" and cfg.stage != "train":
             need_lrzip()  # before an hour of training, not after
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
-        self.data = ValData.load(cfg, self.files)
+        self.data, self.train_shards = ValData.load(cfg, self.files), len(self.files.train)
         self.result: dict[str, Any] = {}
+        self.findings: dict[str, Finding] = {}
+        self.scored_pass = ""
 
     def door(self, name: str) -> ValDoor:
         """A pass over the validation tokens that the ledger keeps account of."""
+        self.scored_pass = name
         return ValDoor(self.data, self.world, name, self.ledger)
+
+    def probe(self, check, *args) -> None:
+        """check(*args) -> {id: finding}, by rank 0, into the ledger with its cost. Nothing where AUDIT=off."""
+        if self.cfg.audit == "off" or not self.world.main:
+            return
+        start = time.perf_counter()
+        found = check(*args)
+        for name, (verdict, evidence) in found.items():
+            self.ledger.add("probe", dict(id=name, verdict=verdict, evidence=evidence, seconds=(time.perf_counter() - start) / len(found)))
+        self.findings |= found
+
+    @contextlib.contextmanager
+    def unchanged(self, state):
+        """Around a warm-up, after which what state() returns and the random generators must be what they were (P6)."""
+        hashes = []
+        for last in (False, True):
+            cuda = torch.cuda.get_rng_state(self.world.device) if self.world.device.type == "cuda" else None
+            hashes += [] if self.cfg.audit == "off" else [state_hash(state(), torch.get_rng_state(), cuda)]
+            if not last:
+                yield
+        if hashes:
+            self.ledger.add("warmup", dict(before=hashes[0], after=hashes[1]))
+            verdict = ("PASS" if hashes[0] == hashes[1] else "FAIL", f"state {hashes[0][:8]} before a warm-up, {hashes[1][:8]} after")
+            self.probe(lambda: dict(P6=worst([verdict, self.findings.get("P6", verdict)])))
 
     def diagnostic(self, name: str, key: str, forward) -> Score:
         """Score with fixed weights and log it."""
@@ -4090,10 +4317,22 @@ class Run:
         return score
 
 
+def environment(world: World) -> dict:
+    """Versions and machine."""
+    return dict(hardware=hardware_name(world), python_version=platform.python_version(), torch_version=torch.__version__,
+                triton_version=triton.__version__ if triton else None, world_size=world.size)
+
+
 def log_start(run: Run, env) -> None:
     """Overrides, variables without effect, the whole configuration and the source: a log is a complete account of its run."""
-    cfg, log = run.cfg, run.log
-    script = Path(__file__)
+    cfg, log, files = run.cfg, run.log, run.files
+    script, tokenizer = Path(__file__), cfg.tokenizer_file
+    run.ledger.add("start", dict(
+        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage, code_sha256=sha256_file(script),
+        config_hash=config_hash(cfg), overrides=overrides(cfg), seed=cfg.seed, seeds_declared=cfg.seeds_declared, audit=cfg.audit,
+        manifest_sha256=files.manifest_sha256, shards=files.hashes,
+        tokenizer_sha256=sha256_file(tokenizer) if tokenizer.exists() else files.manifest.get("tokenizer_sha256"),
+        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()), environment=environment(run.world)))
     log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, torch {torch.__version__}, "
         f"python {platform.python_version()}")
     log("overrides: " + (" ".join(f"{k}={v}" for k, v in overrides(cfg).items()) or "none"))
@@ -4103,7 +4342,7 @@ def log_start(run: Run, env) -> None:
     for f in sorted(fields(cfg), key=lambda f: f.name):
         log(f"  {f.name}: {getattr(cfg, f.name)}", console=False)
     log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
-    log(f"train_shards: {len(run.files.train)}")
+    log(f"train_shards: {run.train_shards}")
     log(f"val_tokens: {len(run.data.target_bytes)}")
     kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel)
     attention, _, trials = choose_attention(cfg.attn_backend, run.world)
@@ -4116,7 +4355,8 @@ def train_stage(run: Run) -> GPT:
     trainer = Trainer(cfg, world, run.files)
     log_training_start(cfg, trainer, log)
     clock.phase("compile")
-    trainer.warm_up(log)
+    with run.unchanged(trainer.state):
+        trainer.warm_up(log)
     if cfg.resume:
         if not run.checkpoint.exists():
             raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
@@ -4199,40 +4439,100 @@ def count_bytes(run: Run) -> None:
         bytes_by_part=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script),
         code_bytes_upstream_convention=upstream, bytes_total=total,
         over_cap=total > ARTIFACT_CAP_BYTES)
+    run.ledger.add("artifact", dict(file=artifact.name, sha256=run.result["artifact_sha256"], bytes=model, code_bytes=code))
+    needs = "; unpacking needs the lrzip program" if run.cfg.compressor == "pergroup" else ""
+    run.probe(lambda: dict(bytes=("FAIL" if total > ARTIFACT_CAP_BYTES else "PASS", f"{total:,} of {ARTIFACT_CAP_BYTES:,} bytes{needs}")))
+
+
+def note_weights(run: Run, model: GPT, when: str) -> str:
+    """The hash of all parameters, into the ledger."""
+    digest = state_hash(model.state_dict())
+    run.ledger.add("weights", dict(when=when, sha256=digest))
+    return digest
 
 
 def eval_stage(run: Run) -> None:
-    """Load the artifact from its bytes, score it as it is, then with test-time training."""
+    """Load the artifact from its bytes, score it as it is, then with test-time training, and look at how that was done."""
     cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
     clock.phase("unpack")
+    run.files, watch = run.files.without_training(), open_watch()
+    watch.on, watch.seen = True, []
     start = time.perf_counter()
     model = load_artifact(cfg, world, run.artifact)
     log(f"Deserialize: decompression and dequantization done in {time.perf_counter() - start:.1f}s")
-    run.result["model_params"] = sum(p.numel() for p in model.parameters())
+    run.result["model_params"], weights = sum(p.numel() for p in model.parameters()), [note_weights(run, model, "loaded")]
     count_bytes(run)
-    start = time.perf_counter()
-    score = run.diagnostic("diagnostic quantized", "quantized", compile_forward(model, cfg, world))
+    forward = compile_forward(model, cfg, world)
     if not cfg.ttt_enabled:
-        run.result |= dict(eval_seconds=time.perf_counter() - start, ttt_val_loss=None, ttt_val_bpb=None)
-        return
-    ttt = TttRun(cfg, world, model, run.door("ttt"), log)
-    if ttt.static_rows:
-        clock.phase("compile")
-        warm_up_ttt(cfg, world, ttt.forward, ttt.rows, log)
-    clock.phase("eval")
-    log("beginning TTT eval timer")
+        weights.append(note_weights(run, model, "first_score"))
     start = time.perf_counter()
-    score = ttt.run()
-    world.synchronize()
-    seconds = time.perf_counter() - start
-    log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
-    log(f"total_eval_time:{seconds:.1f}s")
-    run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb, target_tokens=score.tokens,
-                       val_bytes=score.bytes, eval_seconds=seconds)
+    score, ttt = run.diagnostic("diagnostic quantized", "quantized", forward), None
+    if cfg.ttt_enabled:
+        ttt = TttRun(cfg, world, model, run.door("ttt"), log)
+        if ttt.static_rows:
+            clock.phase("compile")
+            with run.unchanged(model.state_dict):
+                warm_up_ttt(cfg, world, ttt.forward, ttt.rows, log)
+        weights.append(note_weights(run, model, "first_score"))
+        clock.phase("eval")
+        log("beginning TTT eval timer")
+        start = time.perf_counter()
+        score = ttt.run()
+        world.synchronize()
+    seconds, watch.on = time.perf_counter() - start, False
+    run.result |= dict(ttt_val_loss=None, ttt_val_bpb=None, eval_seconds=seconds)
+    if ttt:
+        log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
+        log(f"total_eval_time:{seconds:.1f}s")
+        run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb,
+                           target_tokens=score.tokens, val_bytes=score.bytes)
+    clock.phase("audit")
+    alone, mini = World(0, 1, world.device, world.dtype), replace(cfg, phased_ttt_enabled=False, max_eval_seconds=0.0, ttt_eval_batches="")
+
+    def replay(door: ValDoor) -> Score:
+        return TttRun(mini, alone, model, door, Log(None), ttt).run() if ttt else evaluate(cfg, alone, forward, door)
+
+    count, length = (min(3, cfg.ttt_batch_size), 4 * chunk_size(cfg, 2)) if ttt else (3, 128)
+    run.probe(probe_scoring, run.data, alone, cfg.vocab_size, replay, count, length, 16 if cfg.audit == "full" else 1, cfg.seed)
+    order = "FAIL" if weights[0] != weights[1] or (ttt and ttt.door.early) else "PASS"
+    run.probe(lambda: dict(order=(order, f"weights {weights[0][:8]} as loaded, {weights[1][:8]} at the first score; "
+                                         f"{'some' if ttt and ttt.door.early else 'no'} learning from unscored targets")))
+    ours = {run.out, Path(__file__), cfg.shards_path / "manifest.json", cfg.tokenizer_file, *run.files.val, *run.files.sidecar}
+    found = sorted(set().union(*world.gather(watch.strangers(cfg.shards_path, ours, "lrzip"))))
+    run.probe(lambda: dict(P11=("FAIL" if found else "PASS", f"{len(watch.seen)} files, sockets and programs, among them strange: "
+                                + (", ".join(found[:3]) or "none"))))
+    run.probe(score_findings, run, score)
+    world.barrier()
+
+
+def score_findings(run: Run, score: Score) -> dict[str, Finding]:
+    """Findings from numbers that lie on the table: coverage, bytes, clocks, seeds, and the score computed again from its file."""
+    cfg, result, seconds = run.cfg, run.result, run.clock.seconds
+    split, total = run.files.manifest.get("splits", {}).get("val", {}), sum(len(read_shard(p)) for p in run.files.val) - 1
+    said = split.get("bytes")
+    gap = "NOT-MEASURED" if said is None else "PASS" if score.bytes == said else "FAIL" if score.bytes > said else "NEEDS-RULING"
+    covered = f"{score.tokens:,} of {total:,} targets, {score.bytes:,} bytes of {'?' if said is None else format(said, ',')} in the text"
+    spent = {"train": None if result.get("train_seconds") is None else result["train_seconds"] + result.get("calib_seconds", 0),
+             "eval": result["eval_seconds"]}
+    budgets = dict(train=cfg.max_wallclock_seconds, eval=cfg.max_eval_seconds)
+    late = any(budgets[k] and (spent[k] or 0) > budgets[k] for k in spent)
+    open_clock = any(spent[k] is None or not budgets[k] for k in spent)
+    strict = {k: sum(seconds.get(name, 0) for name in names) for k, names in dict(
+        train=("train", "calibrate", "quantize", "pack"), eval=("unpack", "eval", "diagnostic eval")).items()}
+    clocks = ", ".join(f"{k} {-1 if v is None else v:.1f} s of {budgets[k]:g} (strict {strict[k]:.1f})" for k, v in spent.items())
+    nats = np.load(run.out / f"token_nats_{run.scored_pass}.npy").sum(dtype=np.float64)
+    off = abs(float(nats) / math.log(2) / int(run.data.target_bytes.sum()) - score.bpb)
+    declared = [int(seed) for seed in filter(None, cfg.seeds_declared.split(","))]
+    return dict(
+        P4=("FAIL", covered) if score.tokens != total else (gap, covered), P5=("PASS", f"{score.tokens:,} targets, each once, by the door"),
+        P7=("FAIL" if late else "NOT-MEASURED" if open_clock else "PASS", clocks), P8=("NOT-MEASURED", "tools/audit.py rescore does it"),
+        P10=probe_round_trip(cfg, run.data, dict(full=1 << 30).get(cfg.audit, 8), cfg.seed),
+        P12=("PASS" if cfg.seed in declared else "FAIL" if declared else "NOT-MEASURED", f"seed {cfg.seed}, declared: {declared}"),
+        sum=("PASS" if off <= 1e-9 else "FAIL", f"bits per byte from token_nats_{run.scored_pass}.npy differ by {off:.1g}"))
 
 
 def finish(run: Run) -> None:
-    """Complete the result, write result.json, print the table and the one JSON line."""
+    """Complete the result, judge it, write result.json, print the tables and the one JSON line."""
     cfg, world, files, manifest = run.cfg, run.world, run.files, run.files.manifest.get("splits", {})
     phases = run.clock.table()
     documents = {split: (lambda d: d[1] - d[0])(manifest.get(split, {}).get("documents", [0, 0])) or None for split in ("train", "val")}
@@ -4242,13 +4542,16 @@ def finish(run: Run) -> None:
         schema_version=1, run_id=run.out.name if not cfg.run_id else cfg.run_id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
         overrides=overrides(cfg), config_hash=config_hash(cfg), **dict.fromkeys(keys)) | run.result | dict(
         val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]), wall_seconds=sum(p["seconds"] for p in phases),
-        phases=phases, peak_mem_mib=max(p["peak_mib"] for p in phases), world_size=world.size, hardware=hardware_name(world),
-        python_version=platform.python_version(), torch_version=torch.__version__,
-        triton_version=triton.__version__ if triton else None,
-        data=dict(manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents["train"],
+        phases=phases, peak_mem_mib=max(p["peak_mib"] for p in phases), **environment(world),
+        data=dict(manifest_sha256=files.manifest_sha256, train_shards=run.train_shards, docs_train=documents["train"],
                   train_tokens=manifest.get("train", {}).get("tokens"), docs_val=documents["val"],
                   tokenizer_sha256=files.manifest.get("tokenizer_sha256")),
         train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)
+    judged = verdicts(cfg, run.findings)
+    run.ledger.add("verdicts", judged)
+    run.ledger.add("end", dict(val_loss=result["val_loss"], val_bpb=result["val_bpb"], tokens=result.get("target_tokens"),
+                               bytes=result.get("val_bytes"), **{"pass": run.scored_pass}))
+    result["audit"] = dict(mode=cfg.audit, verdicts=judged, findings=run.findings, lines=run.ledger.lines, last_hash=run.ledger.last)
     if world.main:
         curve = result.pop("loss_curve", None)
         if curve:
@@ -4271,7 +4574,11 @@ def summary_table(result: dict) -> list[str]:
         lines += [f"  {'code':<26}{result['code_bytes']:>10,}", f"{'total':<28}{result['bytes_total']:>10,}  of {ARTIFACT_CAP_BYTES:,}"]
     lines += ["", f"{'phase':<28}{'seconds':>10}{'peak MiB':>10}"]
     lines += [f"  {p['name']:<26}{p['seconds']:>10.1f}{p['peak_mib']:>10}" for p in result["phases"]]
-    return [*lines, f"{'wall':<28}{result['wall_seconds']:>10.1f}{result['peak_mem_mib']:>10}", ""]
+    lines += [f"{'wall':<28}{result['wall_seconds']:>10.1f}{result['peak_mem_mib']:>10}", ""]
+    for rule, asks, _ in RULES:
+        verdict, evidence = result["audit"]["verdicts"][rule]
+        lines.append(f"{rule:<4}{verdict:<14}{asks}: {evidence}")
+    return [*lines, ""]
 
 
 def run_stages(cfg: Config, world: World, env) -> None:
@@ -4279,6 +4586,9 @@ def run_stages(cfg: Config, world: World, env) -> None:
     run_id = cfg.run_id or world.from_main(datetime.now(UTC).strftime("%Y%m%d_%H%M%S"))
     run = Run(cfg, world, Path(cfg.artifact_dir or f"logs/{run_id}"))
     log_start(run, env)
+    if run.files.train:
+        run.clock.phase("audit")
+        run.probe(lambda: dict(P9=probe_overlap(run.files.train, run.data.tokens, dict(full=math.inf).get(cfg.audit, 6.0))))
     model = train_stage(run) if cfg.stage in ("all", "train") else None
     if cfg.stage in ("all", "quantize"):
         quantize_stage(run, model)
