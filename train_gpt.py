@@ -4417,7 +4417,8 @@ def eval_stage(run: Run) -> None:
         return TttRun(mini, alone, model, door, Log(None), ttt).run() if ttt else evaluate(cfg, alone, forward, door)
 
     count, length, rounds = *((min(3, cfg.ttt_batch_size), 4 * chunk_size(cfg, 2)) if ttt else (3, 128)), 16 if cfg.audit == "full" else 1
-    run.probe(probe_scoring, run.data, alone, cfg.vocab_size, replay, count, length, rounds, cfg.seed, bool(ttt) or cfg.eval_method == "packed")
+    isolated = bool(ttt) or cfg.eval_method == "packed"
+    run.probe(probe_scoring, run.data, alone, cfg.vocab_size, replay, count, length, rounds, cfg.seed, isolated)
     ours = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *run.files.val, *run.files.sidecar]
     strangers = sorted(set().union(*world.gather(watch.strangers(cfg.shards_path, ours))))
     run.probe(score_findings, run, score, bool(ttt and ttt.door.early), strangers)
