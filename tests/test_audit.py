@@ -712,7 +712,8 @@ def run_main(dataset, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["train_gpt.py"])
             patch.setattr(tg, "upstream_code_bytes", lambda: None)
-            for name, value in tiny_env(data_path=dataset, artifact_dir=out, iterations=2, seeds_declared="5,6", seed=5, **changes).items():
+            for name, value in tiny_env(data_path=dataset, artifact_dir=out, iterations=2, **(
+                    dict(seeds_declared="5,6", seed=5) | changes)).items():
                 patch.setenv(name, value)
             assert tg.main() == 0
         return json.loads((out / "result.json").read_text())
@@ -745,7 +746,26 @@ def test_a_whole_run(run_main, tmp_path, dataset, capsys):
     assert (end["val_bpb"], end["tokens"], end["pass"]) == (result["val_bpb"], 1711, "ttt")
     assert by_kind["artifact"][0]["sha256"] == result["artifact_sha256"]
     assert sum(p["seconds"] for p in by_kind["phase"]) == pytest.approx(result["wall_seconds"], abs=0.01)  # rounded to ms, by phase
+    assert result["audit"]["findings"]["P4"] == ["PASS", "1711 of 1711 targets, 3361 of 3361 bytes"]
     off = run_main(tmp_path, stage="eval", audit="off")
     assert {tuple(v) for v in off["audit"]["verdicts"].values()} == {("NOT-MEASURED", "AUDIT=off")}
     assert off["val_bpb"] == result["val_bpb"], "probes leave no trace in the score"
     assert [line["kind"] for line in lines_of(tmp_path / "ledger.jsonl")].count("start") == 2
+    cheated = cheat(run_main, tmp_path, dataset)
+    assert {rule for rule, (v, _) in cheated["audit"]["verdicts"].items() if v == "FAIL"} == {"R5", "R7", "R9", "R10"}
+    assert str(dataset / "fineweb_train_000000.bin") in cheated["audit"]["verdicts"]["R9"][1]
+
+
+def cheat(run_main, folder, dataset) -> dict:
+    """The same evaluation with other weights than the artifact's, an eye on the training data, no probabilities, a lucky seed."""
+    real = tg.compile_forward
+
+    def compile_forward(model, *args, **kw):
+        tg.read_shard(dataset / "fineweb_train_000000.bin")
+        with torch.no_grad():
+            model.smear_lambda += 0.01
+        return ngram_key(real(model, *args, **kw))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg, "compile_forward", compile_forward)
+        return run_main(folder, stage="eval", seed=7)
