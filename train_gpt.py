@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import pairwise
@@ -102,15 +102,16 @@ REFUSED = {  # names that appear in published commands but never did anything, a
     "LQER_GROUP_SIZE": "nothing ever read it; the group size of the asymmetric factors is LQER_ASYM_GROUP",
     "TTT_LR": "nothing ever read it; the learning rate of the adapters is TTT_LORA_LR times TTT_LOCAL_LR_MULT",
     "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
+    "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are computed inside the evaluation's clock",
     "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; PARAM_RULES says which optimizer owns which tensor",
 }
 
 FAMILIES = (  # an unknown variable that starts like this is a typo, not somebody else's
     "ADAM_", "ASYM_", "ATTN_", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_", "FUSED_CE",
     "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_", "MAX_WALL",
-    "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_", "PHASED_TTT_", "QK_", "ROPE_",
-    "SCALAR_", "SEQ_", "SKIP_GATES", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_",
-    "WINDOW_", "XSA_",
+    "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_", "PHASED_TTT_", "QK_",
+    "ROPE_", "SCALAR_", "SEQ_", "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER",
+    "TOKEN_THR", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
 )
 
 
@@ -204,6 +205,8 @@ def rule_violations(c: Config):
         yield ("max_wallclock_seconds", "iterations"), "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
     if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
         yield ("eval_stride", "eval_seq_len"), f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
+    if c.slot != "off" and (c.ttt_enabled or c.eval_method != "sliding"):
+        yield ("slot", "ttt_enabled", "eval_method"), f"SLOT={c.slot} needs sliding windows: set EVAL_METHOD=sliding and TTT_ENABLED=0"
     if c.lqer_enabled and c.lqer_asym_enabled and any(c.lqer_rank * n % c.lqer_asym_group for n in (c.model_dim, c.mlp_dim)):
         yield ("lqer_rank", "lqer_asym_group", "model_dim", "mlp_mult"), (
             f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} must be multiples of "
@@ -356,6 +359,15 @@ class Config:
     eval_stride: int = knob(1536, "targets scored per sliding window after the first", lo=1)
     eval_include_tail: bool = knob(True, "score the last, partial sequence too")
     val_batch_tokens: int = knob(524288, "tokens per evaluation batch, 8 packed rows", lo=8)
+    eval_softcap_fp32: bool = knob(True, "softcap of every score in fp32; 0 = rounded to the activation dtype, as published scores were")
+    ngram_tilt_enabled: bool = knob(False, "raise the probability of the token that mostly followed the same words earlier in the stream")
+    token_order: int = knob(16, "tokens of that n-gram, the guessed one included", lo=3, hi=256)
+    token_threshold: float = knob(0.8, "guess only where this share of the continuations so far agrees", lo=0, hi=1)
+    token_boost: float = knob(2.625, "what a guess gains, in nats before renormalising", lo=0, hi=50)
+    slot: str = knob("off", "learn a shift of the final hidden states: published = from the targets themselves, not legal; causal = from "
+                     "targets scored before", choices=("off", "published", "causal"))
+    slot_lr: float = knob(0.003, "AdamW of that shift", lo=0)
+    slot_steps: int = knob(5, "updates of the shift per batch of windows", lo=1)
     max_eval_seconds: float = knob(600.0, "budget of the scored evaluation; 0 = no limit", lo=0)
     # test-time training: one adapter set per document
     ttt_enabled: bool = knob(True, "score with test-time training")
@@ -480,6 +492,8 @@ PHASE_KNOBS = tuple(name for name in TTT_KNOBS if not name.startswith("ttt_") an
 
 NO_EFFECT = (  # (variables, when they do nothing, why)
     (("eval_stride",), lambda c: c.eval_method != "sliding", "EVAL_METHOD is not sliding"),
+    (("token_order", "token_threshold", "token_boost"), lambda c: not c.ngram_tilt_enabled, "NGRAM_TILT_ENABLED is 0"),
+    (("slot_lr", "slot_steps"), lambda c: c.slot == "off", "SLOT is off"),
     (("rope_train_seq_len",), lambda c: not c.rope_yarn, "ROPE_YARN is 0"),
     (("matrix_clip_sigmas",), lambda c: c.tie_embeddings, "the head is tied, so no matrix is left for it"),
     (("embed_lr",), lambda c: c.tie_embeddings, "the head is tied; TIED_EMBED_LR applies"),
@@ -1083,6 +1097,7 @@ class ValData:
 
     tokens: np.ndarray
     target_bytes: np.ndarray
+    hints: np.ndarray | None = None  # (N,), see `ngram_hints`
 
     @staticmethod
     def load(cfg: Config, files: Dataset) -> ValData:
@@ -1135,13 +1150,15 @@ class ValData:
 def softcapped_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, round_cap: bool = False) -> Tensor:
     """Cross-entropy in nats, per token and in fp32, of cap tanh(logits / cap), with one cap for each sign of the logit.
 
-    logits (..., V), targets (...) int64 -> (...) fp32. The upcast comes before the cap: a cap rounded to bf16 costs about
-    0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
+    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before the
+    cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
     """
     z = logits.float()
     cap = cap_pos if cap_pos is cap_neg else torch.where(z > 0, cap_pos, cap_neg)
     z = cap * torch.tanh(z / cap)
     z = z.to(logits.dtype).float() if round_cap else z
+    if targets.ndim == logits.ndim:
+        return -F.log_softmax(z, -1).gather(-1, targets)
     return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
@@ -2126,25 +2143,28 @@ class GPT(nn.Module):
         packing: Packing | None = None,
         adapters: Adapters = NO_ADAPTERS,
         positions: Tensor | None = None,
+        shift: Tensor | None = None,
         loss_weight: float | None = None,
-        round_cap: bool = False,
         tap=None,
     ) -> Tensor:
         """Nats per target, fp32. The only entry: training, scoring, calibration and test-time training.
 
-        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions.
-        order: `layer_order`. packing: segments of a packed row. adapters: one set per row. tap(site, x): sees the input of
-        every matrix. loss_weight: a promise to backpropagate exactly this times the sum, see `weighted_ce`. round_cap: see
-        `softcapped_ce`.
+        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
+        dimension for several candidates each. order: `layer_order`. packing: segments of a packed row. adapters: one set per row.
+        shift (B or 1, 1, D): added to the final hidden states. tap(site, x): sees the input of every matrix. loss_weight: this is
+        training, and a promise to backpropagate exactly this times the sum, see `weighted_ce`.
         """
         x = self.hidden(tokens, packing, order, adapters, tap)
         if positions is not None:
             x = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        if shift is not None:
+            x = (x + shift).to(x.dtype)
         if tap is not None:
             tap("head", x)
         logits = linear(x, self.tok_emb.weight if self.lm_head is None else self.lm_head.weight, adapters.head)
         cap = torch.full((), self.cfg.logit_softcap, device=x.device)
         caps = (cap, cap) if self.softcap_pos is None else (self.softcap_pos, self.softcap_neg)
+        round_cap = not (self.cfg.eval_softcap_fp32 if loss_weight is None else self.cfg.fused_ce_enabled)
         if loss_weight is not None and self.kernels.weighted_ce is not None and not round_cap:
             return self.kernels.weighted_ce(logits, targets, *caps, loss_weight)
         return softcapped_ce(logits, targets, *caps, round_cap)
@@ -2634,7 +2654,7 @@ class Trainer:
         """This row's part of the mean loss of the rank's micro-batches."""
         weight = 1 / (row.targets.numel() * self.accumulate)
         return weight * self.forward(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len),
-                                     loss_weight=weight, round_cap=not self.cfg.fused_ce_enabled).sum()
+                                     loss_weight=weight).sum()
 
     def train_step(self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float) -> float:
         """One optimizer step on a window (rows, span) of all ranks; returns the mean loss in nats, the same on every rank.
@@ -3469,6 +3489,63 @@ class Tally:
         return Score(nats.item() / tokens, nats.item() / math.log(2) / size, tokens, size)
 
 
+def run_starts(x: Tensor) -> Tensor:
+    """(n,) -> for each element, the index at which its run of equal elements starts."""
+    first = torch.ones_like(x, dtype=torch.bool)
+    first[1:] = x[1:] != x[:-1]
+    return torch.where(first, torch.arange(len(x), device=x.device), 0).cummax(0).values
+
+
+def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torch.device | str) -> np.ndarray:
+    """A guess for each target of the stream from those scored before it (the token-only n-gram of PR #2135).
+
+    tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often followed the same
+    TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where its share is below TOKEN_THRESHOLD or
+    there is none. Sorts instead of a loop over hash tables; contexts are told apart exactly, from 1 token to 2, 4, 8, ...: they
+    are equal if both halves are.
+    """
+    stream, order, n = torch.from_numpy(tokens.astype(np.int64)).to(device), torch.from_numpy(order).to(device), cfg.token_order - 1
+    names, length, base = stream[:-1], 1, max(len(stream), 1 << 16)
+    begin = torch.where(names == BOS_ID, torch.arange(len(names), device=device), 0).cummax(0).values
+    order = order[order - begin[order] >= n - 1]
+    while length < n:
+        step = min(length, n - length)
+        key, at = (names[step:] * base + names[:-step]).sort()
+        names, length = torch.empty_like(at).scatter_(0, at, run_starts(key)), length + step
+    context, at = names[order - (n - 1)].sort(stable=True)
+    order, place = order[at], torch.arange(len(at), device=device)  # by context, then as they are scored
+    follows = stream[order + 1]
+    pair, at = (context * base + follows).sort(stable=True)
+    count = torch.empty_like(place).scatter_(0, at, place - run_starts(pair) + 1)
+    leader = run_starts((context * base + count).cummax(0).values)  # where the highest count so far was reached
+    seen, before = place - run_starts(context), leader.roll(1)
+    sure = (seen > 0) & (count[before].double() / seen >= cfg.token_threshold)
+    hints = torch.full((len(stream) - 1,), -1, dtype=torch.int32, device=device)
+    hints[order[sure]] = follows[before[sure]].int()
+    return hints.cpu().numpy()
+
+
+def with_hints(cfg: Config, world: World, data: ValData, order: np.ndarray) -> ValData:
+    """The same data with the guesses that NGRAM_TILT_ENABLED asks for; belongs inside the evaluation's clock."""
+    if not cfg.ngram_tilt_enabled:
+        return data
+    return replace(data, hints=ngram_hints(cfg, data.tokens, order, world.device if world.device.type == "cuda" else "cpu"))
+
+
+def graded(cfg: Config, score, targets: Tensor, data: ValData, places: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Nats of the targets at `places` of the stream: as the model sees them, for learning, and as they count.
+
+    score(targets): the forward. The two differ where there is a hint: its probability q is multiplied by e^TOKEN_BOOST and all
+    probabilities are divided by their new sum, 1 + q (e^TOKEN_BOOST - 1), whatever the target is.
+    """
+    if data.hints is None:
+        return (nats := score(targets)), nats
+    hints = torch.from_numpy(data.hints[np.minimum(places, len(data.hints) - 1)].astype(np.int64)).to(targets.device)
+    nats, hinted = score(torch.stack((targets, hints.clamp_min(0)), -1)).unbind(-1)
+    tilted = nats - cfg.token_boost * (targets == hints) + torch.log1p((-hinted).exp() * math.expm1(cfg.token_boost))
+    return nats, torch.where(hints < 0, nats, tilted)
+
+
 class EvalBatch(NamedTuple):
     """Inputs and targets (B, T) int64, which targets count (B, T), their bytes, and the packing of a packed row."""
 
@@ -3477,6 +3554,8 @@ class EvalBatch(NamedTuple):
     mask: Tensor
     target_bytes: int
     packing: Packing | None
+    places: np.ndarray          # (B, T): where in the stream each target stands
+    seen: Tensor | None = None  # (B, T): targets that earlier windows of the same row have scored
 
 
 def packed_rows(data: ValData, context: int, row_tokens: int) -> list[tuple[int, int]]:
@@ -3502,34 +3581,64 @@ def packed_batches(cfg: Config, data: ValData, rank: int, size: int):
         starts = np.flatnonzero(tokens[:n] == BOS_ID)
         cu_seqlens = document_cu_seqlens(np.append(starts, n) if n < row_tokens else starts, row_tokens, context)
         window, mask = torch.from_numpy(tokens)[None], torch.arange(row_tokens)[None] < n
-        packing = Packing(torch.from_numpy(cu_seqlens), context)
-        yield EvalBatch(window[:, :-1], window[:, 1:], mask, int(data.target_bytes[start:end].sum()), packing)
+        packing, places = Packing(torch.from_numpy(cu_seqlens), context), np.arange(start, start + row_tokens)[None]
+        yield EvalBatch(window[:, :-1], window[:, 1:], mask, int(data.target_bytes[start:end].sum()), packing, places)
 
 
 def sliding_batches(cfg: Config, data: ValData, rank: int, size: int):
-    """Windows every EVAL_STRIDE tokens, documents not masked; each scores the targets no earlier window has scored."""
+    """Windows every EVAL_STRIDE tokens, documents not masked; each scores the targets no earlier window has scored.
+
+    Each row walks through a stretch of its own: what its window saw before, it has scored in earlier batches.
+    """
     total, seq, stride = len(data.target_bytes), cfg.eval_seq_len, cfg.eval_stride
     starts = np.arange(0, max(1, total - (seq - stride)), stride)
     per_batch = max(1, cfg.val_batch_tokens // 8 // seq)
-    for first in range(rank * per_batch, len(starts), size * per_batch):
-        window_starts = starts[first : first + per_batch]
-        at = window_starts[:, None] + np.arange(seq + 1)
+    steps = -(-len(starts) // (size * per_batch))
+    for step in range(steps):
+        window = np.arange(rank * per_batch, (rank + 1) * per_batch) * steps + step
+        window = window[window < len(starts)]
+        if not len(window):
+            continue
+        at = starts[window][:, None] + np.arange(seq + 1)
         tokens = torch.from_numpy(np.where(at <= total, data.tokens[np.minimum(at, total)], 0).astype(np.int64))
-        fresh = np.where(window_starts == 0, 0, seq - stride)
-        mask = (np.arange(seq) >= fresh[:, None]) & (at[:, :-1] < total)
-        counted = int(data.target_bytes[at[:, :-1][mask]].sum())
-        yield EvalBatch(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(mask), counted, None)
+        first, fresh = (np.where(starts[w] == 0, 0, starts[w] + seq - stride)[:, None] for w in (window - step, window))
+        at = at[:, :-1]
+        mask, seen = (at >= fresh) & (at < total), (at >= first) & (at < fresh)
+        yield EvalBatch(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(mask), int(data.target_bytes[at[mask]].sum()), None, at,
+                        torch.from_numpy(seen))
+
+
+@torch.enable_grad()
+def slot_shift(cfg: Config, score, targets: Tensor, batch: EvalBatch, total: int) -> Tensor:
+    """A shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
+
+    published: one shift for the batch, from all its targets, those about to be scored included, which no rule allows. causal:
+    one for each window, from targets that its row has scored before. score(targets, shift=...): the forward. -> (1 or B, 1, D).
+    """
+    alone = cfg.slot == "causal"
+    learn = batch.seen if alone else torch.from_numpy(batch.places < total)
+    weight = (learn / learn.sum(1 if alone else None, keepdim=alone).clamp_min(1)).to(targets.device)
+    shift = torch.zeros(len(learn) if alone else 1, 1, cfg.model_dim, device=targets.device, requires_grad=True)
+    optimizer = torch.optim.AdamW([shift], lr=cfg.slot_lr, eps=1e-5, weight_decay=1e-8)
+    for _ in range(cfg.slot_steps):
+        shift.grad = torch.autograd.grad((score(targets, shift=shift) * weight).sum(), shift)[0]
+        optimizer.step()
+    return shift.detach()
 
 
 @torch.no_grad()
 def evaluate(cfg: Config, world: World, forward, data: ValData, looping: bool = True) -> Score:
     """Score all of `data` with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
     tally, order = Tally(world.device), layer_order(cfg, looping)
+    data = with_hints(cfg, world, data, np.arange(len(data.target_bytes)))
     batches = packed_batches if cfg.eval_method == "packed" else sliding_batches
     for batch in batches(cfg, data, world.rank, world.size):
         packing = batch.packing and Packing(batch.packing.cu_seqlens.to(world.device), batch.packing.max_len)
-        nats = forward(batch.inputs.to(world.device), batch.targets.to(world.device), order=order, packing=packing)
-        tally.add(nats, batch.mask, batch.target_bytes)
+        inputs, targets = batch.inputs.to(world.device), batch.targets.to(world.device)
+        score = partial(forward, inputs, order=order, packing=packing)
+        if cfg.slot != "off":
+            score = partial(score, shift=slot_shift(cfg, score, targets, batch, len(data.target_bytes)))
+        tally.add(graded(cfg, score, targets, data, batch.places)[1], batch.mask, batch.target_bytes)
     return tally.score(world, len(data.target_bytes))
 
 
@@ -3608,6 +3717,18 @@ def deal(costs: list[float], lanes: int) -> list[list[int]]:
         hands[lane].append(i)
         heapq.heappush(load, (total + cost, lane))
     return hands
+
+
+def scoring_order(cfg: Config, segments: list[tuple[list[Batch], int]]) -> np.ndarray:
+    """All targets in the order in which one rank scores them: (N,) places in the stream."""
+    places = []
+    for batches in (segment for segment, _ in segments):
+        for i in (i for hand in deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in batches], cfg.ttt_lanes) for i in hand):
+            rows = [np.arange(size) for size in batches[i].sizes]
+            chunks = np.concatenate(rows) // batches[i].chunk
+            places.append(np.concatenate([start + row for start, row in zip(batches[i].starts, rows, strict=True)])
+                          [np.argsort(chunks, kind="stable")])
+    return np.concatenate(places)
 
 
 class Lineage:
@@ -3692,13 +3813,13 @@ class Chunk(NamedTuple):
     targets: Tensor
     mask: Tensor
     target_bytes: int
+    places: np.ndarray  # (B, c): where in the stream each target stands
 
 
 def build_chunk(data: ValData, batch: Batch, first: int, rows: int, index: int, context: int) -> Chunk:
     """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing."""
     c, width = batch.chunk, min((index + 1) * batch.chunk, context)
-    last = len(data.tokens) - 1
-    inputs, targets = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64)
+    inputs, places = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64)
     positions, mask, target_bytes = np.zeros((rows, c), np.int64), np.zeros((rows, c), bool), 0
     for row, (at, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
         window, start, end = chunk_window(size, c, index, context)
@@ -3706,10 +3827,11 @@ def build_chunk(data: ValData, batch: Batch, first: int, rows: int, index: int, 
             continue
         inputs[row, : end - window] = data.tokens[at + window : at + end]
         positions[row] = np.minimum(start - window + np.arange(c), width - 1)
-        targets[row] = data.tokens[np.minimum(at + start + 1 + np.arange(c), last)]
+        places[row] = np.minimum(at + start + np.arange(c), len(data.tokens) - 2)
         mask[row, : end - start] = True
         target_bytes += int(data.target_bytes[at + start : at + end].sum())
-    return Chunk(*(torch.from_numpy(a) for a in (inputs, positions, targets, mask)), target_bytes)
+    targets = data.tokens[places + 1].astype(np.int64)
+    return Chunk(*(torch.from_numpy(a) for a in (inputs, positions, targets, mask)), target_bytes, places)
 
 
 def score_batch(
@@ -3733,12 +3855,12 @@ def score_batch(
         torch._dynamo.maybe_mark_dynamic(inputs, 1)
         learn = torch.zeros(rows)
         learn[: len(chunks) - first] = torch.from_numpy(((chunks > index + 1) & may_learn)[first:])
-        score = partial(forward, inputs, targets, order=order, adapters=lineage.adapters.rows(first, first + rows), positions=positions)
+        score = partial(forward, inputs, order=order, adapters=lineage.adapters.rows(first, first + rows), positions=positions)
         with torch.set_grad_enabled(bool(learn.any())):
-            nats = score()
-        tally.add(nats, chunk.mask, chunk.target_bytes)
+            nats, counted = graded(cfg, score, targets, data, chunk.places)
+        tally.add(counted, chunk.mask, chunk.target_bytes)
         for repeat in range(cfg.ttt_grad_steps if learn.any() else 0):
-            loss = ((nats if repeat == 0 else score()).mean(1) * learn.to(device)).sum()
+            loss = ((nats if repeat == 0 else graded(cfg, score, targets, data, chunk.places)[0]).mean(1) * learn.to(device)).sum()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -3807,6 +3929,7 @@ def warm_up_ttt(cfg: Config, world: World, forward, rows: int, log: Log) -> None
             width = min(width, cfg.ttt_eval_seq_len)
             inputs, targets = (torch.randint(0, cfg.vocab_size, (rows, n), generator=generator).to(world.device) for n in (width, chunk))
             positions = torch.arange(width - chunk, width, device=world.device).expand(rows, -1).contiguous()
+            targets = torch.stack((targets, targets), -1) if cfg.ngram_tilt_enabled else targets
             torch._dynamo.maybe_mark_dynamic(inputs, 1)
             for learn in (False, True):
                 with torch.set_grad_enabled(learn):
@@ -3890,7 +4013,7 @@ class TttRun:
         prefix = max(boundaries, default=0)
         self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
                  f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{len(self.data.target_bytes)}")
-        self.eta = Eta(self.eta.total)
+        self.eta, self.data = Eta(self.eta.total), with_hints(cfg, self.world, self.data, scoring_order(cfg, segments))
         scored: list[Batch] = []
         for phase, (segment, documents) in enumerate(segments):
             self.score_segment(segment, phase)

@@ -30,25 +30,16 @@ def batches_of(cfg, data, rank=0, size=1):
 
 @torch.no_grad()
 def per_target(cfg, data, forward) -> np.ndarray:
-    """Nats of every target in stream order, found by the token values alone: each batch is matched against the stream."""
+    """Nats of every target in stream order, by the places the batches name, each checked against the stream."""
     out, order = np.full(len(data.target_bytes), np.nan), tg.layer_order(cfg, looping=True)
-    if cfg.eval_method == "packed":
-        starts = iter(tg.packed_rows(data, cfg.eval_seq_len, row_tokens_of(cfg, data)))
-    else:
-        starts = iter((s, None) for s in range(0, len(out), cfg.eval_stride))
     for batch in batches_of(cfg, data):
         nats = forward(batch.inputs, batch.targets, order=order, packing=batch.packing)
-        for row in range(len(nats)):
-            at = next(starts)[0] + np.flatnonzero(batch.mask[row])
-            assert np.isnan(out[at]).all(), "a target was scored twice"
-            assert (data.tokens[at] == batch.inputs[row][batch.mask[row]].numpy()).all()
-            assert (data.tokens[at + 1] == batch.targets[row][batch.mask[row]].numpy()).all()
-            out[at] = nats[row][batch.mask[row]]
+        at = batch.places[batch.mask.numpy()]
+        assert np.isnan(out[at]).all() and len(set(at)) == len(at), "a target was scored twice"
+        assert (data.tokens[at] == batch.inputs[batch.mask].numpy()).all()
+        assert (data.tokens[at + 1] == batch.targets[batch.mask].numpy()).all()
+        out[at] = nats[batch.mask]
     return out
-
-
-def row_tokens_of(cfg, data) -> int:
-    return batches_of(cfg, data)[0].inputs.shape[1]
 
 
 class Probe:
