@@ -8,7 +8,7 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
 train -> EMA -> Hessians -> GPTQ -> artifact on disk -> reload from its bytes -> score -> test-time training -> one JSON line.
 
 Reads top to bottom, a name is used below its definition:
-CONFIG, RUNTIME, DATA, KERNELS, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, EVALUATION, TEST-TIME TRAINING, MAIN.
+CONFIG, RUNTIME, DATA, KERNELS, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, AUDIT, EVALUATION, TEST-TIME TRAINING, MAIN.
 Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width, V vocabulary,
 L blocks, S slots (positions in the unrolled layer order), W ranks.
 """
@@ -23,6 +23,7 @@ import hashlib
 import heapq
 import importlib.util
 import inspect
+import io
 import json
 import linecache
 import lzma
@@ -38,7 +39,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import pairwise
@@ -51,6 +52,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 try:  # without Triton the definitions run, and no kernel can be asked for
     import triton
@@ -107,11 +109,11 @@ REFUSED = {  # names that appear in published commands but never did anything, a
 }
 
 FAMILIES = (  # an unknown variable that starts like this is a typo, not somebody else's
-    "ADAM_", "ASYM_", "ATTN_", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_", "FUSED_CE",
-    "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_", "MAX_WALL",
-    "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_", "PHASED_TTT_", "QK_",
-    "ROPE_", "SCALAR_", "SEQ_", "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER",
-    "TOKEN_THR", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
+    "ADAM_", "ASYM_", "ATTN_", "AUDIT", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_",
+    "FUSED_CE", "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_",
+    "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_",
+    "PHASED_TTT_", "QK_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_", "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB",
+    "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
 )
 
 
@@ -198,6 +200,8 @@ def rule_violations(c: Config):
                 f"TTT_CHUNK_SIZE={c.ttt_chunk_size}, {name.upper()}={getattr(c, name)!r}, TTT_SHORT_CHUNK_SIZE={c.ttt_short_chunk_size}")
     if not all(item.strip().isdigit() for item in filter(None, c.ttt_eval_batches.split(","))):
         yield ("ttt_eval_batches",), f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: expected a comma list of batch numbers"
+    if not all(item.strip().isdigit() for item in filter(None, c.seeds_declared.split(","))):
+        yield ("seeds_declared",), f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
     if c.max_wallclock_seconds and c.gptq_reserve_seconds >= c.max_wallclock_seconds:
         yield ("max_wallclock_seconds", "gptq_reserve_seconds"), (
             f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
@@ -230,6 +234,8 @@ class Config:
     quantize_only: bool = knob(False, "same as STAGE=quantize: start from final_model.pt")
     ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact")
     seed: int = knob(1337, "seeds weights and adapters; the data order does not depend on it", lo=0)
+    seeds_declared: str = knob("", "comma list of the seeds that will be run and averaged, fixed before the first of them")
+    audit: str = knob("sample", "probes of the scored evaluation: none, a few short documents, or many", choices=("off", "sample", "full"))
     run_id: str = knob("", "name of the run; blank = date and time")
     artifact_dir: str = knob("", "folder for log, checkpoint and artifact; blank = logs/RUN_ID")
     resume: bool = knob(False, "continue from checkpoint.pt of ARTIFACT_DIR")
@@ -598,7 +604,7 @@ def without_effect(cfg: Config, env) -> list[str]:
 def config_hash(cfg: Config) -> str:
     """Identity of the recipe: everything but the seed, the stage, the run's name, where files lie and what is logged."""
     skip = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage", "prequant_only",
-            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every"}
+            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "audit", "seeds_declared"}
     recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in skip}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -700,6 +706,13 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
+
+    def gather(self, value: Any) -> list:
+        """The objects of all ranks, on every rank."""
+        out = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(out, value)
+        return out
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -831,10 +844,13 @@ def peak_memory_mib(device: torch.device) -> int:
 
 
 class Clock:
-    """One monotonic clock cut into named phases. A phase ends where the next begins, so they add up to the wall time."""
+    """One monotonic clock cut into named phases. A phase ends where the next begins, so they add up to the wall time.
 
-    def __init__(self, world: World):
-        self.world, self.name, self.start = world, "setup", time.perf_counter()
+    ended(name, seconds): told of every stretch that has passed.
+    """
+
+    def __init__(self, world: World, ended=lambda name, seconds: None):
+        self.world, self.ended, self.name, self.start = world, ended, "setup", time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.peak_mib: dict[str, int] = {}
 
@@ -843,6 +859,7 @@ class Clock:
         self.world.synchronize()
         now = time.perf_counter()
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + now - self.start
+        self.ended(self.name, now - self.start)
         self.peak_mib[self.name] = max(self.peak_mib.get(self.name, 0), peak_memory_mib(self.world.device))
         reset_peak_memory(self.world.device)
         self.name, self.start = name, now
@@ -1097,7 +1114,6 @@ class ValData:
 
     tokens: np.ndarray
     target_bytes: np.ndarray
-    hints: np.ndarray | None = None  # (N,), see `ngram_hints`
 
     @staticmethod
     def load(cfg: Config, files: Dataset) -> ValData:
@@ -3449,8 +3465,58 @@ def upstream_code_bytes() -> int | None:
 
 
 # ==================================================================================================
-# EVALUATION - bits per byte: every target scored once, every byte counted once.
+# AUDIT - a score that can be checked: one door to the validation tokens, a chained ledger, probes, a verdict per rule.
 # ==================================================================================================
+
+class Ledger:
+    """Append-only account of a run in ledger.jsonl: each line carries the hash of the one before, so an edit breaks the chain.
+
+    A line is {"n", "prev", "kind", ..., "hash"}; hash is blake2b-128, in hex, of its canonical JSON without "hash". A later stage
+    or another evaluation in the same folder goes on where the last one ended. Without a path (ranks but the first) nothing is kept.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path, self.lines, self.last = path, 0, ""
+        if path is not None and path.exists():
+            try:
+                entry = json.loads(path.read_text().splitlines()[-1])
+                self.lines, self.last = entry["n"] + 1, entry["hash"]
+            except (OSError, ValueError, LookupError, TypeError):
+                raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose another ARTIFACT_DIR") from None
+
+    @staticmethod
+    def digest(entry: dict) -> str:
+        """The hash of a line from everything else in it."""
+        canonical = json.dumps({k: v for k, v in entry.items() if k != "hash"}, sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+    def add(self, kind: str, payload: dict) -> None:
+        """Append one line, at once. Raises RunError."""
+        if self.path is None:
+            return
+        entry = dict(n=self.lines, prev=self.last, kind=kind, **payload)
+        self.lines, self.last = self.lines + 1, self.digest(entry)
+        try:
+            with self.path.open("a") as f:
+                f.write(json.dumps(entry | dict(hash=self.last), separators=(",", ":")) + "\n")
+        except OSError as e:
+            raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another ARTIFACT_DIR") from None
+
+
+def state_hash(*states: Any) -> str:
+    """blake2b-128, in hex, of nested states: every tensor's bytes, every other value as text."""
+    h = hashlib.blake2b(digest_size=16)
+    pending = list(states[::-1])
+    while pending:
+        x = pending.pop()
+        if isinstance(x, dict):
+            pending += [part for k in reversed(x) for part in (x[k], str(k))]
+        elif isinstance(x, (list, tuple)):
+            pending += reversed(x)
+        else:
+            h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if isinstance(x, Tensor) else repr(x).encode())
+    return h.hexdigest()
+
 
 class Score(NamedTuple):
     """What an evaluation comes to."""
@@ -3461,33 +3527,149 @@ class Score(NamedTuple):
     bytes: int
 
 
-class Tally:
-    """Sums over scored tokens, in fp64 on the device; bits per byte = nats / ln 2 / bytes."""
+def graded(forward, targets: Tensor, hints: Tensor | None, boost: float) -> tuple[Tensor, Tensor]:
+    """Nats of targets (B, n) as the model sees them, for learning, and as they count. forward(targets) -> nats.
 
-    def __init__(self, device: torch.device):
-        self.nats = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        self.tokens = self.bytes = 0
+    The two differ where there is a hint (B, n; -1 = none): its probability q is multiplied by e^boost and all probabilities are
+    divided by their new sum, 1 + q (e^boost - 1), whatever the target is.
+    """
+    if hints is None:
+        return (nats := forward(targets)), nats
+    nats, hinted = forward(torch.stack((targets, hints.clamp_min(0)), -1)).unbind(-1)
+    tilted = nats - boost * (targets == hints) + torch.log1p((-hinted).exp() * math.expm1(boost))
+    return nats, torch.where(hints < 0, nats, tilted)
 
-    def add(self, nats: Tensor, mask: Tensor, target_bytes: int) -> None:
-        """nats: fp32 per target, on the device; mask: which of them count, on the CPU; target_bytes: what those stand for."""
-        self.nats += (nats.detach().to(self.nats.dtype) * mask.to(nats.device, non_blocking=True)).sum()
-        self.tokens += int(mask.sum())
-        self.bytes += target_bytes
+
+class ValDoor:
+    """The one way from an evaluation to the validation tokens; target i is token i + 1.
+
+    `score` grades targets, each once; `release` hands out targets to learn from, if they have been graded; every step of an optimizer
+    needs a release. `sync` lets all ranks learn from what each has graded and writes their receipts into the ledger.
+    """
+
+    def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
+        self._data, self.world, self.name, self.ledger, self.total = data, world, name, ledger, len(data.target_bytes)
+        self.documents = data.documents
+        self.own, self.graded = np.zeros(self.total, np.uint8), np.zeros(self.total, bool)  # by this rank; by any, at the last sync
+        self.nats = torch.zeros(self.total, device=world.device)
+        self.sum = torch.zeros((), dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
+        self.tokens = self.bytes = self.steps = 0
+        self.hints, self.boost = None, 0.0                                                  # (N,), see `ngram_hints` and `graded`
+        self.fresh: dict[str, list[np.ndarray]] = {}                                        # since the last receipt, by kind
+        self.receipts: list[tuple[str, np.ndarray]] = []                                    # since the last sync
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Tokens [start, end), to be inputs."""
+        return self._data.tokens[start:end]
+
+    def _targets(self, at: np.ndarray) -> Tensor:
+        return torch.from_numpy(self._data.tokens[at + 1].astype(np.int64)).to(self.world.device, non_blocking=True)
+
+    def score(self, at: np.ndarray, forward) -> Tensor:
+        """Grade. at (B, n): targets, -1 = none; forward(targets (B, n) int64) -> nats (B, n), which come back and, with a bonus or
+        malus where there is a hint, are recorded.
+
+        Raises RunError when one of them has been graded before.
+        """
+        flat = np.flatnonzero(at >= 0)
+        index = at.reshape(-1)[flat]
+        if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
+            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
+        self.steps = 0
+        device = self.world.device
+        hints = None if self.hints is None else torch.from_numpy(self.hints[at].astype(np.int64)).to(device, non_blocking=True)
+        nats, counted = graded(forward, self._targets(at), hints, self.boost)
+        flat, on_device = (torch.from_numpy(a).to(device, non_blocking=True) for a in (flat, index))
+        self.nats[on_device] = counted = counted.detach().reshape(-1)[flat].float()
+        self.sum += counted.to(self.sum.dtype).sum()
+        self.own[index] = 1
+        self.tokens, self.bytes = self.tokens + len(index), self.bytes + int(self._data.target_bytes[index].sum())
+        self.fresh.setdefault("score", []).append(index)
+        return nats
+
+    def release(self, at: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
+        """Targets to learn from; one step of an optimizer may follow, with what = "base" any number until the next `score`.
+
+        at: as for `score`; -1 gives the BOS that everybody knows. Raises RunError when one of them has not been graded; `early` skips
+        that check for methods that break the rule: the ledger says so, and the verdict follows.
+        """
+        index = at[at >= 0]
+        ready = (self.own[index] | self.graded[index]).all()
+        if not ready and not early:
+            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
+        self.steps = 1 if what == "adapters" else math.inf
+        self.fresh.setdefault(what if ready else f"early {what}", []).append(index)
+        return self._targets(at)
+
+    def before_step(self, *_) -> None:
+        """Hook of every optimizer while the door is guarded. Raises RunError: what it learns from was not released."""
+        if self.steps < 1:
+            raise RunError(f"{self.name}: an optimizer step in evaluation on nothing that was released for learning: a bug, report it")
+        self.steps -= 1
+
+    @contextlib.contextmanager
+    def guard(self):
+        """While evaluating: no step of any torch optimizer without a release."""
+        handle = register_optimizer_step_pre_hook(self.before_step)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def sums(self) -> tuple[float, int, int]:
-        """Nats, tokens and bytes of this rank so far."""
-        return self.nats.item(), self.tokens, self.bytes
+        """Nats, tokens and bytes graded by this rank so far."""
+        return self.sum.item(), self.tokens, self.bytes
 
-    def score(self, world: World, expected_tokens: int) -> Score:
-        """Merge the ranks. Raises RunError unless exactly `expected_tokens` targets were scored."""
-        counts = torch.tensor([self.tokens, self.bytes], device=world.device)
-        nats = self.nats.clone()
-        world.sum_(nats, counts)
-        tokens, size = counts.tolist()
-        if tokens != expected_tokens:
-            raise RunError(f"scored {tokens} targets instead of {expected_tokens}: a bug, please report it with the log")
-        return Score(nats.item() / tokens, nats.item() / math.log(2) / size, tokens, size)
+    def receipt(self) -> None:
+        """Close an account: one score line and one update line for everything since the last one."""
+        self.receipts += [(kind, np.unique(np.concatenate(index))) for kind, index in self.fresh.items()]
+        self.fresh = {}
 
+    def entry(self, nats: np.ndarray, kind: str, index: np.ndarray) -> tuple[str, dict]:
+        """Ledger line of a receipt: ranges [a, b) of targets, and for scores nats and bytes of each range."""
+        starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)
+        ranges = np.stack((index[starts], index[np.append(starts[1:], len(index)) - 1] + 1), 1).tolist()
+        if kind != "score":
+            return "update", dict(ranges=ranges, what=kind.removeprefix("early "), **{"pass": self.name}) | (
+                dict(early=True) if kind.startswith("early ") else {})
+        sums = (np.add.reduceat(a[index].astype(t), starts).tolist() for a, t in ((nats, np.float64), (self._data.target_bytes, np.int64)))
+        return "score", dict(zip(("nats", "bytes"), sums, strict=True), ranges=ranges, **{"pass": self.name})
+
+    def sync(self) -> None:
+        """Merge the ranks, all together. Raises RunError when two of them have graded the same target."""
+        self.receipt()
+        counts = torch.tensor(self.own, device=self.world.device)
+        self.world.sum_(counts)
+        self.graded = (counts > 0).cpu().numpy()
+        if (counts > 1).any():
+            raise RunError(f"{self.name}: two ranks scored the same targets: a bug, please report it")
+        nats = self.nats.cpu().numpy()
+        entries = [self.entry(nats, kind, index) for kind, index in self.receipts if len(index)]
+        self.receipts = []
+        for of_rank in self.world.gather(entries) if self.ledger is not None else ():
+            for kind, payload in of_rank:
+                self.ledger.add(kind, payload)
+
+    def finish(self) -> Score:
+        """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target. Raises RunError when one was left out."""
+        self.sync()
+        count = int(self.graded.sum())
+        if count != self.total:
+            raise RunError(f"scored {count} targets instead of {self.total}: a bug, please report it with the log")
+        self.world.sum_(self.nats)  # zero where another rank has graded
+        nats, size = self.nats.cpu().numpy(), int(self._data.target_bytes.sum())
+        if self.ledger is not None and self.ledger.path is not None:
+            buffer, path = io.BytesIO(), self.ledger.path.with_name(f"token_nats_{self.name}.npy")
+            np.save(buffer, nats)
+            write_atomic(path, buffer.getvalue())
+            self.ledger.add("tokens", {"pass": self.name, "file": path.name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
+        total = float(nats.sum(dtype=np.float64))
+        return Score(total / count, total / math.log(2) / size, count, size)
+
+
+# ==================================================================================================
+# EVALUATION - bits per byte: every target scored once, every byte counted once.
+# ==================================================================================================
 
 def run_starts(x: Tensor) -> Tensor:
     """(n,) -> for each element, the index at which its run of equal elements starts."""
@@ -3525,73 +3707,54 @@ def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torc
     return hints.cpu().numpy()
 
 
-def with_hints(cfg: Config, world: World, data: ValData, order: np.ndarray) -> ValData:
-    """The same data with the guesses that NGRAM_TILT_ENABLED asks for; belongs inside the evaluation's clock."""
-    if not cfg.ngram_tilt_enabled:
-        return data
-    return replace(data, hints=ngram_hints(cfg, data.tokens, order, world.device if world.device.type == "cuda" else "cpu"))
-
-
-def graded(cfg: Config, score, targets: Tensor, data: ValData, places: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Nats of the targets at `places` of the stream: as the model sees them, for learning, and as they count.
-
-    score(targets): the forward. The two differ where there is a hint: its probability q is multiplied by e^TOKEN_BOOST and all
-    probabilities are divided by their new sum, 1 + q (e^TOKEN_BOOST - 1), whatever the target is.
-    """
-    if data.hints is None:
-        return (nats := score(targets)), nats
-    hints = torch.from_numpy(data.hints[np.minimum(places, len(data.hints) - 1)].astype(np.int64)).to(targets.device)
-    nats, hinted = score(torch.stack((targets, hints.clamp_min(0)), -1)).unbind(-1)
-    tilted = nats - cfg.token_boost * (targets == hints) + torch.log1p((-hinted).exp() * math.expm1(cfg.token_boost))
-    return nats, torch.where(hints < 0, nats, tilted)
+def with_hints(cfg: Config, door: ValDoor, order: np.ndarray) -> ValDoor:
+    """The door with the guesses that NGRAM_TILT_ENABLED asks for; belongs inside the evaluation's clock. order: see `ngram_hints`."""
+    if cfg.ngram_tilt_enabled:
+        device = door.world.device if door.world.device.type == "cuda" else "cpu"
+        door.hints, door.boost = ngram_hints(cfg, door.read(0, door.total + 1), order, device), cfg.token_boost
+    return door
 
 
 class EvalBatch(NamedTuple):
-    """Inputs and targets (B, T) int64, which targets count (B, T), their bytes, and the packing of a packed row."""
+    """Inputs (B, T) int64, the target that each predicts or -1 (B, T), and the packing of a packed row."""
 
     inputs: Tensor
-    targets: Tensor
-    mask: Tensor
-    target_bytes: int
+    at: np.ndarray
     packing: Packing | None
-    places: np.ndarray          # (B, T): where in the stream each target stands
-    seen: Tensor | None = None  # (B, T): targets that earlier windows of the same row have scored
+    learn: np.ndarray | None = None  # (B, T) likewise: targets that SLOT learns from
 
 
-def packed_rows(data: ValData, context: int, row_tokens: int) -> list[tuple[int, int]]:
+def packed_rows(door: ValDoor, context: int, row_tokens: int) -> list[tuple[int, int]]:
     """Cut the stream into rows of at most `row_tokens` inputs that never cut a piece: a document, or `context` tokens of a long one."""
-    total = len(data.target_bytes)
-    cuts = document_cu_seqlens(data.documents()[0], total, context, bucket=1)
+    cuts = document_cu_seqlens(door.documents()[0], door.total, context, bucket=1)
     rows, start = [], 0
-    while start < total:
+    while start < door.total:
         end = int(cuts[np.searchsorted(cuts, start + row_tokens, side="right") - 1])
         rows.append((start, end))
         start = end
     return rows
 
 
-def packed_batches(cfg: Config, data: ValData, rank: int, size: int):
+def packed_batches(cfg: Config, door: ValDoor, rank: int, size: int):
     """Whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
-    total, context = len(data.target_bytes), cfg.eval_seq_len
-    row_tokens = min(max(cfg.val_batch_tokens // 8, context), -(-total // context) * context)
-    for start, end in packed_rows(data, context, row_tokens)[rank::size]:
+    context = cfg.eval_seq_len
+    row_tokens = min(max(cfg.val_batch_tokens // 8, context), -(-door.total // context) * context)
+    for start, end in packed_rows(door, context, row_tokens)[rank::size]:
         n = end - start
-        tokens = np.zeros(row_tokens + 1, np.int64)
-        tokens[: n + 1] = data.tokens[start : end + 1]
-        starts = np.flatnonzero(tokens[:n] == BOS_ID)
+        inputs, at = np.zeros((1, row_tokens), np.int64), np.full((1, row_tokens), -1)
+        inputs[0, :n], at[0, :n] = door.read(start, end), np.arange(start, end)
+        starts = np.flatnonzero(inputs[0, :n] == BOS_ID)
         cu_seqlens = document_cu_seqlens(np.append(starts, n) if n < row_tokens else starts, row_tokens, context)
-        window, mask = torch.from_numpy(tokens)[None], torch.arange(row_tokens)[None] < n
-        packing, places = Packing(torch.from_numpy(cu_seqlens), context), np.arange(start, start + row_tokens)[None]
-        yield EvalBatch(window[:, :-1], window[:, 1:], mask, int(data.target_bytes[start:end].sum()), packing, places)
+        yield EvalBatch(torch.from_numpy(inputs), at, Packing(torch.from_numpy(cu_seqlens), context))
 
 
-def sliding_batches(cfg: Config, data: ValData, rank: int, size: int):
+def sliding_batches(cfg: Config, door: ValDoor, rank: int, size: int):
     """Windows every EVAL_STRIDE tokens, documents not masked; each scores the targets no earlier window has scored.
 
-    Each row walks through a stretch of its own: what its window saw before, it has scored in earlier batches.
+    Each row walks through a stretch of its own: most of what its window shows has been scored by the same row in earlier batches.
     """
-    total, seq, stride = len(data.target_bytes), cfg.eval_seq_len, cfg.eval_stride
-    starts = np.arange(0, max(1, total - (seq - stride)), stride)
+    seq, stride, tokens = cfg.eval_seq_len, cfg.eval_stride, door.read(0, door.total)
+    starts = np.arange(0, max(1, door.total - (seq - stride)), stride)
     per_batch = max(1, cfg.val_batch_tokens // 8 // seq)
     steps = -(-len(starts) // (size * per_batch))
     for step in range(steps):
@@ -3599,26 +3762,25 @@ def sliding_batches(cfg: Config, data: ValData, rank: int, size: int):
         window = window[window < len(starts)]
         if not len(window):
             continue
-        at = starts[window][:, None] + np.arange(seq + 1)
-        tokens = torch.from_numpy(np.where(at <= total, data.tokens[np.minimum(at, total)], 0).astype(np.int64))
+        at = starts[window][:, None] + np.arange(seq)
+        inputs = np.where(at < door.total, tokens[np.minimum(at, door.total - 1)], 0).astype(np.int64)
+        at = np.where(at < door.total, at, -1)
         first, fresh = (np.where(starts[w] == 0, 0, starts[w] + seq - stride)[:, None] for w in (window - step, window))
-        at = at[:, :-1]
-        mask, seen = (at >= fresh) & (at < total), (at >= first) & (at < fresh)
-        yield EvalBatch(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(mask), int(data.target_bytes[at[mask]].sum()), None, at,
-                        torch.from_numpy(seen))
+        learn = at if cfg.slot == "published" else np.where((at >= first) & (at < fresh), at, -1)
+        yield EvalBatch(torch.from_numpy(inputs), np.where(at >= fresh, at, -1), None, learn)
 
 
 @torch.enable_grad()
-def slot_shift(cfg: Config, score, targets: Tensor, batch: EvalBatch, total: int) -> Tensor:
+def slot_shift(cfg: Config, door: ValDoor, score, learn: np.ndarray) -> Tensor:
     """A shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
 
-    published: one shift for the batch, from all its targets, those about to be scored included, which no rule allows. causal:
-    one for each window, from targets that its row has scored before. score(targets, shift=...): the forward. -> (1 or B, 1, D).
+    published: one shift for the batch, from all its targets, those about to be scored included, which breaks the rules. causal:
+    one for each window, from targets that its row has scored before. score(targets, shift=...) -> nats. -> (1 or B, 1, D).
     """
-    alone = cfg.slot == "causal"
-    learn = batch.seen if alone else torch.from_numpy(batch.places < total)
-    weight = (learn / learn.sum(1 if alone else None, keepdim=alone).clamp_min(1)).to(targets.device)
-    shift = torch.zeros(len(learn) if alone else 1, 1, cfg.model_dim, device=targets.device, requires_grad=True)
+    alone, chosen, device = cfg.slot == "causal", torch.from_numpy(learn >= 0), door.world.device
+    targets = door.release(learn, "slot", early=not alone)
+    weight = (chosen / chosen.sum(1 if alone else None, keepdim=alone).clamp_min(1)).to(device)
+    shift = torch.zeros(len(learn) if alone else 1, 1, cfg.model_dim, device=device, requires_grad=True)
     optimizer = torch.optim.AdamW([shift], lr=cfg.slot_lr, eps=1e-5, weight_decay=1e-8)
     for _ in range(cfg.slot_steps):
         shift.grad = torch.autograd.grad((score(targets, shift=shift) * weight).sum(), shift)[0]
@@ -3627,19 +3789,18 @@ def slot_shift(cfg: Config, score, targets: Tensor, batch: EvalBatch, total: int
 
 
 @torch.no_grad()
-def evaluate(cfg: Config, world: World, forward, data: ValData, looping: bool = True) -> Score:
-    """Score all of `data` with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
-    tally, order = Tally(world.device), layer_order(cfg, looping)
-    data = with_hints(cfg, world, data, np.arange(len(data.target_bytes)))
-    batches = packed_batches if cfg.eval_method == "packed" else sliding_batches
-    for batch in batches(cfg, data, world.rank, world.size):
-        packing = batch.packing and Packing(batch.packing.cu_seqlens.to(world.device), batch.packing.max_len)
-        inputs, targets = batch.inputs.to(world.device), batch.targets.to(world.device)
-        score = partial(forward, inputs, order=order, packing=packing)
-        if cfg.slot != "off":
-            score = partial(score, shift=slot_shift(cfg, score, targets, batch, len(data.target_bytes)))
-        tally.add(graded(cfg, score, targets, data, batch.places)[1], batch.mask, batch.target_bytes)
-    return tally.score(world, len(data.target_bytes))
+def evaluate(cfg: Config, world: World, forward, door: ValDoor, looping: bool = True) -> Score:
+    """Score everything behind the door with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
+    order, batches = layer_order(cfg, looping), packed_batches if cfg.eval_method == "packed" else sliding_batches
+    with with_hints(cfg, door, np.arange(door.total)).guard():
+        for batch in batches(cfg, door, world.rank, world.size):
+            packing = batch.packing and Packing(batch.packing.cu_seqlens.to(world.device), batch.packing.max_len)
+            score = partial(forward, batch.inputs.to(world.device), order=order, packing=packing)
+            if cfg.slot != "off":
+                door.receipt()  # what is learned now comes after what was scored up to here
+                score = partial(score, shift=slot_shift(cfg, door, score, batch.learn))
+            door.score(batch.at, score)
+        return door.finish()
 
 
 # ==================================================================================================
@@ -3665,9 +3826,9 @@ def chunk_size(cfg: Config, length: int) -> int:
     return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
 
 
-def document_batches(cfg: Config, data: ValData) -> list[Batch]:
+def document_batches(cfg: Config, door: ValDoor) -> list[Batch]:
     """All documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
-    starts, ends = data.documents()
+    starts, ends = door.documents()
     sizes = ends - starts
     order = np.argsort(sizes, kind="stable")
     groups = [order[i : i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
@@ -3806,36 +3967,29 @@ class Lane:
 
 
 class Chunk(NamedTuple):
-    """One step of a batch: windows (B, w), the positions to score in them (B, c), their targets, which count, their bytes."""
+    """One step of a batch: windows (B, w), the positions to score in them (B, c), the targets there or -1 (B, c)."""
 
     inputs: Tensor
     positions: Tensor
-    targets: Tensor
-    mask: Tensor
-    target_bytes: int
-    places: np.ndarray  # (B, c): where in the stream each target stands
+    at: np.ndarray
 
 
-def build_chunk(data: ValData, batch: Batch, first: int, rows: int, index: int, context: int) -> Chunk:
+def build_chunk(door: ValDoor, batch: Batch, first: int, rows: int, index: int, context: int) -> Chunk:
     """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing."""
     c, width = batch.chunk, min((index + 1) * batch.chunk, context)
-    inputs, places = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64)
-    positions, mask, target_bytes = np.zeros((rows, c), np.int64), np.zeros((rows, c), bool), 0
-    for row, (at, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
+    inputs, positions, at = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64), np.full((rows, c), -1)
+    for row, (origin, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
         window, start, end = chunk_window(size, c, index, context)
         if start >= size:
             continue
-        inputs[row, : end - window] = data.tokens[at + window : at + end]
+        inputs[row, : end - window] = door.read(origin + window, origin + end)
         positions[row] = np.minimum(start - window + np.arange(c), width - 1)
-        places[row] = np.minimum(at + start + np.arange(c), len(data.tokens) - 2)
-        mask[row, : end - start] = True
-        target_bytes += int(data.target_bytes[at + start : at + end].sum())
-    targets = data.tokens[places + 1].astype(np.int64)
-    return Chunk(*(torch.from_numpy(a) for a in (inputs, positions, targets, mask)), target_bytes, places)
+        at[row, : end - start] = np.arange(origin + start, origin + end)
+    return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), at)
 
 
 def score_batch(
-    cfg: Config, world: World, forward, data: ValData, batch: Batch, lineage: Lineage, from_mean: bool, tally: Tally, static_rows: int = 0
+    cfg: Config, world: World, forward, door: ValDoor, batch: Batch, lineage: Lineage, from_mean: bool, static_rows: int = 0
 ) -> None:
     """Two verbs, in this order: grade a chunk with adapters that have never seen it, then learn from it.
 
@@ -3850,21 +4004,22 @@ def score_batch(
     for index in range(int(chunks.max())):
         first = 0 if static_rows else int(np.searchsorted(chunks, index, side="right"))
         rows = static_rows or len(chunks) - first
-        chunk = build_chunk(data, batch, first, rows, index, context)
-        inputs, targets, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.targets, chunk.positions))
+        chunk = build_chunk(door, batch, first, rows, index, context)
+        inputs, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.positions))
         torch._dynamo.maybe_mark_dynamic(inputs, 1)
         learn = torch.zeros(rows)
         learn[: len(chunks) - first] = torch.from_numpy(((chunks > index + 1) & may_learn)[first:])
         score = partial(forward, inputs, order=order, adapters=lineage.adapters.rows(first, first + rows), positions=positions)
         with torch.set_grad_enabled(bool(learn.any())):
-            nats, counted = graded(cfg, score, targets, data, chunk.places)
-        tally.add(counted, chunk.mask, chunk.target_bytes)
+            nats = door.score(chunk.at, score)
         for repeat in range(cfg.ttt_grad_steps if learn.any() else 0):
-            loss = ((nats if repeat == 0 else graded(cfg, score, targets, data, chunk.places)[0]).mean(1) * learn.to(device)).sum()
+            targets = door.release(np.where(learn.bool()[:, None], chunk.at, -1))
+            loss = ((nats if repeat == 0 else score(targets)).mean(1) * learn.to(device)).sum()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     lineage.finish(len(batch.sizes))
+    door.receipt()
 
 
 def base_lr(cfg: Config, chunk: int, chunks: int) -> float:
@@ -3941,15 +4096,15 @@ def warm_up_ttt(cfg: Config, world: World, forward, rows: int, log: Log) -> None
 
 
 class TttRun:
-    """One scored evaluation with test-time training: its tally, its clock and its log lines."""
+    """One scored evaluation with test-time training: its door, its clock and its log lines."""
 
-    def __init__(self, cfg: Config, world: World, model: GPT, data: ValData, log: Log):
-        self.cfg, self.world, self.model, self.data, self.log = cfg, world, model, data, log
+    def __init__(self, cfg: Config, world: World, model: GPT, door: ValDoor, log: Log):
+        self.cfg, self.world, self.model, self.door, self.log = cfg, world, model, door, log
         self.forward = compile_forward(model, cfg, world, dynamic=None)
-        self.batches = document_batches(cfg, data)
+        self.batches = document_batches(cfg, door)
         self.rows = max(len(b.sizes) for b in self.batches)
         self.static_rows = 0 if self.forward is model else self.rows
-        self.tally, self.phases_done, self.scored_docs = Tally(world.device), 0, 0
+        self.phases_done = self.scored_docs = 0
         self.reported = {int(n) for n in filter(None, cfg.ttt_eval_batches.split(","))}
         self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
 
@@ -3967,7 +4122,7 @@ class TttRun:
         """Log a batch and this rank's running score; before: the sums ahead of the batch."""
         if self.reported and batch.number + 1 not in self.reported:
             return
-        total = self.tally.sums()
+        total = self.door.sums()
         nats, tokens, size = (now - old for now, old in zip(total, before, strict=True))
         self.log(f"ttp: b{batch.number + 1}/{len(self.batches)} bl:{nats / tokens:.4f} bb:{nats / math.log(2) / max(1, size):.4f} "
                  f"rl:{total[0] / total[1]:.4f} rb:{total[0] / math.log(2) / max(1, total[2]):.4f} "
@@ -3984,9 +4139,9 @@ class TttRun:
             lane = Lane(cfg, world, self.rows, seed=cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
             for batch in (segment[i] for i in hands[number]):
                 self.check_budget(batch)
-                before = self.tally.sums()
+                before = self.door.sums()
                 from_mean = cfg.ttt_warm_start_mean_enabled and int(batch.sizes.max()) + 1 <= cfg.ttt_warm_start_mean_doc_len
-                score_batch(cfg, world, self.forward, self.data, batch, lane.lineage(batch), from_mean, self.tally, self.static_rows)
+                score_batch(cfg, world, self.forward, self.door, batch, lane.lineage(batch), from_mean, self.static_rows)
                 self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
                 self.scored_docs += len(batch.sizes)
                 self.report(batch, before, lane.is_short(batch))
@@ -3996,7 +4151,7 @@ class TttRun:
         records = sorted((b.number, i) for b in segments for i in range(len(b.sizes)))[:documents]
         by_number = {b.number: b for b in segments}
         pieces = [(int(by_number[n].starts[i]), int(by_number[n].sizes[i])) for n, i in records]
-        tokens = np.concatenate([self.data.tokens[at : at + size + 1] for at, size in pieces])
+        tokens = self.door.release(np.concatenate([np.r_[-1, at : at + size] for at, size in pieces]), "base").cpu().numpy()
         self.log(f"ttpp: phase:{self.phases_done + 1}/{self.cfg.phased_ttt_num_phases} pd:{sum(len(b.sizes) for b in segments)} "
                  f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
         self.world.barrier()
@@ -4012,15 +4167,17 @@ class TttRun:
         total = sum(len(b.sizes) for b in self.batches)
         prefix = max(boundaries, default=0)
         self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
-                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{len(self.data.target_bytes)}")
-        self.eta, self.data = Eta(self.eta.total), with_hints(cfg, self.world, self.data, scoring_order(cfg, segments))
+                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.door.total}")
+        self.eta = Eta(self.eta.total)
         scored: list[Batch] = []
-        for phase, (segment, documents) in enumerate(segments):
-            self.score_segment(segment, phase)
-            scored += segment
-            if documents:
-                self.learn_base(scored, documents)
-        return self.tally.score(self.world, len(self.data.target_bytes))
+        with with_hints(cfg, self.door, scoring_order(cfg, segments)).guard():
+            for phase, (segment, documents) in enumerate(segments):
+                self.score_segment(segment, phase)
+                scored += segment
+                if documents:
+                    self.door.sync()
+                    self.learn_base(scored, documents)
+            return self.door.finish()
 
 
 # ==================================================================================================
@@ -4031,8 +4188,10 @@ class Run:
     """What all stages of one run share: configuration, ranks, files, log, clock and the numbers collected so far."""
 
     def __init__(self, cfg: Config, world: World, out: Path):
-        self.cfg, self.world, self.out, self.clock = cfg, world, out, Clock(world)
+        self.cfg, self.world, self.out = cfg, world, out
         self.log = Log(out / f"{out.name if not cfg.run_id else cfg.run_id}.txt" if world.main else None)
+        self.ledger = Ledger(out / "ledger.jsonl" if world.main else None)
+        self.clock = Clock(world, lambda name, seconds: self.ledger.add("phase", dict(name=name, seconds=seconds)))
         self.checkpoint, self.weights, self.artifact = out / "checkpoint.pt", out / "final_model.pt", out / "final_model.int6.ptz"
         if cfg.compressor == "pergroup" and cfg.stage != "train":
             need_lrzip()  # before an hour of training, not after
@@ -4040,11 +4199,15 @@ class Run:
         self.data = ValData.load(cfg, self.files)
         self.result: dict[str, Any] = {}
 
+    def door(self, name: str) -> ValDoor:
+        """A pass over the validation tokens that the ledger keeps account of."""
+        return ValDoor(self.data, self.world, name, self.ledger)
+
     def diagnostic(self, name: str, key: str, forward) -> Score:
         """Score with fixed weights and log it."""
         self.clock.phase("diagnostic eval")
         start = time.perf_counter()
-        score = evaluate(self.cfg, self.world, forward, self.data)
+        score = evaluate(self.cfg, self.world, forward, self.door(key))
         self.log(f"{name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * (time.perf_counter() - start):.0f}ms")
         self.result |= {f"{key}_val_loss": score.loss, f"{key}_val_bpb": score.bpb, "val_loss": score.loss, "val_bpb": score.bpb,
                         "target_tokens": score.tokens, "val_bytes": score.bytes}
@@ -4086,7 +4249,7 @@ def train_stage(run: Run) -> GPT:
 
     def validate() -> Score:
         clock.phase("diagnostic eval")
-        score = evaluate(cfg, world, trainer.forward, run.data, trainer.looping)
+        score = evaluate(cfg, world, trainer.forward, ValDoor(run.data, world), trainer.looping)
         clock.phase("train")
         return score
 
@@ -4176,7 +4339,7 @@ def eval_stage(run: Run) -> None:
     if not cfg.ttt_enabled:
         run.result |= dict(eval_seconds=time.perf_counter() - start, ttt_val_loss=None, ttt_val_bpb=None)
         return
-    ttt = TttRun(cfg, world, model, run.data, log)
+    ttt = TttRun(cfg, world, model, run.door("ttt"), log)
     if ttt.static_rows:
         clock.phase("compile")
         warm_up_ttt(cfg, world, ttt.forward, ttt.rows, log)

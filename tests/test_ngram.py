@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import documents, tiny_config
 from hypothesis import given, settings, strategies as st
-from test_evaluation import some
+from test_evaluation import METHODS, batches_of, per_target, some
 from test_ttt import forged, ready, run_batch, run_ttt
 
 import train_gpt as tg
@@ -87,11 +87,10 @@ def test_the_tilted_probabilities_sum_to_one_and_are_a_boosted_logit(world, rand
     cfg, (V, n) = tiny_config(ngram_tilt_enabled=True), (64, 30)
     model, order = random_model(cfg), tg.layer_order(cfg, True)
     inputs = torch.randint(0, V, (1, n), generator=torch.Generator().manual_seed(0))
-    hints = np.where(np.arange(n) % 3 == 0, -1, np.arange(n) % V).astype(np.int32)
-    data, places = tg.ValData(np.zeros(n + 1), np.zeros(n), hints), np.arange(n)[None]
+    hints = np.where(np.arange(n) % 3 == 0, -1, np.arange(n) % V)
     with torch.no_grad():
         score = tg.partial(model, inputs, order=order)
-        both = [tg.graded(cfg, score, torch.full((1, n), y), data, places) for y in range(V)]
+        both = [tg.graded(score, torch.full((1, n), y), torch.from_numpy(hints)[None], cfg.token_boost) for y in range(V)]
     plain, tilted = (torch.stack([pair[i] for pair in both], -1)[0] for i in (0, 1))
     assert torch.allclose((-tilted).double().exp().sum(-1), torch.ones(n, dtype=torch.float64), atol=1e-5)  # fp32 log-softmax
     boosted = -plain.double()
@@ -109,25 +108,24 @@ def expected_tilt(cfg, data, order, nats_of) -> np.ndarray:
     return np.where(hints >= 0, tilted, nats)
 
 
-@pytest.mark.parametrize("method", ["packed", "sliding"])
-def test_the_evaluation_is_tilted(method, world, random_model):
+@pytest.mark.parametrize("method", METHODS)
+def test_the_evaluation_is_tilted(method, random_model):
     cfg, data = tiny_config(eval_method=method, **TILT), some(12)
-    model = random_model(cfg)
+    model, plain = random_model(cfg), dataclasses.replace(cfg, ngram_tilt_enabled=False)
 
     @torch.no_grad()
     def nats_of(tokens):
         out = np.full(len(tokens), np.nan)
-        for b in (tg.packed_batches if method == "packed" else tg.sliding_batches)(cfg, data, 0, 1):
-            targets = torch.from_numpy(tokens[np.minimum(b.places, len(tokens) - 1)].astype(np.int64))
-            out[b.places[b.mask.numpy()]] = model(b.inputs, targets, order=tg.layer_order(cfg, True), packing=b.packing)[b.mask]
+        for b in batches_of(cfg, data):
+            targets = torch.from_numpy(tokens[b.at].astype(np.int64))
+            nats = model(b.inputs, targets, order=tg.layer_order(cfg, True), packing=b.packing).numpy()
+            out[b.at[b.at >= 0]] = nats[b.at >= 0]
         return out
 
     expected = expected_tilt(cfg, data, range(len(data.target_bytes)), nats_of)
-    score = tg.evaluate(cfg, world, model, data)
-    assert score.loss == pytest.approx(expected.mean(), abs=1e-5)  # fp32
-    plain = tg.evaluate(dataclasses.replace(cfg, ngram_tilt_enabled=False), world, model, data)
-    assert plain.loss == pytest.approx(nats_of(data.tokens[1:]).mean(), abs=1e-5) and plain.loss != pytest.approx(score.loss, abs=1e-2)
-    assert plain[2:] == score[2:]
+    got, untilted = (per_target(c, data, model) for c in (cfg, plain))
+    assert np.abs(got - expected).max() < 1e-4 and np.abs(untilted - nats_of(data.tokens[1:])).max() < 1e-4  # fp32
+    assert np.abs(got - untilted).max() > 1
 
 
 def test_scoring_order_is_the_order_of_scoring(world, random_model):
@@ -150,8 +148,10 @@ def test_test_time_training_is_tilted_and_learns_from_the_untilted_loss(world, r
     assert right.sum() > 50 and (tilted.nats < plain.nats + 1e-3)[right].all() and wrong.any()
     assert (tilted.nats > plain.nats - 1e-3)[wrong].all() and (plain.nats - tilted.nats)[right].max() > 1
     batch = tg.document_batches(cfg, data)[-1]
-    with_hints = dataclasses.replace(data, hints=hints.astype(np.int32))
-    (_, a), (_, b) = (run_batch(c, world, ready(model), d, batch) for c, d in ((cfg, with_hints), (off, data)))
+    _, a = run_batch(off, world, ready(model), data, batch)
+    b, door = tg.Lane(cfg, world, len(batch.sizes), seed=3).lineage(batch), tg.with_hints(cfg, tg.ValDoor(data, world), order)
+    tg.score_batch(cfg, world, ready(model), door, batch, b, False)
+    assert np.array_equal(door.hints, hints) and (door.hints[door.own > 0] >= 0).any()
     for x, y in zip(a.loras, b.loras, strict=True):
         assert (x.B - y.B).norm() <= 1e-3 * y.B.norm() and y.B.norm() > 0
 
@@ -159,31 +159,14 @@ def test_test_time_training_is_tilted_and_learns_from_the_untilted_loss(world, r
 # ---------------------------------------------------------------------------------------------------- causality
 
 
-@pytest.mark.parametrize("method", ["packed", "sliding"])
-def test_no_tilted_score_depends_on_the_future(method, world, random_model):
+@pytest.mark.parametrize("method", METHODS)
+def test_no_tilted_score_depends_on_the_future(method, random_model):
     """The real loop, bit for bit: tokens behind a cut are forged."""
     cfg, data = tiny_config(eval_method=method, **TILT), some(5)
     model, total = random_model(cfg), len(data.target_bytes)
-
-    def scores(d):
-        out, real = np.full(total, np.nan), tg.graded
-
-        def graded(c, score, targets, seen, places):
-            pair = real(c, score, targets, seen, places)
-            mine = next(masks)
-            out[places[mine]] = pair[1].numpy()[mine]
-            return pair
-
-        make = tg.packed_batches if method == "packed" else tg.sliding_batches
-        masks = iter([b.mask.numpy() for b in make(cfg, d, 0, 1)])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tg, "graded", graded)
-            tg.evaluate(cfg, world, model, d)
-        return out
-
-    base = scores(data)
+    base = per_target(cfg, data, model)
     for cut in (30, total // 3, total - 2):
-        other = scores(forged(data, cut + 1, total + 1, cut))
+        other = per_target(cfg, forged(data, cut + 1, total + 1, cut), model)
         assert np.array_equal(other[:cut], base[:cut]) and not np.array_equal(other[cut:], base[cut:])
 
 

@@ -1,12 +1,13 @@
 """SLOT: the published form reads the targets it is about to score, the causal form only what was scored before."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from test_evaluation import some
+from test_evaluation import batches_of, per_target, some
 from test_ttt import forged
 
 import train_gpt as tg
@@ -20,30 +21,12 @@ def slot_config(form: str, **changes) -> tg.Config:
                                val_batch_tokens=8 * 96) | changes))  # fmt: skip
 
 
-def scores(cfg, world, model, data) -> np.ndarray:
-    """Nats of every target, recorded inside the real loop."""
-    out, places, real = np.full(len(data.target_bytes), np.nan), [], tg.graded
-
-    def graded(c, score, targets, seen, at):
-        pair = real(c, score, targets, seen, at)
-        mask = next(masks)
-        assert np.isnan(out[at[mask]]).all()
-        out[at[mask]] = pair[1].numpy()[mask]
-        places.append(at[mask])
-        return pair
-
-    masks = iter([b.mask.numpy() for b in tg.sliding_batches(cfg, data, 0, 1)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg, "graded", graded)
-        score = tg.evaluate(cfg, world, model, data)
-    assert score.loss == pytest.approx(out.mean(), rel=1e-6) and score.tokens == len(out)
-    return out
-
-
 def slow_slot(cfg, model, data) -> np.ndarray:
     """Batch by batch, with AdamW written out and only head and cross-entropy repeated."""
-    total, order, out = len(data.target_bytes), tg.layer_order(cfg, True), np.full(len(data.target_bytes), np.nan)
-    for batch in tg.sliding_batches(cfg, data, 0, 1):
+    out, order = np.full(len(data.target_bytes), np.nan), tg.layer_order(cfg, True)
+    for batch in batches_of(cfg, data):
+        targets = torch.from_numpy(data.tokens[batch.at + 1].astype(np.int64))
+        learned = torch.from_numpy(data.tokens[batch.learn + 1].astype(np.int64))
         with torch.no_grad():
             hidden = model.hidden(batch.inputs, None, order, tg.NO_ADAPTERS, None)
         alone = cfg.slot == "causal"
@@ -51,77 +34,77 @@ def slow_slot(cfg, model, data) -> np.ndarray:
         first, second = torch.zeros_like(shift), torch.zeros_like(shift)
         cap = torch.tensor(cfg.logit_softcap)
 
-        def nats(hidden=hidden, batch=batch, shift=shift, cap=cap):
-            return tg.softcapped_ce((hidden + shift) @ model.tok_emb.weight.T, batch.targets, cap, cap)
+        def nats(targets, hidden=hidden, shift=shift, cap=cap):
+            return tg.softcapped_ce((hidden + shift) @ model.tok_emb.weight.T, targets, cap, cap)
 
         for step in range(cfg.slot_steps):
             loss = torch.zeros(())
-            for row, values in enumerate(nats()):
-                learn = batch.seen[row] if alone else torch.from_numpy(batch.places[row] < total)
+            for values, learn in zip(nats(learned), batch.learn >= 0, strict=True):
                 if learn.any():
-                    loss = loss + values[learn].sum() / (int(learn.sum()) if alone else int((batch.places < total).sum()))
+                    loss = loss + values[learn].sum() / int(learn.sum() if alone else (batch.learn >= 0).sum())
             grad = torch.autograd.grad(loss, shift)[0] if loss.requires_grad else torch.zeros_like(shift)
             first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
             with torch.no_grad():
                 shift *= 1 - cfg.slot_lr * 1e-8
                 shift -= cfg.slot_lr * first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-5)
         with torch.no_grad():
-            out[batch.places[batch.mask.numpy()]] = nats()[batch.mask]
+            out[batch.at[batch.at >= 0]] = nats(targets).numpy()[batch.at >= 0]
     return out
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_equals_the_slow_loop(form, world, random_model):
-    cfg, data = slot_config(form, ngram_tilt_enabled=False), some(6)
+def test_equals_the_slow_loop(form, random_model):
+    cfg, data = slot_config(form), some(6)
     model = random_model(cfg)
-    got, plain = scores(cfg, world, model, data), scores(dataclasses.replace(cfg, slot="off"), world, model, data)
+    got, plain = per_target(cfg, data, model), per_target(dataclasses.replace(cfg, slot="off"), data, model)
     assert np.allclose(got, slow_slot(cfg, model, data), rtol=1e-3, atol=1e-3)  # fp32, through AdamW's near-sign updates
     assert np.abs(got - plain).max() > 0.1
 
 
-def test_what_a_row_has_seen_it_has_scored():
+def test_what_a_row_learns_from_it_has_scored():
     cfg, data = slot_config("causal"), some(6)
     for size in (1, 2, 5):
         covered = []
         for rank in range(size):
             scored = {}
-            for batch in tg.sliding_batches(cfg, data, rank, size):
-                for row, (places, mask, seen) in enumerate(zip(batch.places, batch.mask, batch.seen, strict=True)):
+            for batch in batches_of(cfg, data, rank, size):
+                for row, (at, learn) in enumerate(zip(batch.at, batch.learn, strict=True)):
                     before = scored.setdefault(row, set())
-                    assert set(places[seen.numpy()].tolist()) == before & set(places.tolist())
-                    before |= set(places[mask.numpy()].tolist())
+                    start = max(int(at[at >= 0].min()) - 24, 0)  # a window scores its last 8 of 32 targets
+                    assert set(learn[learn >= 0].tolist()) == before & set(range(start, start + 32))
+                    before |= set(at[at >= 0].tolist())
             covered += [place for row in scored.values() for place in row]
         assert sorted(covered) == list(range(len(data.target_bytes)))
 
 
-def influence(form: str, world, random_model, **changes) -> list[bool]:
+def influence(form: str, random_model, **changes) -> list[bool]:
     """For some cuts: does anything scored for targets before the cut move when all behind it is forged?"""
     cfg, data = slot_config(form, **changes), some(6)
     model, total = random_model(cfg), len(data.target_bytes)
-    base, moved = scores(cfg, world, model, data), []
+    base, moved = per_target(cfg, data, model), []
     for cut in (20, 45, total // 3, total // 2, total - 3):
-        other = scores(cfg, world, model, forged(data, cut + 1, total + 1, cut))
+        other = per_target(cfg, forged(data, cut + 1, total + 1, cut), model)
         assert not np.array_equal(other[cut:], base[cut:])
         moved.append(not np.array_equal(other[:cut], base[:cut]))
     return moved
 
 
-def test_published_slot_sees_the_future(world, random_model):
-    assert all(influence("published", world, random_model))
+def test_published_slot_sees_the_future(random_model):
+    assert all(influence("published", random_model))
 
 
 @pytest.mark.parametrize("changes", [{}, dict(ngram_tilt_enabled=True, token_order=4, token_threshold=0.5)])
-def test_causal_slot_does_not(changes, world, random_model):
-    assert not any(influence("causal", world, random_model, **changes))
+def test_causal_slot_does_not(changes, random_model):
+    assert not any(influence("causal", random_model, **changes))
 
 
-def test_published_slot_gains_what_it_should_not(world, random_model):
+def test_published_slot_gains_what_it_should_not(random_model):
     """Random tokens can not be predicted: whatever is gained on them comes from looking."""
     rng = np.random.default_rng(0)
     tokens = np.concatenate(([tg.BOS_ID], rng.integers(4, 64, 400))).astype(np.uint16)
     data = tg.ValData(tokens, np.ones(400, np.int32))
     model = random_model(slot_config("off"))
-    off, published, causal = (scores(slot_config(form), world, model, data).mean() for form in ("off", *FORMS))
+    off, published, causal = (per_target(slot_config(form), data, model).mean() for form in ("off", *FORMS))
     assert published < off - 0.05 and published < causal
 
 
@@ -137,6 +120,24 @@ def test_training_weights_learn_nothing_from_it(world, random_model):
     model = random_model(cfg)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     assert model.qo_bank.requires_grad
-    tg.evaluate(cfg, world, model, data)
+    tg.evaluate(cfg, world, model, tg.ValDoor(data, world))
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_account_says_who_learned_early(world, random_model, tmp_path):
+    """Published: an update from targets without a receipt, and marked so. Causal: every update comes after the receipts it needs."""
+    for form in FORMS:
+        cfg, data = slot_config(form), some(4)
+        ledger = tg.Ledger(tmp_path / f"{form}.jsonl")
+        tg.evaluate(cfg, world, random_model(cfg), tg.ValDoor(data, world, "quantized", ledger))
+        lines = [json.loads(line) for line in ledger.path.read_text().splitlines()]
+        scored, early = np.zeros(len(data.target_bytes), bool), []
+        for line in lines:
+            places = np.concatenate([np.arange(a, b) for a, b in line.get("ranges", [[0, 0]])])
+            if line["kind"] == "score":
+                scored[places] = True
+            elif line["kind"] == "update":
+                early.append(line.get("early", False))
+                assert line["what"] == "slot" and scored[places].all() != early[-1]
+        assert early and all(e == (form == "published") for e in early)
