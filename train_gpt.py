@@ -39,7 +39,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import pairwise
@@ -929,6 +929,7 @@ class Dataset:
     sidecar: tuple[Path, ...]
     manifest: dict
     manifest_sha256: str | None
+    hashes: dict[str, str | None]  # sha256 by file name, see `shard_hashes`
 
     @staticmethod
     def open(cfg: Config, need_train: bool) -> Dataset:
@@ -942,22 +943,26 @@ class Dataset:
             if not found:
                 raise RunError(f"no fineweb_{kind}_*.bin in {folder}: set DATA_PATH to a folder made by prepare_caseops_data.py or "
                                "data/download.py" + (" (or CASEOPS_ENABLED=0 for plain tokens)" if kind == "val_bytes" else ""))
-        path = folder / "manifest.json"
-        manifest, digest = {}, None
+        path, paths = folder / "manifest.json", (*train, *val, *(sidecar if cfg.caseops_enabled else ()))
+        manifest, digest, hashes = {}, None, shard_hashes(paths)
         if path.exists():
             try:
                 manifest, digest = json.loads(path.read_text()), sha256_file(path)
             except (OSError, ValueError) as e:
                 raise RunError(f"cannot read {path}: {e}; prepare the data again") from None
-            check_manifest(cfg, manifest, folder, (*train, *val, *(sidecar if cfg.caseops_enabled else ())))
-        return Dataset(train, val, sidecar, manifest, digest)
+            check_manifest(cfg, manifest, folder, paths, hashes)
+        return Dataset(train, val, sidecar, manifest, digest, hashes)
 
 
-def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path, ...]) -> None:
-    """Overlap of train and val documents, vocabulary, and size and sha256 of each file. Raises RunError.
+def shard_hashes(paths: tuple[Path, ...]) -> dict[str, str | None]:
+    """sha256 by file name; None for training shards beyond the first GB: 16 GB of FineWeb would cost a minute."""
+    sizes = np.cumsum([path.stat().st_size for path in paths])
+    return {path.name: sha256_file(path) if "_train_" not in path.name or size < 1 << 30 else None
+            for path, size in zip(paths, sizes, strict=True)}
 
-    Hashing is skipped for training shards beyond the first GB (16 GB of FineWeb would cost a minute); sizes never are.
-    """
+
+def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path, ...], hashes: dict[str, str | None]) -> None:
+    """Overlap of train and val documents, transform, vocabulary, and size and sha256 of each file. Raises RunError."""
     splits = manifest.get("splits")
     shards = [entry for split in (splits or {}).values() for entry in split.get("shards", [{}])]
     if not shards or any(key not in entry for entry in shards for key in ("file", "tokens", "sha256")):
@@ -968,16 +973,18 @@ def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path,
                        "score would be invalid; prepare the data again with one --val-docs")
     if manifest.get("vocab_size", cfg.vocab_size) != cfg.vocab_size:
         raise RunError(f"{folder}: the data was made with a vocabulary of {manifest['vocab_size']}, but VOCAB_SIZE={cfg.vocab_size}")
+    transform = "caseops" if cfg.caseops_enabled else "none"
+    if manifest.get("transform", transform) != transform:
+        raise RunError(f"{folder}: the data was made with transform {manifest['transform']!r}, but CASEOPS_ENABLED="
+                       f"{cfg.caseops_enabled:d} counts the bytes of {transform!r}")
     listed = {s["file"]: s for split in splits.values() for s in (*split.get("shards", ()), *split.get("sidecar", ()))}
-    hashed_bytes = 0
     for path in paths:
         if path.name not in listed:
             raise RunError(f"{path} is not in manifest.json: remove it or prepare the data again")
         entry, tokens = listed[path.name], read_shard(path)
         if len(tokens) != entry["tokens"]:
             raise RunError(f"{path} holds {len(tokens)} tokens, manifest.json says {entry['tokens']}; download or prepare it again")
-        hashed_bytes += tokens.nbytes
-        if ("_train_" not in path.name or hashed_bytes < 1 << 30) and sha256_file(path) != entry["sha256"]:
+        if hashes[path.name] not in (None, entry["sha256"]):
             raise RunError(f"{path} does not have the sha256 that manifest.json says; download or prepare it again")
 
 
@@ -1032,6 +1039,8 @@ class TrainLoader:
     """
 
     def __init__(self, shards: tuple[Path, ...], row_tokens: int, rows: int, vocab_size: int, position: tuple[int, int] | None = None):
+        if not shards:
+            raise RunError("there is no training data to read: evaluation, which has begun, must not")
         self.shards, self.span, self.rows, self.vocab_size = shards, row_tokens + 1, rows, vocab_size
         self.pool = ThreadPoolExecutor(1)
         self.position = position or (0, -1)  # offset -1: at the first BOS
@@ -1173,8 +1182,8 @@ def softcapped_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Ten
     cap = cap_pos if cap_pos is cap_neg else torch.where(z > 0, cap_pos, cap_neg)
     z = cap * torch.tanh(z / cap)
     z = z.to(logits.dtype).float() if round_cap else z
-    if targets.ndim == logits.ndim:
-        return -F.log_softmax(z, -1).gather(-1, targets)
+    if targets.ndim == z.ndim:
+        return z.logsumexp(-1, keepdim=True) - z.gather(-1, targets)
     return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
@@ -2724,7 +2733,7 @@ class Trainer:
         cfg = self.cfg
         if self.forward is self.model and not cfg.warmup_steps:
             return
-        model = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+        model, generator = {name: t.detach().clone() for name, t in self.model.state_dict().items()}, torch.get_rng_state()
         optimizer = copy.deepcopy(self.optimizer.state_dict())
         window = self.loader.next_step()
         if self.forward is not self.model:
@@ -2745,7 +2754,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.loader.close()
         self.loader = self.open_loader()
-        torch.manual_seed(cfg.seed)
+        torch.set_rng_state(generator)
 
     def warm_shapes(self, tokens: np.ndarray, log: Log) -> None:
         """Forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
@@ -3469,10 +3478,9 @@ def upstream_code_bytes() -> int | None:
 # ==================================================================================================
 
 class Ledger:
-    """Append-only account of a run in ledger.jsonl: each line carries the hash of the one before, so an edit breaks the chain.
+    """Append-only account of a run: a line {"n", "prev", "kind", ..., "hash"} carries the hash of the one before, an edit breaks the chain.
 
-    A line is {"n", "prev", "kind", ..., "hash"}; hash is blake2b-128, in hex, of its canonical JSON without "hash". A later stage
-    or another evaluation in the same folder goes on where the last one ended. Without a path (ranks but the first) nothing is kept.
+    A later stage or evaluation in the same folder goes on where the last one ended. Without a path (ranks but the first) nothing is kept.
     """
 
     def __init__(self, path: Path | None):
@@ -3486,7 +3494,7 @@ class Ledger:
 
     @staticmethod
     def digest(entry: dict) -> str:
-        """The hash of a line from everything else in it."""
+        """blake2b-128, in hex, of the canonical JSON of a line without its "hash"."""
         canonical = json.dumps({k: v for k, v in entry.items() if k != "hash"}, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
@@ -3505,8 +3513,7 @@ class Ledger:
 
 def state_hash(*states: Any) -> str:
     """blake2b-128, in hex, of nested states: every tensor's bytes, every other value as text."""
-    h = hashlib.blake2b(digest_size=16)
-    pending = list(states[::-1])
+    h, pending = hashlib.blake2b(digest_size=16), list(states[::-1])
     while pending:
         x = pending.pop()
         if isinstance(x, dict):
@@ -3528,35 +3535,38 @@ class Score(NamedTuple):
 
 
 def graded(forward, targets: Tensor, hints: Tensor | None, boost: float) -> tuple[Tensor, Tensor]:
-    """Nats of targets (B, n) as the model sees them, for learning, and as they count. forward(targets) -> nats.
+    """Nats of targets, (B, n) or (B, n, K), as the model sees them, for learning, and as they count. forward(targets) -> nats.
 
-    The two differ where there is a hint (B, n; -1 = none): its probability q is multiplied by e^boost and all probabilities are
+    The two differ where there is a hint, (B, n), -1 = none: its probability q is multiplied by e^boost and all probabilities are
     divided by their new sum, 1 + q (e^boost - 1), whatever the target is.
     """
     if hints is None:
         return (nats := forward(targets)), nats
-    nats, hinted = forward(torch.stack((targets, hints.clamp_min(0)), -1)).unbind(-1)
-    tilted = nats - boost * (targets == hints) + torch.log1p((-hinted).exp() * math.expm1(boost))
-    return nats, torch.where(hints < 0, nats, tilted)
+    hint = hints.unsqueeze(-1)
+    candidates = targets.view(*hints.shape, -1)
+    nats = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
+    nats, hinted = nats[..., :-1], nats[..., -1:]
+    tilted = nats - boost * (candidates == hint) + torch.log1p((-hinted).exp() * math.expm1(boost))
+    return nats.reshape(targets.shape), torch.where(hint < 0, nats, tilted).reshape(targets.shape)
 
 
 class ValDoor:
     """The one way from an evaluation to the validation tokens; target i is token i + 1.
 
-    `score` grades targets, each once; `release` hands out targets to learn from, if they have been graded; every step of an optimizer
-    needs a release. `sync` lets all ranks learn from what each has graded and writes their receipts into the ledger.
+    `score` grades targets, each once; `release` hands out graded ones to learn from; every step of an optimizer needs a release.
+    `sync` lets all ranks learn from what each has graded, and writes the receipts.
     """
 
     def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
-        self._data, self.world, self.name, self.ledger, self.total = data, world, name, ledger, len(data.target_bytes)
-        self.documents = data.documents
+        self._data, self.world, self.name, self.ledger = data, world, name, ledger
+        self.documents, self.total = data.documents, len(data.target_bytes)
         self.own, self.graded = np.zeros(self.total, np.uint8), np.zeros(self.total, bool)  # by this rank; by any, at the last sync
         self.nats = torch.zeros(self.total, device=world.device)
         self.sum = torch.zeros((), dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
-        self.tokens = self.bytes = self.steps = 0
-        self.hints, self.boost = None, 0.0                                                  # (N,), see `ngram_hints` and `graded`
-        self.fresh: dict[str, list[np.ndarray]] = {}                                        # since the last receipt, by kind
-        self.receipts: list[tuple[str, np.ndarray]] = []                                    # since the last sync
+        self.tokens, self.bytes, self.steps, self.early = 0, 0, 0, False
+        self.hints, self.boost, self.order = None, 0.0, np.arange(self.total)  # see `graded`, `ngram_hints`
+        self.fresh: dict[str, list[np.ndarray]] = {}      # graded and released since the last receipt
+        self.receipts: list[tuple[str, np.ndarray]] = []  # since the last sync
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Tokens [start, end), to be inputs."""
@@ -3565,22 +3575,21 @@ class ValDoor:
     def _targets(self, at: np.ndarray) -> Tensor:
         return torch.from_numpy(self._data.tokens[at + 1].astype(np.int64)).to(self.world.device, non_blocking=True)
 
+    def _hints(self, at: np.ndarray) -> Tensor | None:
+        return None if self.hints is None else torch.from_numpy(self.hints[at].astype(np.int64)).to(self.world.device, non_blocking=True)
+
     def score(self, at: np.ndarray, forward) -> Tensor:
-        """Grade. at (B, n): targets, -1 = none; forward(targets (B, n) int64) -> nats (B, n), which come back and, with a bonus or
-        malus where there is a hint, are recorded.
+        """Grade. at (B, n): targets, -1 = none; forward(targets (B, n) int64) -> nats (B, n), which come back; as `graded`, they count.
 
         Raises RunError when one of them has been graded before.
         """
-        flat = np.flatnonzero(at >= 0)
+        flat, device = np.flatnonzero(at >= 0), self.world.device
         index = at.reshape(-1)[flat]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
             raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
-        self.steps = 0
-        device = self.world.device
-        hints = None if self.hints is None else torch.from_numpy(self.hints[at].astype(np.int64)).to(device, non_blocking=True)
-        nats, counted = graded(forward, self._targets(at), hints, self.boost)
-        flat, on_device = (torch.from_numpy(a).to(device, non_blocking=True) for a in (flat, index))
-        self.nats[on_device] = counted = counted.detach().reshape(-1)[flat].float()
+        self.steps, (nats, counted) = 0, graded(forward, self._targets(at), self._hints(at), self.boost)
+        counted = counted.detach().reshape(-1)[torch.from_numpy(flat).to(device, non_blocking=True)].float()
+        self.nats[torch.from_numpy(index).to(device, non_blocking=True)] = counted
         self.sum += counted.to(self.sum.dtype).sum()
         self.own[index] = 1
         self.tokens, self.bytes = self.tokens + len(index), self.bytes + int(self._data.target_bytes[index].sum())
@@ -3588,29 +3597,28 @@ class ValDoor:
         return nats
 
     def release(self, at: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
-        """Targets to learn from; one step of an optimizer may follow, with what = "base" any number until the next `score`.
+        """Targets to learn from, as for `score`; one step of an optimizer may follow, with what = "base" any number until `score`.
 
-        at: as for `score`; -1 gives the BOS that everybody knows. Raises RunError when one of them has not been graded; `early` skips
-        that check for methods that break the rule: the ledger says so, and the verdict follows.
+        Raises RunError when one of them has not been graded; `early`, for methods that break the rule, puts that into the ledger instead.
         """
         index = at[at >= 0]
-        ready = (self.own[index] | self.graded[index]).all()
+        ready = bool((self.own[index] | self.graded[index]).all())
         if not ready and not early:
             raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
+        self.early |= not ready
         self.steps = 1 if what == "adapters" else math.inf
         self.fresh.setdefault(what if ready else f"early {what}", []).append(index)
         return self._targets(at)
 
-    def before_step(self, *_) -> None:
-        """Hook of every optimizer while the door is guarded. Raises RunError: what it learns from was not released."""
-        if self.steps < 1:
-            raise RunError(f"{self.name}: an optimizer step in evaluation on nothing that was released for learning: a bug, report it")
-        self.steps -= 1
-
     @contextlib.contextmanager
     def guard(self):
-        """While evaluating: no step of any torch optimizer without a release."""
-        handle = register_optimizer_step_pre_hook(self.before_step)
+        """Meanwhile every step of a torch optimizer without a release raises RunError."""
+        def before_step(*_):
+            if self.steps < 1:
+                raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: a bug, please report it")
+            self.steps -= 1
+
+        handle = register_optimizer_step_pre_hook(before_step)
         try:
             yield
         finally:
@@ -3621,19 +3629,18 @@ class ValDoor:
         return self.sum.item(), self.tokens, self.bytes
 
     def receipt(self) -> None:
-        """Close an account: one score line and one update line for everything since the last one."""
+        """One line for what was scored, and one for what was learned from, since the last receipt."""
         self.receipts += [(kind, np.unique(np.concatenate(index))) for kind, index in self.fresh.items()]
         self.fresh = {}
 
     def entry(self, nats: np.ndarray, kind: str, index: np.ndarray) -> tuple[str, dict]:
         """Ledger line of a receipt: ranges [a, b) of targets, and for scores nats and bytes of each range."""
         starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)
-        ranges = np.stack((index[starts], index[np.append(starts[1:], len(index)) - 1] + 1), 1).tolist()
+        line = {"pass": self.name, "ranges": np.stack((index[starts], index[np.append(starts[1:], len(index)) - 1] + 1), 1).tolist()}
         if kind != "score":
-            return "update", dict(ranges=ranges, what=kind.removeprefix("early "), **{"pass": self.name}) | (
-                dict(early=True) if kind.startswith("early ") else {})
+            return "update", line | dict(what=kind.removeprefix("early "), early=kind.startswith("early "))
         sums = (np.add.reduceat(a[index].astype(t), starts).tolist() for a, t in ((nats, np.float64), (self._data.target_bytes, np.int64)))
-        return "score", dict(zip(("nats", "bytes"), sums, strict=True), ranges=ranges, **{"pass": self.name})
+        return "score", line | dict(zip(("nats", "bytes"), sums, strict=True))
 
     def sync(self) -> None:
         """Merge the ranks, all together. Raises RunError when two of them have graded the same target."""
@@ -3644,11 +3651,9 @@ class ValDoor:
         if (counts > 1).any():
             raise RunError(f"{self.name}: two ranks scored the same targets: a bug, please report it")
         nats = self.nats.cpu().numpy()
-        entries = [self.entry(nats, kind, index) for kind, index in self.receipts if len(index)]
-        self.receipts = []
-        for of_rank in self.world.gather(entries) if self.ledger is not None else ():
-            for kind, payload in of_rank:
-                self.ledger.add(kind, payload)
+        entries, self.receipts = [self.entry(nats, *receipt) for receipt in self.receipts if len(receipt[1])], []
+        for line in (line for lines in self.world.gather(entries) for line in lines) if self.ledger is not None else ():
+            self.ledger.add(*line)
 
     def finish(self) -> Score:
         """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target. Raises RunError when one was left out."""
@@ -3665,6 +3670,177 @@ class ValDoor:
             self.ledger.add("tokens", {"pass": self.name, "file": path.name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
         total = float(nats.sum(dtype=np.float64))
         return Score(total / count, total / math.log(2) / size, count, size)
+
+
+class Watch:
+    """What Python opens, connects to and starts while `on`: an audit hook. It cannot be removed, so `open_watch` makes one."""
+
+    def __init__(self):
+        self.on, self.seen = False, []
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, args: tuple) -> None:
+        if self.on and event in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+            self.seen.append((event, args[1] if event == "socket.connect" else args[0]))
+
+    def strangers(self, data: Path, ours: list[Path]) -> list[str]:
+        """What an evaluation has no business with: data but `ours`, files of neither Python, the system nor the run, other machines."""
+        system = [sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib"]
+        ours, places = (tuple(str(Path(path).resolve()) for path in paths) for paths in (ours, [*system, Path(__file__).parent]))
+        programs, found = ("lrzip", "gcc", "g++", "cc", "c++", "clang", "ptxas", "ldconfig", "python"), {}
+        for event, what in self.seen:
+            path = str(Path(os.fsdecode(what)).resolve()) if isinstance(what, (str, bytes, os.PathLike)) else ""
+            place = (path.startswith(places) and not path.startswith(f"{data.resolve()}{os.sep}")) or ".cache/" in path
+            near = not isinstance(what, tuple) or what[0] in ("127.0.0.1", "::1", "localhost")
+            fine = {"open": not path or path.startswith(ours) or place, "socket.connect": near}
+            if not fine.get(event, Path(path).name.startswith(programs)):
+                found[f"{event} {path or what}"] = None
+        return list(found)
+
+
+open_watch = cache(Watch)
+Finding = tuple[str, str]  # a verdict, and the evidence in one line
+SEVERITY = ("FAIL", "NEEDS-RULING", "NOT-MEASURED", "PASS")
+RULES = (  # rule, what it asks, the findings that decide it
+    ("R1", "artifact and code fit the cap", ("bytes",)),
+    ("R2", "training and evaluation in time", ("P7",)),
+    ("R3", "no validation document in the training data", ("P9",)),
+    ("R4", "every target once, every byte of the text once", ("P4", "P5", "P10")),
+    ("R5", "a distribution over the vocabulary, fixed before its target", ("P2",)),
+    ("R6", "a score depends on its past in its document alone", ("P1", "P3")),
+    ("R7", "scored before learned from, by the artifact's weights", ("order",)),
+    ("R8", "warm-up leaves no trace", ("P6",)),
+    ("R9", "evaluation reads artifact and validation data alone", ("P11",)),
+    ("R10", "seeds declared before the first run", ("P12",)),
+    ("R11", "the score follows from the nats of its tokens", ("sum",)),
+    ("R12", "the artifact alone gives the same score elsewhere", ("P8",)),
+)
+UNRULED = (  # rule, when, what no maintainer has ruled on
+    ("R7", lambda c: c.slot == "causal", "a shift of the hidden states learned from scored targets (SLOT, issue #1336)"),
+    ("R4", lambda c: not c.caseops_enabled, "bytes are those of the normalized pieces, not of a sidecar"),
+)
+
+
+def holds(good: bool, evidence: str, known: bool = True) -> Finding:
+    return ("PASS" if good else "FAIL") if known else "NOT-MEASURED", evidence
+
+
+def worst(findings: list[Finding]) -> Finding:
+    """The gravest verdict, with the evidence of all that share it."""
+    verdict = min((v for v, _ in findings), key=SEVERITY.index)
+    return verdict, "; ".join(text for v, text in findings if v == verdict)
+
+
+def verdicts(cfg: Config, findings: dict[str, Finding]) -> dict[str, Finding]:
+    """Rule by rule. What nobody looked at is NOT-MEASURED."""
+    missing = ("NOT-MEASURED", "AUDIT=off" if cfg.audit == "off" else "no part of this stage")
+    unruled = {rule: [("NEEDS-RULING", why) for r, applies, why in UNRULED if r == rule and applies(cfg)] for rule, *_ in RULES}
+    return {rule: worst([findings.get(name, missing) for name in names] + unruled[rule] * bool(findings)) for rule, _, names in RULES}
+
+
+class ProbeDoor(ValDoor):
+    """Where target `watch` is scored, it asks for the nats of the whole vocabulary too: `row` at that target, `excess` anywhere near it."""
+
+    def __init__(self, data: ValData, world: World, watch: int, vocab: int):
+        super().__init__(data, world, "probe")
+        self.watch, self.vocab, self.row, self.excess = watch, vocab, None, math.inf
+
+    def score(self, at: np.ndarray, forward) -> Tensor:
+        if (at == self.watch).any():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # one shape, once: not worth a graph
+                whole = torch.arange(self.vocab, device=self.world.device).expand(*at.shape, -1)
+                nats = graded(forward, whole, self._hints(at), self.boost)[1].cpu()
+            self.excess = float((nats[torch.from_numpy(at >= 0)].double().neg().exp().sum(-1) - 1).abs().max())
+            self.row = nats[torch.from_numpy(at == self.watch)]
+        return super().score(at, forward)
+
+
+def short_stream(data: ValData, count: int, length: int, generator: np.random.Generator) -> ValData:
+    """The first `length` tokens of `count` random documents that have so many, or of the longest ones."""
+    starts, ends = data.documents()
+    sizes, count = ends - starts, min(count, len(starts))
+    enough = np.flatnonzero(sizes >= length)
+    picked = generator.choice(enough, count, replace=False) if len(enough) >= count else np.argsort(sizes)[-count:]
+    tokens = np.append(np.concatenate([data.tokens[starts[i] : starts[i] + min(sizes[i], length)] for i in picked]), BOS_ID)
+    return ValData(tokens.astype(np.uint16), np.ones(len(tokens) - 1, np.int32))
+
+
+def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, length: int, rounds: int, seed: int,
+                  alone: bool = True) -> dict[str, Finding]:
+    """P1 forged future, P2 sum over the vocabulary, P3 neighbours, on short streams. replay(door): the scored pass, starting afresh.
+
+    A stream is scored as it is, and with one document forged from a random target on. All that comes before it and, if each
+    document is scored `alone`, all others must keep the same bits; so must the distribution at the first forged target, which adds
+    up to one.
+    """
+    generator, past, others, row, excess = np.random.Generator(np.random.PCG64(seed)), 0.0, 0.0, 0.0, 0.0
+    for _ in range(rounds):
+        true = short_stream(data, count, length, generator)
+        starts, ends = true.documents()
+        start, end = starts[len(starts) // 2], ends[len(starts) // 2]
+        if end - start < 3:
+            return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", "the documents are too short"))
+        cut = int(generator.integers(start + (end - start) // 3, end - 1))  # token cut + 1 is the first to be forged
+        tokens = true.tokens.astype(np.int64)
+        tokens[cut + 1 : end] = 2 + (tokens[cut + 1 : end] - 1 + generator.integers(0, vocab - 3, end - cut - 1)) % (vocab - 2)
+        doors = [ProbeDoor(ValData(t, true.target_bytes), world, cut, vocab) for t in (true.tokens, tokens.astype(np.uint16), true.tokens)]
+        for door in doors[:2]:
+            replay(door)
+        moved = (doors[1].nats - doors[0].nats).abs().cpu().numpy()
+        before = np.concatenate((doors[0].order[: int(np.flatnonzero(doors[0].order == cut)[0])], np.arange(start, cut)))
+        past, others = max(past, moved[before].max(initial=0.0)), max(others, np.delete(moved, np.s_[start:end]).max(initial=0.0))
+        row, excess = max(row, float((doors[1].row - doors[0].row).abs().max())), max(excess, doors[0].excess)
+        if max(row, past, others) > 0:
+            replay(doors[2])
+            if noise := float((doors[2].nats - doors[0].nats).abs().max()):
+                return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", f"scoring the same text twice differs by {noise:.2g} nats here"))
+    return dict(
+        P1=holds(past == row == 0, f"a forged future moves the scores before it by {past:.3g}, its own distribution by {row:.3g} nats"),
+        P2=holds(excess < 1e-4 and row == 0, f"sums over {vocab} tokens are off by {excess:.2g}"),
+        P3=holds(others == 0 or not alone, f"a forged document moves scores of its {count - 1} neighbours by {others:.3g} nats"
+                 f"{'' if alone else ', who may look back at it'}"))
+
+
+def document_hashes(tokens: np.ndarray, offset: int, length: int) -> np.ndarray:
+    """64-bit hash of tokens [offset, offset + length) of every document, 0 for those without the first of them."""
+    starts = np.flatnonzero(tokens == BOS_ID)
+    ends, h = np.append(starts[1:], len(tokens)), np.zeros(len(starts), np.uint64)
+    for at in (starts + offset + j for j in range(length)):
+        token = np.where(at < ends, tokens[np.minimum(at, len(tokens) - 1)], 0).astype(np.uint64)
+        h = (h ^ token ^ (h >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
+    return np.where(starts + offset < ends, h, np.uint64(0))
+
+
+def probe_overlap(shards: tuple[Path, ...], val: np.ndarray, seconds: float) -> dict[str, Finding]:
+    """P9: validation documents whose first 64 tokens start a training document; and others that share 32 tokens further in."""
+    spans, deadline, read = ((1, 64), (65, 32), (129, 32), (257, 32)), time.perf_counter() + seconds, 0
+    ours = [document_hashes(val, *span) for span in spans]
+    hits = np.zeros((len(spans), len(ours[0])), bool)
+    while read < len(shards) and time.perf_counter() < deadline:
+        tokens, read = np.array(read_shard(shards[read])), read + 1
+        hits |= [np.isin(hashes, document_hashes(tokens, *span)) & (hashes > 0) for hashes, span in zip(ours, spans, strict=True)]
+    exact, near = int(hits[0].sum()), int((hits[1:].any(0) & ~hits[0]).sum())
+    verdict = "PASS" if not exact else "FAIL" if exact > 0.01 * len(ours[0]) else "NEEDS-RULING"
+    return dict(P9=(verdict, f"{exact} of {len(ours[0])} documents are in {read} of {len(shards)} training shards, {near} more in part"))
+
+
+def probe_round_trip(cfg: Config, data: ValData, count: int, seed: int) -> Finding:
+    """P10: documents decoded to text must have the bytes that were counted for them, and give the same tokens when encoded again."""
+    try:
+        import sentencepiece
+        decode = importlib.import_module("lossless_caps").decode if cfg.caseops_enabled else str
+        model = sentencepiece.SentencePieceProcessor(model_file=str(cfg.tokenizer_file))
+    except (ImportError, OSError, RuntimeError) as e:
+        return "NOT-MEASURED", f"the text cannot be decoded here: {str(e).splitlines()[0]}"
+    starts, broken, lost, total = data.documents()[0], 0, 0, 0
+    ends = np.append(starts[1:], len(data.tokens))
+    picked = np.random.Generator(np.random.PCG64(seed)).choice(len(starts), min(count, len(starts)), replace=False)
+    for start, end in zip(starts[picked].tolist(), ends[picked].tolist(), strict=True):
+        ids, counted = data.tokens[start + 1 : end].tolist(), int(data.target_bytes[start : end - 1].sum())
+        coded = model.decode(ids)
+        missing = abs(counted - len(decode(coded).encode()))
+        broken, lost, total = broken + bool(missing or model.encode(coded) != ids), lost + missing, total + counted
+    return ("NEEDS-RULING" if broken else "PASS"), f"{broken} of {len(picked)} documents and {lost} of {total} bytes do not come back"
 
 
 # ==================================================================================================
@@ -3707,8 +3883,9 @@ def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torc
     return hints.cpu().numpy()
 
 
-def with_hints(cfg: Config, door: ValDoor, order: np.ndarray) -> ValDoor:
-    """The door with the guesses that NGRAM_TILT_ENABLED asks for; belongs inside the evaluation's clock. order: see `ngram_hints`."""
+def prepare(cfg: Config, door: ValDoor, order: np.ndarray) -> ValDoor:
+    """Tell the door in which order its targets come, and the guesses that NGRAM_TILT_ENABLED asks for. On the evaluation's clock."""
+    door.order = order
     if cfg.ngram_tilt_enabled:
         device = door.world.device if door.world.device.type == "cuda" else "cpu"
         door.hints, door.boost = ngram_hints(cfg, door.read(0, door.total + 1), order, device), cfg.token_boost
@@ -3792,7 +3969,7 @@ def slot_shift(cfg: Config, door: ValDoor, score, learn: np.ndarray) -> Tensor:
 def evaluate(cfg: Config, world: World, forward, door: ValDoor, looping: bool = True) -> Score:
     """Score everything behind the door with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
     order, batches = layer_order(cfg, looping), packed_batches if cfg.eval_method == "packed" else sliding_batches
-    with with_hints(cfg, door, np.arange(door.total)).guard():
+    with prepare(cfg, door, np.arange(door.total)).guard():
         for batch in batches(cfg, door, world.rank, world.size):
             packing = batch.packing and Packing(batch.packing.cu_seqlens.to(world.device), batch.packing.max_len)
             score = partial(forward, batch.inputs.to(world.device), order=order, packing=packing)
@@ -4096,13 +4273,13 @@ def warm_up_ttt(cfg: Config, world: World, forward, rows: int, log: Log) -> None
 
 
 class TttRun:
-    """One scored evaluation with test-time training: its door, its clock and its log lines."""
+    """One scored evaluation with test-time training: its door, its clock and its log lines. like: a run whose graphs it can use."""
 
-    def __init__(self, cfg: Config, world: World, model: GPT, door: ValDoor, log: Log):
+    def __init__(self, cfg: Config, world: World, model: GPT, door: ValDoor, log: Log, like: TttRun | None = None):
         self.cfg, self.world, self.model, self.door, self.log = cfg, world, model, door, log
-        self.forward = compile_forward(model, cfg, world, dynamic=None)
+        self.forward = like.forward if like else compile_forward(model, cfg, world, dynamic=None)
         self.batches = document_batches(cfg, door)
-        self.rows = max(len(b.sizes) for b in self.batches)
+        self.rows = like.rows if like else max(len(b.sizes) for b in self.batches)
         self.static_rows = 0 if self.forward is model else self.rows
         self.phases_done = self.scored_docs = 0
         self.reported = {int(n) for n in filter(None, cfg.ttt_eval_batches.split(","))}
@@ -4170,7 +4347,7 @@ class TttRun:
                  f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.door.total}")
         self.eta = Eta(self.eta.total)
         scored: list[Batch] = []
-        with with_hints(cfg, self.door, scoring_order(cfg, segments)).guard():
+        with prepare(cfg, self.door, scoring_order(cfg, segments)).guard():
             for phase, (segment, documents) in enumerate(segments):
                 self.score_segment(segment, phase)
                 scored += segment
@@ -4196,12 +4373,33 @@ class Run:
         if cfg.compressor == "pergroup" and cfg.stage != "train":
             need_lrzip()  # before an hour of training, not after
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
-        self.data = ValData.load(cfg, self.files)
+        self.data, self.train_shards = ValData.load(cfg, self.files), len(self.files.train)
         self.result: dict[str, Any] = {}
+        self.findings: dict[str, Finding] = {}
+        self.warm_ups, self.weight_hashes, self.scored_pass = [], [], ""
 
     def door(self, name: str) -> ValDoor:
         """A pass over the validation tokens that the ledger keeps account of."""
-        return ValDoor(self.data, self.world, name, self.ledger)
+        self.scored_pass, self.scored = name, ValDoor(self.data, self.world, name, self.ledger)
+        return self.scored
+
+    def probe(self, check, *args) -> None:
+        """check(*args) -> {id: finding}, by rank 0, into the ledger with its cost. Nothing where AUDIT=off."""
+        if self.cfg.audit != "off" and self.world.main:
+            start, found = time.perf_counter(), check(*args)
+            seconds = (time.perf_counter() - start) / len(found)
+            for name, (verdict, evidence) in found.items():
+                self.ledger.add("probe", dict(id=name, verdict=verdict, evidence=evidence, seconds=seconds))
+            self.findings |= found
+
+    @contextlib.contextmanager
+    def unchanged(self, state):
+        """Around a warm-up, after which what state() returns and the random generators must be what they were (P6)."""
+        before = state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
+        yield
+        after = state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
+        self.warm_ups.append((before[:8], after[:8]))
+        self.ledger.add("warmup", dict(before=before, after=after))
 
     def diagnostic(self, name: str, key: str, forward) -> Score:
         """Score with fixed weights and log it."""
@@ -4214,10 +4412,22 @@ class Run:
         return score
 
 
+def environment(world: World) -> dict:
+    """Versions and machine."""
+    return dict(hardware=hardware_name(world), python_version=platform.python_version(), torch_version=torch.__version__,
+                triton_version=triton.__version__ if triton else None, world_size=world.size)
+
+
 def log_start(run: Run, env) -> None:
     """Overrides, variables without effect, the whole configuration and the source: a log is a complete account of its run."""
-    cfg, log = run.cfg, run.log
-    script = Path(__file__)
+    cfg, log, files = run.cfg, run.log, run.files
+    script, tokenizer = Path(__file__), cfg.tokenizer_file
+    run.ledger.add("start", dict(
+        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage, code_sha256=sha256_file(script),
+        config_hash=config_hash(cfg), overrides=overrides(cfg), seed=cfg.seed, seeds_declared=cfg.seeds_declared, audit=cfg.audit,
+        manifest_sha256=files.manifest_sha256, shards=files.hashes,
+        tokenizer_sha256=sha256_file(tokenizer) if tokenizer.exists() else files.manifest.get("tokenizer_sha256"),
+        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()), environment=environment(run.world)))
     log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, torch {torch.__version__}, "
         f"python {platform.python_version()}")
     log("overrides: " + (" ".join(f"{k}={v}" for k, v in overrides(cfg).items()) or "none"))
@@ -4227,7 +4437,7 @@ def log_start(run: Run, env) -> None:
     for f in sorted(fields(cfg), key=lambda f: f.name):
         log(f"  {f.name}: {getattr(cfg, f.name)}", console=False)
     log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
-    log(f"train_shards: {len(run.files.train)}")
+    log(f"train_shards: {run.train_shards}")
     log(f"val_tokens: {len(run.data.target_bytes)}")
     kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel)
     attention, _, trials = choose_attention(cfg.attn_backend, run.world)
@@ -4240,7 +4450,8 @@ def train_stage(run: Run) -> GPT:
     trainer = Trainer(cfg, world, run.files)
     log_training_start(cfg, trainer, log)
     clock.phase("compile")
-    trainer.warm_up(log)
+    with run.unchanged(trainer.state):
+        trainer.warm_up(log)
     if cfg.resume:
         if not run.checkpoint.exists():
             raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
@@ -4285,9 +4496,6 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
     world.synchronize()
     run.result["calib_seconds"] = time.perf_counter() - start
     log(f"GPTQ:collected {len(hessians.H)} Hessians in {run.result['calib_seconds']:.1f}s")
-    spent = run.result.get("train_seconds", 0) + run.result["calib_seconds"]
-    if cfg.max_wallclock_seconds and spent > cfg.max_wallclock_seconds:
-        log(f"budget: training and calibration took {spent:.1f}s, more than MAX_WALLCLOCK_SECONDS: raise GPTQ_RESERVE_SECONDS")
     clock.phase("quantize")
     if world.main:
         stored = quantize(cfg, model.state_dict(), hessians, log)
@@ -4323,40 +4531,99 @@ def count_bytes(run: Run) -> None:
         bytes_by_part=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script),
         code_bytes_upstream_convention=upstream, bytes_total=total,
         over_cap=total > ARTIFACT_CAP_BYTES)
+    run.ledger.add("artifact", dict(file=artifact.name, sha256=run.result["artifact_sha256"], bytes=model, code_bytes=code))
+
+
+def note_weights(run: Run, model: GPT, when: str) -> None:
+    """The hash of all parameters: what was loaded must be what scores the first target."""
+    run.weight_hashes.append(state_hash(model.state_dict()))
+    run.ledger.add("weights", dict(when=when, sha256=run.weight_hashes[-1]))
 
 
 def eval_stage(run: Run) -> None:
-    """Load the artifact from its bytes, score it as it is, then with test-time training."""
+    """Load the artifact from its bytes, score it as it is, then with test-time training, and look at how that was done."""
     cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
     clock.phase("unpack")
+    run.files, watch = replace(run.files, train=()), open_watch()
+    watch.on, watch.seen = True, []
     start = time.perf_counter()
     model = load_artifact(cfg, world, run.artifact)
     log(f"Deserialize: decompression and dequantization done in {time.perf_counter() - start:.1f}s")
+    note_weights(run, model, "loaded")
     run.result["model_params"] = sum(p.numel() for p in model.parameters())
     count_bytes(run)
-    start = time.perf_counter()
-    score = run.diagnostic("diagnostic quantized", "quantized", compile_forward(model, cfg, world))
+    forward = compile_forward(model, cfg, world)
     if not cfg.ttt_enabled:
-        run.result |= dict(eval_seconds=time.perf_counter() - start, ttt_val_loss=None, ttt_val_bpb=None)
-        return
-    ttt = TttRun(cfg, world, model, run.door("ttt"), log)
-    if ttt.static_rows:
-        clock.phase("compile")
-        warm_up_ttt(cfg, world, ttt.forward, ttt.rows, log)
-    clock.phase("eval")
-    log("beginning TTT eval timer")
+        note_weights(run, model, "first_score")
     start = time.perf_counter()
-    score = ttt.run()
-    world.synchronize()
-    seconds = time.perf_counter() - start
-    log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
-    log(f"total_eval_time:{seconds:.1f}s")
-    run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb, target_tokens=score.tokens,
-                       val_bytes=score.bytes, eval_seconds=seconds)
+    score, ttt = run.diagnostic("diagnostic quantized", "quantized", forward), None
+    run.result |= dict(eval_seconds=time.perf_counter() - start, ttt_val_loss=None, ttt_val_bpb=None)
+    if cfg.ttt_enabled:
+        ttt = TttRun(cfg, world, model, run.door("ttt"), log)
+        if ttt.static_rows:
+            clock.phase("compile")
+            with run.unchanged(model.state_dict):
+                warm_up_ttt(cfg, world, ttt.forward, ttt.rows, log)
+        note_weights(run, model, "first_score")
+        clock.phase("eval")
+        log("beginning TTT eval timer")
+        start = time.perf_counter()
+        score = ttt.run()
+        world.synchronize()
+        seconds = time.perf_counter() - start
+        log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
+        log(f"total_eval_time:{seconds:.1f}s")
+        run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb,
+                           target_tokens=score.tokens, val_bytes=score.bytes, eval_seconds=seconds)
+    watch.on = False
+    clock.phase("audit")
+    alone, mini = World(0, 1, world.device, world.dtype), replace(cfg, phased_ttt_enabled=False, max_eval_seconds=0.0, ttt_eval_batches="")
+
+    def replay(door: ValDoor) -> Score:
+        return TttRun(mini, alone, model, door, Log(None), ttt).run() if ttt else evaluate(mini, alone, forward, door)
+
+    count, length = (min(3, cfg.ttt_batch_size), 4 * chunk_size(cfg, 2)) if ttt else (3, 128)
+    if cfg.eval_method == "sliding":  # windows that a short stream fills
+        mini = replace(mini, eval_seq_len=min(cfg.eval_seq_len, 64), eval_stride=min(cfg.eval_stride, 16), val_batch_tokens=8)
+    run.probe(probe_scoring, run.data, alone, cfg.vocab_size, replay, count, length, 16 if cfg.audit == "full" else 1, cfg.seed,
+              not cfg.ngram_tilt_enabled and (ttt is not None or cfg.eval_method == "packed"))
+    ours = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *run.files.val, *run.files.sidecar]
+    strangers = sorted(set().union(*world.gather(watch.strangers(cfg.shards_path, ours))))
+    run.probe(score_findings, run, score, run.scored.early, strangers)
+    world.barrier()
+
+
+def score_findings(run: Run, score: Score, early: bool, strangers: list[str]) -> dict[str, Finding]:
+    """Findings from what lies on the table: sizes, clocks, hashes, coverage, and the score computed again from its file."""
+    cfg, result, seconds, weights = run.cfg, run.result, run.clock.seconds, [digest[:8] for digest in run.weight_hashes]
+    total, said = sum(len(read_shard(p)) for p in run.files.val) - 1, run.files.manifest.get("splits", {}).get("val", {}).get("bytes")
+    good, lossy = score.tokens == total and score.bytes == said, said is not None and score.tokens == total and score.bytes < said
+    covered = holds(good, f"{score.tokens} of {total} targets, {score.bytes} of {said or '?'} bytes", bool(said) or score.tokens != total)
+    trained = (result.get("train_seconds") or math.nan) + result.get("calib_seconds", 0)
+    clocks = ((trained, cfg.max_wallclock_seconds, ("train", "calibrate", "quantize", "pack")),
+              (result["eval_seconds"], cfg.max_eval_seconds, ("unpack", "diagnostic eval", "eval")))
+    late = any(budget and spent > budget for spent, budget, _ in clocks)
+    times = [f"{spent:.1f} of {budget:g} s (strict {sum(seconds.get(p, 0) for p in phases):.1f})" for spent, budget, phases in clocks]
+    nats = np.load(run.out / f"token_nats_{run.scored_pass}.npy").sum(dtype=np.float64)
+    off = abs(float(nats) / math.log(2) / int(run.data.target_bytes.sum()) - score.bpb)
+    declared = [int(seed) for seed in filter(None, cfg.seeds_declared.split(","))]
+    packer = "; unpacking needs the lrzip program" if cfg.compressor == "pergroup" else ""
+    return dict(
+        bytes=holds(not result["over_cap"], f"{result['bytes_total']:,} of {ARTIFACT_CAP_BYTES:,} bytes{packer}"),
+        order=holds(weights[0] == weights[1] and not early, f"weights {weights[0]} when loaded, {weights[1]} at the first score; learned "
+                    f"from {'unscored' if early else 'scored'} targets"),
+        P4=("NEEDS-RULING", covered[1]) if lossy else covered, P5=holds(True, f"{score.tokens:,} targets, each once, by the door"),
+        P6=holds(all(a == b for a, b in run.warm_ups), f"hashes of the state before and after: {run.warm_ups}", bool(run.warm_ups)),
+        P7=holds(not late, f"train {times[0]}, eval {times[1]}", late or all(budget and spent == spent for spent, budget, _ in clocks)),
+        P8=("NOT-MEASURED", "tools/audit.py rescore does it"),
+        P10=probe_round_trip(cfg, run.data, 1 << 30 if cfg.audit == "full" else 8, cfg.seed),
+        P11=holds(not strangers, f"strange among the files, sockets and programs: {', '.join(strangers[:3]) or 'none'}"),
+        P12=holds(cfg.seed in declared, f"seed {cfg.seed}, declared: {declared}", bool(declared)),
+        sum=holds(off <= 1e-9, f"bits per byte from token_nats_{run.scored_pass}.npy differ by {off:.1g}"))
 
 
 def finish(run: Run) -> None:
-    """Complete the result, write result.json, print the table and the one JSON line."""
+    """Complete the result, judge it, write result.json, print the tables and the one JSON line."""
     cfg, world, files, manifest = run.cfg, run.world, run.files, run.files.manifest.get("splits", {})
     phases = run.clock.table()
     documents = {split: (lambda d: d[1] - d[0])(manifest.get(split, {}).get("documents", [0, 0])) or None for split in ("train", "val")}
@@ -4366,13 +4633,16 @@ def finish(run: Run) -> None:
         schema_version=1, run_id=run.out.name if not cfg.run_id else cfg.run_id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
         overrides=overrides(cfg), config_hash=config_hash(cfg), **dict.fromkeys(keys)) | run.result | dict(
         val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]), wall_seconds=sum(p["seconds"] for p in phases),
-        phases=phases, peak_mem_mib=max(p["peak_mib"] for p in phases), world_size=world.size, hardware=hardware_name(world),
-        python_version=platform.python_version(), torch_version=torch.__version__,
-        triton_version=triton.__version__ if triton else None,
-        data=dict(manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents["train"],
+        phases=phases, peak_mem_mib=max(p["peak_mib"] for p in phases), **environment(world),
+        data=dict(manifest_sha256=files.manifest_sha256, train_shards=run.train_shards, docs_train=documents["train"],
                   train_tokens=manifest.get("train", {}).get("tokens"), docs_val=documents["val"],
                   tokenizer_sha256=files.manifest.get("tokenizer_sha256")),
         train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)
+    judged = verdicts(cfg, run.findings)
+    run.ledger.add("verdicts", judged)
+    run.ledger.add("end", dict(val_loss=result["val_loss"], val_bpb=result["val_bpb"], tokens=result.get("target_tokens"),
+                               bytes=result.get("val_bytes"), **{"pass": run.scored_pass}))
+    result["audit"] = dict(mode=cfg.audit, verdicts=judged, findings=run.findings, lines=run.ledger.lines, last_hash=run.ledger.last)
     if world.main:
         curve = result.pop("loss_curve", None)
         if curve:
@@ -4395,7 +4665,11 @@ def summary_table(result: dict) -> list[str]:
         lines += [f"  {'code':<26}{result['code_bytes']:>10,}", f"{'total':<28}{result['bytes_total']:>10,}  of {ARTIFACT_CAP_BYTES:,}"]
     lines += ["", f"{'phase':<28}{'seconds':>10}{'peak MiB':>10}"]
     lines += [f"  {p['name']:<26}{p['seconds']:>10.1f}{p['peak_mib']:>10}" for p in result["phases"]]
-    return [*lines, f"{'wall':<28}{result['wall_seconds']:>10.1f}{result['peak_mem_mib']:>10}", ""]
+    lines += [f"{'wall':<28}{result['wall_seconds']:>10.1f}{result['peak_mem_mib']:>10}", ""]
+    for rule, asks, _ in RULES:
+        verdict, evidence = result["audit"]["verdicts"][rule]
+        lines.append(f"{rule:<4}{verdict:<14}{asks}: {evidence}")
+    return [*lines, ""]
 
 
 def run_stages(cfg: Config, world: World, env) -> None:
@@ -4403,6 +4677,9 @@ def run_stages(cfg: Config, world: World, env) -> None:
     run_id = cfg.run_id or world.from_main(datetime.now(UTC).strftime("%Y%m%d_%H%M%S"))
     run = Run(cfg, world, Path(cfg.artifact_dir or f"logs/{run_id}"))
     log_start(run, env)
+    if run.files.train:
+        run.clock.phase("audit")
+        run.probe(probe_overlap, run.files.train, run.data.tokens, math.inf if cfg.audit == "full" else 6.0)
     model = train_stage(run) if cfg.stage in ("all", "train") else None
     if cfg.stage in ("all", "quantize"):
         quantize_stage(run, model)

@@ -9,7 +9,7 @@ import torch
 from conftest import documents, tiny_config
 from hypothesis import given, settings, strategies as st
 from test_evaluation import METHODS, batches_of, per_target, some
-from test_ttt import forged, ready, run_batch, run_ttt
+from test_ttt import QUIET, forged, ready, run_batch, run_ttt
 
 import train_gpt as tg
 
@@ -149,7 +149,7 @@ def test_test_time_training_is_tilted_and_learns_from_the_untilted_loss(world, r
     assert (tilted.nats > plain.nats - 1e-3)[wrong].all() and (plain.nats - tilted.nats)[right].max() > 1
     batch = tg.document_batches(cfg, data)[-1]
     _, a = run_batch(off, world, ready(model), data, batch)
-    b, door = tg.Lane(cfg, world, len(batch.sizes), seed=3).lineage(batch), tg.with_hints(cfg, tg.ValDoor(data, world), order)
+    b, door = tg.Lane(cfg, world, len(batch.sizes), seed=3).lineage(batch), tg.prepare(cfg, tg.ValDoor(data, world), order)
     tg.score_batch(cfg, world, ready(model), door, batch, b, False)
     assert np.array_equal(door.hints, hints) and (door.hints[door.own > 0] >= 0).any()
     for x, y in zip(a.loras, b.loras, strict=True):
@@ -182,3 +182,46 @@ def test_no_tilted_score_of_test_time_training_depends_on_what_is_scored_later(n
     before = base.when < base.when[token - 1]
     assert np.array_equal(other.nats[before], base.nats[before])
     assert not np.array_equal(other.nats[~before], base.nats[~before])
+
+
+# ---------------------------------------------------------------------------------------------------- what the audit says
+
+
+def probed(cfg, world, model, tilt=None) -> dict:
+    """P1 and P2 through the real evaluation. tilt: replaces the hints of `ngram_hints`."""
+
+    def replay(door):
+        if cfg.ttt_enabled:
+            return tg.TttRun(dataclasses.replace(cfg, **QUIET), world, ready(model), door, lambda line: None).run()
+        return tg.evaluate(cfg, world, model, door)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if tilt:
+            patch.setattr(tg, "ngram_hints", lambda cfg, tokens, order, device: tilt(tokens))
+        return tg.probe_scoring(some(12), world, cfg.vocab_size, replay, 4, 60, 3, 0, alone=False)
+
+
+PATHS = [dict(ttt_enabled=False), dict(ttt_enabled=False, eval_method="sliding", eval_seq_len=32), dict(ttt_lora_lr=0.02)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_audit_passes_the_tilt(path, world, random_model):
+    cfg = tiny_config(**TILT, **path)
+    found = probed(cfg, world, random_model(cfg))
+    assert [found[p][0] for p in ("P1", "P2")] == ["PASS", "PASS"], found
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_audit_fails_a_hint_that_knows_its_target(path, world, random_model):
+    """Whether there is a hint depends on the realised token, as in the within-word gates (validity A4, V7); each sum is one."""
+    cfg = tiny_config(**TILT, **path)
+    found = probed(cfg, world, random_model(cfg), lambda tokens: np.where(tokens[1:] % 2, 7, -1).astype(np.int32))
+    assert found["P1"][0] == "FAIL" and found["P2"][0] == "FAIL", found
+
+
+def test_the_audit_fails_a_boost_that_is_not_divided_out(world, random_model, monkeypatch):
+    cfg = tiny_config(**TILT, ttt_enabled=False)
+    model = random_model(cfg)
+    monkeypatch.setattr(torch, "log1p", torch.zeros_like)
+    found = probed(cfg, world, model, lambda tokens: np.full(len(tokens) - 1, 7, np.int32))
+    assert found["P1"][0] == "PASS" and found["P2"][0] == "FAIL", found
