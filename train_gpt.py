@@ -3728,7 +3728,7 @@ def holds(good: bool, evidence: str, known: bool = True) -> Finding:
 def worst(findings: list[Finding]) -> Finding:
     """The gravest verdict, with the evidence of all that share it."""
     verdict = min((v for v, _ in findings), key=SEVERITY.index)
-    return verdict, "; ".join(text for v, text in findings if v == verdict)
+    return verdict, "; ".join(dict.fromkeys(text for v, text in findings if v == verdict))
 
 
 def verdicts(cfg: Config, findings: dict[str, Finding]) -> dict[str, Finding]:
