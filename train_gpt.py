@@ -104,15 +104,16 @@ REFUSED = {  # names that appear in published commands but never did anything, a
     "LQER_GROUP_SIZE": "nothing ever read it; the group size of the asymmetric factors is LQER_ASYM_GROUP",
     "TTT_LR": "nothing ever read it; the learning rate of the adapters is TTT_LORA_LR times TTT_LOCAL_LR_MULT",
     "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
+    "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are computed inside the evaluation's clock",
     "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; PARAM_RULES says which optimizer owns which tensor",
 }
 
 FAMILIES = (  # an unknown variable that starts like this is a typo, not somebody else's
     "ADAM_", "ASYM_", "ATTN_", "AUDIT", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_",
     "FUSED_CE", "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_",
-    "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_", "PHASED_TTT_", "QK_",
-    "ROPE_", "SCALAR_", "SEEDS_", "SEQ_", "SKIP_GATES", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB", "TRAIN_", "TTT_", "VAL_",
-    "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
+    "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_",
+    "PHASED_TTT_", "QK_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_", "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB",
+    "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
 )
 
 
@@ -208,6 +209,8 @@ def rule_violations(c: Config):
         yield ("max_wallclock_seconds", "iterations"), "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
     if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
         yield ("eval_stride", "eval_seq_len"), f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
+    if c.slot != "off" and (c.ttt_enabled or c.eval_method != "sliding"):
+        yield ("slot", "ttt_enabled", "eval_method"), f"SLOT={c.slot} needs sliding windows: set EVAL_METHOD=sliding and TTT_ENABLED=0"
     if c.lqer_enabled and c.lqer_asym_enabled and any(c.lqer_rank * n % c.lqer_asym_group for n in (c.model_dim, c.mlp_dim)):
         yield ("lqer_rank", "lqer_asym_group", "model_dim", "mlp_mult"), (
             f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} must be multiples of "
@@ -362,6 +365,15 @@ class Config:
     eval_stride: int = knob(1536, "targets scored per sliding window after the first", lo=1)
     eval_include_tail: bool = knob(True, "score the last, partial sequence too")
     val_batch_tokens: int = knob(524288, "tokens per evaluation batch, 8 packed rows", lo=8)
+    eval_softcap_fp32: bool = knob(True, "softcap of every score in fp32; 0 = rounded to the activation dtype, as published scores were")
+    ngram_tilt_enabled: bool = knob(False, "raise the probability of the token that mostly followed the same words earlier in the stream")
+    token_order: int = knob(16, "tokens of that n-gram, the guessed one included", lo=3, hi=256)
+    token_threshold: float = knob(0.8, "guess only where this share of the continuations so far agrees", lo=0, hi=1)
+    token_boost: float = knob(2.625, "what a guess gains, in nats before renormalising", lo=0, hi=50)
+    slot: str = knob("off", "learn a shift of the final hidden states: published = from the targets themselves, not legal; causal = from "
+                     "targets scored before", choices=("off", "published", "causal"))
+    slot_lr: float = knob(0.003, "AdamW of that shift", lo=0)
+    slot_steps: int = knob(5, "updates of the shift per batch of windows", lo=1)
     max_eval_seconds: float = knob(600.0, "budget of the scored evaluation; 0 = no limit", lo=0)
     # test-time training: one adapter set per document
     ttt_enabled: bool = knob(True, "score with test-time training")
@@ -486,6 +498,8 @@ PHASE_KNOBS = tuple(name for name in TTT_KNOBS if not name.startswith("ttt_") an
 
 NO_EFFECT = (  # (variables, when they do nothing, why)
     (("eval_stride",), lambda c: c.eval_method != "sliding", "EVAL_METHOD is not sliding"),
+    (("token_order", "token_threshold", "token_boost"), lambda c: not c.ngram_tilt_enabled, "NGRAM_TILT_ENABLED is 0"),
+    (("slot_lr", "slot_steps"), lambda c: c.slot == "off", "SLOT is off"),
     (("rope_train_seq_len",), lambda c: not c.rope_yarn, "ROPE_YARN is 0"),
     (("matrix_clip_sigmas",), lambda c: c.tie_embeddings, "the head is tied, so no matrix is left for it"),
     (("embed_lr",), lambda c: c.tie_embeddings, "the head is tied; TIED_EMBED_LR applies"),
@@ -1158,8 +1172,8 @@ class ValData:
 def softcapped_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, round_cap: bool = False) -> Tensor:
     """Cross-entropy in nats, per token and in fp32, of cap tanh(logits / cap), with one cap for each sign of the logit.
 
-    logits (..., V), targets (...) int64 -> (...) fp32; targets (..., K) -> (..., K), K of them for each position. The
-    upcast comes before the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it, to compare with runs that did.
+    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before the
+    cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
     """
     z = logits.float()
     cap = cap_pos if cap_pos is cap_neg else torch.where(z > 0, cap_pos, cap_neg)
@@ -2151,26 +2165,28 @@ class GPT(nn.Module):
         packing: Packing | None = None,
         adapters: Adapters = NO_ADAPTERS,
         positions: Tensor | None = None,
+        shift: Tensor | None = None,
         loss_weight: float | None = None,
-        round_cap: bool = False,
         tap=None,
     ) -> Tensor:
         """Nats per target, fp32. The only entry: training, scoring, calibration and test-time training.
 
-        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more dimension
-        asks for several candidates at each.
-        order: `layer_order`. packing: segments of a packed row. adapters: one set per row. tap(site, x): sees the input of
-        every matrix. loss_weight: a promise to backpropagate exactly this times the sum, see `weighted_ce`. round_cap: see
-        `softcapped_ce`.
+        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
+        dimension for several candidates each. order: `layer_order`. packing: segments of a packed row. adapters: one set per row.
+        shift (B or 1, 1, D): added to the final hidden states. tap(site, x): sees the input of every matrix. loss_weight: this is
+        training, and a promise to backpropagate exactly this times the sum, see `weighted_ce`.
         """
         x = self.hidden(tokens, packing, order, adapters, tap)
         if positions is not None:
             x = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        if shift is not None:
+            x = (x + shift).to(x.dtype)
         if tap is not None:
             tap("head", x)
         logits = linear(x, self.tok_emb.weight if self.lm_head is None else self.lm_head.weight, adapters.head)
         cap = torch.full((), self.cfg.logit_softcap, device=x.device)
         caps = (cap, cap) if self.softcap_pos is None else (self.softcap_pos, self.softcap_neg)
+        round_cap = not (self.cfg.eval_softcap_fp32 if loss_weight is None else self.cfg.fused_ce_enabled)
         if loss_weight is not None and self.kernels.weighted_ce is not None and not round_cap:
             return self.kernels.weighted_ce(logits, targets, *caps, loss_weight)
         return softcapped_ce(logits, targets, *caps, round_cap)
@@ -2660,7 +2676,7 @@ class Trainer:
         """This row's part of the mean loss of the rank's micro-batches."""
         weight = 1 / (row.targets.numel() * self.accumulate)
         return weight * self.forward(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len),
-                                     loss_weight=weight, round_cap=not self.cfg.fused_ce_enabled).sum()
+                                     loss_weight=weight).sum()
 
     def train_step(self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float) -> float:
         """One optimizer step on a window (rows, span) of all ranks; returns the mean loss in nats, the same on every rank.
@@ -3507,6 +3523,22 @@ class Score(NamedTuple):
     bytes: int
 
 
+def graded(forward, targets: Tensor, hints: Tensor | None, boost: float) -> tuple[Tensor, Tensor]:
+    """Nats of targets, (B, n) or (B, n, K), as the model sees them, for learning, and as they count. forward(targets) -> nats.
+
+    The two differ where there is a hint, (B, n), -1 = none: its probability q is multiplied by e^boost and all probabilities are
+    divided by their new sum, 1 + q (e^boost - 1), whatever the target is.
+    """
+    if hints is None:
+        return (nats := forward(targets)), nats
+    hint = hints.unsqueeze(-1)
+    candidates = targets.view(*hints.shape, -1)
+    nats = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
+    nats, hinted = nats[..., :-1], nats[..., -1:]
+    tilted = nats - boost * (candidates == hint) + torch.log1p((-hinted).exp() * math.expm1(boost))
+    return nats.reshape(targets.shape), torch.where(hint < 0, nats, tilted).reshape(targets.shape)
+
+
 class ValDoor:
     """The one way from an evaluation to the validation tokens; target i is token i + 1. `score` grades targets, each once, `release` hands
     out graded ones to learn from, and `sync` lets all ranks learn from what each has graded, and writes the receipts."""
@@ -3518,6 +3550,7 @@ class ValDoor:
         self.nats = torch.zeros(self.total, device=world.device)
         self.sum = torch.zeros((), dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
         self.tokens, self.bytes, self.steps, self.early = 0, 0, 0, False
+        self.hints, self.boost, self.order = None, 0.0, np.arange(self.total)  # see `graded`, `ngram_hints`
         self.fresh: dict[str, list[np.ndarray]] = {}      # graded and released since the last receipt
         self.receipts: list[tuple[str, np.ndarray]] = []  # since the last sync
 
@@ -3528,14 +3561,18 @@ class ValDoor:
     def _targets(self, at: np.ndarray) -> Tensor:
         return torch.from_numpy(self._data.tokens[at + 1].astype(np.int64)).to(self.world.device, non_blocking=True)
 
+    def _hints(self, at: np.ndarray) -> Tensor | None:
+        return None if self.hints is None else torch.from_numpy(self.hints[at].astype(np.int64)).to(self.world.device, non_blocking=True)
+
     def score(self, at: np.ndarray, forward) -> Tensor:
-        """Grade. at (B, n): targets, none of them graded before (RunError), -1 = none; forward(targets (B, n) int64) -> nats (B, n)."""
+        """Grade. at (B, n): targets, none of them graded before (RunError), -1 = none; forward(targets (B, n) int64) -> nats (B, n), which
+        come back; what counts is `graded` of them."""
         flat, device = np.flatnonzero(at >= 0), self.world.device
         index = at.reshape(-1)[flat]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
             raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
-        self.steps, nats = 0, forward(self._targets(at))
-        counted = nats.detach().reshape(-1)[torch.from_numpy(flat).to(device, non_blocking=True)].float()
+        self.steps, (nats, counted) = 0, graded(forward, self._targets(at), self._hints(at), self.boost)
+        counted = counted.detach().reshape(-1)[torch.from_numpy(flat).to(device, non_blocking=True)].float()
         self.nats[torch.from_numpy(index).to(device, non_blocking=True)] = counted
         self.sum += counted.to(self.sum.dtype).sum()
         self.own[index] = 1
@@ -3646,6 +3683,7 @@ RULES = dict(  # rule -> the findings that decide it; docs/validity.md says what
     R1=("bytes",), R2=("P7",), R3=("P9",), R4=("P4", "P5", "P10"), R5=("P2",), R6=("P1", "P3"), R7=("order",), R8=("P6",), R9=("P11",),
     R10=("P12",), R11=("sum",), R12=("P8",))
 UNRULED = (  # rule, when, what no maintainer has ruled on
+    ("R7", lambda c: c.slot == "causal", "a shift of the hidden states learned from scored targets (SLOT, issue #1336)"),
     ("R4", lambda c: not c.caseops_enabled, "bytes are those of the normalized pieces, not of a sidecar"),
 )
 
@@ -3677,7 +3715,8 @@ class ProbeDoor(ValDoor):
     def score(self, at: np.ndarray, forward) -> Tensor:
         if (at == self.watch).any():
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # one shape, once: not worth a graph
-                nats = forward(torch.arange(self.vocab, device=self.world.device).expand(*at.shape, -1)).cpu()
+                whole = torch.arange(self.vocab, device=self.world.device).expand(*at.shape, -1)
+                nats = graded(forward, whole, self._hints(at), self.boost)[1].cpu()
             self.excess = float((nats[torch.from_numpy(at >= 0)].double().neg().exp().sum(-1) - 1).abs().max())
             self.row = nats[torch.from_numpy(at == self.watch)]
         return super().score(at, forward)
@@ -3694,8 +3733,8 @@ def short_stream(data: ValData, count: int, length: int, generator: np.random.Ge
 
 def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, length: int, rounds: int, seed: int, isolated: bool = True):
     """P1 forged future, P2 sum over the vocabulary, P3 neighbours (if isolated): {id: finding}. replay(door), the scored pass from
-    a fresh start, scores `count` short documents as they are, and with one forged from a random target on. Until there, and in the
-    other documents, nats must be the same bits; so must the distribution at the first forged target."""
+    a fresh start, scores `count` short documents as they are, and with one forged from a random target on. All that comes before and,
+    if isolated, other documents must keep the same bits; so must the distribution at the first forged target."""
     generator, past, others, row, excess = np.random.Generator(np.random.PCG64(seed)), 0.0, 0.0, 0.0, 0.0
     for _ in range(rounds):
         true = short_stream(data, count, length, generator)
@@ -3710,7 +3749,8 @@ def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, l
         for door in doors[:2]:
             replay(door)
         moved = (doors[1].nats - doors[0].nats).abs().cpu().numpy()
-        past, others = max(past, moved[start:cut].max(initial=0.0)), max(others, np.delete(moved, np.s_[start:end]).max(initial=0.0))
+        before = np.concatenate((doors[0].order[: int(np.flatnonzero(doors[0].order == cut)[0])], np.arange(start, cut)))
+        past, others = max(past, moved[before].max(initial=0.0)), max(others, np.delete(moved, np.s_[start:end]).max(initial=0.0))
         row, excess = max(row, float((doors[1].row - doors[0].row).abs().max())), max(excess, doors[0].excess)
         if max(row, past, others) > 0:
             replay(doors[2])
@@ -3768,12 +3808,58 @@ def probe_round_trip(cfg: Config, data: ValData, count: int, seed: int) -> Findi
 # EVALUATION - bits per byte: every target scored once, every byte counted once.
 # ==================================================================================================
 
+def run_starts(x: Tensor) -> Tensor:
+    """(n,) -> for each element, the index at which its run of equal elements starts."""
+    first = torch.ones_like(x, dtype=torch.bool)
+    first[1:] = x[1:] != x[:-1]
+    return torch.where(first, torch.arange(len(x), device=x.device), 0).cummax(0).values
+
+
+def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torch.device | str) -> np.ndarray:
+    """A guess for each target of the stream from those scored before it (the token-only n-gram of PR #2135).
+
+    tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often followed the same
+    TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where its share is below TOKEN_THRESHOLD or
+    there is none. Sorts instead of a loop over hash tables; contexts are told apart exactly, from 1 token to 2, 4, 8, ...: they
+    are equal if both halves are.
+    """
+    stream, order, n = torch.from_numpy(tokens.astype(np.int64)).to(device), torch.from_numpy(order).to(device), cfg.token_order - 1
+    names, length, base = stream[:-1], 1, max(len(stream), 1 << 16)
+    begin = torch.where(names == BOS_ID, torch.arange(len(names), device=device), 0).cummax(0).values
+    order = order[order - begin[order] >= n - 1]
+    while length < n:
+        step = min(length, n - length)
+        key, at = (names[step:] * base + names[:-step]).sort()
+        names, length = torch.empty_like(at).scatter_(0, at, run_starts(key)), length + step
+    context, at = names[order - (n - 1)].sort(stable=True)
+    order, place = order[at], torch.arange(len(at), device=device)  # by context, then as they are scored
+    follows = stream[order + 1]
+    pair, at = (context * base + follows).sort(stable=True)
+    count = torch.empty_like(place).scatter_(0, at, place - run_starts(pair) + 1)
+    leader = run_starts((context * base + count).cummax(0).values)  # where the highest count so far was reached
+    seen, before = place - run_starts(context), leader.roll(1)
+    sure = (seen > 0) & (count[before].double() / seen >= cfg.token_threshold)
+    hints = torch.full((len(stream) - 1,), -1, dtype=torch.int32, device=device)
+    hints[order[sure]] = follows[before[sure]].int()
+    return hints.cpu().numpy()
+
+
+def prepare(cfg: Config, door: ValDoor, order: np.ndarray) -> ValDoor:
+    """Tell the door in which order its targets come, and the guesses that NGRAM_TILT_ENABLED asks for. On the evaluation's clock."""
+    door.order = order
+    if cfg.ngram_tilt_enabled:
+        device = door.world.device if door.world.device.type == "cuda" else "cpu"
+        door.hints, door.boost = ngram_hints(cfg, door.read(0, door.total + 1), order, device), cfg.token_boost
+    return door
+
+
 class EvalBatch(NamedTuple):
     """Inputs (B, T) int64, the target that each predicts or -1 (B, T), and the packing of a packed row."""
 
     inputs: Tensor
     at: np.ndarray
     packing: Packing | None
+    learn: np.ndarray | None = None  # (B, T) likewise: targets that SLOT learns from
 
 
 def packed_rows(door: ValDoor, context: int, row_tokens: int) -> list[tuple[int, int]]:
@@ -3801,26 +3887,57 @@ def packed_batches(cfg: Config, door: ValDoor, rank: int, size: int):
 
 
 def sliding_batches(cfg: Config, door: ValDoor, rank: int, size: int):
-    """Windows every EVAL_STRIDE tokens, documents not masked; each scores the targets no earlier window has scored."""
+    """Windows every EVAL_STRIDE tokens, documents not masked; each scores the targets no earlier window has scored.
+
+    Each row walks through a stretch of its own: most of what its window shows has been scored by the same row in earlier batches.
+    """
     seq, stride, tokens = cfg.eval_seq_len, cfg.eval_stride, door.read(0, door.total)
     starts = np.arange(0, max(1, door.total - (seq - stride)), stride)
     per_batch = max(1, cfg.val_batch_tokens // 8 // seq)
-    for first in range(rank * per_batch, len(starts), size * per_batch):
-        window_starts = starts[first : first + per_batch, None]
-        at = window_starts + np.arange(seq)
+    steps = -(-len(starts) // (size * per_batch))
+    for step in range(steps):
+        window = np.arange(rank * per_batch, (rank + 1) * per_batch) * steps + step
+        window = window[window < len(starts)]
+        if not len(window):
+            continue
+        at = starts[window][:, None] + np.arange(seq)
         inputs = np.where(at < door.total, tokens[np.minimum(at, door.total - 1)], 0).astype(np.int64)
-        fresh = np.where(window_starts == 0, 0, seq - stride)
-        yield EvalBatch(torch.from_numpy(inputs), np.where((np.arange(seq) >= fresh) & (at < door.total), at, -1), None)
+        at = np.where(at < door.total, at, -1)
+        first, fresh = (np.where(starts[w] == 0, 0, starts[w] + seq - stride)[:, None] for w in (window - step, window))
+        learn = at if cfg.slot == "published" else np.where((at >= first) & (at < fresh), at, -1)
+        yield EvalBatch(torch.from_numpy(inputs), np.where(at >= fresh, at, -1), None, learn)
+
+
+@torch.enable_grad()
+def slot_shift(cfg: Config, door: ValDoor, score, learn: np.ndarray) -> Tensor:
+    """A shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
+
+    published: one shift for the batch, from all its targets, those about to be scored included, which breaks the rules. causal:
+    one for each window, from targets that its row has scored before. score(targets, shift=...) -> nats. -> (1 or B, 1, D).
+    """
+    alone, chosen, device = cfg.slot == "causal", torch.from_numpy(learn >= 0), door.world.device
+    targets = door.release(learn, "slot", early=not alone)
+    weight = (chosen / chosen.sum(1 if alone else None, keepdim=alone).clamp_min(1)).to(device)
+    shift = torch.zeros(len(learn) if alone else 1, 1, cfg.model_dim, device=device, requires_grad=True)
+    optimizer = torch.optim.AdamW([shift], lr=cfg.slot_lr, eps=1e-5, weight_decay=1e-8)
+    for _ in range(cfg.slot_steps):
+        shift.grad = torch.autograd.grad((score(targets, shift=shift) * weight).sum(), shift)[0]
+        optimizer.step()
+    return shift.detach()
 
 
 @torch.no_grad()
 def evaluate(cfg: Config, world: World, forward, door: ValDoor, looping: bool = True) -> Score:
     """Score everything behind the door with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
     order, batches = layer_order(cfg, looping), packed_batches if cfg.eval_method == "packed" else sliding_batches
-    with door.guard():
+    with prepare(cfg, door, np.arange(door.total)).guard():
         for batch in batches(cfg, door, world.rank, world.size):
             packing = batch.packing and Packing(batch.packing.cu_seqlens.to(world.device), batch.packing.max_len)
-            door.score(batch.at, partial(forward, batch.inputs.to(world.device), order=order, packing=packing))
+            score = partial(forward, batch.inputs.to(world.device), order=order, packing=packing)
+            if cfg.slot != "off":
+                door.receipt()  # what is learned now comes after what was scored up to here
+                score = partial(score, shift=slot_shift(cfg, door, score, batch.learn))
+            door.score(batch.at, score)
         return door.finish()
 
 
@@ -3899,6 +4016,18 @@ def deal(costs: list[float], lanes: int) -> list[list[int]]:
         hands[lane].append(i)
         heapq.heappush(load, (total + cost, lane))
     return hands
+
+
+def scoring_order(cfg: Config, segments: list[tuple[list[Batch], int]]) -> np.ndarray:
+    """All targets in the order in which one rank scores them: (N,) places in the stream."""
+    places = []
+    for batches in (segment for segment, _ in segments):
+        for i in (i for hand in deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in batches], cfg.ttt_lanes) for i in hand):
+            rows = [np.arange(size) for size in batches[i].sizes]
+            chunks = np.concatenate(rows) // batches[i].chunk
+            places.append(np.concatenate([start + row for start, row in zip(batches[i].starts, rows, strict=True)])
+                          [np.argsort(chunks, kind="stable")])
+    return np.concatenate(places)
 
 
 class Lineage:
@@ -4093,6 +4222,7 @@ def warm_up_ttt(cfg: Config, world: World, forward, rows: int, log: Log) -> None
             width = min(width, cfg.ttt_eval_seq_len)
             inputs, targets = (torch.randint(0, cfg.vocab_size, (rows, n), generator=generator).to(world.device) for n in (width, chunk))
             positions = torch.arange(width - chunk, width, device=world.device).expand(rows, -1).contiguous()
+            targets = torch.stack((targets, targets), -1) if cfg.ngram_tilt_enabled else targets
             torch._dynamo.maybe_mark_dynamic(inputs, 1)
             for learn in (False, True):
                 with torch.set_grad_enabled(learn):
@@ -4178,7 +4308,7 @@ class TttRun:
                  f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.door.total}")
         self.eta = Eta(self.eta.total)
         scored: list[Batch] = []
-        with self.door.guard():
+        with prepare(cfg, self.door, scoring_order(cfg, segments)).guard():
             for phase, (segment, documents) in enumerate(segments):
                 self.score_segment(segment, phase)
                 scored += segment
@@ -4210,8 +4340,8 @@ class Run:
 
     def door(self, name: str) -> ValDoor:
         """A pass over the validation tokens that the ledger keeps account of."""
-        self.scored_pass = name
-        return ValDoor(self.data, self.world, name, self.ledger)
+        self.scored_pass, self.scored = name, ValDoor(self.data, self.world, name, self.ledger)
+        return self.scored
 
     def probe(self, check, *args) -> None:
         """check(*args) -> {id: finding}, by rank 0, into the ledger with its cost. Nothing where AUDIT=off."""
@@ -4410,14 +4540,16 @@ def eval_stage(run: Run) -> None:
     alone, mini = World(0, 1, world.device, world.dtype), replace(cfg, phased_ttt_enabled=False, max_eval_seconds=0.0, ttt_eval_batches="")
 
     def replay(door: ValDoor) -> Score:
-        return TttRun(mini, alone, model, door, Log(None), ttt).run() if ttt else evaluate(cfg, alone, forward, door)
+        return TttRun(mini, alone, model, door, Log(None), ttt).run() if ttt else evaluate(mini, alone, forward, door)
 
     count, length, rounds = *((min(3, cfg.ttt_batch_size), 4 * chunk_size(cfg, 2)) if ttt else (3, 128)), 16 if cfg.audit == "full" else 1
-    isolated = bool(ttt) or cfg.eval_method == "packed"
+    if cfg.eval_method == "sliding":  # windows that a short stream fills
+        mini = replace(mini, eval_seq_len=min(cfg.eval_seq_len, 64), eval_stride=min(cfg.eval_stride, 16), val_batch_tokens=8)
+    isolated = not cfg.ngram_tilt_enabled and (ttt is not None or cfg.eval_method == "packed")  # else they may look back at each other
     run.probe(probe_scoring, run.data, alone, cfg.vocab_size, replay, count, length, rounds, cfg.seed, isolated)
     ours = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *run.files.val, *run.files.sidecar]
     strangers = sorted(set().union(*world.gather(watch.strangers(cfg.shards_path, ours))))
-    run.probe(score_findings, run, score, bool(ttt and ttt.door.early), strangers)
+    run.probe(score_findings, run, score, run.scored.early, strangers)
     world.barrier()
 
 

@@ -374,6 +374,9 @@ def test_two_stage_aliases_are_refused():
     (dict(train_seq_schedule_mode="wallclock", iterations=0), "needs ITERATIONS > 0"),
     (dict(eval_method="sliding", eval_stride=65), "EVAL_STRIDE=65 must be at most EVAL_SEQ_LEN=64"),
     (dict(eval_stride=65), None),
+    (dict(slot="causal", ttt_enabled=False), "SLOT=causal needs sliding windows"),
+    (dict(slot="published", eval_method="sliding"), "SLOT=published needs sliding windows"),
+    (dict(slot="causal", eval_method="sliding", ttt_enabled=False), None),
     (dict(lqer_asym_group=48), "multiples of LQER_ASYM_GROUP=48"),
     (dict(lqer_asym_group=48, lqer_asym_enabled=False), None),
     (dict(global_ttt_chunk_tokens=63), "GLOBAL_TTT_CHUNK_TOKENS=63 must hold at least one sequence"),
@@ -422,6 +425,8 @@ def noted(env: dict) -> str:
 @pytest.mark.parametrize("dead, switch", [
     ({"EVAL_STRIDE": "64"}, {"EVAL_METHOD": "sliding"}),
     ({"ROPE_TRAIN_SEQ_LEN": "1024"}, {"ROPE_YARN": "1"}),
+    ({"TOKEN_ORDER": "8"}, {"NGRAM_TILT_ENABLED": "1"}),
+    ({"SLOT_STEPS": "3"}, {"SLOT": "causal", "EVAL_METHOD": "sliding", "TTT_ENABLED": "0"}),
     ({"MATRIX_CLIP_SIGMAS": "3"}, {"TIE_EMBEDDINGS": "0"}),
     ({"LQER_FACTOR_BITS": "3"}, {"LQER_ASYM_ENABLED": "0"}),
     ({"TTT_SHORT_LORA_RANK": "3"}, {"TTT_SHORT_LORA_ENABLED": "1"}),

@@ -44,10 +44,6 @@ def per_target(cfg, data, forward) -> np.ndarray:
     return door.nats.numpy()
 
 
-def row_tokens_of(cfg, data) -> int:
-    return batches_of(cfg, data)[0].inputs.shape[1]
-
-
 class Probe:
     """A forward whose nats are functions of what a packed position may see: easy to predict by hand."""
 
@@ -256,3 +252,32 @@ def test_bytes_are_the_sidecars(method, dataset, world):
     assert score.bytes == int(sidecar[1:].sum(dtype=np.int64))
     assert score.loss == pytest.approx(np.mean(data.tokens[:-1] * 1000.0 + data.tokens[1:]), rel=1e-12)
     assert score.bpb == pytest.approx(score.loss * score.tokens / math.log(2) / score.bytes, rel=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------- the softcap of a score
+
+
+def test_scores_round_the_softcap_only_when_asked(random_model, monkeypatch):
+    """In bf16, through the real loop; training goes by FUSED_CE_ENABLED whatever the scores do. The audit passes both."""
+    base, data, asked, real = tiny_config(), some(6), [], tg.softcapped_ce
+    monkeypatch.setattr(tg, "softcapped_ce", lambda *a: (asked.append(a[4]), real(*a))[1])
+    bf16 = tg.World(0, 1, torch.device("cpu"), torch.bfloat16)
+    weights, nats = random_model(base).state_dict(), {}
+    for fp32 in (True, False):
+        for fused in (True, False):
+            cfg = dataclasses.replace(base, eval_softcap_fp32=fp32, fused_ce_enabled=fused)
+            model = tg.build_model(cfg, bf16)
+            model.load_state_dict(weights)
+            row = torch.arange(5, 30)[None]
+            model(row[:, :-1], row[:, 1:], order=tg.layer_order(cfg, True), loss_weight=1.0)
+            assert asked == [not fused]
+            asked.clear()
+            door = tg.ValDoor(data, bf16)
+            tg.evaluate(cfg, bf16, model, door)
+            assert asked and all(rounded == (not fp32) for rounded in asked)
+            nats[fp32, fused] = door.nats
+            asked.clear()
+    assert torch.equal(nats[True, True], nats[True, False]) and torch.equal(nats[False, True], nats[False, False])
+    assert 1e-4 < (nats[True, True] - nats[False, True]).abs().max() < 0.5
+    found = tg.probe_scoring(data, bf16, 64, lambda door: tg.evaluate(cfg, bf16, model, door), 3, 40, 1, 0)
+    assert {name: verdict for name, (verdict, _) in found.items()} == dict(P1="PASS", P2="PASS", P3="PASS")
