@@ -1,0 +1,264 @@
+"""tools/audit.py on records of others: published figures, known fingerprints, runs over time, wrong statistics."""
+
+import base64
+import json
+import lzma
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import audit
+from ledger import FAIL, PASS, RULING, UNKNOWN
+
+# PR #2014, from its logs: seed -> bits per byte before quantization, after it and after test-time training; steps; evaluation
+# seconds; bytes as counted. 47,853,343 targets, 151,080,645 bytes, 596.0 s of training, 4.1 s of calibration.
+S14 = {42: (1.05993108, 1.06833072, 1.05740567, 4888, 572.4, 15_981_945),
+       314: (1.05975470, 1.06832443, 1.05730104, 4882, 489.9, 15_984_387),
+       0: (1.06072266, 1.06902034, 1.05807084, 4884, 493.5, 15_981_122)}
+TOKENS, BYTES, MINIFIED, SCRIPT_BYTES = 47_853_343, 151_080_645, 38_134, 191_812
+DEAD_CODE = '''import os
+prequant_ttt_enabled = bool(int(os.environ.get("PREQUANT_TTT_ENABLED", "0")))
+def slot(): log("slot: 5 steps")
+prequant_ttt: this line is a docstring
+train_shards: 1499
+'''
+
+
+def foreign_log(seed: int, figures=None, *, tokens=TOKENS, size=BYTES, shards=80, train_ms=596_025, calibration=4.1, knobs=None, extra="",
+                target_tokens=None) -> str:
+    pre, quantized, ttt, steps, evaluation, total = figures or S14[seed]
+    def stage(name, bpb):
+        return f"{name} val_loss:{bpb * math.log(2) * size / tokens:.8f} val_bpb:{bpb:.8f} eval_time:20900ms"
+    dump = {"caseops_enabled": True, "compressor": "pergroup", "eval_seq_len": 3072, "matrix_lr": 0.026, "run_id": f"r{seed}", "seed": seed,
+            "smear_gate_enabled": True, **(knobs or {})}
+    return "\n".join([
+        "Hyperparameters:", *(f"  {k}: {v}" for k, v in sorted(dump.items())), "=" * 100, "Source code:", "=" * 100, DEAD_CODE, "=" * 100,
+        f"train_shards: {shards}", f"val_tokens: {tokens}", "model_params:35945671", "gptq:reserving 4s, effective=596000ms",
+        "500/20000 train_loss: 2.6096 train_time: 1.0m tok/s: 6450000", f"{steps}/20000 val_loss: 2.3200 val_bpb: 1.0712",
+        f"stopping_early: wallclock_cap train_time: {train_ms}ms step: {steps}/20000",
+        stage("diagnostic pre-quantization post-ema", pre), "Serialized model: 135418111 bytes",
+        f"Code size (uncompressed): {SCRIPT_BYTES} bytes", f"Code size (compressed): {MINIFIED} bytes",
+        f"GPTQ:collected 67 Hessians in {calibration}s", f"Serialized model quantized+pergroup: {total - MINIFIED} bytes",
+        f"Total submission size quantized+pergroup: {total} bytes", stage("diagnostic quantized", quantized),
+        "beginning TTT eval timer", "ttt_phased: total_docs:50000 prefix_docs:2500 suffix_docs:47500 num_phases:1 boundaries:[2500] "
+        f"target_tokens:{target_tokens or tokens}", stage("quantized_ttt_phased", ttt), f"total_eval_time:{evaluation}s", extra, ""])
+
+
+def foreign_record(folder: Path, seeds=S14, std=0.00042, changes=None, **options) -> Path:
+    """A record folder as others hand it in; options of all logs, `changes` of single seeds."""
+    folder.mkdir(exist_ok=True)
+    (folder / "train_gpt.py").write_text(("import os\n" + "# a long script\n" * 20_000)[:SCRIPT_BYTES])
+    for seed in seeds:
+        (folder / f"train_seed{seed}.log").write_text(foreign_log(seed, **{**options, **(changes or {}).get(seed, {})}))
+    rows = {str(s): {"val_bpb": S14[s][2], "artifact_bytes": S14[s][5]} for s in seeds}
+    (folder / "submission.json").write_text(json.dumps({
+        "name": "S14", "val_bpb": 1.05759, "val_bpb_std": std, "seeds": list(seeds), "seed_results": rows, "bytes_total": 15_984_387}))
+    return folder
+
+
+def verdicts(folder: Path) -> dict[str, tuple[str, str]]:
+    return {f.name.split()[0]: (f.verdict, f.evidence) for f in audit.audit(folder)}
+
+
+@pytest.fixture
+def s14(tmp_path) -> Path:
+    return foreign_record(tmp_path / "s14")
+
+
+# ---- published figures
+
+
+def test_published_figures_of_the_reference_record(s14):
+    v = verdicts(s14)
+    assert list(v) == [f"R{i}" for i in range(1, 13)]
+    assert v["R1"][0] == FAIL, "16,135,623 bytes for the seed of validity A3; here the largest seed"
+    for text in ("model 15,946,253", "train_gpt.py 191,812", "= 16,138,065 bytes, over the cap by 138,065", "15,984,387 were counted",
+                 "minified and compressed to 38,134", "lrzip"):
+        assert text in v["R1"][1]
+    assert v["R2"] == (FAIL, "seeds 0, 314, 42: training 596.0 s + calibration 4.1 s = 600.1 s, over 600 s by the calibration, "
+                       "which practice did not count; training + calibration at most 600.1 s, evaluation at most 572.4 s")
+    assert v["R3"] == (UNKNOWN, "no hash of the data in the logs; train_shards 80")
+    assert v["R4"] == (PASS, "seeds 0, 314, 42: 47,853,343 targets and 151,080,645 bytes, the published CaseOps set")
+    assert v["R10"][0] == PASS and v["R10"][1].startswith("1.05759 ± 0.00042 (sample) over seeds 0, 314, 42")
+    for rule in ("R5", "R6", "R7", "R8", "R9", "R11", "R12"):
+        assert v[rule][0] == UNKNOWN, rule
+
+
+def test_real_bytes_of_the_seed_in_the_audit_of_the_field(tmp_path):
+    v = verdicts(foreign_record(tmp_path / "one", seeds=[42]))
+    assert "= 16,135,623 bytes, over the cap by 135,623; 15,981,945 were counted" in v["R1"][1]
+    assert v["R10"][0] == FAIL and "1 seed(s) with a log" in v["R10"][1]
+
+
+def test_code_that_fits_when_it_is_shipped_small(s14):
+    (s14 / "train_gpt.py").write_text("import os\n")
+    v = verdicts(s14)
+    assert v["R1"][0] == PASS and "minified" not in v["R1"][1]
+
+
+@pytest.mark.parametrize("source", [b"import helper\n", b"from helper.a import b\n"])
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_module_that_the_script_needs_is_counted(s14, source, pack):
+    if pack:
+        source += b"#" + bytes(range(33, 127)) * 20 + str([i * i for i in range(300)]).encode()
+        source = b'import base64,lzma\nexec(lzma.decompress(base64.b85decode("' + base64.b85encode(lzma.compress(source)) + b'")))\n'
+    (s14 / "train_gpt.py").write_bytes(source)
+    (s14 / "helper.py").write_bytes(b"#" * 100_000)
+    (s14 / "prepare.py").write_bytes(b"#" * 1_000_000)
+    v = verdicts(s14)
+    assert v["R1"][0] == FAIL and "helper.py 100,000" in v["R1"][1] and "prepare" not in v["R1"][1]
+
+
+def test_the_model_file_counts_where_it_is_there(s14):
+    (s14 / "final_model.int6.ptz").write_bytes(bytes(17_000_000))
+    assert "model 17,000,000" in verdicts(s14)["R1"][1]
+
+
+# ---- time
+
+
+@pytest.mark.parametrize(("options", "verdict", "text"), [
+    (dict(calibration=3.9), PASS, "training + calibration at most 599.9 s"),
+    (dict(train_ms=601_153), FAIL, "training 601.2 s + calibration 3.9 s = 605.1 s, over 600 s"),
+    (dict(train_ms=600_000, calibration=0), PASS, "at most 600.0 s"),
+    (dict(train_ms=600_001, calibration=0), FAIL, "over 600 s"),
+    (dict(calibration=3.9, figures=(*S14[42][:4], 639.9, S14[42][5])), FAIL, "evaluation 639.9 s, over 600 s"),
+])
+def test_time(tmp_path, options, verdict, text):
+    v = verdicts(foreign_record(tmp_path / "r", changes={42: options}, calibration=3.9))
+    assert v["R2"][0] == verdict and text in v["R2"][1]
+    assert "practice" not in v["R2"][1] or options.get("train_ms", 0) <= 600_000
+
+
+def test_a_log_without_times_is_not_measured(s14):
+    for log in s14.glob("*.log"):
+        log.write_text(log.read_text().replace("eval_time", "t").replace("train_time", "t"))
+    assert verdicts(s14)["R2"][0] == UNKNOWN
+
+
+# ---- fingerprints
+
+
+def test_leak_fingerprint(tmp_path):
+    v = verdicts(foreign_record(tmp_path / "leak", shards=1499))
+    assert v["R3"][0] == FAIL and "most of the validation text is training text" in v["R3"][1]
+
+
+def test_the_same_preparation_with_its_own_validation_set_is_no_leak(tmp_path):
+    v = verdicts(foreign_record(tmp_path / "own", shards=1499, tokens=9_662_464, size=30_000_000))
+    assert v["R3"][0] == UNKNOWN
+    assert v["R4"][0] == FAIL and "first 10,000 documents only" in v["R4"][1]
+
+
+def test_a_doubled_path_is_no_evidence(tmp_path):
+    knobs = {"datasets_dir": "./data/datasets/fineweb10B_sp8192_caseops/datasets/datasets/x"}
+    assert verdicts(foreign_record(tmp_path / "r", knobs=knobs))["R3"][0] == UNKNOWN
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    (dict(tokens=47_851_520), "cut to a multiple of 2048: 1,823 are left out"),
+    (dict(tokens=47_852_288), "cut to a multiple of 2816: 1,055 are left out"),
+    (dict(tokens=36_562_944), "parallel jobs"),
+    (dict(extra="ppm: subset=8000000 of 47853343"), "a subset of 8,000,000 targets"),
+    (dict(target_tokens=3_000_000), "3,000,000 of 47,853,343 targets are scored"),
+    (dict(size=157_319_833), "byte-fallback tokens counted as 3 bytes"),
+    (dict(size=round(151_080_645 * 1.1746)), "+17.5 % against the published set's 151,080,645"),
+    (dict(knobs={"caseops_enabled": False}), "CaseOps is said to be off"),
+])
+def test_coverage(tmp_path, options, text):
+    v = verdicts(foreign_record(tmp_path / "r", **options))
+    assert v["R4"][0] == FAIL and text in v["R4"][1], v["R4"]
+
+
+def test_nats_and_bits_of_different_targets(s14):
+    log = s14 / "train_seed42.log"
+    log.write_text(log.read_text().replace("val_bpb:1.05740567", "val_bpb:1.04740567"))
+    v = verdicts(s14)
+    assert v["R4"][0] == FAIL and "disagree on the bytes" in v["R4"][1]
+    assert v["R10"][0] == FAIL and "seed 42: val_bpb 1.05740567 is claimed, its log says 1.047406" in v["R10"][1]
+
+
+# ---- methods, by what ran
+
+
+@pytest.mark.parametrize(("options", "rule", "verdict", "text"), [
+    (dict(knobs={"prequant_ttt_enabled": True}), "R7", FAIL, "before they are scored"),
+    (dict(extra="prequant_ttt: epoch 1/30 loss 2.1"), "R7", FAIL, "before they are scored"),
+    (dict(knobs={"slot_enabled": 1}), "R6", RULING, "SLOT"),
+    (dict(knobs={"ngram_tilt_enabled": True, "within_boost": 0.75, "within_tau": 0.45}), "R6", FAIL, "reads the token"),
+    (dict(knobs={"ngram_tilt_enabled": True, "within_boost": 0.0, "word_boost": 0.75, "word_tau": 99.0}), "R6", UNKNOWN, ""),
+    (dict(knobs={"ppm_enabled": True}), "R5", RULING, "#1872"),
+    (dict(knobs={"ngram_cache_orders": "2,3,4"}), "R5", RULING, "#779"),
+    (dict(knobs={"tokenizer_path": "sp8192_casefold.model"}), "R4", RULING, "#1604"),
+    (dict(knobs={"ngram_hint_precompute_outside": True}, calibration=3.9), "R2", RULING, "#1967"),
+    (dict(knobs={"gptq_calibration_mode": "val"}), "R9", FAIL, "#1019"),
+    (dict(knobs={"train_files": "./data/fineweb_val_*.bin"}), "R3", FAIL, "training on the validation shards"),
+    (dict(knobs={"slot_enabled": 0, "prequant_ttt_enabled": False, "ppm_enabled": ""}), "R6", UNKNOWN, ""),
+])
+def test_methods(tmp_path, options, rule, verdict, text):
+    v = verdicts(foreign_record(tmp_path / "r", **options))
+    assert v[rule][0] == verdict and text in v[rule][1], v[rule]
+    if verdict != UNKNOWN:
+        assert "train_seed42.log" in v[rule][1]
+
+
+# ---- seeds and statistics
+
+
+@pytest.mark.parametrize(("std", "text"), [(0.00034, "is the population's; the sample's is 0.00042"), (0.0002, "neither the sample's")])
+def test_published_standard_deviation(tmp_path, std, text):
+    v = verdicts(foreign_record(tmp_path / "r", std=std))
+    assert v["R10"][0] == FAIL and text in v["R10"][1]
+
+
+def test_a_seed_from_another_configuration(tmp_path):
+    v = verdicts(foreign_record(tmp_path / "r", changes={314: dict(knobs={"matrix_lr": 0.028})}))
+    assert v["R10"][0] == FAIL and "differ in matrix_lr: not one configuration" in v["R10"][1]
+
+
+def test_a_seed_without_a_log(s14):
+    (s14 / "train_seed0.log").unlink()
+    v = verdicts(s14)
+    assert v["R10"][0] == FAIL and "seed 0 is claimed and has no log" in v["R10"][1] and "2 seed(s) with a log" in v["R10"][1]
+
+
+def test_a_mean_that_the_logs_do_not_give(s14):
+    s = json.loads((s14 / "submission.json").read_text())
+    (s14 / "submission.json").write_text(json.dumps(s | {"val_bpb": 1.0572}))
+    v = verdicts(s14)
+    assert v["R10"][0] == FAIL and "val_bpb 1.0572 is claimed, the logs give 1.057593" in v["R10"][1]
+
+
+# ---- the command
+
+
+def test_exit_codes_and_output(s14, tmp_path, capsys):
+    assert audit.main([str(s14)]) == 1
+    table = capsys.readouterr().out
+    assert table.startswith("| rule | verdict | evidence |") and "| R1 files under the cap | FAIL |" in table
+    assert audit.main([str(s14), "--json"]) == 1
+    assert [f["verdict"] for f in json.loads(capsys.readouterr().out)][:4] == [FAIL, FAIL, UNKNOWN, PASS]
+    small = foreign_record(tmp_path / "small", calibration=3.9)
+    (small / "train_gpt.py").write_text("import os\n")
+    assert audit.main([str(small)]) == 0
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null"])
+def test_a_broken_submission_is_no_traceback(s14, capsys, text):
+    (s14 / "submission.json").write_text(text)
+    assert audit.main([str(s14)]) == 1 and "submission.json" in capsys.readouterr().err
+
+
+def test_an_empty_folder_is_refused(tmp_path, capsys):
+    assert audit.main([str(tmp_path)]) == 1 and "neither a submission.json nor a log" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent for p in (ROOT / "records").glob("*/*/submission.json")), ids=lambda p: p.name)
+def test_our_own_records(folder):
+    v = verdicts(folder)
+    assert v["R1"][0] == PASS and v["R10"][0] == PASS
+    assert {rule for rule, (verdict, _) in v.items() if verdict == FAIL} <= {"R2"}, "only tracks with more time may fail, on time"
