@@ -1,17 +1,21 @@
-"""tools/audit.py on records of others: published figures, known fingerprints, runs over time, wrong statistics."""
+"""tools/audit.py: records of others by their published figures, ledgers that somebody edited, the clean room."""
 
 import base64
+import hashlib
 import json
 import lzma
 import math
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import audit
+import ledger
 from ledger import FAIL, PASS, RULING, UNKNOWN
 
 # PR #2014, from its logs: seed -> bits per byte before quantization, after it and after test-time training; steps; evaluation
@@ -262,3 +266,225 @@ def test_our_own_records(folder):
     v = verdicts(folder)
     assert v["R1"][0] == PASS and v["R10"][0] == PASS
     assert {rule for rule, (verdict, _) in v.items() if verdict == FAIL} <= {"R2"}, "only tracks with more time may fail, on time"
+
+
+# ---- ledgers
+
+NATS = np.random.default_rng(0).exponential(2.0, 100).astype(np.float32)
+SIZES = np.arange(100) % 4
+
+
+def receipt(name: str, *ranges) -> dict:
+    return {"kind": "score", "nats": [float(NATS[a:b].sum(dtype=np.float64)) for a, b in ranges],
+            "bytes": [int(SIZES[a:b].sum()) for a, b in ranges], "ranges": [list(r) for r in ranges], "pass": name}
+
+
+def entries(tokens_sha256: str) -> list[dict]:
+    nats, size = float(NATS.sum(dtype=np.float64)), int(SIZES.sum())
+    return [
+        {"kind": "start", "schema": 1, "stage": "all", "code_sha256": "0" * 64, "config_hash": "beef", "overrides": {"SEED": "1"},
+         "seed": 1, "seeds_declared": "1,2,3", "audit": "sample", "shards": {"fineweb_val_000000.bin": "1" * 64}, "val_tokens": 100,
+         "val_bytes": size},
+        {"kind": "probe", "id": "P9", "verdict": "PASS", "evidence": "0 of 15 documents", "seconds": 0.5},
+        {"kind": "warmup", "before": "aa", "after": "aa"},
+        {"kind": "phase", "name": "train", "seconds": 590.5},
+        {"kind": "phase", "name": "calibrate", "seconds": 4.5},
+        {"kind": "artifact", "file": "final_model.int6.ptz", "sha256": hashlib.sha256(b"model").hexdigest(), "bytes": 5, "code_bytes": 9},
+        {"kind": "weights", "when": "loaded", "sha256": "cc"},
+        receipt("quantized", (0, 100)),
+        {"kind": "weights", "when": "first_score", "sha256": "cc"},
+        receipt("ttt", (40, 70), (90, 100)),
+        {"kind": "update", "ranges": [[40, 64], [92, 100]], "what": "adapters", "pass": "ttt"},
+        receipt("ttt", (0, 40), (70, 90)),
+        {"kind": "update", "ranges": [[0, 100]], "what": "base", "pass": "ttt"},
+        {"kind": "tokens", "pass": "ttt", "file": "token_nats_ttt.npy", "sha256": tokens_sha256},
+        {"kind": "phase", "name": "eval", "seconds": 480.0},
+        {"kind": "verdicts", "R1": ["PASS", "5 bytes"]},
+        {"kind": "end", "val_loss": nats / 100, "val_bpb": nats / math.log(2) / size, "tokens": 100, "bytes": size, "pass": "ttt"},
+    ]
+
+
+def chain(lines: list[dict]) -> bytes:
+    """A whole chain, computed as the trainer documents it."""
+    out, last = [], ""
+    for n, payload in enumerate(lines):
+        entry = {"n": n, "prev": last, **{k: v for k, v in payload.items() if k not in ("n", "prev", "hash")}}
+        last = hashlib.blake2b(json.dumps(entry, sort_keys=True, separators=(",", ":")).encode(), digest_size=16).hexdigest()
+        out.append(json.dumps(entry | {"hash": last}, separators=(",", ":")) + "\n")
+    return "".join(out).encode()
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    np.save(folder / "token_nats_ttt.npy", NATS)
+    (folder / "final_model.int6.ptz").write_bytes(b"model")
+    data = chain(entries(hashlib.sha256((folder / "token_nats_ttt.npy").read_bytes()).hexdigest()))
+    (folder / "ledger.jsonl").write_bytes(data)
+    (folder / "result.json").write_text(json.dumps({"audit": {"last_hash": json.loads(data.splitlines()[-1])["hash"]}}))
+    return folder
+
+
+def found(folder: Path, data: bytes | None = None) -> dict[str, tuple[str, str]]:
+    if data is not None:
+        (folder / "ledger.jsonl").write_bytes(data)
+    return {f.name: (f.verdict, f.evidence) for f in ledger.verify(folder / "ledger.jsonl")}
+
+
+def failed(outcome: dict[str, tuple[str, str]]) -> set[str]:
+    return {name for name, (verdict, _) in outcome.items() if verdict == FAIL}
+
+
+def test_a_whole_ledger_passes_every_check(run_folder, capsys):
+    outcome = found(run_folder)
+    assert {verdict for verdict, _ in outcome.values()} == {PASS} and list(outcome) == ["chain", "anchor", *ledger.CHECKS]
+    assert audit.main(["verify", str(run_folder / "ledger.jsonl")]) == 0
+    assert "| score | PASS | val_loss " in capsys.readouterr().out
+
+
+def test_every_changed_byte_is_found(run_folder):
+    data, path = chain([entries("0")[n] for n in (0, 9, 16)]), run_folder / "ledger.jsonl"
+    for i in range(len(data)):
+        for bit in (1, 32):
+            path.write_bytes(data[:i] + bytes([data[i] ^ bit]) + data[i + 1 :])
+            try:
+                ledger.accounts(ledger.read_chain(path))
+            except (ledger.Broken, UnicodeDecodeError):
+                continue
+            raise AssertionError(f"byte {i} ({data[i:i + 20]!r}) was changed unnoticed")
+
+
+def test_every_cut_is_found(run_folder):
+    data = (run_folder / "ledger.jsonl").read_bytes()
+    for end in range(0, len(data), 7):
+        assert failed(found(run_folder, data[:end])) == {"chain"}
+    lines = data.splitlines(keepends=True)
+    for n in range(len(lines)):
+        assert failed(found(run_folder, b"".join(lines[:n]))) == {"chain"}, "whole lines"
+
+
+def test_lines_lost_moved_and_doubled_are_found(run_folder):
+    lines = (run_folder / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    for n in range(len(lines)):
+        for changed in (lines[:n] + lines[n + 1 :], [*lines[:n], lines[n], *lines[n:]], lines[:n] + lines[n : n + 2][::-1] + lines[n + 2 :],
+                        [*lines, lines[n]]):
+            if changed != lines:
+                assert failed(found(run_folder, b"".join(changed))) == {"chain"}, n
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_another_spelling_of_the_same_line_is_found(run_folder, spaced):
+    lines = (run_folder / "ledger.jsonl").read_text().splitlines(keepends=True)
+    end = json.loads(lines[-1])
+    lines[-1] = json.dumps(end) + "\n" if spaced else json.dumps(dict(reversed(end.items())), separators=(",", ":")) + "\n"
+    assert failed(found(run_folder, "".join(lines).encode())) == {"chain"}
+
+
+def every_field(entry, path=()):
+    """(path of keys, another value of the same type) of every value in a line."""
+    pairs = entry.items() if isinstance(entry, dict) else enumerate(entry)
+    for key, value in pairs:
+        if isinstance(value, (dict, list)):
+            yield from every_field(value, (*path, key))
+        elif key not in ("n", "prev", "hash"):
+            yield (*path, key), (value + "x" if isinstance(value, str) else value + 1)
+
+
+def edited(lines: list[dict], n: int, path, value) -> list[dict]:
+    copy = json.loads(json.dumps(lines))
+    place = copy[n]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return copy
+
+
+def test_a_recomputed_chain_is_found_by_its_anchor(run_folder):
+    """Every field of every line changed, and the whole chain made new: then only the head kept elsewhere tells."""
+    lines = [json.loads(line) for line in (run_folder / "ledger.jsonl").read_text().splitlines()]
+    count = 0
+    for n, line in enumerate(lines):
+        for path, value in every_field(line):
+            outcome = found(run_folder, chain(edited(lines, n, path, value)))
+            assert "anchor" in failed(outcome) or outcome["chain"][0] == FAIL, (n, path)
+            count += 1
+    assert count > 80
+
+
+@pytest.mark.parametrize(("n", "path", "value", "check", "text"), [
+    (9, ("nats", 0), 1.0, "score", "the receipts give"),
+    (9, ("nats", 0), 1.0, "nats per token", "line 9 says 1.0"),
+    (9, ("bytes", 0), 1, "coverage", "bytes are counted"),
+    (9, ("ranges", 0), [41, 70], "coverage", "[40, 41) is not scored"),
+    (9, ("ranges", 0), [39, 70], "coverage", "[39, 70) is scored twice"),
+    (11, ("ranges", 1), [70, 89], "coverage", "[89, 90) is not scored"),
+    (11, ("ranges",), [[0, 40]], "coverage", "does not have one sum for each range"),
+    (0, ("val_tokens",), 101, "coverage", "100 targets are scored, the validation set has 101"),
+    (16, ("val_loss",), 0.5, "score", "val_loss is 0.5, the receipts give"),
+    (16, ("val_bpb",), 0.5, "score", "val_bpb is 0.5, the receipts give"),
+    (16, ("tokens",), 99, "score", "the end counts 99 targets"),
+    (16, ("pass",), "slot", "coverage", "no receipts of the evaluation 'slot'"),
+    (10, ("ranges", 0), [40, 71], "score before update", "line 10 learns (adapters) from [40, 71) before it is scored"),
+    (10, ("pass",), "pre", "score before update", "in an evaluation 'pre' that scores nothing"),
+    (10, ("early",), True, "score before update", "says itself"),
+    (8, ("sha256",), "dd", "weights", "not those that were loaded"),
+    (8, ("when",), "later", "weights", "no hash of the weights at first_score"),
+    (2, ("after",), "bb", "warm-up", "the warm-up changed aa to bb"),
+    (4, ("seconds",), 9.6, "time", "train + calibrate 600.1 s"),
+    (14, ("seconds",), 601.0, "time", "eval 601.0 s"),
+    (13, ("sha256",), "2" * 64, "nats per token", "is not the file whose sha256"),
+    (5, ("sha256",), "2" * 64, "files", "is not the artifact whose sha256"),
+    (0, ("seed",), 7, "seed", "seed 7 is not among the declared 1,2,3"),
+    (1, ("verdict",), "FAIL", "probes", "P9 FAIL: 0 of 15 documents"),
+])
+def test_what_the_receipts_themselves_contradict(run_folder, n, path, value, check, text):
+    lines = [json.loads(line) for line in (run_folder / "ledger.jsonl").read_text().splitlines()]
+    (run_folder / "result.json").unlink()
+    verdict, evidence = found(run_folder, chain(edited(lines, n, path, value)))[check]
+    assert verdict == (UNKNOWN if value == "later" else FAIL) and text in evidence, evidence
+
+
+def test_without_an_anchor_the_ledger_says_so(run_folder):
+    head = json.loads((run_folder / "result.json").read_text())["audit"]["last_hash"]
+    (run_folder / "result.json").unlink()
+    assert found(run_folder)["anchor"][0] == UNKNOWN
+    assert audit.main(["verify", str(run_folder / "ledger.jsonl"), "--anchor", head]) == 0
+    assert audit.main(["verify", str(run_folder / "ledger.jsonl"), "--anchor", head[::-1]]) == 1
+    (run_folder / "submission.json").write_text(json.dumps({"audit": {"ledger_heads": {"1": head}}}))
+    assert found(run_folder)["anchor"] == (PASS, "the head is that of submission.json seed 1")
+
+
+def test_a_token_file_with_another_number_is_found(run_folder):
+    nats = NATS.copy()
+    nats[50] += 1e-3
+    np.save(run_folder / "token_nats_ttt.npy", nats)
+    assert failed(found(run_folder)) == {"nats per token"}
+
+
+def test_stages_in_processes_of_their_own(run_folder):
+    """Training, an interrupted training that went on, and two evaluations: times add up, the probe of the training data counts."""
+    whole = entries(hashlib.sha256((run_folder / "token_nats_ttt.npy").read_bytes()).hexdigest())
+    trained, evaluated = [*whole[:5], {**whole[16], "pass": "pre_quant"}], [whole[0], *whole[5:]]
+    stopped = [whole[0], {"kind": "phase", "name": "train", "seconds": 100.0}]
+    outcome = found(run_folder, chain([*stopped, *trained, *evaluated, *evaluated]))
+    assert "3 run(s)" not in outcome["chain"][1] and "4 run(s)" in outcome["chain"][1]
+    assert outcome["time"] == (FAIL, "train + calibrate 695.0 s, eval 480.0 s, 600 s each")
+    assert outcome["probes"] == (PASS, "1 of 1 pass")
+    assert outcome["score"][0] == PASS
+
+
+def test_rules_of_a_run_folder_use_its_ledger(run_folder, tmp_path):
+    folder = foreign_record(tmp_path / "r", calibration=3.9)
+    for name in ("ledger.jsonl", "token_nats_ttt.npy"):
+        shutil.copyfile(run_folder / name, folder / name)
+    v = verdicts(folder)
+    assert v["R3"] == (PASS, "P9: 0 of 15 documents") and v["R7"][0] == PASS and v["R8"][0] == PASS
+    assert v["R11"][0] == FAIL and "train_gpt.py is not the script" in v["R11"][1]
+    lines = [json.loads(line) for line in (run_folder / "ledger.jsonl").read_text().splitlines()]
+    (folder / "ledger.jsonl").write_bytes(chain(edited(lines, 15, ("R5",), ["NEEDS-RULING", "a new mixture"])))
+    assert verdicts(folder)["R5"] == (RULING, "the run itself: a new mixture; no probe of sums in a ledger")
+    (folder / "ledger.jsonl").write_bytes(chain(lines)[:-9])
+    v = verdicts(folder)
+    assert all(v[rule][0] == FAIL and "the last line is cut off" in v[rule][1] for rule in ("R4", "R7", "R8", "R11"))
+    assert v["R3"][0] == UNKNOWN, "a probe in a broken chain says nothing"

@@ -33,7 +33,7 @@ from record import BUDGET_SECONDS, CAP_BYTES, Broken, spread, table
 RULES = {
     "R1": "files under the cap", "R2": "time within the budgets", "R3": "no training on validation text",
     "R4": "every target and byte once", "R5": "probabilities sum to one", "R6": "no look at the future",
-    "R7": "scored before learned from", "R8": "warm-up changes nothing", "R9": "calibration on allowed data",
+    "R7": "scored before learned from", "R8": "warm-up changes nothing", "R9": "no forbidden data is read",
     "R10": "seeds and statistics", "R11": "score follows from receipts", "R12": "clean room gives the same",
 }
 VALIDATION_TOKENS, VALIDATION_BYTES = 47_853_343, 151_080_645  # targets and bytes of the published CaseOps set, 50,000 documents
@@ -126,9 +126,15 @@ class Case:
 
     def probed(self, *ids: str) -> list[tuple[str, str]]:
         """What the probes with these ids said, in ledgers whose chain is whole."""
-        lines = [e for file, findings in self.ledgers.items() if findings[0].verdict == PASS
-                 for e in accounts(read_chain(self.folder / file))[-1].of("probe") if e["id"] in ids]
-        return [(e["verdict"], f"{e['id']}: {e['evidence']}") for e in lines]
+        whole = [self.folder / file for file, findings in self.ledgers.items() if findings[0].verdict == PASS]
+        probes = [accounts(read_chain(path))[-1].probes() for path in whole]
+        return [(p[i]["verdict"], f"{i}: {p[i]['evidence']}") for p in probes for i in ids if i in p]
+
+    def judged(self, rule: str) -> list[tuple[str, str]]:
+        """What a trainer itself found against this rule."""
+        whole = [self.folder / file for file, findings in self.ledgers.items() if findings[0].verdict == PASS]
+        lines = [e for path in whole for e in accounts(read_chain(path))[-1].of("verdicts")]
+        return [(e[rule][0], f"the run itself: {e[rule][1]}") for e in lines if rule in e and e[rule][0] in (FAIL, RULING)]
 
     def numbers(self, name: str) -> dict[str, float]:
         """Seed -> what its log prints."""
@@ -164,15 +170,16 @@ def helpers(case: Case) -> dict[str, int]:
 # -- RULES: each returns its (verdict, evidence) findings ------------------------------------------------------------------
 
 def rule_size(case: Case) -> list[tuple[str, str]]:
-    if case.code is None:
+    logged = [log.result["code_bytes"] for log in case.logs if "code_bytes" in log.result]
+    if not case.code and not logged:
         return [(UNKNOWN, "no train_gpt.py in the folder")]
+    name, code, extra = (case.code.name, case.code.stat().st_size, helpers(case)) if case.code else ("code by the log", max(logged), {})
     files = [p for p in case.folder.iterdir() if re.fullmatch(r"artifact_seed\d+\..*|final_model\.int\d.*|.*\.ptz", p.name)]
     models = [p.stat().st_size for p in files] + [int(v) for v in case.numbers("artifact_bytes").values()]
     if not models:
-        return [(UNKNOWN, f"code {case.code.stat().st_size:,} bytes; neither a model file nor its size in a log")]
-    code, extra = case.code.stat().st_size, helpers(case)
+        return [(UNKNOWN, f"code {code:,} bytes; neither a model file nor its size in a log")]
     total = max(models) + code + sum(extra.values())
-    parts = {"model": max(models), case.code.name: code, **extra}
+    parts = {"model": max(models), name: code, **extra}
     text = " + ".join(f"{name} {size:,}" for name, size in parts.items()) + f" = {total:,} bytes"
     text += f", over the cap by {total - CAP_BYTES:,}" if total > CAP_BYTES else f" of {CAP_BYTES:,}"
     minified, claimed = (max(case.numbers(name).values(), default=0) for name in ("code_minified", "bytes_total"))
@@ -238,7 +245,7 @@ def rule_coverage(case: Case) -> list[tuple[str, str]]:
                              f"{cut}: {VALIDATION_TOKENS - val:,.0f} are left out, as by upstream's baseline"))
         if val == VALIDATION_TOKENS and log.knobs.get("caseops_enabled") in ("0", "False"):
             findings.append((FAIL, f"seed {log.seed}: CaseOps is said to be off, but {val:,.0f} is the CaseOps set's number of targets"))
-        findings += bytes_findings(log, scored)
+        findings += [f for f in bytes_findings(log, scored) if f[0] != UNKNOWN or not case.probed("P4")]
     return findings or [(UNKNOWN, "no log")]
 
 
@@ -274,7 +281,7 @@ def rule_seeds(case: Case) -> list[tuple[str, str]]:
         return [(UNKNOWN, "no log with a score")]
     (mean, std), s, findings = spread(list(scores.values())), case.submission, case.from_ledgers("seed")
     if len(scores) < 3:
-        findings.append((FAIL, f"{len(scores)} seed(s) with a log"))
+        findings.append((UNKNOWN if "run_id" in s else FAIL, f"{len(scores)} seed(s) with a log"))
     elif std is not None:
         findings.append((PASS, f"{mean:.5f} ± {std:.5f} (sample) over seeds {', '.join(scores)}"
                          + "; no log shows whether they were declared before the first run" * (not case.ledgers)))
@@ -306,7 +313,7 @@ def same_settings(logs: list[Log]) -> list[tuple[str, str]]:
 
 
 def rule_receipts(case: Case) -> list[tuple[str, str]]:
-    return case.from_ledgers("score", "nats per token", "anchor") or [(UNKNOWN, "no ledger: the sum cannot be repeated")]
+    return case.from_ledgers("score", "nats per token", "anchor", "files") or [(UNKNOWN, "no ledger: the sum cannot be repeated")]
 
 
 CHECKS = {
@@ -335,7 +342,7 @@ def audit(folder: Path, clean_room: tuple[str, str] = (UNKNOWN, "not run: give -
     if not case.logs and not case.submission:
         raise Broken(f"{folder} holds neither a submission.json nor a log with a score")
     seen = [(rule, verdict, f"{what}, in {log.path.name}") for log in case.logs for rule, verdict, shows, what in METHODS if shows(log)]
-    found = {rule: check(case) + [(v, text) for r, v, text in seen if r == rule] for rule, check in CHECKS.items()}
+    found = {rule: check(case) + case.judged(rule) + [(v, text) for r, v, text in seen if r == rule] for rule, check in CHECKS.items()}
     outcomes = {rule: worst(join_seeds(findings)) for rule, findings in found.items()}
     outcomes["R12"] = clean_room
     return [Finding(f"{rule} {RULES[rule]}", *outcome) for rule, outcome in outcomes.items()]

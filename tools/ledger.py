@@ -67,6 +67,7 @@ class Account:
     """One stretch of a ledger, from a "start" line to the next: one process. `passes` maps an evaluation to its lines."""
 
     entries: list[dict] = field(default_factory=list)
+    before: "Account | None" = None
 
     def of(self, kind: str) -> list[dict]:
         return [e for e in self.entries if e["kind"] == kind]
@@ -87,8 +88,17 @@ class Account:
         names = dict.fromkeys(e["pass"] for e in self.of("score"))
         return {name: [e for e in self.entries if e.get("pass") == name] for name in names}
 
-    def seconds(self, *names: str) -> float:
-        return math.fsum(e["seconds"] for e in self.of("phase") if e["name"] in names)
+    def seconds(self, name: str) -> float:
+        """Time in a phase, by this run or the last before it that had the phase, with the interrupted runs that it went on from."""
+        total = math.fsum(e["seconds"] for e in self.of("phase") if e["name"] == name)
+        if self.before is None:
+            return total
+        interrupted = self.before.entries[-1]["kind"] != "end"
+        return total + self.before.seconds(name) if interrupted or not total else total
+
+    def probes(self) -> dict[str, dict]:
+        """Probe -> its last line, in this run or one before it: only a run that trains can look at the training data."""
+        return (self.before.probes() if self.before else {}) | {e["id"]: e for e in self.of("probe")}
 
 
 def accounts(entries: list[dict]) -> list[Account]:
@@ -98,7 +108,7 @@ def accounts(entries: list[dict]) -> list[Account]:
     out: list[Account] = []
     for e in entries:
         if e["kind"] == "start":
-            out.append(Account())
+            out.append(Account(before=out[-1] if out else None))
         out[-1].entries.append(e)
     return out
 
@@ -164,8 +174,8 @@ def check_order(run: Account, folder: Path) -> str:
 def check_weights(run: Account, folder: Path) -> str | tuple[str, str]:
     """Between the artifact and the first score nothing has touched the weights."""
     found = {e["when"]: e for e in run.of("weights")}
-    if found.keys() < {"loaded", "first_score"}:
-        return UNKNOWN, "no hash of the weights at " + " and ".join(sorted({"loaded", "first_score"} - found.keys()))
+    if missing := {"loaded", "first_score"} - found.keys():
+        return UNKNOWN, "no hash of the weights at " + " and ".join(sorted(missing))
     if found["loaded"]["sha256"] != found["first_score"]["sha256"]:
         raise Broken("the weights at the first score are not those that were loaded from the artifact")
     return f"{found['loaded']['sha256'][:12]} when loaded and at the first score"
@@ -179,7 +189,7 @@ def check_warmup(run: Account, folder: Path) -> str | tuple[str, str]:
 
 
 def check_time(run: Account, folder: Path) -> str | tuple[str, str]:
-    train, scored = run.seconds("train", "calibrate"), run.seconds("eval") or run.seconds("diagnostic eval")
+    train, scored = run.seconds("train") + run.seconds("calibrate"), run.seconds("eval") or run.seconds("diagnostic eval")
     evidence = f"train + calibrate {train:.1f} s, eval {scored:.1f} s, {BUDGET_SECONDS} s each"
     if max(train, scored) > BUDGET_SECONDS:
         raise Broken(evidence)
@@ -235,7 +245,7 @@ def check_seed(run: Account, folder: Path) -> str | tuple[str, str]:
 
 
 def check_probes(run: Account, folder: Path) -> tuple[str, str]:
-    lines = run.of("probe")
+    lines = list(run.probes().values())
     if not lines:
         return UNKNOWN, "no probe ran (AUDIT=off?)"
     verdict, _ = worst([(e["verdict"], "") for e in lines])
@@ -259,12 +269,12 @@ def anchors(folder: Path) -> dict[str, str]:
     for path in [*folder.glob("result.json"), *folder.glob("*.log"), *folder.glob("*.txt")]:
         text = path.read_text(errors="replace")
         lines = [text] if path.suffix == ".json" else RESULT_LINE.findall(text)[-1:]
-        head = next((r["ledger_head"] for r in map(json.loads, lines) if isinstance(r, dict) and r.get("ledger_head")), None)
-        found |= {path.name: head} if head else {}
+        kept = [(json.loads(line).get("audit") or {}).get("last_hash") for line in lines]
+        found |= {path.name: kept[0]} if kept and kept[0] else {}
     submission = folder / "submission.json"
     if submission.exists():
-        rows = json.loads(submission.read_text()).get("seed_results", {})
-        found |= {f"submission.json seed {seed}": row["ledger_head"] for seed, row in rows.items() if row.get("ledger_head")}
+        kept = (json.loads(submission.read_text()).get("audit") or {}).get("ledger_heads", {})
+        found |= {f"submission.json seed {seed}": head for seed, head in kept.items()}
     return found
 
 
