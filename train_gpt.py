@@ -8,7 +8,7 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
 train -> EMA -> Hessians -> GPTQ -> artifact on disk -> reload from its bytes -> score -> test-time training -> one JSON line.
 
 Reads top to bottom, a name is used below its definition:
-CONFIG, RUNTIME, DATA, KERNELS, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, EVALUATION, TEST-TIME TRAINING, MAIN.
+CONFIG, RUNTIME, DATA, KERNELS, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, AUDIT, EVALUATION, TEST-TIME TRAINING, MAIN.
 Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width, V vocabulary,
 L blocks, S slots (positions in the unrolled layer order), W ranks.
 """
@@ -23,6 +23,7 @@ import hashlib
 import heapq
 import importlib.util
 import inspect
+import io
 import json
 import linecache
 import lzma
@@ -38,7 +39,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import pairwise
@@ -51,6 +52,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 try:  # without Triton the definitions run, and no kernel can be asked for
     import triton
@@ -106,11 +108,11 @@ REFUSED = {  # names that appear in published commands but never did anything, a
 }
 
 FAMILIES = (  # an unknown variable that starts like this is a typo, not somebody else's
-    "ADAM_", "ASYM_", "ATTN_", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_", "FUSED_CE",
-    "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_", "MAX_WALL",
-    "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_", "PHASED_TTT_", "QK_", "ROPE_",
-    "SCALAR_", "SEQ_", "SKIP_GATES", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_",
-    "WINDOW_", "XSA_",
+    "ADAM_", "ASYM_", "ATTN_", "AUDIT", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_",
+    "FUSED_CE", "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_",
+    "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_", "PHASED_TTT_", "QK_",
+    "ROPE_", "SCALAR_", "SEEDS_", "SEQ_", "SKIP_GATES", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB", "TRAIN_", "TTT_", "VAL_",
+    "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
 )
 
 
@@ -197,6 +199,8 @@ def rule_violations(c: Config):
                 f"TTT_CHUNK_SIZE={c.ttt_chunk_size}, {name.upper()}={getattr(c, name)!r}, TTT_SHORT_CHUNK_SIZE={c.ttt_short_chunk_size}")
     if not all(item.strip().isdigit() for item in filter(None, c.ttt_eval_batches.split(","))):
         yield ("ttt_eval_batches",), f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: expected a comma list of batch numbers"
+    if not all(item.strip().isdigit() for item in filter(None, c.seeds_declared.split(","))):
+        yield ("seeds_declared",), f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
     if c.max_wallclock_seconds and c.gptq_reserve_seconds >= c.max_wallclock_seconds:
         yield ("max_wallclock_seconds", "gptq_reserve_seconds"), (
             f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
@@ -227,6 +231,8 @@ class Config:
     quantize_only: bool = knob(False, "same as STAGE=quantize: start from final_model.pt")
     ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact")
     seed: int = knob(1337, "seeds weights and adapters; the data order does not depend on it", lo=0)
+    seeds_declared: str = knob("", "comma list of the seeds that will be run and averaged, fixed before the first of them")
+    audit: str = knob("sample", "probes of the scored evaluation: none, a few short documents, or many", choices=("off", "sample", "full"))
     run_id: str = knob("", "name of the run; blank = date and time")
     artifact_dir: str = knob("", "folder for log, checkpoint and artifact; blank = logs/RUN_ID")
     resume: bool = knob(False, "continue from checkpoint.pt of ARTIFACT_DIR")
@@ -584,7 +590,7 @@ def without_effect(cfg: Config, env) -> list[str]:
 def config_hash(cfg: Config) -> str:
     """Identity of the recipe: everything but the seed, the stage, the run's name, where files lie and what is logged."""
     skip = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage", "prequant_only",
-            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every"}
+            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "audit", "seeds_declared"}
     recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in skip}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -686,6 +692,13 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
+
+    def gather(self, value: Any) -> list:
+        """The objects of all ranks, on every rank."""
+        out = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(out, value)
+        return out
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -817,10 +830,13 @@ def peak_memory_mib(device: torch.device) -> int:
 
 
 class Clock:
-    """One monotonic clock cut into named phases. A phase ends where the next begins, so they add up to the wall time."""
+    """One monotonic clock cut into named phases. A phase ends where the next begins, so they add up to the wall time.
 
-    def __init__(self, world: World):
-        self.world, self.name, self.start = world, "setup", time.perf_counter()
+    ended(name, seconds): told of every stretch that has passed.
+    """
+
+    def __init__(self, world: World, ended=lambda name, seconds: None):
+        self.world, self.ended, self.name, self.start = world, ended, "setup", time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.peak_mib: dict[str, int] = {}
 
@@ -829,6 +845,7 @@ class Clock:
         self.world.synchronize()
         now = time.perf_counter()
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + now - self.start
+        self.ended(self.name, now - self.start)
         self.peak_mib[self.name] = max(self.peak_mib.get(self.name, 0), peak_memory_mib(self.world.device))
         reset_peak_memory(self.world.device)
         self.name, self.start = name, now
@@ -898,6 +915,7 @@ class Dataset:
     sidecar: tuple[Path, ...]
     manifest: dict
     manifest_sha256: str | None
+    hashes: dict[str, str | None]  # sha256 by file name, see `shard_hashes`
 
     @staticmethod
     def open(cfg: Config, need_train: bool) -> Dataset:
@@ -911,22 +929,30 @@ class Dataset:
             if not found:
                 raise RunError(f"no fineweb_{kind}_*.bin in {folder}: set DATA_PATH to a folder made by prepare_caseops_data.py or "
                                "data/download.py" + (" (or CASEOPS_ENABLED=0 for plain tokens)" if kind == "val_bytes" else ""))
-        path = folder / "manifest.json"
-        manifest, digest = {}, None
+        path, paths = folder / "manifest.json", (*train, *val, *(sidecar if cfg.caseops_enabled else ()))
+        manifest, digest, hashes = {}, None, shard_hashes(paths)
         if path.exists():
             try:
                 manifest, digest = json.loads(path.read_text()), sha256_file(path)
             except (OSError, ValueError) as e:
                 raise RunError(f"cannot read {path}: {e}; prepare the data again") from None
-            check_manifest(cfg, manifest, folder, (*train, *val, *(sidecar if cfg.caseops_enabled else ())))
-        return Dataset(train, val, sidecar, manifest, digest)
+            check_manifest(cfg, manifest, folder, paths, hashes)
+        return Dataset(train, val, sidecar, manifest, digest, hashes)
+
+    def without_training(self) -> Dataset:
+        """The files that evaluation may read."""
+        return replace(self, train=())
 
 
-def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path, ...]) -> None:
-    """Overlap of train and val documents, vocabulary, and size and sha256 of each file. Raises RunError.
+def shard_hashes(paths: tuple[Path, ...]) -> dict[str, str | None]:
+    """sha256 by file name; None for training shards beyond the first GB: 16 GB of FineWeb would cost a minute."""
+    sizes = np.cumsum([path.stat().st_size for path in paths])
+    return {path.name: sha256_file(path) if "_train_" not in path.name or size < 1 << 30 else None
+            for path, size in zip(paths, sizes, strict=True)}
 
-    Hashing is skipped for training shards beyond the first GB (16 GB of FineWeb would cost a minute); sizes never are.
-    """
+
+def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path, ...], hashes: dict[str, str | None]) -> None:
+    """Overlap of train and val documents, transform, vocabulary, and size and sha256 of each file. Raises RunError."""
     splits = manifest.get("splits")
     shards = [entry for split in (splits or {}).values() for entry in split.get("shards", [{}])]
     if not shards or any(key not in entry for entry in shards for key in ("file", "tokens", "sha256")):
@@ -937,16 +963,18 @@ def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path,
                        "score would be invalid; prepare the data again with one --val-docs")
     if manifest.get("vocab_size", cfg.vocab_size) != cfg.vocab_size:
         raise RunError(f"{folder}: the data was made with a vocabulary of {manifest['vocab_size']}, but VOCAB_SIZE={cfg.vocab_size}")
+    transform = "caseops" if cfg.caseops_enabled else "none"
+    if manifest.get("transform", transform) != transform:
+        raise RunError(f"{folder}: the data was made with transform {manifest['transform']!r}, but CASEOPS_ENABLED="
+                       f"{cfg.caseops_enabled:d} counts the bytes of {transform!r}")
     listed = {s["file"]: s for split in splits.values() for s in (*split.get("shards", ()), *split.get("sidecar", ()))}
-    hashed_bytes = 0
     for path in paths:
         if path.name not in listed:
             raise RunError(f"{path} is not in manifest.json: remove it or prepare the data again")
         entry, tokens = listed[path.name], read_shard(path)
         if len(tokens) != entry["tokens"]:
             raise RunError(f"{path} holds {len(tokens)} tokens, manifest.json says {entry['tokens']}; download or prepare it again")
-        hashed_bytes += tokens.nbytes
-        if ("_train_" not in path.name or hashed_bytes < 1 << 30) and sha256_file(path) != entry["sha256"]:
+        if hashes[path.name] not in (None, entry["sha256"]):
             raise RunError(f"{path} does not have the sha256 that manifest.json says; download or prepare it again")
 
 
@@ -1001,6 +1029,8 @@ class TrainLoader:
     """
 
     def __init__(self, shards: tuple[Path, ...], row_tokens: int, rows: int, vocab_size: int, position: tuple[int, int] | None = None):
+        if not shards:
+            raise RunError("there is no training data to read: evaluation, which has begun, must not")
         self.shards, self.span, self.rows, self.vocab_size = shards, row_tokens + 1, rows, vocab_size
         self.pool = ThreadPoolExecutor(1)
         self.position = position or (0, -1)  # offset -1: at the first BOS
@@ -1135,13 +1165,15 @@ class ValData:
 def softcapped_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, round_cap: bool = False) -> Tensor:
     """Cross-entropy in nats, per token and in fp32, of cap tanh(logits / cap), with one cap for each sign of the logit.
 
-    logits (..., V), targets (...) int64 -> (...) fp32. The upcast comes before the cap: a cap rounded to bf16 costs about
-    0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
+    logits (..., V), targets (...) int64 -> (...) fp32; targets (..., K) -> (..., K), K of them for each position. The
+    upcast comes before the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it, to compare with runs that did.
     """
     z = logits.float()
     cap = cap_pos if cap_pos is cap_neg else torch.where(z > 0, cap_pos, cap_neg)
     z = cap * torch.tanh(z / cap)
     z = z.to(logits.dtype).float() if round_cap else z
+    if targets.ndim == z.ndim:
+        return z.logsumexp(-1, keepdim=True) - z.gather(-1, targets)
     return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
@@ -2132,7 +2164,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Nats per target, fp32. The only entry: training, scoring, calibration and test-time training.
 
-        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions.
+        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more dimension
+        asks for several candidates at each.
         order: `layer_order`. packing: segments of a packed row. adapters: one set per row. tap(site, x): sees the input of
         every matrix. loss_weight: a promise to backpropagate exactly this times the sum, see `weighted_ce`. round_cap: see
         `softcapped_ce`.
@@ -2688,7 +2721,7 @@ class Trainer:
         cfg = self.cfg
         if self.forward is self.model and not cfg.warmup_steps:
             return
-        model = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+        model, generator = {name: t.detach().clone() for name, t in self.model.state_dict().items()}, torch.get_rng_state()
         optimizer = copy.deepcopy(self.optimizer.state_dict())
         window = self.loader.next_step()
         if self.forward is not self.model:
@@ -2709,7 +2742,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.loader.close()
         self.loader = self.open_loader()
-        torch.manual_seed(cfg.seed)
+        torch.set_rng_state(generator)
 
     def warm_shapes(self, tokens: np.ndarray, log: Log) -> None:
         """Forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
@@ -3429,8 +3462,58 @@ def upstream_code_bytes() -> int | None:
 
 
 # ==================================================================================================
-# EVALUATION - bits per byte: every target scored once, every byte counted once.
+# AUDIT - a score that can be checked: one door to the validation tokens, a chained ledger, probes, a verdict per rule.
 # ==================================================================================================
+
+class Ledger:
+    """Append-only account of a run in ledger.jsonl: each line carries the hash of the one before, so an edit breaks the chain.
+
+    A line is {"n", "prev", "kind", ..., "hash"}; hash is blake2b-128, in hex, of its canonical JSON without "hash". A later stage
+    or another evaluation in the same folder goes on where the last one ended. Without a path (ranks but the first) nothing is kept.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path, self.lines, self.last = path, 0, ""
+        if path is not None and path.exists():
+            try:
+                entry = json.loads(path.read_text().splitlines()[-1])
+                self.lines, self.last = entry["n"] + 1, entry["hash"]
+            except (OSError, ValueError, LookupError, TypeError):
+                raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose another ARTIFACT_DIR") from None
+
+    @staticmethod
+    def digest(entry: dict) -> str:
+        """The hash of a line from everything else in it."""
+        canonical = json.dumps({k: v for k, v in entry.items() if k != "hash"}, sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+    def add(self, kind: str, payload: dict) -> None:
+        """Append one line, at once. Raises RunError."""
+        if self.path is None:
+            return
+        entry = dict(n=self.lines, prev=self.last, kind=kind, **payload)
+        self.lines, self.last = self.lines + 1, self.digest(entry)
+        try:
+            with self.path.open("a") as f:
+                f.write(json.dumps(entry | dict(hash=self.last), separators=(",", ":")) + "\n")
+        except OSError as e:
+            raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another ARTIFACT_DIR") from None
+
+
+def state_hash(*states: Any) -> str:
+    """blake2b-128, in hex, of nested states: every tensor's bytes, every other value as text."""
+    h = hashlib.blake2b(digest_size=16)
+    pending = list(states[::-1])
+    while pending:
+        x = pending.pop()
+        if isinstance(x, dict):
+            pending += [part for k in reversed(x) for part in (x[k], str(k))]
+        elif isinstance(x, (list, tuple)):
+            pending += reversed(x)
+        else:
+            h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if isinstance(x, Tensor) else repr(x).encode())
+    return h.hexdigest()
+
 
 class Score(NamedTuple):
     """What an evaluation comes to."""
@@ -3441,96 +3524,372 @@ class Score(NamedTuple):
     bytes: int
 
 
-class Tally:
-    """Sums over scored tokens, in fp64 on the device; bits per byte = nats / ln 2 / bytes."""
+class ValDoor:
+    """The one way from an evaluation to the validation tokens; target i is token i + 1.
 
-    def __init__(self, device: torch.device):
-        self.nats = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        self.tokens = self.bytes = 0
+    `score` grades targets, each once; `release` hands out targets to learn from, if they have been graded; every step of an optimizer
+    needs a release. `sync` lets all ranks learn from what each has graded and writes their receipts into the ledger.
+    """
 
-    def add(self, nats: Tensor, mask: Tensor, target_bytes: int) -> None:
-        """nats: fp32 per target, on the device; mask: which of them count, on the CPU; target_bytes: what those stand for."""
-        self.nats += (nats.detach().to(self.nats.dtype) * mask.to(nats.device, non_blocking=True)).sum()
-        self.tokens += int(mask.sum())
-        self.bytes += target_bytes
+    def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
+        self._data, self.world, self.name, self.ledger, self.total = data, world, name, ledger, len(data.target_bytes)
+        self.documents = data.documents
+        self.own, self.graded = np.zeros(self.total, np.uint8), np.zeros(self.total, bool)  # by this rank; by any, at the last sync
+        self.nats = torch.zeros(self.total, device=world.device)
+        self.sum = torch.zeros((), dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
+        self.tokens, self.bytes, self.steps, self.early = 0, 0, 0, False
+        self.fresh: dict[str, list[np.ndarray]] = {}                                        # since the last receipt, by kind
+        self.receipts: list[tuple[str, np.ndarray]] = []                                    # since the last sync
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Tokens [start, end), to be inputs."""
+        return self._data.tokens[start:end]
+
+    def _targets(self, at: np.ndarray) -> Tensor:
+        return torch.from_numpy(self._data.tokens[at + 1].astype(np.int64)).to(self.world.device, non_blocking=True)
+
+    def score(self, at: np.ndarray, forward) -> Tensor:
+        """Grade. at (B, n): targets, -1 = none; forward(targets (B, n) int64) -> nats (B, n), which are recorded and come back.
+
+        Raises RunError when one of them has been graded before.
+        """
+        flat = np.flatnonzero(at >= 0)
+        index = at.reshape(-1)[flat]
+        if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
+            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
+        self.steps = 0
+        nats = forward(self._targets(at))
+        device = self.world.device
+        flat, on_device = (torch.from_numpy(a).to(device, non_blocking=True) for a in (flat, index))
+        self.nats[on_device] = counted = nats.detach().reshape(-1)[flat].float()
+        self.sum += counted.to(self.sum.dtype).sum()
+        self.own[index] = 1
+        self.tokens, self.bytes = self.tokens + len(index), self.bytes + int(self._data.target_bytes[index].sum())
+        self.fresh.setdefault("score", []).append(index)
+        return nats
+
+    def release(self, at: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
+        """Targets to learn from; one step of an optimizer may follow, with what = "base" any number until the next `score`.
+
+        at: as for `score`; -1 gives the BOS that everybody knows. Raises RunError when one of them has not been graded; `early` skips
+        that check for methods that break the rule: the ledger says so, and the verdict follows.
+        """
+        index = at[at >= 0]
+        ready = bool((self.own[index] | self.graded[index]).all())
+        self.early |= not ready
+        if not ready and not early:
+            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
+        self.steps = 1 if what == "adapters" else math.inf
+        self.fresh.setdefault(what if ready else f"early {what}", []).append(index)
+        return self._targets(at)
+
+    def before_step(self, *_) -> None:
+        """Hook of every optimizer while the door is guarded. Raises RunError: what it learns from was not released."""
+        if self.steps < 1:
+            raise RunError(f"{self.name}: an optimizer step in evaluation on nothing that was released for learning: a bug, report it")
+        self.steps -= 1
+
+    @contextlib.contextmanager
+    def guard(self):
+        """While evaluating: no step of any torch optimizer without a release."""
+        handle = register_optimizer_step_pre_hook(self.before_step)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def sums(self) -> tuple[float, int, int]:
-        """Nats, tokens and bytes of this rank so far."""
-        return self.nats.item(), self.tokens, self.bytes
+        """Nats, tokens and bytes graded by this rank so far."""
+        return self.sum.item(), self.tokens, self.bytes
 
-    def score(self, world: World, expected_tokens: int) -> Score:
-        """Merge the ranks. Raises RunError unless exactly `expected_tokens` targets were scored."""
-        counts = torch.tensor([self.tokens, self.bytes], device=world.device)
-        nats = self.nats.clone()
-        world.sum_(nats, counts)
-        tokens, size = counts.tolist()
-        if tokens != expected_tokens:
-            raise RunError(f"scored {tokens} targets instead of {expected_tokens}: a bug, please report it with the log")
-        return Score(nats.item() / tokens, nats.item() / math.log(2) / size, tokens, size)
+    def receipt(self) -> None:
+        """Close an account: one score line and one update line for everything since the last one."""
+        self.receipts += [(kind, np.unique(np.concatenate(index))) for kind, index in self.fresh.items()]
+        self.fresh = {}
 
+    def entry(self, nats: np.ndarray, kind: str, index: np.ndarray) -> tuple[str, dict]:
+        """Ledger line of a receipt: ranges [a, b) of targets, and for scores nats and bytes of each range."""
+        starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)
+        ranges = np.stack((index[starts], index[np.append(starts[1:], len(index)) - 1] + 1), 1).tolist()
+        if kind != "score":
+            return "update", dict(ranges=ranges, what=kind.removeprefix("early "), **{"pass": self.name}) | (
+                dict(early=True) if kind.startswith("early ") else {})
+        sums = (np.add.reduceat(a[index].astype(t), starts).tolist() for a, t in ((nats, np.float64), (self._data.target_bytes, np.int64)))
+        return "score", dict(zip(("nats", "bytes"), sums, strict=True), ranges=ranges, **{"pass": self.name})
+
+    def sync(self) -> None:
+        """Merge the ranks, all together. Raises RunError when two of them have graded the same target."""
+        self.receipt()
+        counts = torch.tensor(self.own, device=self.world.device)
+        self.world.sum_(counts)
+        self.graded = (counts > 0).cpu().numpy()
+        if (counts > 1).any():
+            raise RunError(f"{self.name}: two ranks scored the same targets: a bug, please report it")
+        nats = self.nats.cpu().numpy()
+        entries = [self.entry(nats, kind, index) for kind, index in self.receipts if len(index)]
+        self.receipts = []
+        for of_rank in self.world.gather(entries) if self.ledger is not None else ():
+            for kind, payload in of_rank:
+                self.ledger.add(kind, payload)
+
+    def finish(self) -> Score:
+        """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target. Raises RunError when one was left out."""
+        self.sync()
+        count = int(self.graded.sum())
+        if count != self.total:
+            raise RunError(f"scored {count} targets instead of {self.total}: a bug, please report it with the log")
+        self.world.sum_(self.nats)  # zero where another rank has graded
+        nats, size = self.nats.cpu().numpy(), int(self._data.target_bytes.sum())
+        if self.ledger is not None and self.ledger.path is not None:
+            buffer, path = io.BytesIO(), self.ledger.path.with_name(f"token_nats_{self.name}.npy")
+            np.save(buffer, nats)
+            write_atomic(path, buffer.getvalue())
+            self.ledger.add("tokens", {"pass": self.name, "file": path.name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
+        total = float(nats.sum(dtype=np.float64))
+        return Score(total / count, total / math.log(2) / size, count, size)
+
+
+class Watch:
+    """What Python opens, connects to and starts while `on`: an audit hook. It cannot be removed, so `open_watch` installs one."""
+
+    def __init__(self):
+        self.on, self.seen = False, []
+
+    def __call__(self, event: str, args: tuple) -> None:
+        if self.on and event in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+            self.seen.append((event, args[1] if event == "socket.connect" else args[0]))
+
+    def strangers(self, data: Path, ours: set[Path], packer: str) -> list[str]:
+        """What an evaluation has no business with: data but `ours`, files of neither Python, the system nor the run, other machines."""
+        system = (sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
+        roots = tuple(str(Path(path).resolve()) for path in system)
+        caches, programs = ("/.cache/", "/.triton/", "/.nv/"), (packer, "gcc", "g++", "cc", "c++", "clang", "ptxas", "ldconfig", "python")
+        ours, found = {str(path.resolve()) for path in ours}, []
+        for event, what in self.seen:
+            name = os.fsdecode(what) if isinstance(what, (str, bytes, os.PathLike)) else str(what)
+            if event == "open":
+                path = str(Path(name).resolve())
+                inside = path.startswith(tuple(ours)) or (
+                    not path.startswith(f"{data.resolve()}{os.sep}") and (path.startswith(roots) or any(c in path for c in caches)))
+                found += [] if inside or isinstance(what, int) else [f"open {name}"]
+            elif event == "socket.connect":
+                found += [] if isinstance(what, str) or what[0] in ("127.0.0.1", "::1", "localhost") else [f"connect {name}"]
+            elif not Path(name).name.startswith(programs):
+                found.append(f"run {name}")
+        return list(dict.fromkeys(found))
+
+
+@cache
+def open_watch() -> Watch:
+    watch = Watch()
+    sys.addaudithook(watch)
+    return watch
+
+
+Finding = tuple[str, str]  # a verdict, and the evidence in one line
+SEVERITY = ("FAIL", "NEEDS-RULING", "NOT-MEASURED", "PASS")
+RULES = (  # rule, what it asks, the findings that decide it
+    ("R1", "artifact and code fit the cap", ("bytes",)),
+    ("R2", "training and evaluation in time", ("P7",)),
+    ("R3", "no validation document in the training data", ("P9",)),
+    ("R4", "every target once, every byte of the text once", ("P4", "P5", "P10")),
+    ("R5", "a distribution over the vocabulary, fixed before its target", ("P2",)),
+    ("R6", "a score depends on its past in its document alone", ("P1", "P3")),
+    ("R7", "scored before learned from, by the artifact's weights", ("order",)),
+    ("R8", "warm-up leaves no trace", ("P6",)),
+    ("R9", "evaluation reads artifact and validation data alone", ("P11",)),
+    ("R10", "seeds declared before the first run", ("P12",)),
+    ("R11", "the score follows from the nats of its tokens", ("sum",)),
+    ("R12", "the artifact alone gives the same score elsewhere", ("P8",)),
+)
+UNRULED = (  # rule, when, what no maintainer has ruled on
+    ("R4", lambda c: not c.caseops_enabled, "bytes are those of the normalized pieces, not of a sidecar"),
+)
+
+
+def worst(findings: list[Finding]) -> Finding:
+    """The gravest verdict, with the evidence of all that share it."""
+    verdict = min((v for v, _ in findings), key=SEVERITY.index)
+    return verdict, "; ".join(text for v, text in findings if v == verdict)
+
+
+def verdicts(cfg: Config, findings: dict[str, Finding]) -> dict[str, Finding]:
+    """Rule by rule; a finding that nobody made is NOT-MEASURED, and so is everything where AUDIT=off."""
+    if cfg.audit == "off":
+        return {rule: ("NOT-MEASURED", "AUDIT=off") for rule, *_ in RULES}
+    missing = {name: ("NOT-MEASURED", f"{name} was not looked at in this stage") for _, _, names in RULES for name in names}
+    open_questions = {rule: [("NEEDS-RULING", why) for r, applies, why in UNRULED if r == rule and applies(cfg)] for rule, *_ in RULES}
+    return {rule: worst([(missing | findings)[name] for name in names] + open_questions[rule]) for rule, _, names in RULES}
+
+
+class ProbeDoor(ValDoor):
+    """Where target `watch` is scored, it asks for the nats of the whole vocabulary too: `row` at that target, `excess` anywhere near it."""
+
+    def __init__(self, data: ValData, world: World, watch: int, vocab: int):
+        super().__init__(data, world, "probe")
+        self.watch, self.vocab, self.row, self.excess = watch, vocab, None, math.inf
+
+    def score(self, at: np.ndarray, forward) -> Tensor:
+        if (at == self.watch).any():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # one shape, once: not worth a graph
+                nats = forward(torch.arange(self.vocab, device=self.world.device).expand(*at.shape, -1)).cpu()
+            self.excess = float((nats[torch.from_numpy(at >= 0)].double().neg().exp().sum(-1) - 1).abs().max())
+            self.row = nats[torch.from_numpy(at == self.watch)]
+        return super().score(at, forward)
+
+
+def short_stream(data: ValData, count: int, length: int, generator: np.random.Generator) -> ValData:
+    """The first `length` tokens of `count` random documents that have so many, or of the longest ones."""
+    starts, ends = data.documents()
+    sizes, count = ends - starts, min(count, len(starts))
+    enough = np.flatnonzero(sizes >= length)
+    picked = generator.choice(enough, count, replace=False) if len(enough) >= count else np.argsort(sizes)[-count:]
+    tokens = np.append(np.concatenate([data.tokens[starts[i] : starts[i] + min(sizes[i], length)] for i in picked]), BOS_ID)
+    return ValData(tokens.astype(np.uint16), np.ones(len(tokens) - 1, np.int32))
+
+
+def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, length: int, rounds: int, seed: int) -> dict[str, Finding]:
+    """P1 forged future, P2 sum over the vocabulary, P3 neighbours, on short streams. replay(door): the scored pass, starting afresh.
+
+    A stream is scored as it is, and with one document forged from a random target on. Until there, and in all other documents,
+    nats must be the same bits; so must the distribution at the first forged target, which adds up to one.
+    """
+    generator, looks, leaks, excess, targets = np.random.Generator(np.random.PCG64(seed)), 0.0, 0.0, 0.0, 0
+    for _ in range(rounds):
+        true = short_stream(data, count, length, generator)
+        starts, ends = true.documents()
+        start, end = starts[len(starts) // 2], ends[len(starts) // 2]
+        if end - start < 3:
+            return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", "the documents are too short"))
+        cut = int(generator.integers(start + (end - start) // 3, end - 1))  # token cut + 1 is the first to be forged
+        tokens = true.tokens.astype(np.int64)
+        tokens[cut + 1 : end] = 2 + (tokens[cut + 1 : end] - 1 + generator.integers(0, vocab - 3, end - cut - 1)) % (vocab - 2)
+        doors = [ProbeDoor(ValData(t, true.target_bytes), world, cut, vocab) for t in (true.tokens, tokens.astype(np.uint16), true.tokens)]
+        for door in doors[:2]:
+            replay(door)
+        moved, row = (doors[1].nats - doors[0].nats).abs().cpu().numpy(), float((doors[1].row - doors[0].row).abs().max())
+        past, others, size = moved[start:cut].max(initial=0.0), np.delete(moved, np.s_[start:end]).max(initial=0.0), len(moved)
+        if max(row, past, others) > 0:
+            replay(doors[2])
+            if noise := float((doors[2].nats - doors[0].nats).abs().max()):
+                why = ("NOT-MEASURED", f"two scorings of the same text differ by {noise:.2g} nats here")
+                return dict(P1=why, P2=("PASS" if doors[0].excess < 1e-4 else "FAIL", f"sums off by {doors[0].excess:.2g}"), P3=why)
+        looks, leaks, targets = max(looks, past, row), max(leaks, others), targets + size
+        excess = max(excess, doors[0].excess, math.inf if row > 0 else 0.0)
+    scale = f"in {rounds} forged streams of {count} documents, {targets} targets"
+    return dict(P1=("FAIL" if looks else "PASS", f"scores before the forgery moved by {looks:.3g} nats {scale}"),
+                P2=("PASS" if excess < 1e-4 else "FAIL", f"sums over {vocab} tokens off by {excess:.2g} (inf: moves with its target)"),
+                P3=("FAIL" if leaks else "PASS", f"scores of other documents moved by {leaks:.3g} nats {scale}"))
+
+
+def document_hashes(tokens: np.ndarray, offset: int, length: int) -> np.ndarray:
+    """64-bit hash of tokens [offset, offset + length) of every document that is long enough to have the first of them, else 0."""
+    starts = np.flatnonzero(tokens == BOS_ID)
+    ends = np.append(starts[1:], len(tokens))
+    h = np.zeros(len(starts), np.uint64)
+    for at in (starts + offset + j for j in range(length)):
+        token = np.where(at < ends, tokens[np.minimum(at, len(tokens) - 1)], 0).astype(np.uint64)
+        h = (h ^ token ^ (h >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
+    return np.where(starts + offset < ends, h, np.uint64(0))
+
+
+def probe_overlap(shards: tuple[Path, ...], val: np.ndarray, seconds: float) -> Finding:
+    """P9: validation documents whose first 64 tokens start a training document; near: that share a stretch of 32 further in."""
+    spans, start, read = ((1, 64), (65, 32), (129, 32), (257, 32)), time.perf_counter(), 0
+    ours = [document_hashes(val, *span) for span in spans]
+    hits = np.zeros((len(spans), len(ours[0])), bool)
+    for path in shards:
+        if time.perf_counter() - start > seconds:
+            break
+        tokens, read = np.array(read_shard(path)), read + 1
+        for i, span in enumerate(spans):
+            hits[i] |= np.isin(ours[i], document_hashes(tokens, *span)) & (ours[i] > 0)
+    exact, near = int(hits[0].sum()), int((hits[1:].any(0) & ~hits[0]).sum())
+    evidence = f"{exact} of {len(ours[0])} documents are in {read} of {len(shards)} training shards, {near} more in part"
+    if not read:
+        return "NOT-MEASURED", "there are no training shards in this stage"
+    return ("PASS" if not exact else "FAIL" if exact > 0.01 * len(ours[0]) else "NEEDS-RULING"), evidence
+
+
+def probe_round_trip(cfg: Config, data: ValData, count: int, seed: int) -> Finding:
+    """P10: documents decoded to text must have the bytes that were counted for them, and give the same tokens when encoded again."""
+    try:
+        import sentencepiece
+        caps = importlib.import_module("lossless_caps") if cfg.caseops_enabled else None
+        model = sentencepiece.SentencePieceProcessor(model_file=str(cfg.tokenizer_file))
+    except (ImportError, OSError, RuntimeError) as e:
+        return "NOT-MEASURED", f"the text cannot be decoded here: {str(e).splitlines()[0]}"
+    starts = data.documents()[0]
+    ends = np.append(starts[1:], len(data.tokens))
+    generator, broken, lost, total = np.random.Generator(np.random.PCG64(seed)), 0, 0, 0
+    picked = generator.choice(len(starts), min(count, len(starts)), replace=False)
+    for start, end in zip(starts[picked].tolist(), ends[picked].tolist(), strict=True):
+        ids, counted = data.tokens[start + 1 : end].tolist(), int(data.target_bytes[start : end - 1].sum())
+        coded = model.decode(ids)
+        text = caps.decode(coded) if caps else coded
+        missing = abs(counted - len(text.encode()))
+        broken, lost, total = broken + bool(missing or model.encode(coded) != ids), lost + missing, total + counted
+    return ("NEEDS-RULING" if broken else "PASS"), f"{broken} of {len(picked)} documents and {lost} of {total} bytes do not come back"
+
+
+# ==================================================================================================
+# EVALUATION - bits per byte: every target scored once, every byte counted once.
+# ==================================================================================================
 
 class EvalBatch(NamedTuple):
-    """Inputs and targets (B, T) int64, which targets count (B, T), their bytes, and the packing of a packed row."""
+    """Inputs (B, T) int64, the target that each predicts or -1 (B, T), and the packing of a packed row."""
 
     inputs: Tensor
-    targets: Tensor
-    mask: Tensor
-    target_bytes: int
+    at: np.ndarray
     packing: Packing | None
 
 
-def packed_rows(data: ValData, context: int, row_tokens: int) -> list[tuple[int, int]]:
+def packed_rows(door: ValDoor, context: int, row_tokens: int) -> list[tuple[int, int]]:
     """Cut the stream into rows of at most `row_tokens` inputs that never cut a piece: a document, or `context` tokens of a long one."""
-    total = len(data.target_bytes)
-    cuts = document_cu_seqlens(data.documents()[0], total, context, bucket=1)
+    cuts = document_cu_seqlens(door.documents()[0], door.total, context, bucket=1)
     rows, start = [], 0
-    while start < total:
+    while start < door.total:
         end = int(cuts[np.searchsorted(cuts, start + row_tokens, side="right") - 1])
         rows.append((start, end))
         start = end
     return rows
 
 
-def packed_batches(cfg: Config, data: ValData, rank: int, size: int):
+def packed_batches(cfg: Config, door: ValDoor, rank: int, size: int):
     """Whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
-    total, context = len(data.target_bytes), cfg.eval_seq_len
-    row_tokens = min(max(cfg.val_batch_tokens // 8, context), -(-total // context) * context)
-    for start, end in packed_rows(data, context, row_tokens)[rank::size]:
+    context = cfg.eval_seq_len
+    row_tokens = min(max(cfg.val_batch_tokens // 8, context), -(-door.total // context) * context)
+    for start, end in packed_rows(door, context, row_tokens)[rank::size]:
         n = end - start
-        tokens = np.zeros(row_tokens + 1, np.int64)
-        tokens[: n + 1] = data.tokens[start : end + 1]
-        starts = np.flatnonzero(tokens[:n] == BOS_ID)
+        inputs, at = np.zeros((1, row_tokens), np.int64), np.full((1, row_tokens), -1)
+        inputs[0, :n], at[0, :n] = door.read(start, end), np.arange(start, end)
+        starts = np.flatnonzero(inputs[0, :n] == BOS_ID)
         cu_seqlens = document_cu_seqlens(np.append(starts, n) if n < row_tokens else starts, row_tokens, context)
-        window, mask = torch.from_numpy(tokens)[None], torch.arange(row_tokens)[None] < n
-        packing = Packing(torch.from_numpy(cu_seqlens), context)
-        yield EvalBatch(window[:, :-1], window[:, 1:], mask, int(data.target_bytes[start:end].sum()), packing)
+        yield EvalBatch(torch.from_numpy(inputs), at, Packing(torch.from_numpy(cu_seqlens), context))
 
 
-def sliding_batches(cfg: Config, data: ValData, rank: int, size: int):
+def sliding_batches(cfg: Config, door: ValDoor, rank: int, size: int):
     """Windows every EVAL_STRIDE tokens, documents not masked; each scores the targets no earlier window has scored."""
-    total, seq, stride = len(data.target_bytes), cfg.eval_seq_len, cfg.eval_stride
-    starts = np.arange(0, max(1, total - (seq - stride)), stride)
+    seq, stride, tokens = cfg.eval_seq_len, cfg.eval_stride, door.read(0, door.total)
+    starts = np.arange(0, max(1, door.total - (seq - stride)), stride)
     per_batch = max(1, cfg.val_batch_tokens // 8 // seq)
     for first in range(rank * per_batch, len(starts), size * per_batch):
-        window_starts = starts[first : first + per_batch]
-        at = window_starts[:, None] + np.arange(seq + 1)
-        tokens = torch.from_numpy(np.where(at <= total, data.tokens[np.minimum(at, total)], 0).astype(np.int64))
+        window_starts = starts[first : first + per_batch, None]
+        at = window_starts + np.arange(seq)
+        inputs = np.where(at < door.total, tokens[np.minimum(at, door.total - 1)], 0).astype(np.int64)
         fresh = np.where(window_starts == 0, 0, seq - stride)
-        mask = (np.arange(seq) >= fresh[:, None]) & (at[:, :-1] < total)
-        counted = int(data.target_bytes[at[:, :-1][mask]].sum())
-        yield EvalBatch(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(mask), counted, None)
+        yield EvalBatch(torch.from_numpy(inputs), np.where((np.arange(seq) >= fresh) & (at < door.total), at, -1), None)
 
 
 @torch.no_grad()
-def evaluate(cfg: Config, world: World, forward, data: ValData, looping: bool = True) -> Score:
-    """Score all of `data` with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
-    tally, order = Tally(world.device), layer_order(cfg, looping)
-    batches = packed_batches if cfg.eval_method == "packed" else sliding_batches
-    for batch in batches(cfg, data, world.rank, world.size):
-        packing = batch.packing and Packing(batch.packing.cu_seqlens.to(world.device), batch.packing.max_len)
-        nats = forward(batch.inputs.to(world.device), batch.targets.to(world.device), order=order, packing=packing)
-        tally.add(nats, batch.mask, batch.target_bytes)
-    return tally.score(world, len(data.target_bytes))
+def evaluate(cfg: Config, world: World, forward, door: ValDoor, looping: bool = True) -> Score:
+    """Score everything behind the door with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
+    order, batches = layer_order(cfg, looping), packed_batches if cfg.eval_method == "packed" else sliding_batches
+    with door.guard():
+        for batch in batches(cfg, door, world.rank, world.size):
+            packing = batch.packing and Packing(batch.packing.cu_seqlens.to(world.device), batch.packing.max_len)
+            door.score(batch.at, partial(forward, batch.inputs.to(world.device), order=order, packing=packing))
+        return door.finish()
 
 
 # ==================================================================================================
@@ -3556,9 +3915,9 @@ def chunk_size(cfg: Config, length: int) -> int:
     return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
 
 
-def document_batches(cfg: Config, data: ValData) -> list[Batch]:
+def document_batches(cfg: Config, door: ValDoor) -> list[Batch]:
     """All documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
-    starts, ends = data.documents()
+    starts, ends = door.documents()
     sizes = ends - starts
     order = np.argsort(sizes, kind="stable")
     groups = [order[i : i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
@@ -3685,35 +4044,29 @@ class Lane:
 
 
 class Chunk(NamedTuple):
-    """One step of a batch: windows (B, w), the positions to score in them (B, c), their targets, which count, their bytes."""
+    """One step of a batch: windows (B, w), the positions to score in them (B, c), the targets there or -1 (B, c)."""
 
     inputs: Tensor
     positions: Tensor
-    targets: Tensor
-    mask: Tensor
-    target_bytes: int
+    at: np.ndarray
 
 
-def build_chunk(data: ValData, batch: Batch, first: int, rows: int, index: int, context: int) -> Chunk:
+def build_chunk(door: ValDoor, batch: Batch, first: int, rows: int, index: int, context: int) -> Chunk:
     """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing."""
     c, width = batch.chunk, min((index + 1) * batch.chunk, context)
-    last = len(data.tokens) - 1
-    inputs, targets = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64)
-    positions, mask, target_bytes = np.zeros((rows, c), np.int64), np.zeros((rows, c), bool), 0
-    for row, (at, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
+    inputs, positions, at = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64), np.full((rows, c), -1)
+    for row, (origin, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
         window, start, end = chunk_window(size, c, index, context)
         if start >= size:
             continue
-        inputs[row, : end - window] = data.tokens[at + window : at + end]
+        inputs[row, : end - window] = door.read(origin + window, origin + end)
         positions[row] = np.minimum(start - window + np.arange(c), width - 1)
-        targets[row] = data.tokens[np.minimum(at + start + 1 + np.arange(c), last)]
-        mask[row, : end - start] = True
-        target_bytes += int(data.target_bytes[at + start : at + end].sum())
-    return Chunk(*(torch.from_numpy(a) for a in (inputs, positions, targets, mask)), target_bytes)
+        at[row, : end - start] = np.arange(origin + start, origin + end)
+    return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), at)
 
 
 def score_batch(
-    cfg: Config, world: World, forward, data: ValData, batch: Batch, lineage: Lineage, from_mean: bool, tally: Tally, static_rows: int = 0
+    cfg: Config, world: World, forward, door: ValDoor, batch: Batch, lineage: Lineage, from_mean: bool, static_rows: int = 0
 ) -> None:
     """Two verbs, in this order: grade a chunk with adapters that have never seen it, then learn from it.
 
@@ -3728,21 +4081,22 @@ def score_batch(
     for index in range(int(chunks.max())):
         first = 0 if static_rows else int(np.searchsorted(chunks, index, side="right"))
         rows = static_rows or len(chunks) - first
-        chunk = build_chunk(data, batch, first, rows, index, context)
-        inputs, targets, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.targets, chunk.positions))
+        chunk = build_chunk(door, batch, first, rows, index, context)
+        inputs, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.positions))
         torch._dynamo.maybe_mark_dynamic(inputs, 1)
         learn = torch.zeros(rows)
         learn[: len(chunks) - first] = torch.from_numpy(((chunks > index + 1) & may_learn)[first:])
-        score = partial(forward, inputs, targets, order=order, adapters=lineage.adapters.rows(first, first + rows), positions=positions)
+        score = partial(forward, inputs, order=order, adapters=lineage.adapters.rows(first, first + rows), positions=positions)
         with torch.set_grad_enabled(bool(learn.any())):
-            nats = score()
-        tally.add(nats, chunk.mask, chunk.target_bytes)
+            nats = door.score(chunk.at, score)
         for repeat in range(cfg.ttt_grad_steps if learn.any() else 0):
-            loss = ((nats if repeat == 0 else score()).mean(1) * learn.to(device)).sum()
+            targets = door.release(np.where(learn.bool()[:, None], chunk.at, -1))
+            loss = ((nats if repeat == 0 else score(targets)).mean(1) * learn.to(device)).sum()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     lineage.finish(len(batch.sizes))
+    door.receipt()
 
 
 def base_lr(cfg: Config, chunk: int, chunks: int) -> float:
@@ -3818,15 +4172,15 @@ def warm_up_ttt(cfg: Config, world: World, forward, rows: int, log: Log) -> None
 
 
 class TttRun:
-    """One scored evaluation with test-time training: its tally, its clock and its log lines."""
+    """One scored evaluation with test-time training: its door, its clock and its log lines. like: a run whose graphs it can use."""
 
-    def __init__(self, cfg: Config, world: World, model: GPT, data: ValData, log: Log):
-        self.cfg, self.world, self.model, self.data, self.log = cfg, world, model, data, log
-        self.forward = compile_forward(model, cfg, world, dynamic=None)
-        self.batches = document_batches(cfg, data)
-        self.rows = max(len(b.sizes) for b in self.batches)
+    def __init__(self, cfg: Config, world: World, model: GPT, door: ValDoor, log: Log, like: TttRun | None = None):
+        self.cfg, self.world, self.model, self.door, self.log = cfg, world, model, door, log
+        self.forward = like.forward if like else compile_forward(model, cfg, world, dynamic=None)
+        self.batches = document_batches(cfg, door)
+        self.rows = like.rows if like else max(len(b.sizes) for b in self.batches)
         self.static_rows = 0 if self.forward is model else self.rows
-        self.tally, self.phases_done, self.scored_docs = Tally(world.device), 0, 0
+        self.phases_done = self.scored_docs = 0
         self.reported = {int(n) for n in filter(None, cfg.ttt_eval_batches.split(","))}
         self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
 
@@ -3844,7 +4198,7 @@ class TttRun:
         """Log a batch and this rank's running score; before: the sums ahead of the batch."""
         if self.reported and batch.number + 1 not in self.reported:
             return
-        total = self.tally.sums()
+        total = self.door.sums()
         nats, tokens, size = (now - old for now, old in zip(total, before, strict=True))
         self.log(f"ttp: b{batch.number + 1}/{len(self.batches)} bl:{nats / tokens:.4f} bb:{nats / math.log(2) / max(1, size):.4f} "
                  f"rl:{total[0] / total[1]:.4f} rb:{total[0] / math.log(2) / max(1, total[2]):.4f} "
@@ -3861,9 +4215,9 @@ class TttRun:
             lane = Lane(cfg, world, self.rows, seed=cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
             for batch in (segment[i] for i in hands[number]):
                 self.check_budget(batch)
-                before = self.tally.sums()
+                before = self.door.sums()
                 from_mean = cfg.ttt_warm_start_mean_enabled and int(batch.sizes.max()) + 1 <= cfg.ttt_warm_start_mean_doc_len
-                score_batch(cfg, world, self.forward, self.data, batch, lane.lineage(batch), from_mean, self.tally, self.static_rows)
+                score_batch(cfg, world, self.forward, self.door, batch, lane.lineage(batch), from_mean, self.static_rows)
                 self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
                 self.scored_docs += len(batch.sizes)
                 self.report(batch, before, lane.is_short(batch))
@@ -3873,7 +4227,7 @@ class TttRun:
         records = sorted((b.number, i) for b in segments for i in range(len(b.sizes)))[:documents]
         by_number = {b.number: b for b in segments}
         pieces = [(int(by_number[n].starts[i]), int(by_number[n].sizes[i])) for n, i in records]
-        tokens = np.concatenate([self.data.tokens[at : at + size + 1] for at, size in pieces])
+        tokens = self.door.release(np.concatenate([np.r_[-1, at : at + size] for at, size in pieces]), "base").cpu().numpy()
         self.log(f"ttpp: phase:{self.phases_done + 1}/{self.cfg.phased_ttt_num_phases} pd:{sum(len(b.sizes) for b in segments)} "
                  f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
         self.world.barrier()
@@ -3889,15 +4243,17 @@ class TttRun:
         total = sum(len(b.sizes) for b in self.batches)
         prefix = max(boundaries, default=0)
         self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
-                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{len(self.data.target_bytes)}")
+                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.door.total}")
         self.eta = Eta(self.eta.total)
         scored: list[Batch] = []
-        for phase, (segment, documents) in enumerate(segments):
-            self.score_segment(segment, phase)
-            scored += segment
-            if documents:
-                self.learn_base(scored, documents)
-        return self.tally.score(self.world, len(self.data.target_bytes))
+        with self.door.guard():
+            for phase, (segment, documents) in enumerate(segments):
+                self.score_segment(segment, phase)
+                scored += segment
+                if documents:
+                    self.door.sync()
+                    self.learn_base(scored, documents)
+            return self.door.finish()
 
 
 # ==================================================================================================
@@ -3908,30 +4264,75 @@ class Run:
     """What all stages of one run share: configuration, ranks, files, log, clock and the numbers collected so far."""
 
     def __init__(self, cfg: Config, world: World, out: Path):
-        self.cfg, self.world, self.out, self.clock = cfg, world, out, Clock(world)
+        self.cfg, self.world, self.out = cfg, world, out
         self.log = Log(out / f"{out.name if not cfg.run_id else cfg.run_id}.txt" if world.main else None)
+        self.ledger = Ledger(out / "ledger.jsonl" if world.main else None)
+        self.clock = Clock(world, lambda name, seconds: self.ledger.add("phase", dict(name=name, seconds=seconds)))
         self.checkpoint, self.weights, self.artifact = out / "checkpoint.pt", out / "final_model.pt", out / "final_model.int6.ptz"
         if cfg.compressor == "pergroup" and cfg.stage != "train":
             need_lrzip()  # before an hour of training, not after
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
-        self.data = ValData.load(cfg, self.files)
+        self.data, self.train_shards = ValData.load(cfg, self.files), len(self.files.train)
         self.result: dict[str, Any] = {}
+        self.findings: dict[str, Finding] = {}
+        self.scored_pass = ""
+
+    def door(self, name: str) -> ValDoor:
+        """A pass over the validation tokens that the ledger keeps account of."""
+        self.scored_pass = name
+        return ValDoor(self.data, self.world, name, self.ledger)
+
+    def probe(self, check, *args) -> None:
+        """check(*args) -> {id: finding}, by rank 0, into the ledger with its cost. Nothing where AUDIT=off."""
+        if self.cfg.audit == "off" or not self.world.main:
+            return
+        start = time.perf_counter()
+        found = check(*args)
+        for name, (verdict, evidence) in found.items():
+            self.ledger.add("probe", dict(id=name, verdict=verdict, evidence=evidence, seconds=(time.perf_counter() - start) / len(found)))
+        self.findings |= found
+
+    @contextlib.contextmanager
+    def unchanged(self, state):
+        """Around a warm-up, after which what state() returns and the random generators must be what they were (P6)."""
+        hashes = []
+        for last in (False, True):
+            cuda = torch.cuda.get_rng_state(self.world.device) if self.world.device.type == "cuda" else None
+            hashes += [] if self.cfg.audit == "off" else [state_hash(state(), torch.get_rng_state(), cuda)]
+            if not last:
+                yield
+        if hashes:
+            self.ledger.add("warmup", dict(before=hashes[0], after=hashes[1]))
+            verdict = ("PASS" if hashes[0] == hashes[1] else "FAIL", f"state {hashes[0][:8]} before a warm-up, {hashes[1][:8]} after")
+            self.probe(lambda: dict(P6=worst([verdict, self.findings.get("P6", verdict)])))
 
     def diagnostic(self, name: str, key: str, forward) -> Score:
         """Score with fixed weights and log it."""
         self.clock.phase("diagnostic eval")
         start = time.perf_counter()
-        score = evaluate(self.cfg, self.world, forward, self.data)
+        score = evaluate(self.cfg, self.world, forward, self.door(key))
         self.log(f"{name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * (time.perf_counter() - start):.0f}ms")
         self.result |= {f"{key}_val_loss": score.loss, f"{key}_val_bpb": score.bpb, "val_loss": score.loss, "val_bpb": score.bpb,
                         "target_tokens": score.tokens, "val_bytes": score.bytes}
         return score
 
 
+def environment(world: World) -> dict:
+    """Versions and machine."""
+    return dict(hardware=hardware_name(world), python_version=platform.python_version(), torch_version=torch.__version__,
+                triton_version=triton.__version__ if triton else None, world_size=world.size)
+
+
 def log_start(run: Run, env) -> None:
     """Overrides, variables without effect, the whole configuration and the source: a log is a complete account of its run."""
-    cfg, log = run.cfg, run.log
-    script = Path(__file__)
+    cfg, log, files = run.cfg, run.log, run.files
+    script, tokenizer = Path(__file__), cfg.tokenizer_file
+    run.ledger.add("start", dict(
+        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage, code_sha256=sha256_file(script),
+        config_hash=config_hash(cfg), overrides=overrides(cfg), seed=cfg.seed, seeds_declared=cfg.seeds_declared, audit=cfg.audit,
+        manifest_sha256=files.manifest_sha256, shards=files.hashes,
+        tokenizer_sha256=sha256_file(tokenizer) if tokenizer.exists() else files.manifest.get("tokenizer_sha256"),
+        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()), environment=environment(run.world)))
     log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, torch {torch.__version__}, "
         f"python {platform.python_version()}")
     log("overrides: " + (" ".join(f"{k}={v}" for k, v in overrides(cfg).items()) or "none"))
@@ -3941,7 +4342,7 @@ def log_start(run: Run, env) -> None:
     for f in sorted(fields(cfg), key=lambda f: f.name):
         log(f"  {f.name}: {getattr(cfg, f.name)}", console=False)
     log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
-    log(f"train_shards: {len(run.files.train)}")
+    log(f"train_shards: {run.train_shards}")
     log(f"val_tokens: {len(run.data.target_bytes)}")
     kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel)
     attention, _, trials = choose_attention(cfg.attn_backend, run.world)
@@ -3954,7 +4355,8 @@ def train_stage(run: Run) -> GPT:
     trainer = Trainer(cfg, world, run.files)
     log_training_start(cfg, trainer, log)
     clock.phase("compile")
-    trainer.warm_up(log)
+    with run.unchanged(trainer.state):
+        trainer.warm_up(log)
     if cfg.resume:
         if not run.checkpoint.exists():
             raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
@@ -3963,7 +4365,7 @@ def train_stage(run: Run) -> GPT:
 
     def validate() -> Score:
         clock.phase("diagnostic eval")
-        score = evaluate(cfg, world, trainer.forward, run.data, trainer.looping)
+        score = evaluate(cfg, world, trainer.forward, ValDoor(run.data, world), trainer.looping)
         clock.phase("train")
         return score
 
@@ -4037,40 +4439,100 @@ def count_bytes(run: Run) -> None:
         bytes_by_part=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script),
         code_bytes_upstream_convention=upstream, bytes_total=total,
         over_cap=total > ARTIFACT_CAP_BYTES)
+    run.ledger.add("artifact", dict(file=artifact.name, sha256=run.result["artifact_sha256"], bytes=model, code_bytes=code))
+    needs = "; unpacking needs the lrzip program" if run.cfg.compressor == "pergroup" else ""
+    run.probe(lambda: dict(bytes=("FAIL" if total > ARTIFACT_CAP_BYTES else "PASS", f"{total:,} of {ARTIFACT_CAP_BYTES:,} bytes{needs}")))
+
+
+def note_weights(run: Run, model: GPT, when: str) -> str:
+    """The hash of all parameters, into the ledger."""
+    digest = state_hash(model.state_dict())
+    run.ledger.add("weights", dict(when=when, sha256=digest))
+    return digest
 
 
 def eval_stage(run: Run) -> None:
-    """Load the artifact from its bytes, score it as it is, then with test-time training."""
+    """Load the artifact from its bytes, score it as it is, then with test-time training, and look at how that was done."""
     cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
     clock.phase("unpack")
+    run.files, watch = run.files.without_training(), open_watch()
+    watch.on, watch.seen = True, []
     start = time.perf_counter()
     model = load_artifact(cfg, world, run.artifact)
     log(f"Deserialize: decompression and dequantization done in {time.perf_counter() - start:.1f}s")
-    run.result["model_params"] = sum(p.numel() for p in model.parameters())
+    run.result["model_params"], weights = sum(p.numel() for p in model.parameters()), [note_weights(run, model, "loaded")]
     count_bytes(run)
-    start = time.perf_counter()
-    score = run.diagnostic("diagnostic quantized", "quantized", compile_forward(model, cfg, world))
+    forward = compile_forward(model, cfg, world)
     if not cfg.ttt_enabled:
-        run.result |= dict(eval_seconds=time.perf_counter() - start, ttt_val_loss=None, ttt_val_bpb=None)
-        return
-    ttt = TttRun(cfg, world, model, run.data, log)
-    if ttt.static_rows:
-        clock.phase("compile")
-        warm_up_ttt(cfg, world, ttt.forward, ttt.rows, log)
-    clock.phase("eval")
-    log("beginning TTT eval timer")
+        weights.append(note_weights(run, model, "first_score"))
     start = time.perf_counter()
-    score = ttt.run()
-    world.synchronize()
-    seconds = time.perf_counter() - start
-    log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
-    log(f"total_eval_time:{seconds:.1f}s")
-    run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb, target_tokens=score.tokens,
-                       val_bytes=score.bytes, eval_seconds=seconds)
+    score, ttt = run.diagnostic("diagnostic quantized", "quantized", forward), None
+    if cfg.ttt_enabled:
+        ttt = TttRun(cfg, world, model, run.door("ttt"), log)
+        if ttt.static_rows:
+            clock.phase("compile")
+            with run.unchanged(model.state_dict):
+                warm_up_ttt(cfg, world, ttt.forward, ttt.rows, log)
+        weights.append(note_weights(run, model, "first_score"))
+        clock.phase("eval")
+        log("beginning TTT eval timer")
+        start = time.perf_counter()
+        score = ttt.run()
+        world.synchronize()
+    seconds, watch.on = time.perf_counter() - start, False
+    run.result |= dict(ttt_val_loss=None, ttt_val_bpb=None, eval_seconds=seconds)
+    if ttt:
+        log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
+        log(f"total_eval_time:{seconds:.1f}s")
+        run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb,
+                           target_tokens=score.tokens, val_bytes=score.bytes)
+    clock.phase("audit")
+    alone, mini = World(0, 1, world.device, world.dtype), replace(cfg, phased_ttt_enabled=False, max_eval_seconds=0.0, ttt_eval_batches="")
+
+    def replay(door: ValDoor) -> Score:
+        return TttRun(mini, alone, model, door, Log(None), ttt).run() if ttt else evaluate(cfg, alone, forward, door)
+
+    count, length = (min(3, cfg.ttt_batch_size), 4 * chunk_size(cfg, 2)) if ttt else (3, 128)
+    run.probe(probe_scoring, run.data, alone, cfg.vocab_size, replay, count, length, 16 if cfg.audit == "full" else 1, cfg.seed)
+    order = "FAIL" if weights[0] != weights[1] or (ttt and ttt.door.early) else "PASS"
+    run.probe(lambda: dict(order=(order, f"weights {weights[0][:8]} as loaded, {weights[1][:8]} at the first score; "
+                                         f"{'some' if ttt and ttt.door.early else 'no'} learning from unscored targets")))
+    ours = {run.out, Path(__file__), cfg.shards_path / "manifest.json", cfg.tokenizer_file, *run.files.val, *run.files.sidecar}
+    found = sorted(set().union(*world.gather(watch.strangers(cfg.shards_path, ours, "lrzip"))))
+    run.probe(lambda: dict(P11=("FAIL" if found else "PASS", f"{len(watch.seen)} files, sockets and programs, among them strange: "
+                                + (", ".join(found[:3]) or "none"))))
+    run.probe(score_findings, run, score)
+    world.barrier()
+
+
+def score_findings(run: Run, score: Score) -> dict[str, Finding]:
+    """Findings from numbers that lie on the table: coverage, bytes, clocks, seeds, and the score computed again from its file."""
+    cfg, result, seconds = run.cfg, run.result, run.clock.seconds
+    split, total = run.files.manifest.get("splits", {}).get("val", {}), sum(len(read_shard(p)) for p in run.files.val) - 1
+    said = split.get("bytes")
+    gap = "NOT-MEASURED" if said is None else "PASS" if score.bytes == said else "FAIL" if score.bytes > said else "NEEDS-RULING"
+    covered = f"{score.tokens:,} of {total:,} targets, {score.bytes:,} bytes of {'?' if said is None else format(said, ',')} in the text"
+    spent = {"train": None if result.get("train_seconds") is None else result["train_seconds"] + result.get("calib_seconds", 0),
+             "eval": result["eval_seconds"]}
+    budgets = dict(train=cfg.max_wallclock_seconds, eval=cfg.max_eval_seconds)
+    late = any(budgets[k] and (spent[k] or 0) > budgets[k] for k in spent)
+    open_clock = any(spent[k] is None or not budgets[k] for k in spent)
+    strict = {k: sum(seconds.get(name, 0) for name in names) for k, names in dict(
+        train=("train", "calibrate", "quantize", "pack"), eval=("unpack", "eval", "diagnostic eval")).items()}
+    clocks = ", ".join(f"{k} {-1 if v is None else v:.1f} s of {budgets[k]:g} (strict {strict[k]:.1f})" for k, v in spent.items())
+    nats = np.load(run.out / f"token_nats_{run.scored_pass}.npy").sum(dtype=np.float64)
+    off = abs(float(nats) / math.log(2) / int(run.data.target_bytes.sum()) - score.bpb)
+    declared = [int(seed) for seed in filter(None, cfg.seeds_declared.split(","))]
+    return dict(
+        P4=("FAIL", covered) if score.tokens != total else (gap, covered), P5=("PASS", f"{score.tokens:,} targets, each once, by the door"),
+        P7=("FAIL" if late else "NOT-MEASURED" if open_clock else "PASS", clocks), P8=("NOT-MEASURED", "tools/audit.py rescore does it"),
+        P10=probe_round_trip(cfg, run.data, dict(full=1 << 30).get(cfg.audit, 8), cfg.seed),
+        P12=("PASS" if cfg.seed in declared else "FAIL" if declared else "NOT-MEASURED", f"seed {cfg.seed}, declared: {declared}"),
+        sum=("PASS" if off <= 1e-9 else "FAIL", f"bits per byte from token_nats_{run.scored_pass}.npy differ by {off:.1g}"))
 
 
 def finish(run: Run) -> None:
-    """Complete the result, write result.json, print the table and the one JSON line."""
+    """Complete the result, judge it, write result.json, print the tables and the one JSON line."""
     cfg, world, files, manifest = run.cfg, run.world, run.files, run.files.manifest.get("splits", {})
     phases = run.clock.table()
     documents = {split: (lambda d: d[1] - d[0])(manifest.get(split, {}).get("documents", [0, 0])) or None for split in ("train", "val")}
@@ -4080,13 +4542,16 @@ def finish(run: Run) -> None:
         schema_version=1, run_id=run.out.name if not cfg.run_id else cfg.run_id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
         overrides=overrides(cfg), config_hash=config_hash(cfg), **dict.fromkeys(keys)) | run.result | dict(
         val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]), wall_seconds=sum(p["seconds"] for p in phases),
-        phases=phases, peak_mem_mib=max(p["peak_mib"] for p in phases), world_size=world.size, hardware=hardware_name(world),
-        python_version=platform.python_version(), torch_version=torch.__version__,
-        triton_version=triton.__version__ if triton else None,
-        data=dict(manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents["train"],
+        phases=phases, peak_mem_mib=max(p["peak_mib"] for p in phases), **environment(world),
+        data=dict(manifest_sha256=files.manifest_sha256, train_shards=run.train_shards, docs_train=documents["train"],
                   train_tokens=manifest.get("train", {}).get("tokens"), docs_val=documents["val"],
                   tokenizer_sha256=files.manifest.get("tokenizer_sha256")),
         train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)
+    judged = verdicts(cfg, run.findings)
+    run.ledger.add("verdicts", judged)
+    run.ledger.add("end", dict(val_loss=result["val_loss"], val_bpb=result["val_bpb"], tokens=result.get("target_tokens"),
+                               bytes=result.get("val_bytes"), **{"pass": run.scored_pass}))
+    result["audit"] = dict(mode=cfg.audit, verdicts=judged, findings=run.findings, lines=run.ledger.lines, last_hash=run.ledger.last)
     if world.main:
         curve = result.pop("loss_curve", None)
         if curve:
@@ -4109,7 +4574,11 @@ def summary_table(result: dict) -> list[str]:
         lines += [f"  {'code':<26}{result['code_bytes']:>10,}", f"{'total':<28}{result['bytes_total']:>10,}  of {ARTIFACT_CAP_BYTES:,}"]
     lines += ["", f"{'phase':<28}{'seconds':>10}{'peak MiB':>10}"]
     lines += [f"  {p['name']:<26}{p['seconds']:>10.1f}{p['peak_mib']:>10}" for p in result["phases"]]
-    return [*lines, f"{'wall':<28}{result['wall_seconds']:>10.1f}{result['peak_mem_mib']:>10}", ""]
+    lines += [f"{'wall':<28}{result['wall_seconds']:>10.1f}{result['peak_mem_mib']:>10}", ""]
+    for rule, asks, _ in RULES:
+        verdict, evidence = result["audit"]["verdicts"][rule]
+        lines.append(f"{rule:<4}{verdict:<14}{asks}: {evidence}")
+    return [*lines, ""]
 
 
 def run_stages(cfg: Config, world: World, env) -> None:
@@ -4117,6 +4586,9 @@ def run_stages(cfg: Config, world: World, env) -> None:
     run_id = cfg.run_id or world.from_main(datetime.now(UTC).strftime("%Y%m%d_%H%M%S"))
     run = Run(cfg, world, Path(cfg.artifact_dir or f"logs/{run_id}"))
     log_start(run, env)
+    if run.files.train:
+        run.clock.phase("audit")
+        run.probe(lambda: dict(P9=probe_overlap(run.files.train, run.data.tokens, dict(full=math.inf).get(cfg.audit, 6.0))))
     model = train_stage(run) if cfg.stage in ("all", "train") else None
     if cfg.stage in ("all", "quantize"):
         quantize_stage(run, model)

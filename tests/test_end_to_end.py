@@ -76,7 +76,9 @@ def failed(outcome, *expected: str) -> None:
 
 
 def test_files(whole):
-    assert {p.name for p in whole.out.iterdir()} == {"whole.txt", "final_model.pt", ARTIFACT, "result.json", "loss_curve.json"}
+    assert {p.name for p in whole.out.iterdir()} == {
+        "whole.txt", "final_model.pt", ARTIFACT, "result.json", "loss_curve.json", "ledger.jsonl",
+        "token_nats_pre_quant.npy", "token_nats_quantized.npy", "token_nats_ttt.npy"}
     assert not whole.errors
 
 
@@ -126,7 +128,7 @@ def test_phases_add_up(whole):
     phases = whole.result["phases"]
     assert sum(p["seconds"] for p in phases) == pytest.approx(whole.result["wall_seconds"], abs=1e-6)
     by_name = {p["name"]: p["seconds"] for p in phases}
-    assert list(by_name) == ["setup", "compile", "train", "diagnostic eval", "calibrate", "quantize", "pack", "unpack", "eval"]
+    assert list(by_name) == ["setup", "audit", "compile", "train", "diagnostic eval", "calibrate", "quantize", "pack", "unpack", "eval"]
     assert by_name["train"] >= whole.result["train_seconds"] > 0
     assert by_name["eval"] >= whole.result["eval_seconds"] - 1e-3
 
@@ -210,7 +212,8 @@ def test_same_seed_gives_the_same_bytes(whole, tmp_path, run_main):
 def test_training_only(tmp_path, run_main):
     code, _, err = run_main(tmp_path / "t", stage="train", iterations=2, seed=5, run_id="named")
     assert code == 0, err
-    assert {p.name for p in (tmp_path / "t").iterdir()} == {"named.txt", "final_model.pt", "result.json", "loss_curve.json"}
+    assert {p.name for p in (tmp_path / "t").iterdir()} == {
+        "named.txt", "final_model.pt", "result.json", "loss_curve.json", "ledger.jsonl", "token_nats_pre_quant.npy"}
     r = result_of(tmp_path / "t")
     assert (r["run_id"], r["seed"], r["stage"], r["steps"]) == ("named", 5, "train", 2)
     assert r["val_bpb"] == r["pre_quant_val_bpb"] and r["ttt_val_bpb"] is None and "artifact_bytes" not in r
@@ -321,7 +324,7 @@ def test_full_disk_after_training(tmp_path, run_main, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     failed(run_main(tmp_path / "out", iterations=1), "No space left on device", "final_model.pt")
-    assert not [p for p in (tmp_path / "out").iterdir() if p.suffix != ".txt"]
+    assert not [p for p in (tmp_path / "out").iterdir() if p.suffix not in (".txt", ".jsonl")]
 
 
 def test_no_data(tmp_path, run_main):

@@ -23,28 +23,25 @@ def some(count: int = 8, seed: int = 5, longest: int = 150) -> tg.ValData:
     return val_data(documents(count, seed, longest=longest))
 
 
+CPU = tg.World(0, 1, torch.device("cpu"), torch.float32)
+
+
 def batches_of(cfg, data, rank=0, size=1):
     make = tg.packed_batches if cfg.eval_method == "packed" else tg.sliding_batches
-    return list(make(cfg, data, rank, size))
+    return list(make(cfg, tg.ValDoor(data, CPU), rank, size))
 
 
-@torch.no_grad()
+def evaluate(cfg, world, forward, data) -> tg.Score:
+    return tg.evaluate(cfg, world, forward, tg.ValDoor(data, world))
+
+
 def per_target(cfg, data, forward) -> np.ndarray:
-    """Nats of every target in stream order, found by the token values alone: each batch is matched against the stream."""
-    out, order = np.full(len(data.target_bytes), np.nan), tg.layer_order(cfg, looping=True)
-    if cfg.eval_method == "packed":
-        starts = iter(tg.packed_rows(data, cfg.eval_seq_len, row_tokens_of(cfg, data)))
-    else:
-        starts = iter((s, None) for s in range(0, len(out), cfg.eval_stride))
+    """Nats of every target in stream order."""
     for batch in batches_of(cfg, data):
-        nats = forward(batch.inputs, batch.targets, order=order, packing=batch.packing)
-        for row in range(len(nats)):
-            at = next(starts)[0] + np.flatnonzero(batch.mask[row])
-            assert np.isnan(out[at]).all(), "a target was scored twice"
-            assert (data.tokens[at] == batch.inputs[row][batch.mask[row]].numpy()).all()
-            assert (data.tokens[at + 1] == batch.targets[row][batch.mask[row]].numpy()).all()
-            out[at] = nats[row][batch.mask[row]]
-    return out
+        assert (data.tokens[batch.at[batch.at >= 0]] == batch.inputs.numpy()[batch.at >= 0]).all(), "the input before each target"
+    door = tg.ValDoor(data, CPU)
+    tg.evaluate(cfg, CPU, forward, door)
+    return door.nats.numpy()
 
 
 def row_tokens_of(cfg, data) -> int:
@@ -66,31 +63,28 @@ def test_a_uniform_model_scores_log2_of_the_vocabulary(method, world, random_mod
     cfg, data = tiny_config(eval_method=method), some()
     model = random_model(cfg)
     torch.nn.init.zeros_(model.tok_emb.weight)
-    score = tg.evaluate(cfg, world, model, data)
+    score = evaluate(cfg, world, model, data)
     assert score.loss / math.log(2) == pytest.approx(6, abs=1e-6)  # V = 64; fp32 log-softmax of zeros
     assert score.bpb == pytest.approx(6 * len(data.target_bytes) / data.target_bytes.sum(), rel=1e-6)
     assert (score.tokens, score.bytes) == (len(data.target_bytes), data.target_bytes.sum())
 
 
 def test_score_is_the_mean_of_the_scores_in_fp64(world):
-    tally = tg.Tally(world.device)
-    tally.add(torch.tensor([[1e8, 1.0]]), torch.tensor([[True, True]]), 3)
-    tally.add(torch.full((1, 1000), 1.0), torch.arange(1000)[None] < 500, 7)
-    score = tally.score(world, 502)
-    assert score.loss == (1e8 + 501) / 502 and score.bpb == (1e8 + 501) / math.log(2) / 10 and score.bytes == 10
+    door = tg.ValDoor(stream([40]), world)
+    door.score(np.arange(20)[None], lambda targets: torch.cat((torch.full((1, 1), 1e8), torch.ones(1, 19)), 1))
+    door.score(np.r_[20 : door.total, -1, -1][None], lambda targets: torch.full(targets.shape, 0.5))
+    score = door.finish()
+    nats = 1e8 + 19 + 0.5 * (door.total - 20)
+    assert (score.loss, score.tokens, score.bytes) == (nats / door.total, door.total, door._data.target_bytes.sum())
+    assert score.bpb == nats / math.log(2) / score.bytes and door.sums() == (nats, score.tokens, score.bytes)
 
 
 def test_a_missed_target_is_an_error(world, random_model, monkeypatch):
-    cfg, data = tiny_config(), some()
-    tally = tg.Tally(world.device)
-    tally.add(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), 4)
-    for expected in (3, 5):
-        with pytest.raises(tg.RunError, match=f"scored 4 targets instead of {expected}"):
-            tally.score(world, expected)
+    cfg, data = tiny_config(val_batch_tokens=8 * 200), some()
     whole = tg.packed_batches
     monkeypatch.setattr(tg, "packed_batches", lambda *args: list(whole(*args))[1:])
-    with pytest.raises(tg.RunError, match="scored"):
-        tg.evaluate(cfg, world, random_model(cfg), data)
+    with pytest.raises(tg.RunError, match=f"scored [1-9][0-9]* targets instead of {len(data.target_bytes)}"):
+        evaluate(cfg, world, random_model(cfg), data)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -99,8 +93,7 @@ def test_ranks_share_the_batches(method, size):
     cfg, data = tiny_config(eval_method=method, val_batch_tokens=1024), some(20)
     whole = batches_of(cfg, data)
     shares = [batches_of(cfg, data, rank, size) for rank in range(size)]
-    assert sum(int(b.mask.sum()) for share in shares for b in share) == len(data.target_bytes)
-    assert sum(b.target_bytes for share in shares for b in share) == data.target_bytes.sum()
+    assert sorted(i for share in shares for b in share for i in b.at[b.at >= 0]) == list(range(len(data.target_bytes)))
     rows = sorted(tuple(row.tolist()) for b in whole for row in b.inputs)
     assert sorted(tuple(row.tolist()) for share in shares for b in share for row in b.inputs) == rows
 
@@ -125,12 +118,9 @@ def test_packed_rows_hold_each_target_once_and_cut_no_piece(sizes, context, batc
     data = stream(sizes)
     total, out = len(data.target_bytes), []
     for batch in batches_of(cfg, data):
-        n = int(batch.mask.sum())
-        assert batch.mask[0, :n].all() and batch.inputs.shape == batch.targets.shape == batch.mask.shape
-        at = len(out)
+        n, at = int((batch.at >= 0).sum()), len(out)
+        assert batch.inputs.shape == batch.at.shape and batch.at[0, :n].tolist() == list(range(at, at + n))
         assert batch.inputs[0, :n].tolist() == data.tokens[at : at + n].tolist()
-        assert batch.targets[0, :n].tolist() == data.tokens[at + 1 : at + n + 1].tolist()
-        assert batch.target_bytes == data.target_bytes[at : at + n].sum()
         cuts = batch.packing.cu_seqlens.tolist()
         assert cuts[0] == 0 and cuts[-1] == batch.inputs.shape[1] and max(np.diff(cuts)) <= context
         starts = [s for s, _ in zip(*data.documents(), strict=True)]
@@ -151,11 +141,10 @@ def test_sliding_windows_score_each_target_once_with_the_longest_context(total, 
     where = {}
     for batch in batches_of(cfg, stream_):
         assert batch.inputs.shape[1] == seq
-        for inputs, targets, mask in zip(batch.inputs, batch.targets, batch.mask, strict=True):
-            for j in np.flatnonzero(mask):
-                assert targets[j] == inputs[j] + 1 and int(inputs[j]) not in where
+        for inputs, at in zip(batch.inputs, batch.at, strict=True):
+            for j in np.flatnonzero(at >= 0):
+                assert at[j] == inputs[j] - 1 and int(inputs[j]) not in where
                 where[int(inputs[j])] = int(j)
-        assert batch.target_bytes == sum(stream_.target_bytes[int(t) - 1] for t in batch.inputs[batch.mask])
     assert sorted(where) == list(range(1, total + 1))
     expected, start = {}, 0  # brute force: the first window that holds a target scores it
     while len(expected) < total:
@@ -182,7 +171,7 @@ def test_packed_equals_document_by_document(world, random_model):
     got = per_target(cfg, data, model)
     # rotary angles at other row positions and another attention kernel, fp32, in a network of large random weights
     assert np.allclose(got, expected, rtol=1e-4, atol=1e-4) and abs(got.mean() - np.mean(expected)) < 1e-5
-    assert tg.evaluate(cfg, world, model, data).loss == pytest.approx(np.mean(expected), abs=1e-5)
+    assert evaluate(cfg, world, model, data).loss == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_packed_scores_do_not_depend_on_the_batch_size(random_model):
@@ -209,7 +198,7 @@ def test_sliding_equals_window_by_window(world, random_model):
         fresh = np.isnan(expected[start : start + 32])
         expected[start : start + 32][fresh] = nats[fresh]
     assert np.allclose(per_target(cfg, data, model), expected, rtol=1e-4, atol=1e-4)  # batched matmuls, fp32
-    assert tg.evaluate(cfg, world, model, data).loss == pytest.approx(expected.mean(), abs=1e-5)
+    assert evaluate(cfg, world, model, data).loss == pytest.approx(expected.mean(), abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- causality
@@ -263,7 +252,7 @@ def test_bytes_are_the_sidecars(method, dataset, world):
     cfg = tiny_config(eval_method=method, data_path=str(dataset))
     data = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False))
     sidecar = tg.read_shard(dataset / "fineweb_val_bytes_000000.bin")
-    score = tg.evaluate(cfg, world, Probe(), data)
+    score = evaluate(cfg, world, Probe(), data)
     assert score.bytes == int(sidecar[1:].sum(dtype=np.int64))
     assert score.loss == pytest.approx(np.mean(data.tokens[:-1] * 1000.0 + data.tokens[1:]), rel=1e-12)
     assert score.bpb == pytest.approx(score.loss * score.tokens / math.log(2) / score.bytes, rel=1e-12)

@@ -376,7 +376,8 @@ def test_eight_bits_keep_the_score_and_three_do_not(dataset, world, random_model
         c = dataclasses.replace(cfg, lqer_enabled=False, awq_lite_enabled=False, **bits)
         quantized = tg.build_model(c, world)
         quantized.load_state_dict(tg.dequantized_state(c, tg.quantize(c, model.state_dict(), hessians, lambda line: None)))
-        return abs(tg.evaluate(c, world, quantized, data).loss - tg.evaluate(c, world, model, data).loss)
+        losses = [tg.evaluate(c, world, m, tg.ValDoor(data, world)).loss for m in (quantized, model)]
+        return abs(losses[0] - losses[1])
 
     eight, three = change(matrix_bits=8, embed_bits=8), change(matrix_bits=3, embed_bits=3)
     assert eight < 0.1 < three  # nats of about 6: the random weights make the network far more sensitive than a trained one

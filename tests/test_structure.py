@@ -1,4 +1,4 @@
-"""The shape of the script: twelve sections that read top to bottom, short functions, nothing hidden."""
+"""The shape of the script: thirteen sections that read top to bottom, short functions, nothing hidden."""
 
 import ast
 import json
@@ -17,8 +17,8 @@ SCRIPT = ROOT / "train_gpt.py"
 SOURCE = SCRIPT.read_text()
 LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
-SECTIONS = ["CONFIG", "RUNTIME", "DATA", "KERNELS", "MODEL", "OPTIMIZERS", "TRAINING", "QUANTIZATION", "PACKING", "EVALUATION",
-            "TEST-TIME TRAINING", "MAIN"]  # fmt: skip
+SECTIONS = ["CONFIG", "RUNTIME", "DATA", "KERNELS", "MODEL", "OPTIMIZERS", "TRAINING", "QUANTIZATION", "PACKING", "AUDIT",
+            "EVALUATION", "TEST-TIME TRAINING", "MAIN"]  # fmt: skip
 RULE = "# " + "=" * 98
 BANNERS = [(i + 1, *LINES[i + 1][2:].split(" - ", 1)) for i in range(len(LINES) - 2) if LINES[i] == LINES[i + 2] == RULE]
 FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
@@ -105,8 +105,8 @@ def test_nothing_reads_a_later_name_while_importing_or_in_a_signature():
 
 
 def test_length():
-    """3,000 and room for the Triton kernels, of which those that lose on a GPU will go."""
-    assert sum(bool(line.strip()) for line in LINES) <= 3500
+    """3,000, the audit, and room for the Triton kernels, of which those that lose on a GPU will go."""
+    assert sum(bool(line.strip()) for line in LINES) <= 3900
 
 
 def test_no_long_function():

@@ -580,8 +580,9 @@ def test_training_and_scoring_compile_into_few_whole_graphs(cfg, world, tmp_path
         before = count_graphs()
         for method in ("packed", "sliding"):
             scoring = dataclasses.replace(cfg, eval_method=method)
-            ours = tg.evaluate(scoring, world, compiled.forward, data)
-            assert ours.loss == pytest.approx(tg.evaluate(scoring, world, eager.model, data).loss, abs=1e-5)
+            ours = tg.evaluate(scoring, world, compiled.forward, tg.ValDoor(data, world))
+            theirs = tg.evaluate(scoring, world, eager.model, tg.ValDoor(data, world))
+            assert ours.loss == pytest.approx(theirs.loss, abs=1e-5)
         assert count_graphs() - before <= 3  # packed rows, full batches of windows, and the last one
 
 
@@ -590,10 +591,10 @@ def test_test_time_training_compiles_into_few_whole_graphs(cfg, world, random_mo
     cfg = dataclasses.replace(cfg, **SHALLOW, phased_ttt_enabled=False, val_doc_fraction=0.4)
     data = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False))
     model = random_model(cfg).requires_grad_(False).eval()
-    expected = tg.TttRun(cfg, world, model, data, quiet).run()
+    expected = tg.TttRun(cfg, world, model, tg.ValDoor(data, world), quiet).run()
     with clean_compiler():
         before = count_graphs()
-        ours = tg.TttRun(dataclasses.replace(cfg, compile_backend="aot_eager"), world, model, data, quiet).run()
+        ours = tg.TttRun(dataclasses.replace(cfg, compile_backend="aot_eager"), world, model, tg.ValDoor(data, world), quiet).run()
         graphs = count_graphs() - before
     assert (ours.tokens, ours.bytes) == (expected.tokens, expected.bytes)
     assert ours.loss == pytest.approx(

@@ -39,43 +39,25 @@ def ready(model: tg.GPT) -> tg.GPT:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-class Ledger:
-    """Nats of every target and the step at which it was scored, recorded inside the real loop by the place of each document."""
+class Ledger(tg.ValDoor):
+    """A door that also keeps the step at which every target was scored."""
 
-    def __init__(self, data: tg.ValData):
-        self.nats, self.when = np.full(len(data.target_bytes), np.nan), np.full(len(data.target_bytes), -1)
-        self.step, self.local, self.lock = 0, threading.local(), threading.Lock()
-        self.score, self.lines, self.model = None, [], None
-        self.build, self.add = tg.build_chunk, tg.Tally.add
+    def __init__(self, data: tg.ValData, world: tg.World, when=None):
+        super().__init__(data, world, "test")
+        self.when = np.full(self.total, -1) if when is None else when
+        self.result, self.lines, self.model = None, [], None
 
-    def patched(self):
-        def build_chunk(data, batch, first, rows, index, context):
-            ends = np.minimum((index + 1) * batch.chunk, batch.sizes)[first:]
-            self.local.at = np.concatenate([s + np.arange(index * batch.chunk, e) for s, e in zip(batch.starts[first:], ends, strict=True)])
-            return self.build(data, batch, first, rows, index, context)
-
-        def add(tally, nats, mask, target_bytes):
-            at = self.local.at.astype(int)
-            assert (self.when[at] < 0).all(), "a target was scored twice"
-            with self.lock:
-                self.nats[at], self.when[at] = nats.detach()[mask].numpy(), self.step
-                self.step += 1
-            self.add(tally, nats, mask, target_bytes)
-
-        patch = pytest.MonkeyPatch()
-        patch.setattr(tg, "build_chunk", build_chunk)
-        patch.setattr(tg.Tally, "add", add)
-        return patch
+    def score(self, at, forward):
+        nats = super().score(at, forward)
+        self.when[at[at >= 0]] = self.when.max() + 1
+        return nats
 
 
 def run_ttt(cfg, world, model, data) -> Ledger:
-    ledger = Ledger(data)
-    patch = ledger.patched()
-    try:
-        ledger.model = ready(model)
-        ledger.score = tg.TttRun(cfg, world, ledger.model, data, ledger.lines.append).run()
-    finally:
-        patch.undo()
+    ledger = Ledger(data, world)
+    ledger.model = ready(model)
+    ledger.result = tg.TttRun(cfg, world, ledger.model, ledger, ledger.lines.append).run()
+    ledger.nats = ledger.nats.numpy()
     return ledger
 
 
@@ -83,12 +65,9 @@ def run_batch(cfg, world, model, data, batch=None, lineage=None, static_rows=0, 
     """One batch alone. Returns its ledger and its lineage."""
     batch = batch or tg.document_batches(cfg, data)[0]
     lineage = lineage or tg.Lane(cfg, world, max(static_rows, len(batch.sizes)), seed=3).lineage(batch)
-    ledger, tally = Ledger(data), tg.Tally(world.device)
-    patch = ledger.patched()
-    try:
-        tg.score_batch(cfg, world, model, data, batch, lineage, from_mean, tally, static_rows)
-    finally:
-        patch.undo()
+    ledger = Ledger(data, world)
+    tg.score_batch(cfg, world, model, ledger, batch, lineage, from_mean, static_rows)
+    ledger.nats = ledger.nats.numpy()
     return ledger, lineage
 
 
@@ -189,38 +168,35 @@ def test_deal_gives_every_item_to_one_lane_and_balances(lanes):
     assert tg.deal(costs, lanes) == hands
 
 
-def test_batch_cost_counts_the_positions_that_are_run():
+def test_batch_cost_counts_the_positions_that_are_run(world):
     data = some(20, longest=200)
+    door = tg.ValDoor(data, world)
     for context in (64, 70, 200):
         cfg = tiny_config(ttt_eval_seq_len=context)
         for batch in tg.document_batches(cfg, data):
             n, chunks = len(batch.sizes), -(-int(batch.sizes.max()) // batch.chunk)
-            run = sum(tg.build_chunk(data, batch, 0, n, i, context).inputs.numel() for i in range(chunks))
+            run = sum(tg.build_chunk(door, batch, 0, n, i, context).inputs.numel() for i in range(chunks))
             assert tg.batch_cost(batch, context) == run
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_chunk_holds_the_window_the_positions_and_the_bytes(first):
+def test_a_chunk_holds_the_window_the_positions_and_the_targets(first, world):
     data, cfg = of_sizes(5, 30, 100), tiny_config(ttt_short_score_first_steps="", ttt_short_chunk_size=16)
     batch, context = tg.document_batches(cfg, data)[0], 64
     for index in range(7):
-        chunk = tg.build_chunk(data, batch, first, 4, index, context)
-        counted = 0
+        chunk = tg.build_chunk(tg.ValDoor(data, world), batch, first, 4, index, context)
         for row in range(4):
             size = int(batch.sizes[first + row]) if first + row < 3 else 0
             at = list(range(index * 16, min((index + 1) * 16, size)))
             start = int(batch.starts[first + row]) if size else 0
-            mask = chunk.mask[row]
-            assert int(mask.sum()) == len(at)
+            mask = torch.from_numpy(chunk.at[row] >= 0)
+            assert chunk.at[row][mask].tolist() == [start + i for i in at]
             assert chunk.inputs[row].gather(0, chunk.positions[row])[mask].tolist() == data.tokens[[start + i for i in at]].tolist()
-            assert chunk.targets[row][mask].tolist() == data.tokens[[start + i + 1 for i in at]].tolist()
             if at:  # the tokens before the chunk, as many as fit
                 seen = int(chunk.positions[row, len(at) - 1]) + 1
                 assert seen == min(at[-1] + 1, context)
                 assert chunk.inputs[row, :seen].tolist() == data.tokens[start + at[-1] + 1 - seen : start + at[-1] + 1].tolist()
                 assert not chunk.inputs[row, seen:].any()
-            counted += int(data.target_bytes[[start + i for i in at]].sum()) if at else 0
-        assert chunk.target_bytes == counted
 
 
 # ---------------------------------------------------------------------------------------------------- adapters
@@ -267,7 +243,7 @@ def test_without_learning_it_is_the_plain_score_of_each_document(world, random_m
             expected += model(tokens[:, :-1], tokens[:, 1:], order=order)[0].tolist()
     ledger = run_ttt(cfg, world, model, data)
     assert np.allclose(ledger.nats, expected, rtol=1e-4, atol=1e-4)  # other batch shapes, fp32
-    assert ledger.score.loss == pytest.approx(np.mean(expected), abs=1e-5)
+    assert ledger.result.loss == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 @pytest.mark.parametrize("changes", [
@@ -277,9 +253,9 @@ def test_every_target_and_every_byte_once(changes, world, random_model):
     cfg, data = tiny_config(**changes), some(13)
     ledger = run_ttt(cfg, world, random_model(cfg), data)
     assert (ledger.when >= 0).all()
-    assert ledger.score.tokens == len(data.target_bytes) and ledger.score.bytes == data.target_bytes.sum()
-    assert ledger.score.loss == pytest.approx(ledger.nats.mean(), rel=1e-7)
-    assert ledger.score.bpb == pytest.approx(ledger.nats.sum() / math.log(2) / data.target_bytes.sum(), rel=1e-7)
+    assert ledger.result.tokens == len(data.target_bytes) and ledger.result.bytes == data.target_bytes.sum()
+    assert ledger.result.loss == pytest.approx(ledger.nats.astype(float).mean(), rel=1e-12)
+    assert ledger.result.bpb == pytest.approx(ledger.nats.astype(float).sum() / math.log(2) / data.target_bytes.sum(), rel=1e-12)
     reports = [line for line in ledger.lines if line.startswith("ttp:")]
     assert len(reports) == (2 if "ttt_eval_batches" in changes else len(tg.document_batches(cfg, data)))
 
@@ -381,11 +357,9 @@ def test_base_weights_are_frozen_but_for_the_phases(world, random_model):
 
 def test_a_phase_learns_from_scored_documents_alone(world, random_model, monkeypatch):
     cfg, data = tiny_config(phased_ttt_num_phases=2, phased_ttt_prefix_docs=9), some(16)
-    ledger, seen = Ledger(data), []
-    patch = ledger.patched()
+    ledger, seen = Ledger(data, world), []
     monkeypatch.setattr(tg, "update_base", lambda c, w, m, tokens, log: seen.append((tokens, ledger.when.copy())))
-    tg.TttRun(cfg, world, ready(random_model(cfg)), data, lambda line: None).run()
-    patch.undo()
+    tg.TttRun(cfg, world, ready(random_model(cfg)), ledger, lambda line: None).run()
     starts, ends = data.documents()
     assert len(seen) == 2
     for (tokens, when), count, scored in zip(seen, (4, 9), (4, 12), strict=True):
@@ -644,7 +618,7 @@ def test_what_passes_from_batch_to_batch(keep, world, random_model):
 def test_a_run_repeats_exactly_and_reports_itself(whole, world):
     cfg, model, data, ledger = whole
     again = run_ttt(cfg, world, model, data)
-    assert np.array_equal(again.nats, ledger.nats) and again.score == ledger.score
+    assert np.array_equal(again.nats, ledger.nats) and again.result == ledger.result
     assert ledger.lines[0].startswith("ttt_phased: total_docs:16 prefix_docs:6 suffix_docs:10 num_phases:1 boundaries:[6] "
                                       f"target_tokens:{len(data.target_bytes)}")  # fmt: skip
 
@@ -679,13 +653,15 @@ def run_ranks(cfg, model, data, size: int) -> Result:
         def barrier(self):
             meeting.wait(60)
 
-    ledger = Ledger(data)
-    patch = ledger.patched()
+    class Door(tg.ValDoor):
+        def before_step(self, *_):
+            """Threads share the hook, so the doors of the other ranks see this rank's steps."""
 
     def work(rank: int) -> None:
         try:
-            own = ready(model)
-            out[rank] = tg.TttRun(cfg, Rank(rank, size, torch.device("cpu"), torch.float32), own, data, lambda line: None).run(), own
+            own, world = ready(model), Rank(rank, size, torch.device("cpu"), torch.float32)
+            door = Door(data, world)
+            out[rank] = tg.TttRun(cfg, world, own, door, lambda line: None).run(), own, door
         except BaseException as e:
             errors.append(e)
             meeting.abort()
@@ -695,10 +671,9 @@ def run_ranks(cfg, model, data, size: int) -> Result:
         t.start()
     for t in threads:
         t.join()
-    patch.undo()
     assert not errors, errors
-    assert len({(score, digest(own)) for score, own in out.values()}) == 1, "the ranks agree"
-    return Result(out[0][0], out[0][1].state_dict(), ledger.nats)
+    assert len({(score, digest(own), door.nats.numpy().tobytes()) for score, own, door in out.values()}) == 1, "the ranks agree"
+    return Result(out[0][0], out[0][1].state_dict(), out[0][2].nats.numpy())
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -725,7 +700,7 @@ def test_more_ranks_than_sequences_or_lanes(random_model):
 def test_learning_pays_on_repetitive_text(world):
     cfg, data = tiny_config(ttt_lora_lr=0.02), some(16, longest=200)
     model = tg.build_model(cfg, world)
-    learned, plain = (run_ttt(c, world, model, data).score.bpb for c in (cfg, dataclasses.replace(cfg, ttt_lora_lr=0.0, **QUIET)))
+    learned, plain = (run_ttt(c, world, model, data).result.bpb for c in (cfg, dataclasses.replace(cfg, ttt_lora_lr=0.0, **QUIET)))
     assert learned < 0.9 * plain
 
 
