@@ -11,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, documents, tiny_env, write_shard
+from hypothesis import given, settings, strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
+import train_gpt as tg
+
 sys.path.insert(0, str(ROOT / "tools"))
 import audit
+import clean_room
 import ledger
 from ledger import FAIL, PASS, RULING, UNKNOWN
 
@@ -488,3 +492,149 @@ def test_rules_of_a_run_folder_use_its_ledger(run_folder, tmp_path):
     v = verdicts(folder)
     assert all(v[rule][0] == FAIL and "the last line is cut off" in v[rule][1] for rule in ("R4", "R7", "R8", "R11"))
     assert v["R3"][0] == UNKNOWN, "a probe in a broken chain says nothing"
+
+
+# ---- the clean room
+
+HONEST = "import json, os, pathlib\nout = pathlib.Path(os.environ['ARTIFACT_DIR'])\n"
+REPORT = "(out / 'result.json').write_text(json.dumps(dict(environ=dict(os.environ), files=sorted(str(p.relative_to('.')) for p in " \
+         "pathlib.Path('.').rglob('*')), home=os.listdir(os.environ['HOME']), here=__name__)))\n"
+
+
+def claim(folder: Path, code: str, data: Path) -> clean_room.Claim:
+    (folder / "s.py").write_text(code)
+    (folder / "a.ptz").write_bytes(b"weights")
+    result = {"seed": 5, "artifact_file": "final_model.int6.ptz", "overrides": {"DATA_PATH": str(data), "TTT_LORA_LR": "0.5", "SEED": "5"}}
+    return clean_room.Claim(folder, folder / "s.py", folder / "a.ptz", result, None)
+
+
+def test_the_room_holds_the_counted_files_and_nothing_of_ours(tmp_path, dataset, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("SECRET", "here")
+    room = clean_room.enter(claim(tmp_path, HONEST + REPORT, dataset), dataset, None, 0, 60)
+    r = room["result"]
+    assert [f for f in r["files"] if "." in f] == room["files"] == [
+        "data/fineweb_val_000000.bin", "data/fineweb_val_bytes_000000.bin", "out/final_model.int6.ptz", "train_gpt.py"]
+    assert r["home"] == [] and r["here"] == "__main__"
+    assert {"SECRET", "PYTHONPATH", "VIRTUAL_ENV"}.isdisjoint(r["environ"])
+    assert (r["environ"]["TTT_LORA_LR"], r["environ"]["STAGE"], r["environ"]["SEED"]) == ("0.5", "eval", "5")
+    assert str(dataset) not in r["environ"].values()
+
+
+@pytest.mark.parametrize(("code", "message"), [
+    ("open(r'{data}/fineweb_train_000000.bin', 'rb')", "fineweb_train_000000.bin is not among the counted files"),
+    ("import numpy; numpy.memmap(r'{data}/fineweb_train_000000.bin', mode='r')", "is not among the counted files"),
+    ("os.open(r'{data}/manifest.json', 0)", "is not among the counted files"),
+    ("import socket; socket.create_connection(('127.0.0.1', 9))", "no network"),
+    ("import socket; socket.getaddrinfo('localhost', 80)", "no network"),
+    ("import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', 9))", "no network"),
+    ("import lossless_caps", "No module named 'lossless_caps'"),
+    ("raise SystemExit(3)", "exit code 3"),
+])
+def test_what_the_room_refuses(tmp_path, dataset, code, message):
+    with pytest.raises(clean_room.Broken, match=message):
+        clean_room.enter(claim(tmp_path, HONEST + code.format(data=dataset) + "\n" + REPORT, dataset), dataset, None, 0, 60)
+
+
+def test_a_script_that_never_ends(tmp_path, dataset):
+    with pytest.raises(clean_room.Broken, match="did not finish within 1 s"):
+        clean_room.enter(claim(tmp_path, "while True: pass\n", dataset), dataset, None, 0, 1)
+
+
+@given(st.integers(1, 12), st.floats(0.01, 1), st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_a_sample_is_a_stream_of_whole_documents(tmp_path_factory, count, fraction, seed):
+    folder = tmp_path_factory.mktemp("sample")
+    tokens = np.concatenate(documents(count, seed % 100))
+    sizes = np.where(tokens == 1, 0, 1 + tokens % 3)
+    half = len(tokens) // 2
+    for i, part in enumerate((slice(None, half), slice(half, None))):
+        write_shard(folder / f"fineweb_val_{i:06d}.bin", tokens[part])
+        write_shard(folder / f"fineweb_val_bytes_{i:06d}.bin", sizes[part])
+    targets = clean_room.copy_validation(folder, folder / "room", fraction, seed)
+    got, got_sizes = (tg.read_shard(folder / "room" / f"fineweb_val_{kind}000000.bin") for kind in ("", "bytes_"))
+    assert got[0] == 1 and len(got) == len(got_sizes) == len(targets) + 1
+    assert (got[1:] == tokens[targets + 1]).all() and (got_sizes[1:] == sizes[targets + 1]).all()
+    assert (got[:-1] == tokens[targets]).all(), "each target after its own input"
+    assert len(np.flatnonzero(got[:-1] == 1)) == max(1, round(fraction * count))
+
+
+def test_nats_are_compared_target_by_target():
+    nats = np.arange(8, dtype=np.float32)
+    f = clean_room.compare_nats("ttt", nats, nats.copy(), 1e-3)
+    assert f.verdict == PASS and "8 targets, 100.0% equal, mean |difference| 0.0e+00" in f.evidence
+    other = nats.copy()
+    other[5] += 0.1
+    f = clean_room.compare_nats("ttt", nats, other, 1e-3)
+    assert f.verdict == FAIL and "87.5% equal" in f.evidence and "largest 1.0e-01 nats at target 5" in f.evidence
+    assert clean_room.compare_nats("ttt", nats, other, 0.1).verdict == PASS
+    assert clean_room.compare_nats("ttt", nats, nats[:7], 1).verdict == FAIL
+
+
+@pytest.mark.parametrize(("changes", "verdict", "text"), [
+    ({}, PASS, "equal: val_loss 2.0000000000"), (dict(ttt_val_loss=2.0009), PASS, "+9.0e-04"), (dict(ttt_val_loss=2.002), FAIL, "+2.0e-03"),
+    (dict(val_bytes=99), FAIL, "targets and bytes (50, 99), in the record (50, 100)"),
+])
+def test_scores_are_compared_where_no_nats_are_kept(changes, verdict, text):
+    claimed = dict(ttt_val_loss=2.0, ttt_val_bpb=1.4, target_tokens=50, val_bytes=100)
+    f = clean_room.compare_score("ttt", claimed, claimed | changes, 1e-3)
+    assert f.verdict == verdict and text in f.evidence
+    assert clean_room.compare_score("quantized", claimed, claimed, 1e-3) is None
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    """A whole tiny run in this process."""
+    out = tmp_path_factory.mktemp("audited") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_gpt.py"])
+        patch.setattr(tg, "upstream_code_bytes", lambda: None)  # two seconds that are tested elsewhere
+        for name, value in tiny_env(data_path=dataset, artifact_dir=out, seeds_declared="1337", iterations=4).items():
+            patch.setenv(name, value)
+        assert tg.main() == 0
+    return out
+
+
+def test_the_ledger_of_a_real_run(finished, tmp_path):
+    outcome = found(finished)
+    assert failed(outcome) == set() and {name for name, (v, _) in outcome.items() if v == UNKNOWN} <= {"probes"}
+    assert "quantized, ttt" in outcome["coverage"][1]
+    v = verdicts(finished)
+    assert [rule for rule, (verdict, _) in v.items() if verdict == FAIL] == []
+    assert all(v[rule][0] == PASS for rule in ("R1", "R3", "R5", "R6", "R7", "R8", "R9", "R11"))
+    copy = shutil.copytree(finished, tmp_path / "run")
+    lines = [json.loads(line) for line in (copy / "ledger.jsonl").read_text().splitlines()]
+    scores = [n for n, e in enumerate(lines) if e["kind"] == "score" and e["pass"] == "ttt"]
+    forged = chain(edited(lines, scores[0], ("nats", 0), lines[scores[0]]["nats"][0] - 1))
+    assert failed(found(copy, forged)) == {"anchor", "score", "nats per token"}
+
+
+@pytest.mark.parametrize("share", ["--all", "--fraction=0.3"])
+def test_a_real_run_scores_the_same_in_the_room(finished, dataset, share, capsys):
+    args = ["rescore", str(finished), "--data", str(dataset), "--script", str(ROOT / "train_gpt.py"), share, "--json"]
+    assert audit.main(args) == 0, capsys.readouterr()
+    findings = {f["name"]: f for f in json.loads(capsys.readouterr().out)}
+    if share == "--all":
+        assert findings["data"]["verdict"] == PASS
+        assert all(findings[f"{name} score"]["evidence"].startswith("equal: ") for name in ("quantized", "ttt"))
+        assert all("100.0% equal" in findings[f"{name} nats"]["evidence"] for name in ("quantized", "ttt"))
+    else:  # other rows, so other shapes of products: rounding
+        assert "4 random documents" in findings["room"]["evidence"] and "network" in findings["room"]["evidence"]
+        assert findings["quantized nats"]["verdict"] == PASS and list(findings) == ["data", "room", "quantized nats"]
+
+
+def test_files_that_are_not_those_of_the_run_are_refused(finished, dataset, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(clean_room.Broken, match="is the script that ran"):
+        clean_room.rescore(copy, dataset, script=ROOT / "lossless_caps.py")
+    (copy / "final_model.int6.ptz").write_bytes(b"other")
+    with pytest.raises(clean_room.Broken, match="is not the artifact that seed 1337 scored"):
+        clean_room.rescore(copy, dataset, script=ROOT / "train_gpt.py")
+
+
+def test_a_share_of_a_record_without_nats_is_refused():
+    demo = next((ROOT / "records").glob("track_demo/*"))
+    with pytest.raises(clean_room.Broken, match="use --all"):
+        clean_room.rescore(demo, demo, fraction=0.1)
+    with pytest.raises(clean_room.Broken, match="no artifact with a log of seed 314; artifacts of: 42"):
+        clean_room.rescore(demo, demo, seed=314)

@@ -211,7 +211,7 @@ def compare_nats(name: str, claimed: np.ndarray, again: np.ndarray, tolerance: f
         return Finding(f"{name} nats", FAIL, f"{len(again)} targets, the record has {len(claimed)}")
     off = np.abs(claimed.astype(np.float64) - again)
     text = (f"{len(off):,} targets, {np.mean(off == 0):.1%} equal, mean |difference| {off.mean():.1e}, largest {off.max():.1e} nats "
-            f"at the {off.argmax()}th")
+            f"at target {off.argmax()}")
     return Finding(f"{name} nats", PASS if off.mean() <= tolerance else FAIL, text)
 
 
