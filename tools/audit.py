@@ -357,6 +357,8 @@ def render(findings: list[Finding]) -> str:
 
 def run_rescore(args: argparse.Namespace) -> list[Finding]:
     fraction = None if args.all else args.fraction
+    if not 0 < args.fraction <= 1:
+        raise Broken(f"--fraction {args.fraction} is no share of the documents: give a number above 0, at most 1")
     return rescore(args.record, args.data, args.seed, fraction, args.sample_seed, args.script, args.tolerance, args.timeout)
 
 
@@ -384,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
         p.add_argument("record", type=Path, help="record or run folder")
         p.add_argument("--data", type=Path, required=p is room, help="folder with the validation shards")
         p.add_argument("--seed", type=int, help="which run (default: the first whose artifact is there)")
-        p.add_argument("--fraction", type=float, default=0.05, help="share of documents, fixed weights only (default %(default)s)")
+        p.add_argument("--fraction", type=float, default=0.05, help="share of documents, weights fixed (default %(default)s)")
         p.add_argument("--all", action="store_true", help="every document, test-time training included")
         p.add_argument("--sample-seed", type=int, default=0, help="which documents")
         p.add_argument("--script", type=Path, help="the script that ran, where it is not in the folder")

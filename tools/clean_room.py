@@ -16,8 +16,9 @@ from record import NOT_SETTINGS, STAGES, Broken, sha256
 
 TOLERANCE = 1e-3    # nats per target, across back ends; 0 is expected on the machine that made the record
 BOS = 1
-MACHINE = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "CUDA_VISIBLE_DEVICES",
-           "LD_LIBRARY_PATH", "TRITON_INTERPRET")
+MACHINE = (  # all that comes along from the environment; ATEN_CPU_CAPABILITY=avx2 makes torch round like an older CPU
+    "ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_",
+    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "TRITON_INTERPRET")
 HEADER = 256        # int32 of a shard; techniques, section 1.1
 
 # Runs in the fresh process before the script: no sockets but local ones, no file outside the room and the installed software.
@@ -107,7 +108,7 @@ def copy_validation(data: Path, room: Path, fraction: float | None, seed: int) -
     shards, sidecars = [p for p in paths if "_bytes_" not in p.name], [p for p in paths if "_bytes_" in p.name]
     if not shards:
         raise Broken(f"no fineweb_val_*.bin in {data}: name the folder of the record's validation shards with --data")
-    if fraction is None:
+    if fraction in (None, 1):
         for path in paths:
             shutil.copyfile(path, room / path.name)
         return None
@@ -139,7 +140,7 @@ def isolation() -> tuple[list[str], str]:
 def enter(claim: Claim, data: Path, fraction: float | None, sample_seed: int, timeout: float | None) -> dict:
     """Build the room, run the script in it and bring back result, nats per target and what the process said. Raises Broken."""
     result = claim.result
-    settings = {k: v for k, v in result["overrides"].items() if not NOT_SETTINGS.fullmatch(k)} | {"MAX_EVAL_SECONDS": "0"}
+    settings = {k: v for k, v in result["overrides"].items() if not NOT_SETTINGS.fullmatch(k)} | {"MAX_EVAL_SECONDS": "0"}  # no hurry
     if fraction is not None:
         settings["TTT_ENABLED"] = "0"
     prefix, network = isolation()
@@ -220,19 +221,19 @@ def rescore(record: Path, data: Path, seed: int | None = None, fraction: float |
     """Score a run of `record` again in the clean room and compare. fraction None: everything, test-time training too.
 
     A share of the documents is scored by the quantized model alone: what test-time training learns depends on the whole batch, so
-    only the evaluation with fixed weights can be compared document by document, and only with the nats that a ledger keeps.
+    only the evaluation with fixed weights can be compared document by document, and below 1 only with the nats that a ledger keeps.
     """
     claim = load_claim(record, seed, script)
     nats = token_files(claim)
-    if fraction is not None and "quantized" not in nats:
-        raise Broken(f"{record}: no nats per token of the quantized model are kept, so a share of the documents has nothing to be "
-                     "compared with: use --all")
-    if fraction is not None and claim.result["overrides"].get("EVAL_METHOD", "packed") != "packed":
-        raise Broken("EVAL_METHOD=sliding lets documents see their neighbours, so a share of them scores differently: use --all")
+    if fraction is not None and fraction < 1 and "quantized" not in nats:
+        raise Broken(f"{record} keeps no nats per token of the quantized model, so a share of the documents has nothing to be compared "
+                     "with: use --all, or --fraction 1 for everything with fixed weights")
+    if fraction is not None and fraction < 1 and claim.result["overrides"].get("EVAL_METHOD", "packed") != "packed":
+        raise Broken("EVAL_METHOD=sliding: documents see their neighbours, so a share of them scores differently: use --all")
     findings = [same_data(claim, data)]
     room = enter(claim, data, fraction, sample_seed, timeout)
     again, targets = room["result"], room["targets"]
-    what = "all documents" if targets is None else f"{again['docs_val']} random documents ({again['target_tokens']:,} targets)"
+    what = "all documents" + ", fixed weights" * (fraction == 1) if targets is None else f"{again['docs_val']} random documents ({again['target_tokens']:,} targets)"
     findings.append(Finding("room", PASS, f"seed {claim.result['seed']}, {what}, from {', '.join(room['files'])} and {again['hardware']}; "
                             f"network: {room['network']}; files: an audit hook"))
     if targets is None:
