@@ -455,7 +455,7 @@ def test_without_an_anchor_the_ledger_says_so(run_folder):
     assert found(run_folder)["anchor"][0] == UNKNOWN
     assert audit.main(["verify", str(run_folder / "ledger.jsonl"), "--anchor", head]) == 0
     assert audit.main(["verify", str(run_folder / "ledger.jsonl"), "--anchor", head[::-1]]) == 1
-    (run_folder / "submission.json").write_text(json.dumps({"audit": {"ledger_heads": {"1": head}}}))
+    (run_folder / "submission.json").write_text(json.dumps({"audit": {"ledgers": {"1": head}}}))
     assert found(run_folder)["anchor"] == (PASS, "the head is that of submission.json seed 1")
 
 

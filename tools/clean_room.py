@@ -233,7 +233,8 @@ def rescore(record: Path, data: Path, seed: int | None = None, fraction: float |
     findings = [same_data(claim, data)]
     room = enter(claim, data, fraction, sample_seed, timeout)
     again, targets = room["result"], room["targets"]
-    what = "all documents" + ", fixed weights" * (fraction == 1) if targets is None else f"{again['docs_val']} random documents ({again['target_tokens']:,} targets)"
+    what = f"{again['docs_val']} random documents ({again['target_tokens']:,} targets)" if targets is not None else "all documents"
+    what += ", fixed weights" * (fraction is not None)
     findings.append(Finding("room", PASS, f"seed {claim.result['seed']}, {what}, from {', '.join(room['files'])} and {again['hardware']}; "
                             f"network: {room['network']}; files: an audit hook"))
     if targets is None:

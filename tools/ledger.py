@@ -273,7 +273,7 @@ def anchors(folder: Path) -> dict[str, str]:
         found |= {path.name: kept[0]} if kept and kept[0] else {}
     submission = folder / "submission.json"
     if submission.exists():
-        kept = (json.loads(submission.read_text()).get("audit") or {}).get("ledger_heads", {})
+        kept = (json.loads(submission.read_text()).get("audit") or {}).get("ledgers", {})
         found |= {f"submission.json seed {seed}": head for seed, head in kept.items()}
     return found
 
