@@ -939,10 +939,6 @@ class Dataset:
             check_manifest(cfg, manifest, folder, paths, hashes)
         return Dataset(train, val, sidecar, manifest, digest, hashes)
 
-    def without_training(self) -> Dataset:
-        """The files that evaluation may read."""
-        return replace(self, train=())
-
 
 def shard_hashes(paths: tuple[Path, ...]) -> dict[str, str | None]:
     """sha256 by file name; None for training shards beyond the first GB: 16 GB of FineWeb would cost a minute."""
@@ -3466,10 +3462,9 @@ def upstream_code_bytes() -> int | None:
 # ==================================================================================================
 
 class Ledger:
-    """Append-only account of a run in ledger.jsonl: each line carries the hash of the one before, so an edit breaks the chain.
+    """Append-only account of a run: a line {"n", "prev", "kind", ..., "hash"} carries the hash of the one before, an edit breaks the chain.
 
-    A line is {"n", "prev", "kind", ..., "hash"}; hash is blake2b-128, in hex, of its canonical JSON without "hash". A later stage
-    or another evaluation in the same folder goes on where the last one ended. Without a path (ranks but the first) nothing is kept.
+    A later stage or evaluation in the same folder goes on where the last one ended. Without a path (ranks but the first) nothing is kept.
     """
 
     def __init__(self, path: Path | None):
@@ -3483,7 +3478,7 @@ class Ledger:
 
     @staticmethod
     def digest(entry: dict) -> str:
-        """The hash of a line from everything else in it."""
+        """blake2b-128, in hex, of the canonical JSON of a line without its "hash"."""
         canonical = json.dumps({k: v for k, v in entry.items() if k != "hash"}, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
@@ -3502,8 +3497,7 @@ class Ledger:
 
 def state_hash(*states: Any) -> str:
     """blake2b-128, in hex, of nested states: every tensor's bytes, every other value as text."""
-    h = hashlib.blake2b(digest_size=16)
-    pending = list(states[::-1])
+    h, pending = hashlib.blake2b(digest_size=16), list(states[::-1])
     while pending:
         x = pending.pop()
         if isinstance(x, dict):
@@ -3527,19 +3521,19 @@ class Score(NamedTuple):
 class ValDoor:
     """The one way from an evaluation to the validation tokens; target i is token i + 1.
 
-    `score` grades targets, each once; `release` hands out targets to learn from, if they have been graded; every step of an optimizer
-    needs a release. `sync` lets all ranks learn from what each has graded and writes their receipts into the ledger.
+    `score` grades targets, each once; `release` hands out graded ones to learn from; every step of an optimizer needs a release.
+    `sync` lets all ranks learn from what each has graded, and writes the receipts.
     """
 
     def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
-        self._data, self.world, self.name, self.ledger, self.total = data, world, name, ledger, len(data.target_bytes)
-        self.documents = data.documents
+        self._data, self.world, self.name, self.ledger = data, world, name, ledger
+        self.documents, self.total = data.documents, len(data.target_bytes)
         self.own, self.graded = np.zeros(self.total, np.uint8), np.zeros(self.total, bool)  # by this rank; by any, at the last sync
         self.nats = torch.zeros(self.total, device=world.device)
         self.sum = torch.zeros((), dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
         self.tokens, self.bytes, self.steps, self.early = 0, 0, 0, False
-        self.fresh: dict[str, list[np.ndarray]] = {}                                        # since the last receipt, by kind
-        self.receipts: list[tuple[str, np.ndarray]] = []                                    # since the last sync
+        self.fresh: dict[str, list[np.ndarray]] = {}      # graded and released since the last receipt
+        self.receipts: list[tuple[str, np.ndarray]] = []  # since the last sync
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Tokens [start, end), to be inputs."""
@@ -3553,15 +3547,13 @@ class ValDoor:
 
         Raises RunError when one of them has been graded before.
         """
-        flat = np.flatnonzero(at >= 0)
+        flat, device = np.flatnonzero(at >= 0), self.world.device
         index = at.reshape(-1)[flat]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
             raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
-        self.steps = 0
-        nats = forward(self._targets(at))
-        device = self.world.device
-        flat, on_device = (torch.from_numpy(a).to(device, non_blocking=True) for a in (flat, index))
-        self.nats[on_device] = counted = nats.detach().reshape(-1)[flat].float()
+        self.steps, nats = 0, forward(self._targets(at))
+        counted = nats.detach().reshape(-1)[torch.from_numpy(flat).to(device, non_blocking=True)].float()
+        self.nats[torch.from_numpy(index).to(device, non_blocking=True)] = counted
         self.sum += counted.to(self.sum.dtype).sum()
         self.own[index] = 1
         self.tokens, self.bytes = self.tokens + len(index), self.bytes + int(self._data.target_bytes[index].sum())
@@ -3569,30 +3561,28 @@ class ValDoor:
         return nats
 
     def release(self, at: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
-        """Targets to learn from; one step of an optimizer may follow, with what = "base" any number until the next `score`.
+        """Targets to learn from, as for `score`; one step of an optimizer may follow, with what = "base" any number until `score`.
 
-        at: as for `score`; -1 gives the BOS that everybody knows. Raises RunError when one of them has not been graded; `early` skips
-        that check for methods that break the rule: the ledger says so, and the verdict follows.
+        Raises RunError when one of them has not been graded; `early`, for methods that break the rule, puts that into the ledger instead.
         """
         index = at[at >= 0]
         ready = bool((self.own[index] | self.graded[index]).all())
-        self.early |= not ready
         if not ready and not early:
             raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
+        self.early |= not ready
         self.steps = 1 if what == "adapters" else math.inf
         self.fresh.setdefault(what if ready else f"early {what}", []).append(index)
         return self._targets(at)
 
-    def before_step(self, *_) -> None:
-        """Hook of every optimizer while the door is guarded. Raises RunError: what it learns from was not released."""
-        if self.steps < 1:
-            raise RunError(f"{self.name}: an optimizer step in evaluation on nothing that was released for learning: a bug, report it")
-        self.steps -= 1
-
     @contextlib.contextmanager
     def guard(self):
-        """While evaluating: no step of any torch optimizer without a release."""
-        handle = register_optimizer_step_pre_hook(self.before_step)
+        """Meanwhile every step of a torch optimizer without a release raises RunError."""
+        def before_step(*_):
+            if self.steps < 1:
+                raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: a bug, please report it")
+            self.steps -= 1
+
+        handle = register_optimizer_step_pre_hook(before_step)
         try:
             yield
         finally:
@@ -3603,19 +3593,18 @@ class ValDoor:
         return self.sum.item(), self.tokens, self.bytes
 
     def receipt(self) -> None:
-        """Close an account: one score line and one update line for everything since the last one."""
+        """One line for what was scored, and one for what was learned from, since the last receipt."""
         self.receipts += [(kind, np.unique(np.concatenate(index))) for kind, index in self.fresh.items()]
         self.fresh = {}
 
     def entry(self, nats: np.ndarray, kind: str, index: np.ndarray) -> tuple[str, dict]:
         """Ledger line of a receipt: ranges [a, b) of targets, and for scores nats and bytes of each range."""
         starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)
-        ranges = np.stack((index[starts], index[np.append(starts[1:], len(index)) - 1] + 1), 1).tolist()
+        line = {"pass": self.name, "ranges": np.stack((index[starts], index[np.append(starts[1:], len(index)) - 1] + 1), 1).tolist()}
         if kind != "score":
-            return "update", dict(ranges=ranges, what=kind.removeprefix("early "), **{"pass": self.name}) | (
-                dict(early=True) if kind.startswith("early ") else {})
+            return "update", line | dict(what=kind.removeprefix("early "), early=kind.startswith("early "))
         sums = (np.add.reduceat(a[index].astype(t), starts).tolist() for a, t in ((nats, np.float64), (self._data.target_bytes, np.int64)))
-        return "score", dict(zip(("nats", "bytes"), sums, strict=True), ranges=ranges, **{"pass": self.name})
+        return "score", line | dict(zip(("nats", "bytes"), sums, strict=True))
 
     def sync(self) -> None:
         """Merge the ranks, all together. Raises RunError when two of them have graded the same target."""
@@ -3626,11 +3615,9 @@ class ValDoor:
         if (counts > 1).any():
             raise RunError(f"{self.name}: two ranks scored the same targets: a bug, please report it")
         nats = self.nats.cpu().numpy()
-        entries = [self.entry(nats, kind, index) for kind, index in self.receipts if len(index)]
-        self.receipts = []
-        for of_rank in self.world.gather(entries) if self.ledger is not None else ():
-            for kind, payload in of_rank:
-                self.ledger.add(kind, payload)
+        entries, self.receipts = [self.entry(nats, *receipt) for receipt in self.receipts if len(receipt[1])], []
+        for line in (line for lines in self.world.gather(entries) for line in lines) if self.ledger is not None else ():
+            self.ledger.add(*line)
 
     def finish(self) -> Score:
         """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target. Raises RunError when one was left out."""
@@ -3650,42 +3637,32 @@ class ValDoor:
 
 
 class Watch:
-    """What Python opens, connects to and starts while `on`: an audit hook. It cannot be removed, so `open_watch` installs one."""
+    """What Python opens, connects to and starts while `on`: an audit hook. It cannot be removed, so `open_watch` makes one."""
 
     def __init__(self):
         self.on, self.seen = False, []
+        sys.addaudithook(self)
 
     def __call__(self, event: str, args: tuple) -> None:
         if self.on and event in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
             self.seen.append((event, args[1] if event == "socket.connect" else args[0]))
 
-    def strangers(self, data: Path, ours: set[Path], packer: str) -> list[str]:
+    def strangers(self, data: Path, ours: list[Path]) -> list[str]:
         """What an evaluation has no business with: data but `ours`, files of neither Python, the system nor the run, other machines."""
-        system = (sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
-        roots = tuple(str(Path(path).resolve()) for path in system)
-        caches, programs = ("/.cache/", "/.triton/", "/.nv/"), (packer, "gcc", "g++", "cc", "c++", "clang", "ptxas", "ldconfig", "python")
-        ours, found = {str(path.resolve()) for path in ours}, []
+        system = [sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib"]
+        ours, places = (tuple(str(Path(path).resolve()) for path in paths) for paths in (ours, [*system, Path(__file__).parent]))
+        programs, found = ("lrzip", "gcc", "g++", "cc", "c++", "clang", "ptxas", "ldconfig", "python"), {}
         for event, what in self.seen:
-            name = os.fsdecode(what) if isinstance(what, (str, bytes, os.PathLike)) else str(what)
-            if event == "open":
-                path = str(Path(name).resolve())
-                inside = path.startswith(tuple(ours)) or (
-                    not path.startswith(f"{data.resolve()}{os.sep}") and (path.startswith(roots) or any(c in path for c in caches)))
-                found += [] if inside or isinstance(what, int) else [f"open {name}"]
-            elif event == "socket.connect":
-                found += [] if isinstance(what, str) or what[0] in ("127.0.0.1", "::1", "localhost") else [f"connect {name}"]
-            elif not Path(name).name.startswith(programs):
-                found.append(f"run {name}")
-        return list(dict.fromkeys(found))
+            path = str(Path(os.fsdecode(what)).resolve()) if isinstance(what, (str, bytes, os.PathLike)) else ""
+            place = (path.startswith(places) and not path.startswith(f"{data.resolve()}{os.sep}")) or ".cache/" in path
+            near = not isinstance(what, tuple) or what[0] in ("127.0.0.1", "::1", "localhost")
+            fine = {"open": not path or path.startswith(ours) or place, "socket.connect": near}
+            if not fine.get(event, Path(path).name.startswith(programs)):
+                found[f"{event} {path or what}"] = None
+        return list(found)
 
 
-@cache
-def open_watch() -> Watch:
-    watch = Watch()
-    sys.addaudithook(watch)
-    return watch
-
-
+open_watch = cache(Watch)
 Finding = tuple[str, str]  # a verdict, and the evidence in one line
 SEVERITY = ("FAIL", "NEEDS-RULING", "NOT-MEASURED", "PASS")
 RULES = (  # rule, what it asks, the findings that decide it
@@ -3707,19 +3684,21 @@ UNRULED = (  # rule, when, what no maintainer has ruled on
 )
 
 
+def holds(good: bool, evidence: str, known: bool = True) -> Finding:
+    return ("PASS" if good else "FAIL") if known else "NOT-MEASURED", evidence
+
+
 def worst(findings: list[Finding]) -> Finding:
     """The gravest verdict, with the evidence of all that share it."""
     verdict = min((v for v, _ in findings), key=SEVERITY.index)
-    return verdict, "; ".join(text for v, text in findings if v == verdict)
+    return verdict, "; ".join(dict.fromkeys(text for v, text in findings if v == verdict))
 
 
 def verdicts(cfg: Config, findings: dict[str, Finding]) -> dict[str, Finding]:
-    """Rule by rule; a finding that nobody made is NOT-MEASURED, and so is everything where AUDIT=off."""
-    if cfg.audit == "off":
-        return {rule: ("NOT-MEASURED", "AUDIT=off") for rule, *_ in RULES}
-    missing = {name: ("NOT-MEASURED", f"{name} was not looked at in this stage") for _, _, names in RULES for name in names}
-    open_questions = {rule: [("NEEDS-RULING", why) for r, applies, why in UNRULED if r == rule and applies(cfg)] for rule, *_ in RULES}
-    return {rule: worst([(missing | findings)[name] for name in names] + open_questions[rule]) for rule, _, names in RULES}
+    """Rule by rule. What nobody looked at is NOT-MEASURED."""
+    missing = ("NOT-MEASURED", "AUDIT=off" if cfg.audit == "off" else "no part of this stage")
+    unruled = {rule: [("NEEDS-RULING", why) for r, applies, why in UNRULED if r == rule and applies(cfg)] for rule, *_ in RULES}
+    return {rule: worst([findings.get(name, missing) for name in names] + unruled[rule] * bool(findings)) for rule, _, names in RULES}
 
 
 class ProbeDoor(ValDoor):
@@ -3754,7 +3733,7 @@ def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, l
     A stream is scored as it is, and with one document forged from a random target on. Until there, and in all other documents,
     nats must be the same bits; so must the distribution at the first forged target, which adds up to one.
     """
-    generator, looks, leaks, excess, targets = np.random.Generator(np.random.PCG64(seed)), 0.0, 0.0, 0.0, 0
+    generator, past, others, row, excess = np.random.Generator(np.random.PCG64(seed)), 0.0, 0.0, 0.0, 0.0
     for _ in range(rounds):
         true = short_stream(data, count, length, generator)
         starts, ends = true.documents()
@@ -3767,67 +3746,57 @@ def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, l
         doors = [ProbeDoor(ValData(t, true.target_bytes), world, cut, vocab) for t in (true.tokens, tokens.astype(np.uint16), true.tokens)]
         for door in doors[:2]:
             replay(door)
-        moved, row = (doors[1].nats - doors[0].nats).abs().cpu().numpy(), float((doors[1].row - doors[0].row).abs().max())
-        past, others, size = moved[start:cut].max(initial=0.0), np.delete(moved, np.s_[start:end]).max(initial=0.0), len(moved)
+        moved = (doors[1].nats - doors[0].nats).abs().cpu().numpy()
+        past, others = max(past, moved[start:cut].max(initial=0.0)), max(others, np.delete(moved, np.s_[start:end]).max(initial=0.0))
+        row, excess = max(row, float((doors[1].row - doors[0].row).abs().max())), max(excess, doors[0].excess)
         if max(row, past, others) > 0:
             replay(doors[2])
             if noise := float((doors[2].nats - doors[0].nats).abs().max()):
-                why = ("NOT-MEASURED", f"two scorings of the same text differ by {noise:.2g} nats here")
-                return dict(P1=why, P2=("PASS" if doors[0].excess < 1e-4 else "FAIL", f"sums off by {doors[0].excess:.2g}"), P3=why)
-        looks, leaks, targets = max(looks, past, row), max(leaks, others), targets + size
-        excess = max(excess, doors[0].excess, math.inf if row > 0 else 0.0)
-    scale = f"in {rounds} forged streams of {count} documents, {targets} targets"
-    return dict(P1=("FAIL" if looks else "PASS", f"scores before the forgery moved by {looks:.3g} nats {scale}"),
-                P2=("PASS" if excess < 1e-4 else "FAIL", f"sums over {vocab} tokens off by {excess:.2g} (inf: moves with its target)"),
-                P3=("FAIL" if leaks else "PASS", f"scores of other documents moved by {leaks:.3g} nats {scale}"))
+                return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", f"scoring the same text twice differs by {noise:.2g} nats here"))
+    return dict(
+        P1=holds(past == row == 0, f"a forged future moves the scores before it by {past:.3g}, its own distribution by {row:.3g} nats"),
+        P2=holds(excess < 1e-4 and row == 0, f"sums over {vocab} tokens are off by {excess:.2g}"),
+        P3=holds(others == 0, f"a forged document moves scores of its {count - 1} neighbours by {others:.3g} nats"))
 
 
 def document_hashes(tokens: np.ndarray, offset: int, length: int) -> np.ndarray:
-    """64-bit hash of tokens [offset, offset + length) of every document that is long enough to have the first of them, else 0."""
+    """64-bit hash of tokens [offset, offset + length) of every document, 0 for those without the first of them."""
     starts = np.flatnonzero(tokens == BOS_ID)
-    ends = np.append(starts[1:], len(tokens))
-    h = np.zeros(len(starts), np.uint64)
+    ends, h = np.append(starts[1:], len(tokens)), np.zeros(len(starts), np.uint64)
     for at in (starts + offset + j for j in range(length)):
         token = np.where(at < ends, tokens[np.minimum(at, len(tokens) - 1)], 0).astype(np.uint64)
         h = (h ^ token ^ (h >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
     return np.where(starts + offset < ends, h, np.uint64(0))
 
 
-def probe_overlap(shards: tuple[Path, ...], val: np.ndarray, seconds: float) -> Finding:
-    """P9: validation documents whose first 64 tokens start a training document; near: that share a stretch of 32 further in."""
-    spans, start, read = ((1, 64), (65, 32), (129, 32), (257, 32)), time.perf_counter(), 0
+def probe_overlap(shards: tuple[Path, ...], val: np.ndarray, seconds: float) -> dict[str, Finding]:
+    """P9: validation documents whose first 64 tokens start a training document; and others that share 32 tokens further in."""
+    spans, deadline, read = ((1, 64), (65, 32), (129, 32), (257, 32)), time.perf_counter() + seconds, 0
     ours = [document_hashes(val, *span) for span in spans]
     hits = np.zeros((len(spans), len(ours[0])), bool)
-    for path in shards:
-        if time.perf_counter() - start > seconds:
-            break
-        tokens, read = np.array(read_shard(path)), read + 1
-        for i, span in enumerate(spans):
-            hits[i] |= np.isin(ours[i], document_hashes(tokens, *span)) & (ours[i] > 0)
+    while read < len(shards) and time.perf_counter() < deadline:
+        tokens, read = np.array(read_shard(shards[read])), read + 1
+        hits |= [np.isin(hashes, document_hashes(tokens, *span)) & (hashes > 0) for hashes, span in zip(ours, spans, strict=True)]
     exact, near = int(hits[0].sum()), int((hits[1:].any(0) & ~hits[0]).sum())
-    evidence = f"{exact} of {len(ours[0])} documents are in {read} of {len(shards)} training shards, {near} more in part"
-    if not read:
-        return "NOT-MEASURED", "there are no training shards in this stage"
-    return ("PASS" if not exact else "FAIL" if exact > 0.01 * len(ours[0]) else "NEEDS-RULING"), evidence
+    verdict = "PASS" if not exact else "FAIL" if exact > 0.01 * len(ours[0]) else "NEEDS-RULING"
+    return dict(P9=(verdict, f"{exact} of {len(ours[0])} documents are in {read} of {len(shards)} training shards, {near} more in part"))
 
 
 def probe_round_trip(cfg: Config, data: ValData, count: int, seed: int) -> Finding:
     """P10: documents decoded to text must have the bytes that were counted for them, and give the same tokens when encoded again."""
     try:
         import sentencepiece
-        caps = importlib.import_module("lossless_caps") if cfg.caseops_enabled else None
+        decode = importlib.import_module("lossless_caps").decode if cfg.caseops_enabled else str
         model = sentencepiece.SentencePieceProcessor(model_file=str(cfg.tokenizer_file))
     except (ImportError, OSError, RuntimeError) as e:
         return "NOT-MEASURED", f"the text cannot be decoded here: {str(e).splitlines()[0]}"
-    starts = data.documents()[0]
+    starts, broken, lost, total = data.documents()[0], 0, 0, 0
     ends = np.append(starts[1:], len(data.tokens))
-    generator, broken, lost, total = np.random.Generator(np.random.PCG64(seed)), 0, 0, 0
-    picked = generator.choice(len(starts), min(count, len(starts)), replace=False)
+    picked = np.random.Generator(np.random.PCG64(seed)).choice(len(starts), min(count, len(starts)), replace=False)
     for start, end in zip(starts[picked].tolist(), ends[picked].tolist(), strict=True):
         ids, counted = data.tokens[start + 1 : end].tolist(), int(data.target_bytes[start : end - 1].sum())
         coded = model.decode(ids)
-        text = caps.decode(coded) if caps else coded
-        missing = abs(counted - len(text.encode()))
+        missing = abs(counted - len(decode(coded).encode()))
         broken, lost, total = broken + bool(missing or model.encode(coded) != ids), lost + missing, total + counted
     return ("NEEDS-RULING" if broken else "PASS"), f"{broken} of {len(picked)} documents and {lost} of {total} bytes do not come back"
 
@@ -4275,7 +4244,7 @@ class Run:
         self.data, self.train_shards = ValData.load(cfg, self.files), len(self.files.train)
         self.result: dict[str, Any] = {}
         self.findings: dict[str, Finding] = {}
-        self.scored_pass = ""
+        self.warm_ups, self.weight_hashes, self.scored_pass = [], [], ""
 
     def door(self, name: str) -> ValDoor:
         """A pass over the validation tokens that the ledger keeps account of."""
@@ -4284,27 +4253,21 @@ class Run:
 
     def probe(self, check, *args) -> None:
         """check(*args) -> {id: finding}, by rank 0, into the ledger with its cost. Nothing where AUDIT=off."""
-        if self.cfg.audit == "off" or not self.world.main:
-            return
-        start = time.perf_counter()
-        found = check(*args)
-        for name, (verdict, evidence) in found.items():
-            self.ledger.add("probe", dict(id=name, verdict=verdict, evidence=evidence, seconds=(time.perf_counter() - start) / len(found)))
-        self.findings |= found
+        if self.cfg.audit != "off" and self.world.main:
+            start, found = time.perf_counter(), check(*args)
+            seconds = (time.perf_counter() - start) / len(found)
+            for name, (verdict, evidence) in found.items():
+                self.ledger.add("probe", dict(id=name, verdict=verdict, evidence=evidence, seconds=seconds))
+            self.findings |= found
 
     @contextlib.contextmanager
     def unchanged(self, state):
         """Around a warm-up, after which what state() returns and the random generators must be what they were (P6)."""
-        hashes = []
-        for last in (False, True):
-            cuda = torch.cuda.get_rng_state(self.world.device) if self.world.device.type == "cuda" else None
-            hashes += [] if self.cfg.audit == "off" else [state_hash(state(), torch.get_rng_state(), cuda)]
-            if not last:
-                yield
-        if hashes:
-            self.ledger.add("warmup", dict(before=hashes[0], after=hashes[1]))
-            verdict = ("PASS" if hashes[0] == hashes[1] else "FAIL", f"state {hashes[0][:8]} before a warm-up, {hashes[1][:8]} after")
-            self.probe(lambda: dict(P6=worst([verdict, self.findings.get("P6", verdict)])))
+        before = state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
+        yield
+        after = state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
+        self.warm_ups.append((before[:8], after[:8]))
+        self.ledger.add("warmup", dict(before=before, after=after))
 
     def diagnostic(self, name: str, key: str, forward) -> Score:
         """Score with fixed weights and log it."""
@@ -4401,9 +4364,6 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
     world.synchronize()
     run.result["calib_seconds"] = time.perf_counter() - start
     log(f"GPTQ:collected {len(hessians.H)} Hessians in {run.result['calib_seconds']:.1f}s")
-    spent = run.result.get("train_seconds", 0) + run.result["calib_seconds"]
-    if cfg.max_wallclock_seconds and spent > cfg.max_wallclock_seconds:
-        log(f"budget: training and calibration took {spent:.1f}s, more than MAX_WALLCLOCK_SECONDS: raise GPTQ_RESERVE_SECONDS")
     clock.phase("quantize")
     if world.main:
         stored = quantize(cfg, model.state_dict(), hessians, log)
@@ -4440,52 +4400,50 @@ def count_bytes(run: Run) -> None:
         code_bytes_upstream_convention=upstream, bytes_total=total,
         over_cap=total > ARTIFACT_CAP_BYTES)
     run.ledger.add("artifact", dict(file=artifact.name, sha256=run.result["artifact_sha256"], bytes=model, code_bytes=code))
-    needs = "; unpacking needs the lrzip program" if run.cfg.compressor == "pergroup" else ""
-    run.probe(lambda: dict(bytes=("FAIL" if total > ARTIFACT_CAP_BYTES else "PASS", f"{total:,} of {ARTIFACT_CAP_BYTES:,} bytes{needs}")))
 
 
-def note_weights(run: Run, model: GPT, when: str) -> str:
-    """The hash of all parameters, into the ledger."""
-    digest = state_hash(model.state_dict())
-    run.ledger.add("weights", dict(when=when, sha256=digest))
-    return digest
+def note_weights(run: Run, model: GPT, when: str) -> None:
+    """The hash of all parameters: what was loaded must be what scores the first target."""
+    run.weight_hashes.append(state_hash(model.state_dict()))
+    run.ledger.add("weights", dict(when=when, sha256=run.weight_hashes[-1]))
 
 
 def eval_stage(run: Run) -> None:
     """Load the artifact from its bytes, score it as it is, then with test-time training, and look at how that was done."""
     cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
     clock.phase("unpack")
-    run.files, watch = run.files.without_training(), open_watch()
+    run.files, watch = replace(run.files, train=()), open_watch()
     watch.on, watch.seen = True, []
     start = time.perf_counter()
     model = load_artifact(cfg, world, run.artifact)
     log(f"Deserialize: decompression and dequantization done in {time.perf_counter() - start:.1f}s")
-    run.result["model_params"], weights = sum(p.numel() for p in model.parameters()), [note_weights(run, model, "loaded")]
+    note_weights(run, model, "loaded")
+    run.result["model_params"] = sum(p.numel() for p in model.parameters())
     count_bytes(run)
     forward = compile_forward(model, cfg, world)
     if not cfg.ttt_enabled:
-        weights.append(note_weights(run, model, "first_score"))
+        note_weights(run, model, "first_score")
     start = time.perf_counter()
     score, ttt = run.diagnostic("diagnostic quantized", "quantized", forward), None
+    run.result |= dict(eval_seconds=time.perf_counter() - start, ttt_val_loss=None, ttt_val_bpb=None)
     if cfg.ttt_enabled:
         ttt = TttRun(cfg, world, model, run.door("ttt"), log)
         if ttt.static_rows:
             clock.phase("compile")
             with run.unchanged(model.state_dict):
                 warm_up_ttt(cfg, world, ttt.forward, ttt.rows, log)
-        weights.append(note_weights(run, model, "first_score"))
+        note_weights(run, model, "first_score")
         clock.phase("eval")
         log("beginning TTT eval timer")
         start = time.perf_counter()
         score = ttt.run()
         world.synchronize()
-    seconds, watch.on = time.perf_counter() - start, False
-    run.result |= dict(ttt_val_loss=None, ttt_val_bpb=None, eval_seconds=seconds)
-    if ttt:
+        seconds = time.perf_counter() - start
         log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
         log(f"total_eval_time:{seconds:.1f}s")
         run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb,
-                           target_tokens=score.tokens, val_bytes=score.bytes)
+                           target_tokens=score.tokens, val_bytes=score.bytes, eval_seconds=seconds)
+    watch.on = False
     clock.phase("audit")
     alone, mini = World(0, 1, world.device, world.dtype), replace(cfg, phased_ttt_enabled=False, max_eval_seconds=0.0, ttt_eval_batches="")
 
@@ -4494,41 +4452,39 @@ def eval_stage(run: Run) -> None:
 
     count, length = (min(3, cfg.ttt_batch_size), 4 * chunk_size(cfg, 2)) if ttt else (3, 128)
     run.probe(probe_scoring, run.data, alone, cfg.vocab_size, replay, count, length, 16 if cfg.audit == "full" else 1, cfg.seed)
-    order = "FAIL" if weights[0] != weights[1] or (ttt and ttt.door.early) else "PASS"
-    run.probe(lambda: dict(order=(order, f"weights {weights[0][:8]} as loaded, {weights[1][:8]} at the first score; "
-                                         f"{'some' if ttt and ttt.door.early else 'no'} learning from unscored targets")))
-    ours = {run.out, Path(__file__), cfg.shards_path / "manifest.json", cfg.tokenizer_file, *run.files.val, *run.files.sidecar}
-    found = sorted(set().union(*world.gather(watch.strangers(cfg.shards_path, ours, "lrzip"))))
-    run.probe(lambda: dict(P11=("FAIL" if found else "PASS", f"{len(watch.seen)} files, sockets and programs, among them strange: "
-                                + (", ".join(found[:3]) or "none"))))
-    run.probe(score_findings, run, score)
+    ours = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *run.files.val, *run.files.sidecar]
+    strangers = sorted(set().union(*world.gather(watch.strangers(cfg.shards_path, ours))))
+    run.probe(score_findings, run, score, bool(ttt and ttt.door.early), strangers)
     world.barrier()
 
 
-def score_findings(run: Run, score: Score) -> dict[str, Finding]:
-    """Findings from numbers that lie on the table: coverage, bytes, clocks, seeds, and the score computed again from its file."""
-    cfg, result, seconds = run.cfg, run.result, run.clock.seconds
-    split, total = run.files.manifest.get("splits", {}).get("val", {}), sum(len(read_shard(p)) for p in run.files.val) - 1
-    said = split.get("bytes")
-    gap = "NOT-MEASURED" if said is None else "PASS" if score.bytes == said else "FAIL" if score.bytes > said else "NEEDS-RULING"
-    covered = f"{score.tokens:,} of {total:,} targets, {score.bytes:,} bytes of {'?' if said is None else format(said, ',')} in the text"
-    spent = {"train": None if result.get("train_seconds") is None else result["train_seconds"] + result.get("calib_seconds", 0),
-             "eval": result["eval_seconds"]}
-    budgets = dict(train=cfg.max_wallclock_seconds, eval=cfg.max_eval_seconds)
-    late = any(budgets[k] and (spent[k] or 0) > budgets[k] for k in spent)
-    open_clock = any(spent[k] is None or not budgets[k] for k in spent)
-    strict = {k: sum(seconds.get(name, 0) for name in names) for k, names in dict(
-        train=("train", "calibrate", "quantize", "pack"), eval=("unpack", "eval", "diagnostic eval")).items()}
-    clocks = ", ".join(f"{k} {-1 if v is None else v:.1f} s of {budgets[k]:g} (strict {strict[k]:.1f})" for k, v in spent.items())
+def score_findings(run: Run, score: Score, early: bool, strangers: list[str]) -> dict[str, Finding]:
+    """Findings from what lies on the table: sizes, clocks, hashes, coverage, and the score computed again from its file."""
+    cfg, result, seconds, weights = run.cfg, run.result, run.clock.seconds, [digest[:8] for digest in run.weight_hashes]
+    total, said = sum(len(read_shard(p)) for p in run.files.val) - 1, run.files.manifest.get("splits", {}).get("val", {}).get("bytes")
+    good, lossy = score.tokens == total and score.bytes == said, said is not None and score.tokens == total and score.bytes < said
+    covered = holds(good, f"{score.tokens} of {total} targets, {score.bytes} of {said or '?'} bytes", bool(said) or score.tokens != total)
+    trained = (result.get("train_seconds") or math.nan) + result.get("calib_seconds", 0)
+    clocks = ((trained, cfg.max_wallclock_seconds, ("train", "calibrate", "quantize", "pack")),
+              (result["eval_seconds"], cfg.max_eval_seconds, ("unpack", "diagnostic eval", "eval")))
+    late = any(budget and spent > budget for spent, budget, _ in clocks)
+    times = [f"{spent:.1f} of {budget:g} s (strict {sum(seconds.get(p, 0) for p in phases):.1f})" for spent, budget, phases in clocks]
     nats = np.load(run.out / f"token_nats_{run.scored_pass}.npy").sum(dtype=np.float64)
     off = abs(float(nats) / math.log(2) / int(run.data.target_bytes.sum()) - score.bpb)
     declared = [int(seed) for seed in filter(None, cfg.seeds_declared.split(","))]
+    packer = "; unpacking needs the lrzip program" if cfg.compressor == "pergroup" else ""
     return dict(
-        P4=("FAIL", covered) if score.tokens != total else (gap, covered), P5=("PASS", f"{score.tokens:,} targets, each once, by the door"),
-        P7=("FAIL" if late else "NOT-MEASURED" if open_clock else "PASS", clocks), P8=("NOT-MEASURED", "tools/audit.py rescore does it"),
-        P10=probe_round_trip(cfg, run.data, dict(full=1 << 30).get(cfg.audit, 8), cfg.seed),
-        P12=("PASS" if cfg.seed in declared else "FAIL" if declared else "NOT-MEASURED", f"seed {cfg.seed}, declared: {declared}"),
-        sum=("PASS" if off <= 1e-9 else "FAIL", f"bits per byte from token_nats_{run.scored_pass}.npy differ by {off:.1g}"))
+        bytes=holds(not result["over_cap"], f"{result['bytes_total']:,} of {ARTIFACT_CAP_BYTES:,} bytes{packer}"),
+        order=holds(weights[0] == weights[1] and not early, f"weights {weights[0]} when loaded, {weights[1]} at the first score; learned "
+                    f"from {'unscored' if early else 'scored'} targets"),
+        P4=("NEEDS-RULING", covered[1]) if lossy else covered, P5=holds(True, f"{score.tokens:,} targets, each once, by the door"),
+        P6=holds(all(a == b for a, b in run.warm_ups), f"hashes of the state before and after: {run.warm_ups}", bool(run.warm_ups)),
+        P7=holds(not late, f"train {times[0]}, eval {times[1]}", late or all(budget and spent == spent for spent, budget, _ in clocks)),
+        P8=("NOT-MEASURED", "tools/audit.py rescore does it"),
+        P10=probe_round_trip(cfg, run.data, 1 << 30 if cfg.audit == "full" else 8, cfg.seed),
+        P11=holds(not strangers, f"strange among the files, sockets and programs: {', '.join(strangers[:3]) or 'none'}"),
+        P12=holds(cfg.seed in declared, f"seed {cfg.seed}, declared: {declared}", bool(declared)),
+        sum=holds(off <= 1e-9, f"bits per byte from token_nats_{run.scored_pass}.npy differ by {off:.1g}"))
 
 
 def finish(run: Run) -> None:
@@ -4588,7 +4544,7 @@ def run_stages(cfg: Config, world: World, env) -> None:
     log_start(run, env)
     if run.files.train:
         run.clock.phase("audit")
-        run.probe(lambda: dict(P9=probe_overlap(run.files.train, run.data.tokens, dict(full=math.inf).get(cfg.audit, 6.0))))
+        run.probe(probe_overlap, run.files.train, run.data.tokens, math.inf if cfg.audit == "full" else 6.0)
     model = train_stage(run) if cfg.stage in ("all", "train") else None
     if cfg.stage in ("all", "quantize"):
         quantize_stage(run, model)

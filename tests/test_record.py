@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import pack_code
 import record
 
+import train_gpt as tg
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = '''\
 """Trains a toy."""
@@ -403,6 +405,56 @@ def test_a_small_run_on_one_cpu_is_a_record_with_caveats(tmp_path, capsys):
                  "- the data is named by a manifest: no (none).", "every validation document scored: not computed (- of -)."):
         assert text in readme
     assert (made / "run.sh").read_text().endswith('\nSEED=$1 python "$(dirname "$0")/train_gpt.py"\n')
+
+
+RULES = [f"R{n}" for n in range(1, 13)]
+
+
+def make_audited_run(folder: Path, seed: int, **verdicts) -> Path:
+    """A run directory with a ledger as the trainer chains it."""
+    judged = {rule: ["PASS", "fine"] for rule in RULES} | verdicts
+    folder.mkdir(parents=True)
+    ledger = tg.Ledger(folder / "ledger.jsonl")
+    ledger.add("start", dict(seed=seed))
+    ledger.add("end", dict(val_bpb=SEEDS[seed][2]))
+    (folder / "token_nats_ttt.npy").write_bytes(b"nats" * seed)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shutil.rmtree(folder)
+    make_run(folder, seed, audit=dict(mode="sample", verdicts=judged, lines=ledger.lines, last_hash=ledger.last),
+             overrides={"SEEDS_DECLARED": "42,314,0"})  # fmt: skip
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def test_audited_runs_bring_their_ledgers_and_verdicts(tmp_path, capsys):
+    make_repository(tmp_path)
+    lossy = {314: dict(R4=["NEEDS-RULING", "lossy"])}
+    runs = [make_audited_run(tmp_path / "runs" / str(seed), seed, **lossy.get(seed, {})) for seed in SEEDS]
+    assert new(tmp_path, runs) == 0
+    folder = tmp_path / "records" / "track_10min_16mb" / "2026-01-31_ToyStack"
+    audit = submission(folder)["audit"]
+    assert audit["verdicts"] == {rule: ["PASS", "seed 42: fine"] for rule in RULES} | {
+        "R4": ["NEEDS-RULING", "seed 314: lossy"], "R10": ["PASS", "declared: [0, 42, 314], in this record: [0, 42, 314]"]}
+    assert submission(folder)["compliance"]["score_before_update"] is True
+    assert submission(folder)["bytes_uncounted"] == {"lossless_caps.py": 9}
+    assert "| R4 | NEEDS-RULING | seed 314: lossy |" in (folder / "README.md").read_text()
+    assert (folder / "token_nats_seed314.npy").read_bytes() == b"nats" * 314
+    capsys.readouterr()
+    for old, new_text in (('"seed":314', '"seed":315'), ('{"n":0', '{"n":1')):
+        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+        replace(copy / "ledger_seed314.jsonl", old, new_text)
+        assert "ledgers: ledger_seed314.jsonl: line 1 does not follow" in failures(copy, capsys)
+        shutil.rmtree(copy)
+    shutil.copyfile(folder / "ledger_seed0.jsonl", folder / "ledger_seed42.jsonl")
+    assert "is not the ledger of the run with seed 42" in failures(folder, capsys)
+
+
+def test_a_record_of_fewer_seeds_than_declared_says_so(tmp_path):
+    make_repository(tmp_path)
+    assert new(tmp_path, [make_audited_run(tmp_path / "runs" / str(seed), seed) for seed in (42, 314)]) == 0
+    verdicts = submission(tmp_path / "records" / "track_10min_16mb" / "2026-01-31_ToyStack")["audit"]["verdicts"]
+    assert verdicts["R10"] == ["FAIL", "declared: [0, 42, 314], in this record: [42, 314]"]
 
 
 def test_index_rewrites_only_the_table(world, tmp_path, capsys):

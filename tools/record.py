@@ -28,6 +28,7 @@ import jsonschema
 import pack_code
 
 CAP_BYTES = 16_000_000  # decimal, model file plus code
+TOKEN_NATS_BYTES = 4_000_000  # larger files of nats per token stay with the run; the ledger has their sums and hash
 BUDGET_SECONDS = 600    # of the ten-minute track, for training and for evaluation each
 SCHEMA = json.loads(Path(__file__).with_name("record_schema.json").read_text())
 
@@ -114,6 +115,20 @@ def check_artifact(artifact: Path, result: dict) -> None:
         raise Broken(f"{artifact.name} is not the artifact whose size and sha256 seed {result['seed']} logged")
 
 
+def check_ledger(ledger: Path, result: dict) -> None:
+    """The chain of hashes is whole, and its end is the result's."""
+    last, lines = "", [json.loads(text) for text in ledger.read_text().splitlines()]
+    for n, line in enumerate(lines):
+        said = line.pop("hash")
+        canonical = json.dumps(line, sort_keys=True, separators=(",", ":")).encode()
+        if (line["n"], line["prev"], said) != (n, last, hashlib.blake2b(canonical, digest_size=16).hexdigest()):
+            raise Broken(f"{ledger.name}: line {n + 1} does not follow from the one before")
+        last = said
+    found = (len(lines), last, lines[-1].get("val_bpb"))
+    if found != (result["audit"]["lines"], result["audit"]["last_hash"], result["val_bpb"]):
+        raise Broken(f"{ledger.name} is not the ledger of the run with seed {result['seed']}: it ends with {found}")
+
+
 def check_run(run: Run) -> None:
     """Compare the result line with the rest of its log and with arithmetic."""
     result, problems = run.result, []
@@ -165,7 +180,8 @@ def check_same_experiment(runs: list[Run]) -> None:
 # -- SUBMISSION: submission.json as a function of the logs and files --------------------------------------------------
 
 TYPED_BY_HAND = ("name", "author", "github_id", "date", "track", "blurb")
-OWN_FILES = re.compile(r"train_seed\d+\.log|artifact_seed\d+\S*|train_gpt(_readable)?\.py|requirements\.txt|run\.sh|\w+\.png")
+OWN_FILES = re.compile(r"ledger_seed\d+\.jsonl|token_nats_seed\d+\.npy|"
+                       r"train_seed\d+\.log|artifact_seed\d+\S*|train_gpt(_readable)?\.py|requirements\.txt|run\.sh|\w+\.png")
 
 
 def inventory(folder: Path) -> dict[str, dict]:
@@ -217,9 +233,38 @@ def summarise(runs: list[Run], files: dict, typed: dict) -> dict:
         **{key: first[key] for key in SHARED}, "pytorch_version": first["torch_version"],
         "preset": first.get("preset"), "overrides": runs[0].settings,
         "data": {**first["data"], "note": typed["data"]["note"]},
-        "compliance": {rule: verdict for rule, _, _, verdict in audit(runs)},
+        "compliance": {rule: verdict for rule, _, _, verdict in audit(runs)}, **judgement(runs),
         "logs": {f"seed{seed}": row["log"] for seed, row in rows.items()}, "files": files,
     }
+
+
+SEVERITY = ("FAIL", "NEEDS-RULING", "NOT-MEASURED", "PASS")
+
+
+def judgement(runs: list[Run]) -> dict:
+    """{"audit": the gravest verdict of all seeds, by rule, and the end of each seed's ledger}; nothing for runs that were not audited."""
+    seeds = {run.result["seed"]: run.result.get("audit") for run in runs}
+    if not all(seeds.values()):
+        return {}
+    verdicts = {}
+    for rule in next(iter(seeds.values()))["verdicts"]:
+        of_seed = {seed: block["verdicts"][rule] for seed, block in seeds.items()}
+        worst = min(of_seed, key=lambda seed: SEVERITY.index(of_seed[seed][0]))
+        verdicts[rule] = [of_seed[worst][0], f"seed {worst}: {of_seed[worst][1]}"]
+    declared = sorted(int(seed) for seed in filter(None, runs[0].result["overrides"].get("SEEDS_DECLARED", "").split(",")))
+    if declared and verdicts["R10"][0] == "PASS":
+        verdicts["R10"] = ["PASS" if declared == sorted(seeds) else "FAIL", f"declared: {declared}, in this record: {sorted(seeds)}"]
+    return {"audit": {"modes": sorted({block["mode"] for block in seeds.values()}), "verdicts": verdicts,
+                      "ledgers": {str(seed): block["last_hash"] for seed, block in seeds.items()}}}
+
+
+def verdict_of(runs: list[Run], rule: str) -> tuple[str, bool | None]:
+    """Evidence, and whether the rule holds, for all seeds."""
+    block = judgement(runs).get("audit")
+    if block is None:
+        return "not in the logs; tests of the script", None
+    verdict, evidence = block["verdicts"][rule]
+    return evidence, {"PASS": True, "FAIL": False}.get(verdict)
 
 
 def audit(runs: list[Run]) -> list[tuple[str, str, str, bool | None]]:
@@ -233,7 +278,6 @@ def audit(runs: list[Run]) -> list[tuple[str, str, str, bool | None]]:
     every_doc = None if None in (docs, all_docs) else docs == all_docs
     world, hardware = results[0]["world_size"], results[0]["hardware"]
     manifest = results[0]["data"]["manifest_sha256"]
-    untested = "not in the logs; tests of the script"
     return [
         ("artifact_under_16mb", f"model + code <= {CAP_BYTES:,} bytes", f"{size:,}", size <= CAP_BYTES),
         ("train_under_600s_strict", f"training + calibration <= {BUDGET_SECONDS} s", f"{train:.1f}", train <= BUDGET_SECONDS),
@@ -245,8 +289,8 @@ def audit(runs: list[Run]) -> list[tuple[str, str, str, bool | None]]:
          every_target and every_doc),
         ("data_manifest_known", "the data is named by a manifest", (manifest or "none")[:12], manifest is not None),
         ("official_hardware", "8 H100", hardware, world == 8 and "H100" in hardware),
-        ("score_before_update", "a token is scored before it is learned from", untested, None),
-        ("no_validation_training_leak", "no validation document in the training data", untested, None),
+        ("score_before_update", "a token is scored before it is learned from", *verdict_of(runs, "R7")),
+        ("no_validation_training_leak", "no validation document in the training data", *verdict_of(runs, "R3")),
     ]
 
 
@@ -322,6 +366,7 @@ def render_readme(submission: dict, runs: list[Run]) -> str:
     caveats += [f"- Data: {s['data']['note']}"] * bool(s["data"]["note"])
     caveats += [f"- {name} ({size:,} bytes) is in this folder and not in the counted size."
                 for name, size in s["bytes_uncounted"].items()]
+    judged = table(["rule", "verdict", "evidence"], [[rule, *v] for rule, v in s.get("audit", {"verdicts": {}})["verdicts"].items()], ":--")
     settings = table(["environment variable", "value"], [[f"`{k}`", f"`{v}`"] for k, v in s["overrides"].items()], ":--")
     data = {key: value if isinstance(value, str) else cell(value) for key, value in s["data"].items() if key != "note"}
     data |= {"val_tokens": cell(result["val_tokens"]), "target_tokens": cell(result["target_tokens"]),
@@ -342,6 +387,8 @@ def render_readme(submission: dict, runs: list[Run]) -> str:
         "## Coverage", table(["data", "value"], [[key, value] for key, value in data.items()], ":--"),
         "## Size", size_table(s, runs), "## Time and memory", phase_table(runs),
         "## Compliance", table(["rule", "measured", "holds"], [[asks, m, words[v]] for _, asks, m, v in rules], ":--"),
+        *["## Audit", "What the runs found out about themselves, the gravest of all seeds; docs/validity.md says what each rule asks.",
+          judged][: 3 * ("audit" in s)],
         "## Caveats", "\n".join(caveats) or "None of the rules above fails.",
     ]) + "\n"
 
@@ -405,6 +452,11 @@ def fill(folder: Path, loaded: list[tuple[Run, Path]], args: argparse.Namespace)
         seed = run.result["seed"]
         shutil.copyfile(run.log, folder / f"train_seed{seed}.log")
         runs.append(read_log(folder / f"train_seed{seed}.log"))
+        for source, name in (("ledger.jsonl", f"ledger_seed{seed}.jsonl"), *((f"token_nats_{stage}.npy", f"token_nats_seed{seed}.npy")
+                                                                            for stage in STAGES)):
+            source = run.log.parent / source  # of the stages, the last one is the scored pass
+            if "audit" in run.result and source.exists() and (source.suffix == ".jsonl" or source.stat().st_size <= TOKEN_NATS_BYTES):
+                shutil.copyfile(source, folder / name)
         if index == 0 or args.artifacts == "all":
             shutil.copyfile(artifact, folder / f"artifact_seed{seed}{''.join(artifact.suffixes)}")
     typed = {**{key: getattr(args, key) for key in TYPED_BY_HAND}, "data": {"note": args.data_note}}
@@ -444,6 +496,13 @@ def check_logs(record: Record) -> str:
         if log.name not in [run.log.name for run in record.runs]:
             raise Broken(f"{log.name} is not among the seeds of submission.json")
     return f"{len(record.runs)} result line(s) agree with their logs and with arithmetic"
+
+
+def check_ledgers(record: Record) -> str:
+    audited = [run for run in record.runs if "audit" in run.result]
+    for run in audited:
+        check_ledger(record.folder / f"ledger_seed{run.result['seed']}.jsonl", run.result)
+    return f"{len(audited)} of {len(record.runs)} runs have one, whole and of that run"
 
 
 def check_numbers(record: Record) -> str:
@@ -514,8 +573,8 @@ def check_help(record: Record) -> str:
     return "train_gpt.py --help runs and prints what the readable twin prints"
 
 
-CHECKS = {"submission.json": check_submission, "logs": check_logs, "numbers": check_numbers, "scripts": check_scripts,
-          "artifacts": check_artifacts, "cap": check_cap, "run.sh": check_run_sh, "README.md": check_readme,
+CHECKS = {"submission.json": check_submission, "logs": check_logs, "ledgers": check_ledgers, "numbers": check_numbers,
+          "scripts": check_scripts, "artifacts": check_artifacts, "cap": check_cap, "run.sh": check_run_sh, "README.md": check_readme,
           "smoke": check_help}
 
 
