@@ -19,6 +19,7 @@ import train_gpt as tg
 sys.path.insert(0, str(ROOT / "tools"))
 import audit
 import clean_room
+import foreign
 import ledger
 from ledger import FAIL, PASS, RULING, UNKNOWN
 
@@ -182,11 +183,19 @@ def test_coverage(tmp_path, options, text):
     assert v["R4"][0] == FAIL and text in v["R4"][1], v["R4"]
 
 
+def test_rounded_scores_and_shortened_diagnostics_are_no_contradiction(s14):
+    for path in s14.glob("*.log"):
+        text = path.read_text().replace("beginning TTT", "final_int8_zlib_roundtrip val_loss:2.0000 val_bpb:0.9139\nbeginning TTT")
+        path.write_text(text)
+    assert abs(2.0 / math.log(2) * TOKENS / 0.9139 / BYTES - 1) > 1e-5, "four decimals are not the bytes"
+    assert verdicts(s14)["R4"][0] == PASS
+
+
 def test_nats_and_bits_of_different_targets(s14):
     log = s14 / "train_seed42.log"
     log.write_text(log.read_text().replace("val_bpb:1.05740567", "val_bpb:1.04740567"))
     v = verdicts(s14)
-    assert v["R4"][0] == FAIL and "disagree on the bytes" in v["R4"][1]
+    assert v["R4"][0] == FAIL and "disagree on the bytes" in v["R4"][1], v["R4"]
     assert v["R10"][0] == FAIL and "seed 42: val_bpb 1.05740567 is claimed, its log says 1.047406" in v["R10"][1]
 
 
@@ -212,6 +221,22 @@ def test_methods(tmp_path, options, rule, verdict, text):
     assert v[rule][0] == verdict and text in v[rule][1], v[rule]
     if verdict != UNKNOWN:
         assert "train_seed42.log" in v[rule][1]
+
+
+@pytest.mark.parametrize("layout", [
+    "{code}{rule}Running Python 3.12\n{rule}{log}",                            # upstream's baseline
+    "{knobs}{rule}Source code:\n{rule}{code}{rule}Running Python 3.12\n{rule}{log}",  # the late lineage
+    "{knobs}{rule}{code}{rule}{log}",                                           # ours
+    "{knobs}{log}",
+])
+def test_quoted_programs_are_no_evidence(tmp_path, layout):
+    log = "train_shards: 80\nfinal_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:1.22436570\n"
+    path = tmp_path / "train_seed1337.log"
+    path.write_text(layout.format(code=DEAD_CODE, knobs="Hyperparameters:\n  seed: 7\n", rule="=" * 100 + "\n", log=log))
+    found = foreign.Log.read(path)
+    assert found.text.endswith(log) and "prequant_ttt" not in found.text
+    assert found.number("train_shards") == 80 and found.final == (2.07269931, 1.22436570)
+    assert found.seed == ("7" if "{knobs}" in layout else "1337")
 
 
 # ---- seeds and statistics

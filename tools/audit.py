@@ -43,6 +43,7 @@ WRONG_SETS = {  # targets -> what they are
 }
 WRONG_BYTES = {157_319_833: "byte-fallback tokens counted as 3 bytes"}
 LEAKED_SHARDS = 1499  # of a preparation with 10,000 validation documents; the published set has 80
+DIAGNOSTICS = 3e-4    # relative; upstream's diagnostics leave out part of the tail, and bytes per token vary along the text
 CONTEXTS = (1024, 2048, 2560, 2816, 3072, 4096)
 
 
@@ -255,14 +256,14 @@ def bytes_findings(log: Log, targets: float) -> list[tuple[str, str]]:
         return []
     size, (low, high) = found[-1][1], (min(b for _, b in found), max(b for _, b in found))
     ratio = size / VALIDATION_BYTES
-    if high / low > 1 + 1e-5:
+    if high / low > 1 + DIAGNOSTICS + 4 * log.rounding:
         return [(FAIL, f"seed {log.seed}: the stages of the log disagree on the bytes, {low:,.0f} to {high:,.0f}: nats and bits per byte "
                  "are not of the same targets")]
     known = next((why for b, why in WRONG_BYTES.items() if abs(size / b - 1) < 1e-3), None)
     if known or 1.02 < ratio < 1.35:
         return [(FAIL, f"seed {log.seed}: nats and bits per byte imply {size:,.0f} bytes, {100 * (ratio - 1):+.1f} % against the published "
                  f"set's {VALIDATION_BYTES:,}: {known or 'bytes are counted twice'}")]
-    if targets == VALIDATION_TOKENS and abs(ratio - 1) < 1e-5:
+    if targets == VALIDATION_TOKENS and abs(ratio - 1) < 1e-6 + 2 * log.rounding:
         return [(PASS, f"seed {log.seed}: {targets:,.0f} targets and {VALIDATION_BYTES:,} bytes, the published CaseOps set")]
     claimed = log.result.get("val_bytes")
     return [(UNKNOWN, f"seed {log.seed}: {targets:,.0f} targets, {claimed or size:,.0f} bytes"

@@ -49,7 +49,7 @@ def seed_tables(table: dict) -> dict[str, dict]:
 
 # -- LOGS --------------------------------------------------------------------------------------------------------------
 
-SCORED = re.compile(r"^(\S.*?),? val_loss: ?([-\d.einf]+),? val_bpb: ?([-\d.einf]+)(.*)$", re.M)
+SCORED = re.compile(r"^(\S.*?),? val_loss: ?(\d+\.\d+),? val_bpb: ?(\d+\.\d+)(.*)$", re.M)
 NUMBERS = {  # what a log prints; the last match counts
     "train_shards": r"\btrain_shards: ?(\d+)",
     "val_tokens": r"^(?:val_tokens: ?|val_loader:.*\btokens:)(\d+)",
@@ -65,13 +65,12 @@ NUMBERS = {  # what a log prints; the last match counts
 
 
 def without_source(text: str) -> str:
-    """The log without the program that it quotes between rules of '=': code that did not run is no evidence."""
+    """The log without the program that it quotes, at its top or between rules of '=': code that did not run is no evidence."""
     rules = [m for m in re.finditer(r"^=+\n", text, re.M) if len(m[0]) > 20]
     if not rules:
         return text
-    quoted_from_the_top = re.match(r'\s*(?:"""|#|import |from )', text)
-    return text[: 0 if quoted_from_the_top else rules[0].start()] + text[rules[-1].end() if len(rules) > 1 or quoted_from_the_top
-                                                                          else rules[0].end():]
+    from_the_top = re.match(r'\s*(?:"""|#|import |from )', text)
+    return text[: 0 if from_the_top else rules[0].start()] + text[rules[-1].end() :]
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,12 @@ class Log:
         """Stage -> nats and bits per byte, in the order of the log; training's own checks are left out."""
         found = ((stage, loss, bpb) for stage, loss, bpb, _ in SCORED.findall(self.text) if not re.match(r"(step:)?\d+/", stage))
         return {stage: (float(loss), float(bpb)) for stage, loss, bpb in found}
+
+    @cached_property
+    def rounding(self) -> float:
+        """The largest relative error that the printed decimals of a score can have."""
+        values = [value for _, loss, bpb, _ in SCORED.findall(self.text) for value in (loss, bpb) if float(value) > 0]
+        return max((0.5 * 10 ** -len(value.partition(".")[2]) / float(value) for value in values), default=0.0)
 
     @property
     def final(self) -> tuple[float, float] | None:

@@ -1,8 +1,9 @@
 """Verify the ledger of a run: that nobody edited it, and that the score follows from its receipts alone.
 
 A line is {"n", "prev", "kind", ..., "hash"}; prev is the hash of the line before, hash is blake2b-128 of the line's canonical JSON
-without "hash". Whoever recomputes the whole chain leaves a whole chain: only a hash kept elsewhere (the log's result line, a
-submission.json) shows that, so the head of the ledger is compared with it.
+without "hash". The order of the keys between kind and hash means nothing and is not protected. Whoever recomputes the whole chain
+leaves a whole chain: only a hash kept elsewhere (the log's result line, a submission.json) shows that, so the head of the ledger is
+compared with it.
 """
 
 import hashlib
