@@ -553,12 +553,25 @@ def test_the_room_holds_the_counted_files_and_nothing_of_ours(tmp_path, dataset,
     ("import socket; socket.create_connection(('127.0.0.1', 9))", "no network"),
     ("import socket; socket.getaddrinfo('localhost', 80)", "no network"),
     ("import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', 9))", "no network"),
+    ("import subprocess; subprocess.run(['cat', r'{data}/manifest.json'])", "cat is no program that unpacks"),
+    ("import subprocess, sys; subprocess.run([sys.executable, '-c', ''])", "is no program that unpacks"),
+    ("os.system('true')", "is no program that unpacks"),
     ("import lossless_caps", "No module named 'lossless_caps'"),
     ("raise SystemExit(3)", "exit code 3"),
 ])
 def test_what_the_room_refuses(tmp_path, dataset, code, message):
     with pytest.raises(clean_room.Broken, match=message):
         clean_room.enter(claim(tmp_path, HONEST + code.format(data=dataset) + "\n" + REPORT, dataset), dataset, None, 0, 60)
+
+
+def test_without_unshare_the_hook_alone_isolates_and_the_report_says_so(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(clean_room.shutil, "which", lambda name: None)
+    code = HONEST + "import subprocess; subprocess.run(['uname'])\n" + REPORT
+    room = clean_room.enter(claim(tmp_path, code, dataset), dataset, None, 0, 60)
+    assert room["network"].startswith("an audit hook alone")
+    with pytest.raises(clean_room.Broken, match="no network"):
+        code = "import socket; socket.create_connection(('127.0.0.1', 9))"
+        clean_room.enter(claim(tmp_path, code, dataset), dataset, None, 0, 60)
 
 
 def test_a_script_that_never_ends(tmp_path, dataset):

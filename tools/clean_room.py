@@ -21,7 +21,8 @@ MACHINE = (  # all that comes along from the environment; ATEN_CPU_CAPABILITY=av
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "TRITON_INTERPRET")
 HEADER = 256        # int32 of a shard; techniques, section 1.1
 
-# Runs in the fresh process before the script: no sockets but local ones, no file outside the room and the installed software.
+# Runs in the fresh process before the script: no network, no file outside the room and the installed software, no program but
+# unpacker and compilers, because a child process is not guarded.
 GUARD = """
 import os, runpy, sys
 roots = tuple(sys.argv[1].split(os.pathsep))
@@ -33,6 +34,10 @@ def guard(event, args):
         path = os.path.realpath(os.fsdecode(args[0]))
         if not path.startswith(roots):
             raise PermissionError(f"clean room: {path} is not among the counted files")
+    if event in ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system"):
+        name = os.path.basename(os.fsdecode(args[0]))
+        if event == "os.system" or name not in ("lrzip", "gcc", "g++", "cc", "c++", "clang", "ld", "ldconfig", "ptxas", "uname"):
+            raise PermissionError(f"clean room: {name} is no program that unpacks or compiles")
 sys.addaudithook(guard)
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -156,8 +161,8 @@ def enter(claim: Claim, data: Path, fraction: float | None, sample_seed: int, ti
             shutil.copyfile(data / "tokenizer.model", room / "data" / "tokenizer.model")
         environment = {k: os.environ[k] for k in MACHINE if k in os.environ} | settings | {
             "PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8", "HOME": f"{room}/home", "TMPDIR": f"{room}/tmp",
-            "PYTHONDONTWRITEBYTECODE": "1", "SEED": str(result["seed"]), "STAGE": "eval", "RUN_ID": "clean_room",
-            "DATA_PATH": f"{room}/data", "ARTIFACT_DIR": f"{room}/out"}
+            "PYTHONDONTWRITEBYTECODE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "SEED": str(result["seed"]), "STAGE": "eval",
+            "RUN_ID": "clean_room", "DATA_PATH": f"{room}/data", "ARTIFACT_DIR": f"{room}/out"}
         installed = (sys.prefix, sys.base_prefix, *sysconfig.get_paths().values())
         software = {os.path.realpath(p) + os.sep for p in installed if os.path.isdir(p)}
         roots = os.pathsep.join([f"{room}/", *sorted(software), "/proc/", "/sys/", "/dev/", "/usr/", "/lib", "/bin/", "/etc/"])
