@@ -8,6 +8,7 @@ import math
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import ROOT, documents, tiny_config, tiny_env, write_dataset, write_shard
+from hypothesis import given, settings, strategies as st
 
 import train_gpt as tg
 
@@ -634,6 +636,26 @@ def test_receipts_and_ledger(tmp_path):
     nats = np.load(tmp_path / tokens["file"])
     assert tokens["sha256"] == tg.sha256_file(tmp_path / "token_nats_ttt.npy") and nats.dtype == np.float32
     assert sum(score_a["nats"] + score_b["nats"]) == pytest.approx(nats.sum(dtype=float)) and nats[[2, 3]].tolist() == [2.0, 0.5]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1 << 30), st.integers(1, 12), st.integers(1, 5))
+def test_receipts_give_the_score_whatever_the_order(seed, calls, receipts):
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        door = door_of(some(3), ledger=tg.Ledger(Path(folder) / "ledger.jsonl"))
+        nats = rng.exponential(size=door.total).astype(np.float32)
+        for part in np.array_split(rng.permutation(door.total), calls):
+            at = np.append(part, np.full(rng.integers(0, 4), -1))[None]
+            door.score(at, lambda targets, at=at: torch.from_numpy(nats[at]))
+            if len(part):
+                door.release(rng.choice(part, min(len(part), 3), replace=False))
+            if rng.integers(0, receipts) == 0:
+                door.receipt()
+        score = door.finish()
+        replay(lines_of(door.ledger.path), door._data, score)
+        assert score.loss == pytest.approx(nats.astype(float).mean(), rel=1e-12)
+        assert np.array_equal(np.load(Path(folder) / "token_nats_ttt.npy"), nats)
 
 
 def test_a_ledger_goes_on_and_an_edit_shows(tmp_path):
