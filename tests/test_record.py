@@ -439,7 +439,7 @@ def test_audited_runs_bring_their_ledgers_and_verdicts(tmp_path, capsys):
     assert submission(folder)["compliance"]["score_before_update"] is True
     assert submission(folder)["bytes_uncounted"] == {"lossless_caps.py": 9}
     assert "| R4 | NEEDS-RULING | seed 314: lossy |" in (folder / "README.md").read_text()
-    assert (folder / "token_nats_seed314.npy").read_bytes() == b"nats" * 314
+    assert (folder / "token_nats_ttt_seed314.npy").read_bytes() == b"nats" * 314
     capsys.readouterr()
     for old, new_text in (('"seed":314', '"seed":315'), ('{"n":0', '{"n":1')):
         copy = Path(shutil.copytree(folder, tmp_path / "copy"))

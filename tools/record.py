@@ -180,7 +180,7 @@ def check_same_experiment(runs: list[Run]) -> None:
 # -- SUBMISSION: submission.json as a function of the logs and files --------------------------------------------------
 
 TYPED_BY_HAND = ("name", "author", "github_id", "date", "track", "blurb")
-OWN_FILES = re.compile(r"ledger_seed\d+\.jsonl|token_nats_seed\d+\.npy|"
+OWN_FILES = re.compile(r"ledger_seed\d+\.jsonl|token_nats_\w+_seed\d+\.npy|"
                        r"train_seed\d+\.log|artifact_seed\d+\S*|train_gpt(_readable)?\.py|requirements\.txt|run\.sh|\w+\.png")
 
 
@@ -452,9 +452,8 @@ def fill(folder: Path, loaded: list[tuple[Run, Path]], args: argparse.Namespace)
         seed = run.result["seed"]
         shutil.copyfile(run.log, folder / f"train_seed{seed}.log")
         runs.append(read_log(folder / f"train_seed{seed}.log"))
-        for source, name in (("ledger.jsonl", f"ledger_seed{seed}.jsonl"), *((f"token_nats_{stage}.npy", f"token_nats_seed{seed}.npy")
-                                                                            for stage in STAGES)):
-            source = run.log.parent / source  # of the stages, the last one is the scored pass
+        kept = ["ledger.jsonl", *(f"token_nats_{stage}.npy" for stage in STAGES if stage != "pre_quant")]  # what the artifact can repeat
+        for source, name in ((run.log.parent / file, f"{Path(file).stem}_seed{seed}{Path(file).suffix}") for file in kept):
             if "audit" in run.result and source.exists() and (source.suffix == ".jsonl" or source.stat().st_size <= TOKEN_NATS_BYTES):
                 shutil.copyfile(source, folder / name)
         if index == 0 or args.artifacts == "all":
