@@ -15,6 +15,7 @@ L blocks, S slots (positions in the unrolled layer order), W ranks.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import difflib
@@ -86,6 +87,12 @@ PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable 
         ttt_eval_seq_len=2048, ttt_batch_size=64, ttt_mask="", ttt_local_lr_mult=1.0, ttt_short_score_first_enabled=False,
         ttt_short_score_first_steps="", phased_ttt_num_phases=3,
     ),
+    "s05": dict(  # PR #1105, its head with mixed bits; not here: bigram hash and value embeddings, SWA, late fake quantization
+        train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, rope_train_seq_len=2048, warmdown_iters=4000, min_lr=0.05,
+        mlp_mult=3.5, num_loops=0, parallel_start_layer=0, smear_gate_enabled=False, sparse_attn_gate_enabled=False,
+        asym_logit_rescale=False, quant="s05", gptq_calibration="self", awq_lite_enabled=False, lqer_enabled=False, compressor="brotli",
+        eval_method="sliding", eval_seq_len=2048, eval_stride=64, ttt_enabled=False,
+    ),
     "demo": dict(
         data_path="data/demo", vocab_size=1024, num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=6, rope_dims=8,
         loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096,
@@ -102,15 +109,16 @@ REFUSED = {  # names that appear in published commands but never did anything, a
     "LQER_GROUP_SIZE": "nothing ever read it; the group size of the asymmetric factors is LQER_ASYM_GROUP",
     "TTT_LR": "nothing ever read it; the learning rate of the adapters is TTT_LORA_LR times TTT_LOCAL_LR_MULT",
     "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
+    "TARGET_MB": "published runs gave it in MiB, and their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES",
     "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; PARAM_RULES says which optimizer owns which tensor",
 }
 
 FAMILIES = (  # an unknown variable that starts like this is a typo, not somebody else's
     "ADAM_", "ASYM_", "ATTN_", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_", "FUSED_CE",
     "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_", "MAX_WALL",
-    "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_", "PHASED_TTT_", "QK_", "ROPE_",
-    "SCALAR_", "SEQ_", "SKIP_GATES", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_",
-    "WINDOW_", "XSA_",
+    "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "N_INT6", "PARALLEL_", "PHASED_TTT_", "QK_",
+    "QUANT", "ROPE_", "SCALAR_", "SEQ_", "SKIP_GATES", "SMEAR_", "SPARSE_ATTN_", "TARGET_", "TIED_", "TIE_EMB", "TRAIN_", "TTT_", "VAL_",
+    "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
 )
 
 
@@ -197,13 +205,15 @@ def rule_violations(c: Config):
                 f"TTT_CHUNK_SIZE={c.ttt_chunk_size}, {name.upper()}={getattr(c, name)!r}, TTT_SHORT_CHUNK_SIZE={c.ttt_short_chunk_size}")
     if not all(item.strip().isdigit() for item in filter(None, c.ttt_eval_batches.split(","))):
         yield ("ttt_eval_batches",), f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: expected a comma list of batch numbers"
-    if c.max_wallclock_seconds and c.gptq_reserve_seconds >= c.max_wallclock_seconds:
+    if c.max_wallclock_seconds and not c.train_budget_seconds:
         yield ("max_wallclock_seconds", "gptq_reserve_seconds"), (
             f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
     if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
         yield ("max_wallclock_seconds", "iterations"), "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
     if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
         yield ("eval_stride", "eval_seq_len"), f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
+    if c.quant == "s05" and c.matrix_bits < 3:
+        yield ("quant", "matrix_bits"), f"QUANT=s05 takes a bit from most matrices: MATRIX_BITS={c.matrix_bits} must be at least 3"
     if c.lqer_enabled and c.lqer_asym_enabled and any(c.lqer_rank * n % c.lqer_asym_group for n in (c.model_dim, c.mlp_dim)):
         yield ("lqer_rank", "lqer_asym_group", "model_dim", "mlp_mult"), (
             f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} must be multiples of "
@@ -328,13 +338,17 @@ class Config:
     train_log_every: int = knob(500, "steps between log lines", lo=1)
     val_loss_every: int = knob(0, "steps between validations, clock stopped; 0 = only at the end", lo=0)
     # quantization
-    matrix_bits: int = knob(6, "bits of the matrices", lo=2, hi=8)
+    quant: str = knob("s14", "steps by standard deviation; s05 = by percentile, mixed bits, int8 embedding", choices=("s14", "s05"))
+    matrix_bits: int = knob(6, "bits of the matrices; with QUANT=s05 of the chosen ones, the others have one less", lo=2, hi=8)
+    n_int6_layers: int = knob(10, "matrices that keep MATRIX_BITS with QUANT=s05: those with the largest Hessian trace", lo=0)
+    target_bytes: int = knob(0, "prune the cheapest +-1 until the artifact has at most this many bytes, QUANT=s05; 0 = off", lo=0)
     embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8)
     matrix_clip_sigmas: float = knob(12.85, "clip of matrices that are neither attention, MLP nor embedding (the untied head)", lo=0.1)
     embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row", lo=0.1)
     mlp_clip_sigmas: float = knob(11.5, "clip of the MLP matrices", lo=0.1)
     attn_clip_sigmas: float = knob(13.0, "clip of the attention matrices", lo=0.1)
     gated_attn_quant_gate: bool = knob(True, "attention gates as int8 rows; 0 = fp16")
+    gptq_calibration: str = knob("train", "data of the Hessians: training windows, or the model's own text", choices=("train", "self"))
     gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians", lo=1)
     gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians", lo=0)
     awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most")
@@ -442,7 +456,8 @@ class Config:
     @property
     def train_budget_seconds(self) -> float:
         """Seconds for the training loop; 0 = no limit."""
-        return max(self.max_wallclock_seconds - self.gptq_reserve_seconds, 0.0)
+        reserve = self.gptq_reserve_seconds if self.gptq_calibration == "train" else 0.0  # the model's own text is no training data
+        return max(self.max_wallclock_seconds - reserve, 0.0)
 
     @property
     def seq_schedule(self) -> tuple[tuple[int, float], ...]:
@@ -497,6 +512,10 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("seq_change_warmup_steps",), lambda c: len(c.seq_schedule) == 1, "the context never changes"),
     (("compile_shape_warmup_iters", "compile_shape_warmup_loop_modes"), lambda c: not c.compile_shape_warmup, "COMPILE_SHAPE_WARMUP is 0"),
     (("midrun_cap_log_updates",), lambda c: not c.midrun_cap_schedule, "MIDRUN_CAP_SCHEDULE is blank"),
+    (("n_int6_layers", "target_bytes"), lambda c: c.quant != "s05", "QUANT is not s05"),
+    (("embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas"),
+     lambda c: c.quant == "s05", "QUANT=s05 has its own steps and an int8 embedding"),
+    (("gptq_calibration_batches", "gptq_reserve_seconds"), lambda c: c.gptq_calibration == "self", "GPTQ_CALIBRATION is self"),
     (("awq_lite_bits", "awq_lite_group_size", "awq_lite_group_top_k"), lambda c: not c.awq_lite_enabled, "AWQ_LITE_ENABLED is 0"),
     (("lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_asym_enabled", "lqer_asym_group", "lqer_scope", "lqer_gain_select"),
      lambda c: not c.lqer_enabled, "LQER_ENABLED is 0"),
@@ -1132,15 +1151,20 @@ class ValData:
 # KERNELS - each a definition first; where a faster form exists, it is held to the definition by a test.
 # ==================================================================================================
 
+def softcap(logits: Tensor, cap_pos: Tensor, cap_neg: Tensor) -> Tensor:
+    """cap tanh(logits / cap) in fp32, with one cap for each sign of the logit."""
+    z = logits.float()
+    cap = cap_pos if cap_pos is cap_neg else torch.where(z > 0, cap_pos, cap_neg)
+    return cap * torch.tanh(z / cap)
+
+
 def softcapped_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, round_cap: bool = False) -> Tensor:
-    """Cross-entropy in nats, per token and in fp32, of cap tanh(logits / cap), with one cap for each sign of the logit.
+    """Cross-entropy in nats, per token and in fp32, of the capped logits.
 
     logits (..., V), targets (...) int64 -> (...) fp32. The upcast comes before the cap: a cap rounded to bf16 costs about
     0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
     """
-    z = logits.float()
-    cap = cap_pos if cap_pos is cap_neg else torch.where(z > 0, cap_pos, cap_neg)
-    z = cap * torch.tanh(z / cap)
+    z = softcap(logits, cap_pos, cap_neg)
     z = z.to(logits.dtype).float() if round_cap else z
     return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
@@ -1197,21 +1221,22 @@ def gate_heads(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return without_own_value(y, v) * gate.unsqueeze(-1)
 
 
-def window_mask(n: int, window: int, like: Tensor) -> Tensor | None:
+def window_mask(n: int, window: int, like: Tensor, queries: int = 0) -> Tensor | None:
     """What is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
 
-    None where plain causal attention is the same: no window (0), or one that the segment fits into.
+    None where plain causal attention is the same: no window (0), or one that the segment fits into. queries: just the last so
+    many rows; their mask is never None.
     """
-    if not 0 < window < n:
+    if not 0 < window < n and not queries:
         return None
     at = torch.arange(n, device=like.device)
-    distance = at[:, None] - at
-    return torch.zeros(n, n, dtype=like.dtype, device=like.device).masked_fill_((distance < 0) | (distance >= window), -math.inf)
+    distance = at[-queries:, None] - at
+    return torch.zeros_like(distance, dtype=like.dtype).masked_fill_((distance < 0) | (distance >= (window or n)), -math.inf)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention of whole rows, in a window. q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d)."""
-    mask = window_mask(q.shape[1], window, q)
+    """Causal attention of whole rows, in a window. q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d); fewer queries are the last."""
+    mask = window_mask(k.shape[1], window, q, 0 if q.shape[1] == k.shape[1] else q.shape[1])
     heads = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
 
@@ -1896,6 +1921,22 @@ class Packing(NamedTuple):
     max_len: int
 
 
+class Cache:
+    """What rows (B, T) leave behind: their last token and, by slot, their keys and values. With it a forward goes on where it stopped."""
+
+    def __init__(self, max_len: int):
+        self.max_len, self.length, self.last, self.kv = max_len, 0, None, {}
+
+    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values (B, T, G, d) of new tokens; returns those of all tokens so far."""
+        end = self.length + k.shape[1]
+        if slot not in self.kv:
+            self.kv[slot] = k.new_empty(2, len(k), self.max_len, *k.shape[2:])
+        held = self.kv[slot]
+        held[0, :, self.length : end], held[1, :, self.length : end] = k, v
+        return held[0, :, :end], held[1, :, :end]
+
+
 def lora_delta(x: Tensor, lora: Lora) -> Tensor:
     """(B, T, n_in) -> (B, T, n_out), in the dtype of x."""
     return lora.scale * (x @ lora.A.to(x.dtype).mT) @ lora.B.to(x.dtype).mT
@@ -1964,7 +2005,7 @@ class Attention(nn.Module):
         deltas = [n.new_zeros(*n.shape[:-1], width) if site is None else lora_delta(n, site) for site, width in sites]
         return merged + torch.cat(deltas, dim=-1)
 
-    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing: Packing | None, tap, name: str) -> Tensor:
+    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing: Packing | None, past, tap, name) -> Tensor:
         """n (B, T, D) normed, without its norm scale -> (B, T, D)."""
         cfg = self.cfg
         if tap is not None:
@@ -1972,7 +2013,7 @@ class Attention(nn.Module):
         qkv = self.qkv(n, w, lora)
         q, k, v = kernels.split_heads(qkv, self.q_gain, *rope, cfg.num_kv_heads)
         if packing is None:
-            y = causal_attention(q, k, v, self.window)
+            y = causal_attention(q, *((k, v) if past is None else past(k, v)), self.window)
         else:
             y = kernels.attend(q[0], k[0], v[0], packing.cu_seqlens, packing.max_len, self.window)[None]
         gate = None if cfg.attn_gate == "none" else self.gate(n, qkv)
@@ -2011,10 +2052,10 @@ class Block(nn.Module):
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
-    def attention(self, u: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, tap) -> Tensor:
+    def attention(self, u: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, past, tap) -> Tensor:
         """What attention adds to the residual stream u (B, T, D)."""
         n = rms_norm(u)
-        out = self.attn(n, w, lora, rope, kernels, packing, tap, self.name)
+        out = self.attn(n, w, lora, rope, kernels, packing, past, tap, self.name)
         return out if lora.o is None else out + self.attn_scale.to(n.dtype) * lora_delta(n, lora.o)
 
     def mlp(self, x: Tensor, w: Weights, lora: Adapters, kernels: Kernels, tap) -> Tensor:
@@ -2083,17 +2124,16 @@ class GPT(nn.Module):
             return x + skipped
         return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[j]).to(x.dtype))
 
-    def hidden(self, tokens: Tensor, packing: Packing | None, order: tuple[int, ...], adapters: Adapters, tap) -> Tensor:
+    def hidden(self, tokens: Tensor, packing: Packing | None, order: tuple[int, ...], adapters: Adapters, cache, tap) -> Tensor:
         """Tokens -> final normed hidden states (B, T, D). The first half of `order` pushes skips, the second half pops them.
 
         From the first decoder slot with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
         the first, the MLP reads the second, and both sublayers write to both.
         """
-        cfg = self.cfg
-        x0 = lane = self.embed(tokens)
-        mlp_lane = None
-        context = packing.max_len if packing is not None else tokens.shape[1]
-        rope = rotary_tables(cfg, tokens.shape[1], context, tokens.device)
+        cfg, T, start, mlp_lane = self.cfg, tokens.shape[1], 0 if cache is None else cache.length, None
+        x0 = lane = self.embed(torch.cat((cache.last, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
+        context = next((c.max_len for c in (packing, cache) if c is not None), T)
+        rope = tuple(table[start:] for table in rotary_tables(cfg, start + T, context, tokens.device))
         loras = adapters.slots([self.blocks[layer].norm_scale for layer in order])
         weights, half, skips = self.weights(x0.dtype), len(order) // 2, []
         for slot, layer in enumerate(order):
@@ -2103,7 +2143,8 @@ class GPT(nn.Module):
             if j >= 0 and skips:
                 lane = self.skip(lane, skips.pop(), j)
             u = block.mix(lane, x0)
-            a = block.attention(u, w, lora, rope, self.kernels, packing, tap)
+            past = None if cache is None else partial(cache.extend, slot)
+            a = block.attention(u, w, lora, rope, self.kernels, packing, past, tap)
             if mlp_lane is None:
                 lane = u + a
                 lane = lane + block.mlp(lane, w, lora, self.kernels, tap)
@@ -2113,6 +2154,8 @@ class GPT(nn.Module):
                 lane, mlp_lane = (resid[i] * old + post[i, 0] * a + post[i, 1] * m for i, old in enumerate((lane, mlp_lane)))
             if j < 0:
                 skips.append(lane)
+        if cache is not None:
+            cache.last, cache.length = tokens[:, -1:], start + T
         if mlp_lane is not None:
             lane = dict(mean=(lane + mlp_lane) / 2, mlp=mlp_lane, attn=lane)[cfg.parallel_final_lane]
         return rms_norm(lane)
@@ -2120,24 +2163,26 @@ class GPT(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         *,
         order: tuple[int, ...],
         packing: Packing | None = None,
+        cache: Cache | None = None,
         adapters: Adapters = NO_ADAPTERS,
         positions: Tensor | None = None,
         loss_weight: float | None = None,
         round_cap: bool = False,
         tap=None,
     ) -> Tensor:
-        """Nats per target, fp32. The only entry: training, scoring, calibration and test-time training.
+        """Nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
 
-        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions.
-        order: `layer_order`. packing: segments of a packed row. adapters: one set per row. tap(site, x): sees the input of
+        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; None: the
+        capped logits (B, T, V). order: `layer_order`. packing: segments of a packed row. cache: the rows' tokens so far, which
+        these follow; without packing. adapters: one set per row. tap(site, x): sees the input of
         every matrix. loss_weight: a promise to backpropagate exactly this times the sum, see `weighted_ce`. round_cap: see
         `softcapped_ce`.
         """
-        x = self.hidden(tokens, packing, order, adapters, tap)
+        x = self.hidden(tokens, packing, order, adapters, cache, tap)
         if positions is not None:
             x = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         if tap is not None:
@@ -2145,6 +2190,8 @@ class GPT(nn.Module):
         logits = linear(x, self.tok_emb.weight if self.lm_head is None else self.lm_head.weight, adapters.head)
         cap = torch.full((), self.cfg.logit_softcap, device=x.device)
         caps = (cap, cap) if self.softcap_pos is None else (self.softcap_pos, self.softcap_neg)
+        if targets is None:
+            return softcap(logits, *caps)
         if loss_weight is not None and self.kernels.weighted_ce is not None and not round_cap:
             return self.kernels.weighted_ce(logits, targets, *caps, loss_weight)
         return softcapped_ce(logits, targets, *caps, round_cap)
@@ -2875,12 +2922,30 @@ class Hessians:
 
 
 @torch.no_grad()
+def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, length: int = 2048, temperature: float = 0.8) -> np.ndarray:
+    """Text of the model's own for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences, T = min(length,
+    TRAIN_SEQ_LEN). The first token is uniform, the others are drawn at `temperature`; SEED decides them, on any number of ranks."""
+    size, order = min(length, cfg.train_seq_len) + 1, layer_order(cfg, looping=True)
+    draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))[world.rank :: world.size].to(world.device)
+    tokens, cache = (draws * cfg.vocab_size).long(), Cache(size)
+    for t in range(1, size):
+        odds = (model(tokens[:, t - 1 : t], None, order=order, cache=cache)[:, 0] / temperature).softmax(-1).cumsum(-1)
+        tokens[:, t] = torch.searchsorted(odds, draws[:, t : t + 1] * odds[:, -1:])[:, 0]
+    return tokens.cpu().numpy()
+
+
+@torch.no_grad()
 def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Hessians:
-    """Run training windows through the looped network, documents masked as in training, and add H up over the ranks."""
-    hessians, order = Hessians(), layer_order(cfg, looping=True)
-    windows = calibration_windows(files.train, cfg.train_microbatch_tokens, cfg.gptq_calibration_batches * cfg.micro_batches)
-    eta = Eta(len(windows[world.rank :: world.size]))
-    for tokens in windows[world.rank :: world.size]:
+    """Run calibration windows through the looped network, documents masked as in training, and add H up over the ranks."""
+    hessians, order, start = Hessians(), layer_order(cfg, looping=True), time.perf_counter()
+    if cfg.gptq_calibration == "self":
+        windows = write_sequences(cfg, world, model)
+        log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {time.perf_counter() - start:.1f}s")
+    else:
+        windows = calibration_windows(files.train, cfg.train_microbatch_tokens, cfg.gptq_calibration_batches * cfg.micro_batches)
+        windows = windows[world.rank :: world.size]
+    eta = Eta(len(windows))
+    for tokens in windows:
         row = packed_row(tokens, cfg.train_seq_len, world.device)
         model(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len), tap=hessians)
         eta.add(1)
@@ -2917,12 +2982,9 @@ def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                       mlp_up_bank=stack("mlp.fc"), mlp_down_bank=stack("mlp.proj"))
 
 
-def clip_scale(W: Tensor, clip_sigmas: float, q_max: int) -> Tensor:
-    """SDClip: fp16 step sizes (..., rows) that put `clip_sigmas` standard deviations of a row on `q_max` steps.
-
-    Fp16 because that is what is stored; never zero, so an all-zero row decodes to zeros.
-    """
-    return (clip_sigmas * W.std(-1) / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
+def step_size(clip: Tensor, q_max: float) -> Tensor:
+    """fp16 steps that put `clip` on `q_max` steps: fp16 because that is what is stored; never zero, so a zero row decodes to zeros."""
+    return (clip / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
 
 
 def inverse_cholesky(H: Tensor) -> Tensor:
@@ -2932,15 +2994,15 @@ def inverse_cholesky(H: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(R, identity, upper=True)
 
 
-def gptq(W: Tensor, H: Tensor, clip_sigmas: float, bits: int, protected: Tensor, hi_bits: int, block: int = 128):
+def gptq(W: Tensor, H: Tensor, clip: Tensor, bits: int, protected: Tensor, hi_bits: int, block: int = 128):
     """GPTQ (arXiv:2210.17323) with act-order, one scale per row, for a stack of matrices of one shape.
 
-    W (n, rows, cols) fp32, H (n, cols, cols), protected (n, cols) bool: columns on the finer grid of `hi_bits`.
-    Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and of protected columns.
+    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols) bool: columns on the
+    finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and of protected columns.
     """
     cols = W.shape[2]
     q_max, hi_max = 2 ** (bits - 1) - 1, 2 ** (hi_bits - 1) - 1
-    scale, hi_scale = clip_scale(W, clip_sigmas, q_max), clip_scale(W, clip_sigmas, hi_max)
+    scale, hi_scale = step_size(clip, q_max), step_size(clip, hi_max)
     H, W = H.clone(), W.clone()
     diag = H.diagonal(dim1=-2, dim2=-1)
     dead = diag == 0
@@ -3000,7 +3062,7 @@ class Int8Rows:
 
     @staticmethod
     def encode(w: Tensor) -> dict[str, Tensor]:
-        scale = (w.abs().amax(1) / 127).clamp_min(1e-10).half().clamp_min(2.0**-24)
+        scale = step_size(w.abs().amax(1), 127)
         return dict(q=(w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale=scale)
 
     @staticmethod
@@ -3036,7 +3098,7 @@ class LowRank:
     def encode(A: Tensor, B: Tensor, bits: int) -> dict[str, Tensor]:
         parts, q_max = {}, 2 ** (bits - 1) - 1
         for name, factor in (("A", A), ("B", B)):
-            scale = (factor.abs().amax(1) / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
+            scale = step_size(factor.abs().amax(1), q_max)
             parts |= {name: (factor / scale.float()[:, None]).round().clamp(-q_max, q_max).to(torch.int8), f"{name}_scale": scale}
         return parts
 
@@ -3051,9 +3113,9 @@ class LowRankAsym:
 
     @staticmethod
     def encode(A: Tensor, B: Tensor, group: int) -> dict[str, Tensor]:
-        a_scale = (A.abs().max() / 1.5).clamp_min(1e-10).half().clamp_min(2.0**-24)
+        a_scale = step_size(A.abs().max(), 1.5)
         groups = B.reshape(-1, group)
-        b_scale = (groups.abs().amax(1) / 7.5).clamp_min(1e-10).half().clamp_min(2.0**-24)
+        b_scale = step_size(groups.abs().amax(1), 7.5)
         return dict(
             A=(A / a_scale.float()).round().clamp(-2, 1).to(torch.int8), A_scale=a_scale.view(1),
             B=(groups / b_scale.float()[:, None]).round().clamp(-8, 7).to(torch.int8).view_as(B), B_scale=b_scale)
@@ -3077,7 +3139,14 @@ QUANT_RULES = (  # pattern, codec, bits, clip, site of the Hessian; first match 
     ("*", "float16", "", "", ""),
 )
 
+PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QUANT=s05 tries to end its grid
+
 LQER_SCOPES = dict(all="*", mlp="*.mlp.*", attn="*.attn.*", embed="tok_emb.weight")
+
+
+def quant_rules(cfg: Config) -> tuple:
+    """QUANT_RULES, and what QUANT changes in it."""
+    return (("tok_emb.weight", "int8_row", "", "", ""), *QUANT_RULES) if cfg.quant == "s05" else QUANT_RULES
 
 
 class Task(NamedTuple):
@@ -3091,15 +3160,24 @@ class Task(NamedTuple):
 
 
 def gptq_tasks(cfg: Config, tensors: dict[str, Tensor]) -> list[Task]:
-    """The tensors that QUANT_RULES sends to GPTQ, with their settings."""
+    """The tensors that the rules send to GPTQ, with their settings."""
     tasks = []
     for name, t in tensors.items():
-        codec, bits, clip, site = first_match(QUANT_RULES, name)
+        codec, bits, clip, site = first_match(quant_rules(cfg), name)
         if codec == "gptq":
             block = ".".join(name.split(".")[:2]) + "." if name.startswith("blocks.") else ""
             site = None if name == "tok_emb.weight" and not cfg.tie_embeddings else block + site
             tasks.append(Task(name, t.float(), getattr(cfg, bits), getattr(cfg, clip), site))
     return tasks
+
+
+def mixed_bits(cfg: Config, tasks: list[Task], hessians: Hessians) -> list[Task]:
+    """QUANT=s05: the N_INT6_LAYERS matrices with the largest trace of H keep their bits, the others lose one (PR #1105)."""
+    if cfg.quant != "s05":
+        return tasks
+    ranked = sorted(tasks, key=lambda t: -hessians.H[t.site].trace().item())
+    kept = {task.name for task in ranked[: cfg.n_int6_layers]}
+    return [t if t.name in kept else t._replace(bits=t.bits - 1) for t in tasks]
 
 
 def protected_groups(cfg: Config, tasks: list[Task], hessians: Hessians) -> dict[str, list[int]]:
@@ -3118,6 +3196,15 @@ def protected_groups(cfg: Config, tasks: list[Task], hessians: Hessians) -> dict
     return chosen
 
 
+def clip_candidates(cfg: Config, W: Tensor, sigmas: float) -> Tensor:
+    """Where the grid of a row may end, for W (n, rows, cols): (n, candidates, rows). One multiple of the row's standard deviation
+    (SDClip), or PERCENTILES of its |w|, at least 1 as published: rows of smaller weights share one step."""
+    if cfg.quant != "s05":
+        return sigmas * W.std(-1)[:, None]
+    levels = torch.tensor(PERCENTILES, device=W.device)
+    return torch.stack([w.abs().quantile(levels, dim=1).clamp_min(1) for w in W])
+
+
 def run_gptq(cfg: Config, tasks: list[Task], hessians: Hessians, protected: dict[str, list[int]]) -> dict[str, Stored]:
     """GPTQ over all tasks, matrices of one shape and setting batched. Raises RunError when a Hessian is not positive definite."""
     batches, out = {}, {}
@@ -3129,13 +3216,21 @@ def run_gptq(cfg: Config, tasks: list[Task], hessians: Hessians, protected: dict
             for start in protected.get(task.name, ()):
                 row[start : start + cfg.awq_lite_group_size] = True
         H = torch.stack([torch.eye(cols, device=mask.device) if t.site is None else hessians.H[t.site] for t in batch])
-        try:
-            results = gptq(torch.stack([t.W for t in batch]), H, clip, bits, mask, cfg.awq_lite_bits)
+        W = torch.stack([t.W for t in batch])
+        clips = clip_candidates(cfg, W, clip)
+        if cfg.quant == "s05":  # damped twice, as published: here and in the solver
+            diagonal = H.diagonal(dim1=-2, dim2=-1)
+            diagonal += 0.01 * diagonal.mean(-1, keepdim=True).clamp_min(1e-4)
+        try:  # rows do not influence each other, so candidates are just more rows
+            results = gptq(W.repeat(1, clips.shape[1], 1), H, clips.flatten(1), bits, mask, cfg.awq_lite_bits)
         except torch.linalg.LinAlgError as e:
             raise RunError(f"GPTQ of {batch[0].name} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
-        for task, q, scale, hi_scale in zip(batch, *results, strict=True):
-            parts = Gptq.encode(q, scale, hi_scale, protected.get(task.name, []), cfg.awq_lite_group_size)
-            out[task.name] = Stored({("gptq", part): t for part, t in parts.items()})
+        for task, *tried in zip(batch, *results, strict=True):
+            found = []
+            for q, scale, hi_scale in zip(*(t.chunk(clips.shape[1]) for t in tried), strict=True):
+                parts = Gptq.encode(q, scale, hi_scale, protected.get(task.name, []), cfg.awq_lite_group_size)
+                found.append(Stored({("gptq", part): t for part, t in parts.items()}))
+            out[task.name] = min(found, key=lambda s: (task.W - s.decode()).square().sum().item()) if len(found) > 1 else found[0]
     return out
 
 
@@ -3179,15 +3274,15 @@ def full_fp32():
 def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log: Log) -> dict[str, Stored]:
     """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`."""
     tensors = unbank(cfg, state)
-    tasks = gptq_tasks(cfg, tensors)
+    tasks = mixed_bits(cfg, gptq_tasks(cfg, tensors), hessians)
     protected = protected_groups(cfg, tasks, hessians)
     stored = run_gptq(cfg, tasks, hessians, protected)
     for name, extra in low_rank_corrections(cfg, tasks, stored).items():
         stored[name] = Stored(stored[name].parts | extra.parts)
     for name, t in tensors.items():
         if name not in stored:
-            codec = first_match(QUANT_RULES, name)[0]
-            codec = "float16" if codec == "int8_row" and not cfg.gated_attn_quant_gate else codec
+            codec = first_match(quant_rules(cfg), name)[0]
+            codec = "float16" if name.endswith("attn_gate_w") and not cfg.gated_attn_quant_gate else codec
             stored[name] = Stored({(codec, part): x for part, x in CODECS[codec].encode(t.float()).items()})
     log("Quantized weights:")
     kinds: dict[str, set[str]] = {}
@@ -3199,6 +3294,41 @@ def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log: Log
     for kind, names in sorted(kinds.items()):
         log(f"  {kind}: {', '.join(sorted(names))}")
     return {name: Stored({k: t.cpu() for k, t in stored[name].parts.items()}) for name in tensors}
+
+
+class Pruning:
+    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first; what one costs is the square of
+    the weight it stands for. `code_bits` predicts, without a coder, how many bits a number of zeros leaves."""
+
+    def __init__(self, stored: dict[str, Stored]):
+        self.stored, self.names = stored, [name for name, s in stored.items() if ("gptq", "q") in s.parts]
+        matrices = [{part: t for (codec, part), t in stored[name].parts.items() if codec == "gptq"} for name in self.names]
+        self.q = torch.cat([parts["q"].flatten() for parts in matrices])
+        self.sizes = [parts["q"].numel() for parts in matrices]
+        ones = (self.q.abs() == 1).nonzero()[:, 0]
+        cost = torch.cat([Gptq.decode(parts).flatten() for parts in matrices])[ones].square()
+        self.order = ones[cost.argsort(stable=True)]
+        owner = torch.repeat_interleave(torch.arange(len(matrices)), torch.tensor(self.sizes))
+        self.counts = torch.bincount(256 * owner + self.q + 128, minlength=256 * len(matrices)).view(-1, 256)
+        self.bins = 256 * owner[self.order] + self.q[self.order] + 128
+
+    def code_bits(self, count: int) -> float:
+        """Entropy of the integers, matrix by matrix, once the cheapest `count` are zero."""
+        moved = torch.bincount(self.bins[:count], minlength=self.counts.numel()).view_as(self.counts)
+        p = (self.counts - moved).double()
+        p[:, 128] += moved.sum(1)
+        return (torch.special.xlogy(p, p.sum(1, keepdim=True)) - torch.special.xlogy(p, p)).sum().item() / math.log(2)
+
+    def zeros_for(self, bits: float) -> int:
+        """The fewest zeros that leave at most so many bits; all of them if none do."""
+        return bisect.bisect_left(range(len(self.order)), -bits, key=lambda count: -self.code_bits(count))
+
+    def apply(self, count: int) -> dict[str, Stored]:
+        """The tensors with the cheapest `count` integers zeroed."""
+        q = self.q.clone()
+        q[self.order[:count]] = 0
+        new = {name: t.view_as(self.stored[name].parts["gptq", "q"]) for name, t in zip(self.names, q.split(self.sizes), strict=True)}
+        return self.stored | {name: Stored(self.stored[name].parts | {("gptq", "q"): t}) for name, t in new.items()}
 
 
 def dequantized_state(cfg: Config, stored: dict[str, Stored]) -> dict[str, Tensor]:
@@ -3222,7 +3352,7 @@ MODEL_FIELDS = (  # what must agree between the artifact and the run that loads 
 )
 
 STREAM_RULES = (  # array "tensor:codec.part", its stream, sort its rows by similarity when COMPRESSOR=pergroup; first match wins
-    ("tok_emb.weight:gptq.q", "tok_emb", True),
+    ("tok_emb.weight:*.q", "tok_emb", True),
     ("blocks.*.attn.c_k.weight:gptq.q", "attn.c_k", False),
     ("blocks.*.attn.c_q.weight:gptq.q", "attn.c_q", True),
     ("blocks.*.attn.c_v.weight:gptq.q", "attn.c_v", False),
@@ -3327,6 +3457,29 @@ def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
     body = head + b"".join(coded.values())
     prefix = struct.pack("<HI", ARTIFACT_VERSION, len(head))
     return ARTIFACT_MAGIC + prefix + hashlib.blake2b(prefix + body, digest_size=16).digest() + body
+
+
+def pack_to_fit(cfg: Config, stored: dict[str, Stored], log: Log) -> tuple[dict[str, Stored], bytes]:
+    """`pack`; with QUANT=s05 pruned until the artifact has at most TARGET_BYTES. Its size is nearly linear in the entropy of the
+    integers, so three more packs come within 0.05 %. Raises RunError naming the smallest size there is."""
+    blob, target, packs, fit = pack(cfg, stored), cfg.target_bytes, 0, None
+    if cfg.quant != "s05" or not target or len(blob) <= target:
+        return stored, blob
+    pruning = Pruning(stored)
+    over, under = (pruning.code_bits(0), len(blob)), None  # (bits of the integers, bytes): the points nearest to the target so far
+    while fit is None or (packs < 3 and len(fit[1]) < 0.9995 * target):
+        bits_per_byte = (over[0] - under[0]) / (over[1] - under[1]) if under else over[0] / over[1] * (1 + packs / 2)
+        count = pruning.zeros_for(over[0] - (over[1] - 0.9998 * target) * bits_per_byte)
+        tried, packs = pruning.apply(count), packs + 1
+        blob = pack(cfg, tried)
+        log(f"prune: {count} of {len(pruning.order)} integers +-1 to zero, {len(blob)} bytes, TARGET_BYTES {target}")
+        if len(blob) <= target:
+            under, fit = (pruning.code_bits(count), len(blob)), (tried, blob)
+        elif count == len(pruning.order):
+            raise RunError(f"TARGET_BYTES={target}: the smallest size is {len(blob)}, with every +-1 at zero; lower MATRIX_BITS")
+        else:
+            over = pruning.code_bits(count), len(blob)
+    return fit
 
 
 def read_header(blob: bytes) -> tuple[dict, int]:
@@ -4000,7 +4153,7 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
     run.result["calib_seconds"] = time.perf_counter() - start
     log(f"GPTQ:collected {len(hessians.H)} Hessians in {run.result['calib_seconds']:.1f}s")
     spent = run.result.get("train_seconds", 0) + run.result["calib_seconds"]
-    if cfg.max_wallclock_seconds and spent > cfg.max_wallclock_seconds:
+    if cfg.max_wallclock_seconds and spent > cfg.max_wallclock_seconds and cfg.gptq_calibration == "train":
         log(f"budget: training and calibration took {spent:.1f}s, more than MAX_WALLCLOCK_SECONDS: raise GPTQ_RESERVE_SECONDS")
     clock.phase("quantize")
     if world.main:
@@ -4008,7 +4161,7 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
         clock.phase("pack")
         start = time.perf_counter()
         log(f"Serialized model: {run.weights.stat().st_size} bytes")
-        blob = pack(cfg, stored)
+        stored, blob = pack_to_fit(cfg, stored, log)
         log(f"Serialize: {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
         write_atomic(run.artifact, blob)
         clock.phase("unpack")
