@@ -153,7 +153,8 @@ def noise(size: int, seed: int, compressor: str = "brotli") -> tuple[tg.Config, 
         for role in ("attn.c_q", "mlp.fc"):
             W = torch.randn(1, size, size, generator=generator) * torch.rand(size, 1, generator=generator)
             q, scale, hi = tg.gptq(W, torch.eye(size)[None], 6 * W.std(-1), 5, torch.zeros(1, size, dtype=torch.bool), 8)
-            stored[f"blocks.{i}.{role}.weight"] = tg.Stored({("gptq", p): t for p, t in tg.Gptq.encode(q[0], scale[0], hi[0], [], 8).items()})
+            parts = tg.Gptq.encode(q[0], scale[0], hi[0], [], 8)
+            stored[f"blocks.{i}.{role}.weight"] = tg.Stored({("gptq", part): t for part, t in parts.items()})
     return cfg, stored
 
 
