@@ -62,19 +62,22 @@ def entropy_bits(a: np.ndarray) -> float:
     return bits
 
 
+def run_result(folder: Path) -> dict:
+    """result.json of a run, data paths replaced by those of the environment; {} without one. Raises OSError, ValueError, KeyError."""
+    found = folder / "result.json"
+    result = json.loads(found.read_text()) if found.exists() else {}
+    here = {name: os.environ[name] for name in ("DATA_PATH", "DATA_DIR", "TOKENIZER_PATH") if name in os.environ}
+    return result and result | dict(overrides={"PRESET": result["preset"]} | result["overrides"] | here)
+
+
 def open_run(path: Path) -> tuple[tg.Config, Path, dict]:
     """Configuration, artifact and result of a run folder, or of an artifact, whose own header then has to do. Raises SystemExit."""
     folder = path if path.is_dir() else path.parent
     try:
-        found = folder / "result.json"
-        result = json.loads(found.read_text()) if found.exists() else {}
+        result = run_result(folder)
         artifact = path if path.is_file() else folder / result.get("artifact_file", "final_model.int6.ptz")
         header, _ = tg.read_header(artifact.read_bytes())
-        if result:
-            result["overrides"] |= {name: os.environ[name] for name in ("DATA_PATH", "DATA_DIR", "TOKENIZER_PATH") if name in os.environ}
-            cfg = tg.config_from_env({"PRESET": result["preset"]} | result["overrides"])
-        else:
-            cfg = tg.Config(**header["model"], lqer_enabled=False)
+        cfg = tg.config_from_env(result["overrides"]) if result else tg.Config(**header["model"], lqer_enabled=False)
         tg.check_model_fields(cfg, header["model"])
     except (OSError, ValueError, KeyError, TypeError, tg.RunError) as e:
         raise SystemExit(f"error: {path} is neither a run with an artifact nor an artifact: {e}") from None
