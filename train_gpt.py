@@ -78,6 +78,7 @@ S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
 COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
 ATTN_BACKENDS = ("auto", "fa3", "fa4", "varlen", "cpu", "sdpa")
 MLP_KERNELS = ("eager", "pre_post", "act_grad", "lsb")
+COMPRESSORS = ("range", "pergroup", "brotli", "lzma")
 
 PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable set by hand wins
     "s14": {},
@@ -99,7 +100,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable 
         train_seq_len=512, train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
         eval_seq_len=512, ttt_eval_seq_len=512, rope_train_seq_len=512, eval_stride=256, val_batch_tokens=65536,
         max_wallclock_seconds=80.0, gptq_reserve_seconds=8.0, gptq_calibration_batches=12, max_eval_seconds=0.0, train_log_every=20,
-        muon_momentum_warmup_steps=100, ema_decay=0.95, compressor="brotli", ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
+        muon_momentum_warmup_steps=100, ema_decay=0.95, ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
         ttt_batch_size=16, ttt_chunk_size=128, ttt_short_score_first_steps="256:32,512:64", ttt_lanes=1, phased_ttt_prefix_docs=40,
         global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
     ),
@@ -363,7 +364,7 @@ class Config:
     lqer_asym_group: int = knob(64, "values per scale of the right factor", lo=1)
     lqer_scope: str = knob("all", "tensors that may be corrected", choices=("all", "mlp", "attn", "embed"))
     lqer_gain_select: bool = knob(False, "choose tensors by the error removed instead of the error present")
-    compressor: str = knob("pergroup", "coder of the artifact; pergroup needs the lrzip program", choices=("pergroup", "brotli", "lzma"))
+    compressor: str = knob("range", "coder of the artifact; pergroup needs the lrzip program", choices=COMPRESSORS)
     # evaluation
     eval_method: str = knob("packed", "diagnostics: whole documents packed, or sliding windows", choices=("packed", "sliding"))
     eval_seq_len: int = knob(3072, "longest context of the diagnostics", lo=1)
@@ -3031,6 +3032,12 @@ def gptq(W: Tensor, H: Tensor, clip: Tensor, bits: int, protected: Tensor, hi_bi
     return Q.gather(2, inverse[:, None].expand_as(Q)).to(torch.int8), scale, hi_scale
 
 
+# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state by state and parity);
+# it starts at 0 in every segment, and in odd states the second of two quantizers is active.
+TRELLIS_SEGMENT = 128
+TRELLIS_NEXT = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
+
+
 class Stored(NamedTuple):
     """One tensor of the artifact: its codecs, whose decoded values add up, and their parts by (codec, part)."""
 
@@ -3085,7 +3092,7 @@ class Gptq:
     def decode(parts: dict[str, Tensor]) -> Tensor:
         q = parts["q"].float()
         w = q * parts["scale"].float()[:, None]
-        for start in parts["hi_start"].tolist() if "hi_start" in parts else ():
+        for start in parts["hi_start"].unique().tolist() if "hi_start" in parts else ():
             columns = slice(start, start + int(parts["hi_size"]))
             w[:, columns] = q[:, columns] * parts["hi_scale"].float()[:, None]
         return w
@@ -3127,6 +3134,10 @@ class LowRankAsym:
 
 
 CODECS = dict(float16=Float16, int8_row=Int8Rows, gptq=Gptq, low_rank=LowRank, low_rank_asym=LowRankAsym)
+CODEC_PARTS = dict(  # what an artifact may hold of each codec, and its dtype
+    float16=dict(w="f2"), int8_row=dict(q="i1", scale="f2"), gptq=dict(q="i1", scale="f2", hi_start="i2", hi_size="i2", hi_scale="f2"),
+    low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"), low_rank_asym=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
+)
 
 QUANT_RULES = (  # pattern, codec, bits, clip, site of the Hessian; first match wins
     ("tok_emb.weight", "gptq", "embed_bits", "embed_clip_sigmas", "head"),
@@ -3340,10 +3351,8 @@ def dequantized_state(cfg: Config, stored: dict[str, Stored]) -> dict[str, Tenso
 # PACKING - tensors <-> bytes. The only section that knows the artifact's layout.
 # ==================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 1  # bump the version whenever any byte of the output could change its meaning
-DTYPES = {"i1": torch.int8, "i2": torch.int16, "f2": torch.float16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 2  # bump the version whenever any byte of the output could change its meaning
+MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it; artifacts list the values, so only append
     "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "tie_embeddings", "logit_softcap",
     "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
     "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled",
@@ -3353,20 +3362,28 @@ MODEL_FIELDS = (  # what must agree between the artifact and the run that loads 
 
 STREAM_RULES = (  # array "tensor:codec.part", its stream, sort its rows by similarity when COMPRESSOR=pergroup; first match wins
     ("tok_emb.weight:*.q", "tok_emb", True),
-    ("blocks.*.attn.c_k.weight:gptq.q", "attn.c_k", False),
-    ("blocks.*.attn.c_q.weight:gptq.q", "attn.c_q", True),
-    ("blocks.*.attn.c_v.weight:gptq.q", "attn.c_v", False),
-    ("blocks.*.attn.proj.weight:gptq.q", "attn.proj", False),
-    ("blocks.*.mlp.fc.weight:gptq.q", "mlp.fc", True),
-    ("blocks.*.mlp.proj.weight:gptq.q", "mlp.proj", False),
-    ("lm_head.weight:gptq.q", "lm_head", False),
+    ("blocks.*.attn.c_k.weight:*.q", "attn.c_k", False),
+    ("blocks.*.attn.c_q.weight:*.q", "attn.c_q", True),
+    ("blocks.*.attn.c_v.weight:*.q", "attn.c_v", False),
+    ("blocks.*.attn.proj.weight:*.q", "attn.proj", False),
+    ("blocks.*.mlp.fc.weight:*.q", "mlp.fc", True),
+    ("blocks.*.mlp.proj.weight:*.q", "mlp.proj", False),
+    ("lm_head.weight:*.q", "lm_head", False),
     ("*:*", "rest", False),
 )
 STREAMS = (*dict.fromkeys(stream for _, stream, _ in STREAM_RULES), "row_order")
+TOKEN_STREAMS = ("tok_emb", "lm_head")  # a row per token: rows of rare tokens resemble each other
 
 
 class ArtifactError(RunError):
     """The bytes are no artifact of ours, are damaged, or belong to another model."""
+
+
+HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becomes an ArtifactError
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
+    brotli.error, lzma.LZMAError,
+)
+HEADER_LIMIT = 1 << 20
 
 
 def need_lrzip() -> str:
@@ -3374,8 +3391,18 @@ def need_lrzip() -> str:
     path = shutil.which("lrzip")
     if path is None:
         raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and Ubuntu: "
-                       "apt-get install lrzip), or set COMPRESSOR=brotli")
+                       "apt-get install lrzip), or set COMPRESSOR=range")
     return path
+
+
+def need_constriction() -> Any:
+    """The constriction library. Raises RunError saying how to get it."""
+    try:
+        import constriction
+    except ImportError:
+        raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip install -r requirements.txt, "
+                       "or set COMPRESSOR=brotli") from None
+    return constriction
 
 
 def run_lrzip(data: bytes, *flags: str) -> bytes:
@@ -3389,16 +3416,268 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
         return result.read_bytes()
 
 
-CODERS = {  # how a stream's bytes are coded: (encode, decode). An entropy coder of our own is one more line here.
-    "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24), brotli.decompress),
-    "lzma": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
-    "lrzip": (lambda data: run_lrzip(data, "-z", "-L", "9"), lambda data: run_lrzip(data, "-d")),
+def unlrzip(data: bytes, size: int) -> bytes:
+    """The inverse of `run_lrzip` for `size` bytes, which lrzip's own header must announce too. Raises ArtifactError."""
+    if data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size:
+        raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
+    return run_lrzip(data, "-d")
+
+
+CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, holding little more than that)
+    "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24),
+               lambda data, size: brotli.Decompressor().process(data, output_buffer_limit=size + 1)),
+    "lzma": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+             lambda data, size: lzma.LZMADecompressor(memlimit=100 << 20).decompress(data, size + 1)),
+    "lrzip": (lambda data: run_lrzip(data, "-z", "-L", "9"), unlrzip),
 }
 
 
 def stream_coder(compressor: str, stream: str) -> str:
     """Which coder a stream gets: pergroup means lrzip for the integer matrices and brotli for the rest."""
     return compressor if compressor != "pergroup" else "brotli" if stream in ("rest", "row_order") else "lrzip"
+
+
+# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine; no table is sent, encoder
+# and decoder count what they have seen. All of it is written once, for both: an encoder leaves the values it is given as they
+# are, a decoder fills them in.
+
+POWERS = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
+LEVELS, LEVEL_ONE = 41, 12  # classes of magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
+LEVEL_EDGES = POWERS[73 : 73 + 2 * (LEVELS - 1) : 2]  # between two classes, times 2^12
+MAGNITUDE = np.minimum(np.arange(256), 256 - np.arange(256)).astype(np.int32)  # of an int8 whose bits are a table's index
+SCALED = (POWERS[120 - 2 * np.arange(LEVELS)][:, None] * MAGNITUDE).astype(np.int32).ravel()  # over that of its class, times 2^12
+SEEN = 64  # what one symbol adds to its count
+
+
+def level(mean: np.ndarray) -> np.ndarray:
+    """Class of a magnitude that is given in units of 2^-12."""
+    return LEVEL_EDGES.searchsorted(mean, "right")
+
+
+@cache
+def gaussian_counts() -> np.ndarray:
+    """Counts to start from, int64 (2 * LEVELS, 256): a Gaussian of each class's magnitude, worth 64 symbols, and a floor.
+    Twice: for integers of the first and of the second quantizer of a trellis."""
+    # At k a Gaussian of mean magnitude m has fallen by k^2 / (pi m^2 ln 2) octaves; in eighths, and m^2 in units of 2^-10:
+    exponent = MAGNITUDE.astype(np.int64) ** 2 * 3762 // POWERS[32 + 4 * np.arange(LEVELS)][:, None]
+    weight = POWERS[np.maximum(8 * 14 - exponent, 0)]
+    return np.tile(1 + 64 * SEEN * weight // weight.sum(1, keepdims=True), (2, 1))
+
+
+def by_stream(names) -> dict[str, list[str]]:
+    """Arrays "tensor:codec.part", by stream."""
+    out: dict[str, list[str]] = {}
+    for name in names:
+        out.setdefault(first_match(STREAM_RULES, name)[0], []).append(name)
+    return out
+
+
+class RangeCoder:
+    """Encoder, or decoder of `data`, of symbols with adaptive tables."""
+
+    def __init__(self, data: bytes | None = None):
+        library = need_constriction()
+        self.table, queue = library.stream.model.Categorical, library.stream.queue
+        self.encoder = queue.RangeEncoder() if data is None else None
+        self.decoder = None if data is None else queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+
+    def code(self, counts: np.ndarray, context: np.ndarray, values: np.ndarray, owner: np.ndarray | None = None) -> None:
+        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count them.
+
+        The library's tables have 24 bits and no zeros: it adds 1 to each frequency. They are given as integers with exactly the
+        sum that makes its scaling a multiplication by one.
+        """
+        contexts, symbols = counts.shape
+        sizes = np.bincount(context, minlength=contexts)
+        used = np.flatnonzero(sizes)
+        frequencies = counts[used] * (2**24 - symbols) // counts[used].sum(1, keepdims=True)
+        frequencies[np.arange(len(used)), counts[used].argmax(1)] += 2**24 - symbols - frequencies.sum(1)
+        self.code_tables(frequencies, sizes[used], context, values, owner)
+        index = context.astype(np.uint32) * np.uint32(symbols) + values
+        counts += SEEN * np.bincount(index, minlength=counts.size).reshape(counts.shape)
+
+    def code_tables(self, frequencies, sizes, context, values, owner) -> None:
+        order = np.argsort(context, kind="stable")
+        ordered = values[order].astype(np.int32)
+        for table, part in zip(frequencies.astype(np.float32), np.split(ordered, np.cumsum(sizes)[:-1]), strict=True):
+            model = self.table(table, perfect=False)
+            if self.decoder is None:
+                self.encoder.encode(part, model)
+            else:
+                part[:] = self.decoder.decode(model, len(part))
+        if self.decoder is not None:
+            values[order] = ordered
+
+
+class BitCounter(RangeCoder):
+    """Codes nothing: adds up, for each owner of symbols, the bits that a RangeCoder would need."""
+
+    decoder = None
+
+    def __init__(self, owners: int):
+        self.bits = np.zeros(owners)
+
+    def code_tables(self, frequencies, sizes, context, values, owner) -> None:
+        row = np.zeros(256 + 18, np.intp)  # of `frequencies`, by context
+        row[np.unique(context)] = np.arange(len(sizes))
+        bits = (24 - np.log2(frequencies + 1))[row[context], values]
+        self.bits += np.bincount(owner, weights=bits, minlength=len(self.bits))
+
+
+def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray | None = None) -> None:
+    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it; the lowest
+    four of sixteen are alone. Tables are brought up to date after 32, 64, 128, ... numbers."""
+    nibbles, counts = 2 * values.itemsize, np.full((1 + 16 + 256 + 1, 16), SEEN // 8)
+    done, size = 0, 32
+    while done < len(values):
+        block, prefix = values[done : done + size], 0
+        for k, first in zip(range(nibbles), (0, 1, 17, 273), strict=False):
+            nibble = (block >> 4 * (nibbles - 1 - k) & 15).astype(np.uint8)
+            context = np.broadcast_to(np.asarray(first + (prefix if k < 3 else 0), np.uint16), block.shape)
+            coder.code(counts, context, nibble, None if owner is None else owner[done : done + size])
+            prefix = prefix * 16 + nibble.astype(np.uint16)
+        block[:] = prefix
+        done, size = done + size, size * 2
+
+
+def to_lanes(matrices: list[np.ndarray]) -> np.ndarray:
+    """Matrices (rows, cols) -> (TRELLIS_SEGMENT, lanes). A lane is one segment of one column; those of a column are neighbours."""
+    padded = [np.pad(m, ((0, -len(m) % TRELLIS_SEGMENT), (0, 0))) for m in matrices]
+    return np.concatenate([m.reshape(-1, TRELLIS_SEGMENT, m.shape[1]).transpose(1, 2, 0).reshape(TRELLIS_SEGMENT, -1) for m in padded], 1)
+
+
+def similar_rows(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the best earlier one to predict it from, uint16, and the weight of that in halves: 0 (none), 1 or 2, uint8.
+
+    Earlier is what a decoder has by then: rows higher up in any segment. A reference costs about two bytes and must save more.
+    Scalar products are exact in fp32, so the choice is the same on every machine.
+    """
+    rows, cols = q.shape
+    index, weight, step = np.zeros(rows, np.uint16), np.zeros(rows, np.uint8), np.arange(rows) % TRELLIS_SEGMENT
+    order, starts = step.argsort(kind="stable"), np.bincount(step).cumsum()
+    x = torch.from_numpy(q[order]).float()
+    energy = x.square().sum(1)
+    norm = (energy + 1).sqrt()
+    for start, end in pairwise(starts.tolist()):
+        here, best = order[start:end], order[((x[start:end] @ x[:start].T) / norm[:start]).argmax(1).numpy()]
+        reference, least = q[best].astype(np.int16), energy[start:end].numpy() * 2.0 ** (-40 / cols)
+        for halves in (1, 2):
+            error = np.square(q[here] - (reference * halves + 1 >> 1), dtype=np.int32).sum(1)
+            better = error < least
+            weight[here[better]], index[here[better]], least[better] = halves, best[better], error[better]
+    return index, weight
+
+
+def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What an encoder tells about rows: class of magnitude + 64 * (weight of the reference in halves), uint8, and the reference.
+
+    The class is that of the whole matrix unless the row differs enough to pay for saying so.
+    """
+    index, weight = similar_rows(q) if similar else (np.zeros(len(q), np.uint16), np.zeros(len(q), np.uint8))
+    residual = q - (q[index].astype(np.int16) * weight[:, None] + 1 >> 1) if weight.any() else q
+    total = MAGNITUDE[residual.astype(np.uint8)].sum(1, dtype=np.int64) << 12
+    usual, own = level(total.sum() // q.size), level(total // q.shape[1])
+    own = np.where(q.shape[1] * (own - usual) ** 2 < 200, usual, own)
+    return (own + 64 * weight).astype(np.uint8), index
+
+
+def code_rows(coder: RangeCoder, matrices: list[np.ndarray], similar: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Code what is told about rows (see `plan_rows`). Both as lanes (TRELLIS_SEGMENT, segments)."""
+    rows = [len(m) for m in matrices]
+    if coder.decoder is None:
+        info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in matrices), strict=True))
+    else:
+        info, index = np.zeros(sum(rows), np.uint8), np.zeros(sum(rows), np.uint16)
+    owner = np.repeat(np.arange(len(rows)), rows)
+    code_numbers(coder, info, owner)
+    found = index[info > 63]
+    code_numbers(coder, found, owner[info > 63])
+    index[info > 63] = found
+    return tuple(to_lanes([x[:, None] for x in np.split(y, np.cumsum(rows)[:-1])]) for y in (info, index))
+
+
+def code_matrices(coder: RangeCoder, counts: np.ndarray, matrices: list[np.ndarray], trellis: list[bool], similar: bool):
+    """Code int8 matrices (rows, cols), side by side: step t takes row t of every segment of every matrix. Returns them, a list.
+
+    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all segments)
+    and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256.
+    """
+    info, index = code_rows(coder, matrices, similar)
+    lanes, shapes = to_lanes(matrices), [m.shape for m in matrices]
+    segments, cols = np.array([-(-rows // TRELLIS_SEGMENT) for rows, _ in shapes]), np.array([c for _, c in shapes])
+    matrix = np.repeat(np.arange(len(shapes)), segments * cols)  # of each lane
+    per_column = np.repeat(segments, cols)
+    first, column_of = np.cumsum(per_column) - per_column, np.repeat(np.arange(len(per_column)), per_column)
+    segment = np.arange(len(matrix)) - first[column_of]  # within its matrix
+    place = segment + (np.cumsum(segments) - segments)[matrix]  # in info and index
+    height = np.minimum(np.array([rows for rows, _ in shapes])[matrix] - TRELLIS_SEGMENT * segment, TRELLIS_SEGMENT)
+    column, total, seen = np.zeros(len(first), np.int8), np.zeros(len(first), np.int64), np.zeros(len(first), np.int64)
+    state, following = np.zeros(len(matrix), np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
+    coded = np.array(trellis)[matrix] if any(trellis) else None
+    for t in range(height.max()):
+        live = slice(None) if height.min() > t else np.flatnonzero(height > t)
+        at, prediction = place[live], np.int8(0)
+        if (info[t] > 63).any():
+            source = index[t].astype(np.int64)[at]
+            known = np.minimum(np.arange(len(matrix))[live] + source // TRELLIS_SEGMENT - segment[live], len(matrix) - 1)
+            prediction = (lanes[source % TRELLIS_SEGMENT, known].astype(np.int16) * (info[t] >> 6)[at] + 1 >> 1).astype(np.int8)
+        row = np.minimum(info[t] & 63, LEVELS - 1).astype(np.int8)[at]
+        context = np.clip(row + column[column_of[live]], 0, LEVELS - 1).astype(np.uint8)
+        if coded is not None:
+            context += LEVELS * (state[live] & 1)
+        symbol = (lanes[t, live] - prediction).view(np.uint8)
+        coder.code(counts, context, symbol, matrix[live])
+        lanes[t, live] = symbol.view(np.int8) + prediction
+        size = np.zeros(len(matrix), np.int32)
+        size[live] = SCALED[row.astype(np.uint16) << 8 | symbol]
+        total += np.add.reduceat(size, first, dtype=np.int64)
+        seen += np.add.reduceat(height > t, first, dtype=np.int64)
+        column = (level((total + (8 << 12)) // (seen + 8)) - LEVEL_ONE).astype(np.int8)
+        if coded is not None:
+            state = following[2 * state + (lanes[t] & 1).view(np.uint8)] * coded
+    pieces = np.split(lanes, np.cumsum(segments * cols)[:-1], 1)
+    return [x.reshape(TRELLIS_SEGMENT, c, -1).transpose(2, 0, 1).reshape(-1, c)[:rows] for x, (rows, c) in zip(pieces, shapes, strict=True)]
+
+
+def code_arrays(arrays: dict[str, np.ndarray], coder_of) -> dict[str, np.ndarray]:
+    """Code every array "tensor:codec.part", stream by stream with coder_of(stream, number of its arrays). Returns them.
+
+    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen; numbers of one kind (name
+    without block, codec and part) share theirs.
+    """
+    out, start, names = dict(arrays), gaussian_counts(), by_stream(name for name, a in arrays.items() if a.size)
+    counts = start.copy()
+    for stream in filter(names.get, STREAMS):
+        same, coder = names[stream], coder_of(stream, len(names[stream]))
+        if stream != "rest":
+            counts = start + (counts - start) // 8
+            trellis = [":trellis." in name for name in same]
+            out |= zip(same, code_matrices(coder, counts, [arrays[n] for n in same], trellis, stream in TOKEN_STREAMS), strict=True)
+            continue
+        kinds = [".".join("*" if word.isdigit() else word for word in name.split(".")) for name in same]
+        for kind in dict.fromkeys(kinds):
+            members = [i for i, k in enumerate(kinds) if k == kind]
+            sizes = [arrays[same[i]].size for i in members]
+            flat = np.concatenate([arrays[same[i]].reshape(-1) for i in members])
+            code_numbers(coder, flat.view(f"<u{flat.itemsize}"), np.repeat(members, sizes))
+            for i, a in zip(members, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
+                out[same[i]] = a.reshape(arrays[same[i]].shape)
+    return out
+
+
+def coded_bits(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Bits (fp64) that COMPRESSOR=range needs for each array, in the order given, without coding anything: what `pack` writes is
+    within 0.1 %, and up to 8 bytes a stream.
+
+    Keys are "tensor:codec.part" as in STREAM_RULES, such as "blocks.0.mlp.fc.weight:trellis.q"; values int8, int16 or fp16. The
+    sum is that of an artifact of just these arrays: tables are shared, so a few arrays alone cost a little more than among all.
+    """
+    counters: dict[str, BitCounter] = {}
+    code_arrays(arrays, lambda stream, count: counters.setdefault(stream, BitCounter(count)))
+    bits = dict.fromkeys(arrays, 0.0)
+    for stream, names in by_stream(name for name, a in arrays.items() if a.size).items():
+        bits |= zip(names, counters[stream].bits, strict=True)
+    return np.array(list(bits.values()))
 
 
 def similarity_order(q: np.ndarray) -> np.ndarray:
@@ -3424,44 +3703,104 @@ def from_byte_planes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndar
     return np.ascontiguousarray(planes.T).reshape(-1).view(dtype).reshape(shape)
 
 
+def encode_streams(compressor: str, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
+    """Arrays "tensor:codec.part" -> the bytes of every stream.
+
+    With `range` as `code_arrays` says. Otherwise a stream is its arrays one after another: integer matrices of `pergroup`
+    transposed, their rows reordered where STREAM_RULES says so (the orders, uint16, are stream row_order); others as byte planes.
+    """
+    if compressor == "range":
+        coders: dict[str, RangeCoder] = {}
+        code_arrays(arrays, lambda stream, count: coders.setdefault(stream, RangeCoder()))
+        return {stream: coders[stream].encoder.get_compressed().astype("<u4").tobytes() if stream in coders else b"" for stream in STREAMS}
+    streams: dict[str, list[bytes]] = {stream: [] for stream in STREAMS}
+    for name, a in arrays.items():
+        stream, sort = first_match(STREAM_RULES, name)
+        if stream_coder(compressor, stream) == "lrzip":
+            if sort:
+                order = similarity_order(a)
+                streams["row_order"].append(byte_planes(order).tobytes())
+                a = a[order]
+            streams[stream].append(np.ascontiguousarray(a.T).tobytes())
+        else:
+            streams[stream].append(byte_planes(a).tobytes())
+    raw = {stream: b"".join(chunks) for stream, chunks in streams.items()}
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(raw, pool.map(lambda s: CODERS[stream_coder(compressor, s)][0](raw[s]) if raw[s] else b"", raw), strict=True))
+
+
+def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes]) -> dict[str, np.ndarray]:
+    """The inverse of `encode_streams`; `arrays` has the right shapes and dtypes. Raises ArtifactError or what a coder raises."""
+    if compressor == "range":
+        return code_arrays(arrays, lambda stream, count: RangeCoder(coded[stream]))
+    sizes = dict.fromkeys(STREAMS, 0)
+    for name, a in arrays.items():
+        stream, sort = first_match(STREAM_RULES, name)
+        sizes[stream] += a.nbytes
+        sizes["row_order"] += 2 * len(a) if sort and stream_coder(compressor, stream) == "lrzip" else 0
+    with ThreadPoolExecutor() as pool:
+        jobs = {s: pool.submit(CODERS[stream_coder(compressor, s)][1], data, sizes[s]) for s, data in coded.items() if data}
+    raw = {s: jobs[s].result() if s in jobs else b"" for s in STREAMS}
+    if wrong := [f"{s}: {len(raw[s])} bytes instead of {sizes[s]}" for s in STREAMS if len(raw[s]) != sizes[s]]:
+        raise ArtifactError(f"streams of the artifact decode to a wrong size: {', '.join(wrong)}")
+    offsets, out = dict.fromkeys(STREAMS, 0), {}
+
+    def take(stream: str, count: int) -> bytes:
+        start = offsets[stream]
+        offsets[stream] = start + count
+        return raw[stream][start : start + count]
+
+    for name, like in arrays.items():
+        stream, sort = first_match(STREAM_RULES, name)
+        data = take(stream, like.nbytes)
+        if stream_coder(compressor, stream) == "lrzip":
+            out[name] = np.frombuffer(data, like.dtype).reshape(like.shape[::-1]).T
+            if sort:
+                order = from_byte_planes(take("row_order", 2 * len(like)), "<u2", (len(like),))
+                out[name] = out[name][order.argsort(kind="stable")]
+        else:
+            out[name] = from_byte_planes(data, like.dtype.str, like.shape)
+    return out
+
+
+@cache
+def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
+    with torch.device("meta"):
+        state = GPT(cfg).state_dict()
+    return {name: tuple(t.shape) for name, t in unbank(cfg, state).items()}
+
+
 def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
-    """Tensors -> artifact. Deterministic: the same tensors give the same bytes.
+    """Tensors -> artifact. Deterministic: the same tensors give the same bytes. Raises RunError if they are not the model's.
 
     magic "PGA1" | u16 version | u32 header size | 16-byte blake2b of all but the magic and itself | header | streams.
-    The header is brotli-coded JSON: {model: the fields both sides must share, streams: [[name, coder, coded, raw bytes]],
-    arrays: [[tensor, codec, part, dtype, shape, stream]]}. A stream is its arrays one after another in header order: integer
-    matrices of `pergroup` transposed, their rows reordered where STREAM_RULES says so (the orders, uint16, are stream
-    row_order); every other array as byte planes.
+    The header is brotli-coded JSON: [compressor, values of MODEL_FIELDS, bytes of each stream, kinds, kind of each tensor]. A
+    kind lists the parts of a tensor, [codec, part, sizes]; a size -1 - i is the tensor's own size i. Names and shapes of tensors
+    follow from the model, dtypes from the codec.
     """
-    arrays, streams = [], {name: [] for name in STREAMS}
-    for name, s in stored.items():
-        for (codec, part), t in s.parts.items():
-            a = t.numpy()
-            stream, sort = first_match(STREAM_RULES, f"{name}:{codec}.{part}")
-            arrays.append([name, codec, part, DTYPE_NAMES[t.dtype], list(a.shape), STREAMS.index(stream)])
-            if stream_coder(cfg.compressor, stream) == "lrzip":
-                if sort:
-                    order = similarity_order(a)
-                    streams["row_order"].append(byte_planes(order).tobytes())
-                    a = a[order]
-                a = a.T
-                streams[stream].append(np.ascontiguousarray(a).tobytes())
-            else:
-                streams[stream].append(byte_planes(a).tobytes())
-    raw = {name: b"".join(chunks) for name, chunks in streams.items()}
-    with ThreadPoolExecutor() as pool:
-        coded = dict(zip(raw, pool.map(lambda n: CODERS[stream_coder(cfg.compressor, n)][0](raw[n]) if raw[n] else b"", raw), strict=True))
-    header = dict(model={f: getattr(cfg, f) for f in MODEL_FIELDS}, arrays=arrays,
-                  streams=[[n, stream_coder(cfg.compressor, n), len(coded[n]), len(raw[n])] for n in raw])
+    shapes, kinds, arrays = tensor_shapes(cfg), [], {}
+    if shapes.keys() != stored.keys():
+        raise RunError(f"these are not the model's tensors: {', '.join(sorted(shapes.keys() ^ stored.keys()))}")
+    for name, shape in shapes.items():
+        parts = stored[name].parts
+        kinds.append([[codec, part, [-1 - shape.index(n) if n in shape else n for n in t.shape]] for (codec, part), t in parts.items()])
+        arrays |= {f"{name}:{codec}.{part}": t.numpy() for (codec, part), t in parts.items()}
+    if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
+        raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
+    streams = encode_streams(cfg.compressor, arrays)
+    distinct = [json.loads(text) for text in dict.fromkeys(map(json.dumps, kinds))]
+    header = [cfg.compressor, [getattr(cfg, f) for f in MODEL_FIELDS], [len(data) for data in streams.values()], distinct,
+              [distinct.index(kind) for kind in kinds]]
     head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
-    body = head + b"".join(coded.values())
+    body = head + b"".join(streams.values())
     prefix = struct.pack("<HI", ARTIFACT_VERSION, len(head))
     return ARTIFACT_MAGIC + prefix + hashlib.blake2b(prefix + body, digest_size=16).digest() + body
 
 
 def pack_to_fit(cfg: Config, stored: dict[str, Stored], log: Log) -> tuple[dict[str, Stored], bytes]:
     """`pack`; with QUANT=s05 pruned until the artifact has at most TARGET_BYTES. Its size is nearly linear in the entropy of the
-    integers, so three more packs come within 0.05 %. Raises RunError naming the smallest size there is."""
+    integers, so at most three more packs come within 0.05 % (COMPRESSOR=range) or 0.5 %. Raises RunError naming the smallest size."""
     blob, target, packs, fit = pack(cfg, stored), cfg.target_bytes, 0, None
     if cfg.quant != "s05" or not target or len(blob) <= target:
         return stored, blob
@@ -3482,69 +3821,98 @@ def pack_to_fit(cfg: Config, stored: dict[str, Stored], log: Log) -> tuple[dict[
     return fit
 
 
-def read_header(blob: bytes) -> tuple[dict, int]:
-    """Header of an artifact and the offset of its first stream, checksum verified. Raises ArtifactError."""
+class Header(NamedTuple):
+    """What an artifact says about itself, nothing of it checked against a model."""
+
+    compressor: str
+    model: dict[str, Any]
+    sizes: dict[str, int]  # bytes of each stream
+    parts: Any  # version 2: (kinds, kind of each tensor); version 1: rows of (tensor, codec, part, dtype, shape, stream)
+    start: int  # of the first stream
+    version: int
+
+
+def read_header(blob: bytes) -> Header:
+    """Header of an artifact, checksum verified. Raises ArtifactError."""
     if blob[:4] != ARTIFACT_MAGIC or len(blob) < 26:
         raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} in {len(blob)} bytes")
     version, size = struct.unpack("<HI", blob[4:10])
-    if version != ARTIFACT_VERSION:
-        raise ArtifactError(f"artifact version {version}; this script reads version {ARTIFACT_VERSION}: use the script it was written by")
+    if not 1 <= version <= ARTIFACT_VERSION:
+        raise ArtifactError(f"artifact version {version}; this script reads 1 to {ARTIFACT_VERSION}: use the script it was written by")
     if hashlib.blake2b(blob[4:10] + blob[26:], digest_size=16).digest() != blob[10:26]:
         raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy or make it again")
-    return json.loads(brotli.decompress(blob[26 : 26 + size])), 26 + size
+    try:
+        header = json.loads(brotli.Decompressor().process(blob[26 : 26 + size], output_buffer_limit=HEADER_LIMIT))
+        if version == 1:
+            model, parts, sizes = header["model"], header["arrays"], {stream: coded for stream, _, coded, _ in header["streams"]}
+            coders = {stream: coder for stream, coder, _, _ in header["streams"]}
+            compressor = next(c for c in COMPRESSORS if c != "range" and all(stream_coder(c, s) == coders[s] for s in STREAMS))
+        else:
+            compressor, values, sizes, *parts = header
+            model, sizes = dict(zip(MODEL_FIELDS, values, strict=False)), dict(zip(STREAMS, sizes, strict=True))
+        if compressor not in COMPRESSORS or min(sizes.values()) < 0 or 26 + size + sum(sizes.values()) != len(blob):
+            raise ValueError("its streams do not fill it")
+    except HOSTILE as e:
+        raise ArtifactError(f"the header of this artifact makes no sense: {e!r}; make it again") from None
+    return Header(compressor, model, sizes, parts, 26 + size, version)
 
 
 def check_model_fields(cfg: Config, saved: dict) -> None:
-    """Raises ArtifactError naming every variable by which this run differs from the one that wrote the artifact."""
-    differ = [f"{name.upper()}: artifact {saved.get(name)}, this run {getattr(cfg, name)}" for name in MODEL_FIELDS
-              if saved.get(name) != getattr(cfg, name)]
+    """Raises ArtifactError naming every variable by which this run differs from the one that wrote the artifact. A variable
+    younger than the artifact had its default."""
+    defaults = {f.name: f.default for f in fields(Config)}
+    differ = [f"{name.upper()}: artifact {saved.get(name, defaults[name])}, this run {getattr(cfg, name)}" for name in MODEL_FIELDS
+              if saved.get(name, defaults[name]) != getattr(cfg, name)]
     if differ:
         raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run that wrote it")
 
 
+def empty_arrays(cfg: Config, header: Header) -> dict[str, np.ndarray]:
+    """The arrays that a header lists, as zeros, in the order they were written. Raises ArtifactError unless every tensor is the
+    model's and is given by known parts of known codecs, none larger than itself."""
+    shapes, listed = tensor_shapes(cfg), []
+    if header.version == 1:
+        listed = [(name, codec, part, shape) for name, codec, part, _, shape, _ in header.parts]
+    else:
+        kinds, chosen = header.parts
+        for (name, own), kind in zip(shapes.items(), chosen, strict=True):
+            listed += [(name, codec, part, [own[-1 - n] if n < 0 else n for n in sizes]) for codec, part, sizes in kinds[kind]]
+    out = {}
+    for name, codec, part, shape in listed:
+        if math.prod(shape) > math.prod(shapes[name]) or (part in ("q", "w") and tuple(shape) != shapes[name]):
+            raise ValueError(f"{name}:{codec}.{part} has shape {shape}, the tensor {shapes[name]}")
+        out[f"{name}:{codec}.{part}"] = np.zeros(shape, "<" + CODEC_PARTS[codec][part])
+    if len(out) != len(listed) or {name for name, *_ in listed} != shapes.keys():
+        raise ValueError("it does not list every tensor of the model once")
+    return out
+
+
 def unpack(cfg: Config, blob: bytes) -> dict[str, Stored]:
-    """Artifact -> tensors, the inverse of `pack`. Raises ArtifactError."""
-    header, at = read_header(blob)
-    check_model_fields(cfg, header["model"])
-    sizes, coded = [], []
-    for _, _, coded_bytes, raw_bytes in header["streams"]:
-        coded.append(blob[at : at + coded_bytes])
-        sizes.append(raw_bytes)
-        at += coded_bytes
-    with ThreadPoolExecutor() as pool:
-        coders = [coder for _, coder, _, _ in header["streams"]]
-        raw = list(pool.map(lambda coder, data: CODERS[coder][1](data) if data else b"", coders, coded))
-    for (name, *_), data, size in zip(header["streams"], raw, sizes, strict=True):
-        if len(data) != size:
-            raise ArtifactError(f"stream {name} of the artifact decodes to {len(data)} bytes instead of {size}")
-    offsets = dict.fromkeys(STREAMS, 0)
-
-    def take(stream: str, count: int) -> bytes:
-        start = offsets[stream]
-        offsets[stream] = start + count
-        return raw[STREAMS.index(stream)][start : start + count]
-
-    out: dict[str, Stored] = {}
-    for name, codec, part, dtype, shape, index in header["arrays"]:
-        stream, sort = first_match(STREAM_RULES, f"{name}:{codec}.{part}")
-        data = take(stream, math.prod(shape) * int(dtype[1]))
-        if coders[index] == "lrzip":
-            a = np.frombuffer(data, f"<{dtype}").reshape(shape[::-1]).T
-            if sort:
-                order = from_byte_planes(take("row_order", 2 * shape[0]), "<u2", (shape[0],))
-                unsorted = np.empty_like(a)
-                unsorted[order] = a
-                a = unsorted
-        else:
-            a = from_byte_planes(data, f"<{dtype}", tuple(shape))
-        out.setdefault(name, Stored({})).parts[codec, part] = torch.from_numpy(np.array(a, order="C"))
+    """Artifact, of this version or an older one -> tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes; needs
+    no more memory than the model's own tensors and a few megabytes."""
+    header = read_header(blob)
+    check_model_fields(cfg, header.model)
+    ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
+    try:
+        arrays = empty_arrays(cfg, header)
+        coded = {stream: blob[start:end] for stream, (start, end) in zip(header.sizes, pairwise(ends), strict=True)}
+        arrays = decode_streams(header.compressor, arrays, coded)
+        if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
+            raise ValueError(f"not all finite: {', '.join(bad)}")
+    except HOSTILE as e:
+        raise ArtifactError(f"this artifact makes no sense: {e!r}; make it again") from None
+    out: dict[str, Stored] = {name: Stored({}) for name in tensor_shapes(cfg)}
+    for name, a in arrays.items():
+        tensor, _, kind = name.rpartition(":")
+        codec, _, part = kind.partition(".")
+        out[tensor].parts[codec, part] = torch.from_numpy(np.array(a, order="C"))
     return out
 
 
 def bytes_by_part(blob: bytes) -> dict[str, int]:
     """Bytes of each stream of an artifact, and of its header; they add up to its size."""
-    header, at = read_header(blob)
-    return dict(header=at, **{name: coded for name, _, coded, _ in header["streams"]})
+    header = read_header(blob)
+    return dict(header=header.start, **header.sizes)
 
 
 def load_artifact(cfg: Config, world: World, path: Path) -> GPT:
@@ -3554,7 +3922,10 @@ def load_artifact(cfg: Config, world: World, path: Path) -> GPT:
     except OSError as e:
         raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
     model = GPT(cfg, world.dtype, choose_kernels(cfg, world))
-    model.load_state_dict(dequantized_state(cfg, stored))
+    try:
+        model.load_state_dict(dequantized_state(cfg, stored))
+    except (LookupError, RuntimeError, ValueError) as e:
+        raise ArtifactError(f"{path} does not hold the tensors of this model: {e}; make it again") from None
     return model.to(world.device).requires_grad_(False)
 
 
@@ -4064,8 +4435,8 @@ class Run:
         self.cfg, self.world, self.out, self.clock = cfg, world, out, Clock(world)
         self.log = Log(out / f"{out.name if not cfg.run_id else cfg.run_id}.txt" if world.main else None)
         self.checkpoint, self.weights, self.artifact = out / "checkpoint.pt", out / "final_model.pt", out / "final_model.int6.ptz"
-        if cfg.compressor == "pergroup" and cfg.stage != "train":
-            need_lrzip()  # before an hour of training, not after
+        if cfg.stage != "train":
+            {"pergroup": need_lrzip, "range": need_constriction}.get(cfg.compressor, str)()  # before an hour of training, not after
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
         self.data = ValData.load(cfg, self.files)
         self.result: dict[str, Any] = {}

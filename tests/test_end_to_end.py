@@ -304,7 +304,14 @@ def test_missing_lrzip_is_noticed_before_training(tmp_path, run_main, monkeypatc
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     outcome = run_main(tmp_path / "out", compressor="pergroup")
-    failed(outcome, "lrzip", "apt-get install lrzip", "COMPRESSOR=brotli")
+    failed(outcome, "lrzip", "apt-get install lrzip", "COMPRESSOR=range")
+    assert "train_loss" not in outcome[1] and not (tmp_path / "out" / "final_model.pt").exists()
+
+
+def test_missing_constriction_is_noticed_before_training(tmp_path, run_main, monkeypatch):
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    outcome = run_main(tmp_path / "out", compressor="range")
+    failed(outcome, "constriction", "pip install", "COMPRESSOR=brotli")
     assert "train_loss" not in outcome[1] and not (tmp_path / "out" / "final_model.pt").exists()
 
 

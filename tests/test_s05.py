@@ -147,25 +147,29 @@ def test_predicted_bits_are_the_entropy_of_what_is_left(tiny):
 
 
 def noise(size: int, seed: int, compressor: str = "brotli") -> tuple[tg.Config, dict[str, tg.Stored]]:
-    """Gaussian matrices coarse enough for int5, as a large model would have them."""
-    cfg, generator, stored = s05_config(compressor=compressor), torch.Generator().manual_seed(seed), {}
-    for i in range(cfg.num_layers):
-        for role in ("attn.c_q", "mlp.fc"):
-            W = torch.randn(1, size, size, generator=generator) * torch.rand(size, 1, generator=generator)
-            q, scale, hi = tg.gptq(W, torch.eye(size)[None], 6 * W.std(-1), 5, torch.zeros(1, size, dtype=torch.bool), 8)
-            parts = tg.Gptq.encode(q[0], scale[0], hi[0], [], 8)
-            stored[f"blocks.{i}.{role}.weight"] = tg.Stored({("gptq", part): t for part, t in parts.items()})
+    """A model of Gaussian matrices coarse enough for int5, as a large model would have them."""
+    cfg = s05_config(compressor=compressor, model_dim=size, num_layers=2, loop_end=1, parallel_start_layer=1, vocab_size=8, xsa_last_n=2)
+    generator, stored = torch.Generator().manual_seed(seed), {}
+    for name, shape in tg.tensor_shapes(cfg).items():
+        W = torch.randn(shape, generator=generator)
+        parts = {("float16", key): t for key, t in tg.Float16.encode(W).items()}
+        if W.ndim == 2 and min(shape) > 32:
+            W *= torch.rand(shape[0], 1, generator=generator)
+            clip, none = 6 * W.std(-1), torch.zeros(1, shape[1], dtype=torch.bool)
+            q, scale, hi = (t[0] for t in tg.gptq(W[None], torch.eye(shape[1])[None], clip[None], 5, none, 8))
+            parts = {("gptq", key): t for key, t in tg.Gptq.encode(q, scale, hi, [], 8).items()}
+        stored[name] = tg.Stored(parts)
     return cfg, stored
 
 
-@given(st.floats(0.9, 0.999), st.integers(0, 99), st.sampled_from(["brotli", "lzma"]))
+@given(st.floats(0.9, 0.999), st.integers(0, 99), st.sampled_from(["brotli", "lzma", "range"]))
 @settings(max_examples=4, deadline=None)
 def test_the_artifact_lands_just_below_its_target(share, seed, compressor):
-    cfg, stored = noise(96, seed, compressor)
+    cfg, stored = noise(64, seed, compressor)
     full, lines = len(tg.pack(cfg, stored)), []
     cfg = dataclasses.replace(cfg, target_bytes=int(share * full))
     pruned, blob = tg.pack_to_fit(cfg, stored, lines.append)
-    assert 0.99 * cfg.target_bytes < len(blob) <= cfg.target_bytes  # 30 kB: a byte of the coder's whims is 0.003 %
+    assert 0.99 * cfg.target_bytes < len(blob) <= cfg.target_bytes  # 40 kB: a byte of the coder's whims is 0.003 %
     assert blob == tg.pack(cfg, pruned) and len(lines) <= 5
 
 

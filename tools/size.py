@@ -4,8 +4,9 @@
     python tools/size.py logs/RUN --out size.png          # a treemap: area is bytes
     python tools/size.py logs/RUN --sensitivity           # loss when only one kind is quantized; =tensor: one matrix at a time
 
-Streams hold several tensors, so a stream's bytes are shared out by the empirical entropy of each tensor's bytes (of fp16: of low
-and high bytes apart); headers, row orders and code are sizes of their own. The shares add up to the file. Sensitivity needs
+Streams hold several tensors, so a stream's bytes are shared out: with COMPRESSOR=range by the code length of each tensor, else by
+its empirical entropy (of fp16: of low and high bytes apart). Headers, row orders and code are sizes of their own, and the shares
+add up to the file. Bits stand beside that entropy: a coder that adapts or sees neighbours can go below it. Sensitivity needs
 final_model.pt and the data (DATA_PATH of the run, or of the environment), and scores a fixed share of the validation documents.
 """
 
@@ -76,9 +77,9 @@ def open_run(path: Path) -> tuple[tg.Config, Path, dict]:
     try:
         result = run_result(folder)
         artifact = path if path.is_file() else folder / result.get("artifact_file", "final_model.int6.ptz")
-        header, _ = tg.read_header(artifact.read_bytes())
-        cfg = tg.config_from_env(result["overrides"]) if result else tg.Config(**header["model"], lqer_enabled=False)
-        tg.check_model_fields(cfg, header["model"])
+        header = tg.read_header(artifact.read_bytes())
+        cfg = tg.config_from_env(result["overrides"]) if result else tg.Config(**header.model, lqer_enabled=False)
+        tg.check_model_fields(cfg, header.model)
     except (OSError, ValueError, KeyError, TypeError, tg.RunError) as e:
         raise SystemExit(f"error: {path} is neither a run with an artifact nor an artifact: {e}") from None
     return cfg, artifact, result
@@ -86,22 +87,21 @@ def open_run(path: Path) -> tuple[tg.Config, Path, dict]:
 
 def inventory(cfg: tg.Config, blob: bytes, code_bytes: int) -> list[Item]:
     """Every array of the artifact with its share of the bytes, the header, and the code."""
-    header, at = tg.read_header(blob)
-    stream_of = {(name, codec, part): stream for name, codec, part, _, _, stream in header["arrays"]}
-    arrays = {(name, *key): t.numpy() for name, s in tg.unpack(cfg, blob).items() for key, t in s.parts.items()}
-    bits, totals = {key: entropy_bits(a) for key, a in arrays.items()}, defaultdict(float)
-    weight = {key: bits[key] + 1e-6 * a.nbytes for key, a in arrays.items()}  # a stream of constants has no entropy
-    for key, w in weight.items():
-        totals[stream_of[key]] += w
-    items, used = [], set(stream_of.values())
-    for (name, codec, part), a in arrays.items():
-        key = (name, codec, part)
-        coded = header["streams"][stream_of[key]][2]
-        items.append(Item(name, kind_of(name), part_of(codec, part), a.size, bits[key], coded * weight[key] / totals[stream_of[key]]))
-    for i, (stream, _, coded, _) in enumerate(header["streams"]):
-        if i not in used and coded:
-            items.append(Item(stream, "header", "header", 0, 8.0 * coded, coded))
-    items.append(Item("header", "header", "header", 0, 8.0 * at, at))
+    header, totals, items = tg.read_header(blob), defaultdict(float), []
+    arrays = {f"{name}:{codec}.{part}": t.numpy() for name, s in tg.unpack(cfg, blob).items() for (codec, part), t in s.parts.items()}
+    bits = {name: entropy_bits(a) for name, a in arrays.items()}
+    coded = dict(zip(arrays, tg.coded_bits(arrays), strict=True)) if header.compressor == "range" else bits
+    weight = {name: coded[name] + 1e-6 * a.nbytes for name, a in arrays.items()}  # a stream of constants has no entropy
+    stream_of = {name: tg.first_match(tg.STREAM_RULES, name)[0] for name in arrays}
+    for name, w in weight.items():
+        totals[stream_of[name]] += w
+    for name, a in arrays.items():
+        tensor, codec, part = re.fullmatch(r"(.*):(\w+)\.(\w+)", name).groups()
+        size = header.sizes[stream_of[name]] * weight[name] / totals[stream_of[name]]
+        items.append(Item(tensor, kind_of(tensor), part_of(codec, part), a.size, bits[name], size))
+    for stream, size in dict(header=header.start, **header.sizes).items():
+        if stream not in totals and size:
+            items.append(Item(stream, "header", "header", 0, 8.0 * size, size))
     return [*items, Item("script", "code", "code", 0, 8.0 * code_bytes, code_bytes)] if code_bytes else items
 
 
