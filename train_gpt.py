@@ -88,7 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable 
         ttt_eval_seq_len=2048, ttt_batch_size=64, ttt_mask="", ttt_local_lr_mult=1.0, ttt_short_score_first_enabled=False,
         ttt_short_score_first_steps="", phased_ttt_num_phases=3,
     ),
-    "s05": dict(  # PR #1105, its head with mixed bits; not here: bigram hash and value embeddings, SWA, late fake quantization
+    "s05": dict(  # PR #1105 with mixed bits; not here: its loader, bigram hash and value embeddings, SWA, late fake quantization
         train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, rope_train_seq_len=2048, warmdown_iters=4000, min_lr=0.05,
         mlp_mult=3.5, num_loops=0, parallel_start_layer=0, smear_gate_enabled=False, sparse_attn_gate_enabled=False,
         asym_logit_rescale=False, quant="s05", gptq_calibration="self", awq_lite_enabled=False, lqer_enabled=False, compressor="brotli",
@@ -2178,10 +2178,9 @@ class GPT(nn.Module):
         """Nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
 
         tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; None: the
-        capped logits (B, T, V). order: `layer_order`. packing: segments of a packed row. cache: the rows' tokens so far, which
-        these follow; without packing. adapters: one set per row. tap(site, x): sees the input of
-        every matrix. loss_weight: a promise to backpropagate exactly this times the sum, see `weighted_ce`. round_cap: see
-        `softcapped_ce`.
+        capped logits (B, T, V). order: `layer_order`. packing: segments of a packed row. cache: what these rows held before; not
+        with packing. adapters: one set per row. tap(site, x): sees the input of every matrix. loss_weight: a promise to
+        backpropagate exactly this times the sum, see `weighted_ce`. round_cap: see `softcapped_ce`.
         """
         x = self.hidden(tokens, packing, order, adapters, cache, tap)
         if positions is not None:
@@ -2928,7 +2927,7 @@ def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, leng
     TRAIN_SEQ_LEN). The first token is uniform, the others are drawn at `temperature`; SEED decides them, on any number of ranks."""
     size, order = min(length, cfg.train_seq_len) + 1, layer_order(cfg, looping=True)
     draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))[world.rank :: world.size].to(world.device)
-    tokens, cache = (draws * cfg.vocab_size).long(), Cache(size)
+    tokens, cache = (draws * cfg.vocab_size).long(), Cache(size - 1)
     for t in range(1, size):
         odds = (model(tokens[:, t - 1 : t], None, order=order, cache=cache)[:, 0] / temperature).softmax(-1).cumsum(-1)
         tokens[:, t] = torch.searchsorted(odds, draws[:, t : t + 1] * odds[:, -1:])[:, 0]
@@ -3230,8 +3229,7 @@ def run_gptq(cfg: Config, tasks: list[Task], hessians: Hessians, protected: dict
         W = torch.stack([t.W for t in batch])
         clips = clip_candidates(cfg, W, clip)
         if cfg.quant == "s05":  # damped twice, as published: here and in the solver
-            diagonal = H.diagonal(dim1=-2, dim2=-1)
-            diagonal += 0.01 * diagonal.mean(-1, keepdim=True).clamp_min(1e-4)
+            H += torch.eye(cols, device=mask.device) * H.diagonal(dim1=-2, dim2=-1).mean(-1).mul(0.01).clamp_min(1e-6)[:, None, None]
         try:  # rows do not influence each other, so candidates are just more rows
             results = gptq(W.repeat(1, clips.shape[1], 1), H, clips.flatten(1), bits, mask, cfg.awq_lite_bits)
         except torch.linalg.LinAlgError as e:

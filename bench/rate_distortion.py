@@ -165,8 +165,9 @@ def table(curves: dict[str, list[dict]]) -> list[str]:
         lines += ["", f"against {STANDARD} with S14's clips ({standard['bytes']:,.0f} bytes, cost {standard['tax']:.5f}), on mean curves:"]
         for method, rows in curves.items():
             cost, size = at(rows, "bytes", "tax", standard["bytes"]), at(rows, "tax", "bytes", standard["tax"])
-            lines.append(f"  {method:<14}{100 * (cost / standard['tax'] - 1):>+8.1f} % of the cost at equal bytes"
-                         f"{100 * (size / standard['bytes'] - 1):>+9.2f} % of the bytes at equal cost")
+            told = (f"cost at equal bytes {100 * (cost / standard['tax'] - 1):>+8.1f} %" if cost == cost else "sizes do not reach it",
+                    f"bytes at equal cost {100 * (size / standard['bytes'] - 1):>+8.2f} %" if size == size else "costs do not reach it")
+            lines.append(f"  {method:<14}{told[0]:<32}{told[1]}")
     return lines
 
 
@@ -191,6 +192,8 @@ def draw(points: list[dict], path: Path) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:,.0f}"))
         axes.grid(alpha=0.25, which="both")
         axes.spines[["top", "right"]].set_visible(False)
+    for which in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        which(FuncFormatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "125" else ""))
     left.legend(frameon=False)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
