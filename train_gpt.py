@@ -3326,12 +3326,12 @@ def level(mean: np.ndarray) -> np.ndarray:
 
 @cache
 def gaussian_counts() -> np.ndarray:
-    """Counts to start from, int64 (2 * LEVELS, 256): a Gaussian of each class's magnitude, worth 64 symbols, and a floor.
+    """Counts to start from, int64 (2 * LEVELS, 256): a Gaussian of each class's magnitude, worth 256 symbols, and a floor.
     Twice: for integers of the first and of the second quantizer of a trellis."""
     # At k a Gaussian of mean magnitude m has fallen by k^2 / (pi m^2 ln 2) octaves; in eighths, and m^2 in units of 2^-10:
     exponent = MAGNITUDE.astype(np.int64) ** 2 * 3762 // POWERS[32 + 4 * np.arange(LEVELS)][:, None]
     weight = POWERS[np.maximum(8 * 14 - exponent, 0)]
-    return np.tile(1 + 64 * SEEN * weight // weight.sum(1, keepdims=True), (2, 1))
+    return np.tile(1 + 256 * SEEN * weight // weight.sum(1, keepdims=True), (2, 1))
 
 
 def by_stream(names) -> dict[str, list[str]]:
@@ -3396,10 +3396,11 @@ class BitCounter(RangeCoder):
 
 def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray | None = None) -> None:
     """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it; the lowest
-    four of sixteen are alone. Tables are brought up to date after 32, 64, 128, ... numbers."""
-    nibbles, counts = 2 * values.itemsize, np.full((1 + 16 + 256 + 1, 16), SEEN // 8)
-    done, size = 0, 32
+    four of sixteen are alone. Blocks grow with what is known, and what is known fades: layers differ."""
+    nibbles, counts = 2 * values.itemsize, np.full((1 + 16 + 256 + 1, 16), SEEN // 4)
+    done = 0
     while done < len(values):
+        size = 8 + done // 16
         block, prefix = values[done : done + size], 0
         for k, first in zip(range(nibbles), (0, 1, 17, 273), strict=False):
             nibble = (block >> 4 * (nibbles - 1 - k) & 15).astype(np.uint8)
@@ -3407,7 +3408,8 @@ def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray | None
             coder.code(counts, context, nibble, None if owner is None else owner[done : done + size])
             prefix = prefix * 16 + nibble.astype(np.uint16)
         block[:] = prefix
-        done, size = done + size, size * 2
+        counts -= (counts - SEEN // 4) // 16
+        done += size
 
 
 def to_lanes(matrices: list[np.ndarray]) -> np.ndarray:
@@ -3425,12 +3427,11 @@ def similar_rows(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows, cols = q.shape
     index, weight, step = np.zeros(rows, np.uint16), np.zeros(rows, np.uint8), np.arange(rows) % TRELLIS_SEGMENT
     order, starts = step.argsort(kind="stable"), np.bincount(step).cumsum()
-    x = torch.from_numpy(q[order]).float()
-    energy = x.square().sum(1)
-    norm = (energy + 1).sqrt()
+    x = torch.from_numpy(q[order, :256]).float()  # enough to find it
+    norm = (x.square().sum(1) + 1).sqrt()
     for start, end in pairwise(starts.tolist()):
         here, best = order[start:end], order[((x[start:end] @ x[:start].T) / norm[:start]).argmax(1).numpy()]
-        reference, least = q[best].astype(np.int16), energy[start:end].numpy() * 2.0 ** (-40 / cols)
+        reference, least = q[best].astype(np.int16), np.square(q[here], dtype=np.int32).sum(1) * 2.0 ** (-18 / cols)
         for halves in (1, 2):
             error = np.square(q[here] - (reference * halves + 1 >> 1), dtype=np.int32).sum(1)
             better = error < least
@@ -3447,7 +3448,7 @@ def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
     residual = q - (q[index].astype(np.int16) * weight[:, None] + 1 >> 1) if weight.any() else q
     total = MAGNITUDE[residual.astype(np.uint8)].sum(1, dtype=np.int64) << 12
     usual, own = level(total.sum() // q.size), level(total // q.shape[1])
-    own = np.where(q.shape[1] * (own - usual) ** 2 < 200, usual, own)
+    own = np.where(q.shape[1] * (own - usual) ** 2 < 400, usual, own)
     return (own + 64 * weight).astype(np.uint8), index
 
 
@@ -3485,7 +3486,8 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, matrices: list[np.ndarr
     state, following = np.zeros(len(matrix), np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
     coded = np.array(trellis)[matrix] if any(trellis) else None
     for t in range(height.max()):
-        live = slice(None) if height.min() > t else np.flatnonzero(height > t)
+        whole = height.min() > t
+        live = slice(None) if whole else np.flatnonzero(height > t)
         at, prediction = place[live], np.int8(0)
         if (info[t] > 63).any():
             source = index[t].astype(np.int64)[at]
@@ -3501,7 +3503,7 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, matrices: list[np.ndarr
         size = np.zeros(len(matrix), np.int32)
         size[live] = SCALED[row.astype(np.uint16) << 8 | symbol]
         total += np.add.reduceat(size, first, dtype=np.int64)
-        seen += np.add.reduceat(height > t, first, dtype=np.int64)
+        seen += per_column if whole else np.add.reduceat(height > t, first, dtype=np.int64)
         column = (level((total + (8 << 12)) // (seen + 8)) - LEVEL_ONE).astype(np.int8)
         if coded is not None:
             state = following[2 * state + (lanes[t] & 1).view(np.uint8)] * coded
