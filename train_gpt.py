@@ -2958,6 +2958,11 @@ def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log:
     return hessians
 
 
+def kind_of(name: str) -> str:
+    """The name without its block: "blocks.3.attn.q_gain" -> "blocks.*.attn.q_gain"."""
+    return ".".join("*" if word.isdigit() else word for word in name.split("."))
+
+
 def unbank(cfg: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict -> one 2-D tensor per matrix, under the names of published artifacts; everything else as it is."""
     L, out = cfg.num_layers, {name: t for name, t in state.items() if not name.endswith("_bank")}
@@ -3090,10 +3095,11 @@ class Gptq:
     @staticmethod
     def decode(parts: dict[str, Tensor]) -> Tensor:
         q = parts["q"].float()
-        w = q * parts["scale"].float()[:, None]
-        for start in parts["hi_start"].unique().tolist() if "hi_start" in parts else ():
-            columns = slice(start, start + int(parts["hi_size"]))
-            w[:, columns] = q[:, columns] * parts["hi_scale"].float()[:, None]
+        w, high = q * parts["scale"].float()[:, None], torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)
+        if "hi_start" in parts:
+            for start in parts["hi_start"].unique().tolist():
+                high[start : start + int(parts["hi_size"])] = True
+            w[:, high] = q[:, high] * parts["hi_scale"].float()[:, None]
         return w
 
 
@@ -3299,7 +3305,7 @@ def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log: Log
     for name, s in stored.items():
         kind = "+".join(dict.fromkeys(c for c, _ in s.parts)) + bits.get(name, "")
         kind += f"+awqgrpint{cfg.awq_lite_bits}" if name in protected else ""
-        kinds.setdefault(kind, set()).add(".".join("*" if part.isdigit() else part for part in name.split(".")))
+        kinds.setdefault(kind, set()).add(kind_of(name))
     for kind, names in sorted(kinds.items()):
         log(f"  {kind}: {', '.join(sorted(names))}")
     return {name: Stored({k: t.cpu() for k, t in stored[name].parts.items()}) for name in tensors}
@@ -3415,10 +3421,15 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
 
 
 def unlrzip(data: bytes, size: int) -> bytes:
-    """The inverse of `run_lrzip` for `size` bytes, which lrzip's own header must announce too. Raises ArtifactError."""
-    if data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size:
-        raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
-    return run_lrzip(data, "-d")
+    """The inverse of `run_lrzip` for `size` bytes, which lrzip's own header must announce too. Raises ArtifactError, or RunError
+    without the program."""
+    need_lrzip()
+    try:
+        if data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size:
+            raise RunError(f"it does not start like {size} bytes")
+        return run_lrzip(data, "-d")
+    except RunError as e:
+        raise ArtifactError(f"a stream of the artifact is none of lrzip's: {e}") from None
 
 
 CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, holding little more than that)
@@ -3435,12 +3446,12 @@ def stream_coder(compressor: str, stream: str) -> str:
     return compressor if compressor != "pergroup" else "brotli" if stream in ("rest", "row_order") else "lrzip"
 
 
-# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine; no table is sent, encoder
-# and decoder count what they have seen. All of it is written once, for both: an encoder leaves the values it is given as they
-# are, a decoder fills them in.
+# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine, and no table is sent:
+# encoder and decoder count what they have seen. All of it is written once for both, from `code_arrays` below up to here: an
+# encoder leaves the values it is given as they are, a decoder fills them in, a BitCounter adds up what they would cost.
 
 POWERS = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
-LEVELS, LEVEL_ONE = 41, 12  # classes of magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
+LEVELS, LEVEL_ONE = 41, 12  # classes of mean magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
 LEVEL_EDGES = POWERS[73 : 73 + 2 * (LEVELS - 1) : 2]  # between two classes, times 2^12
 MAGNITUDE = np.minimum(np.arange(256), 256 - np.arange(256)).astype(np.int32)  # of an int8 whose bits are a table's index
 SCALED = (POWERS[120 - 2 * np.arange(LEVELS)][:, None] * MAGNITUDE).astype(np.int32).ravel()  # over that of its class, times 2^12
@@ -3448,39 +3459,33 @@ SEEN = 64  # what one symbol adds to its count
 
 
 def level(mean: np.ndarray) -> np.ndarray:
-    """Class of a magnitude that is given in units of 2^-12."""
+    """Class of a mean magnitude that is given in units of 2^-12."""
     return LEVEL_EDGES.searchsorted(mean, "right")
 
 
 @cache
 def gaussian_counts() -> np.ndarray:
-    """Counts to start from, int64 (2 * LEVELS, 256): a Gaussian of each class's magnitude, worth 64 symbols, and a floor.
-    Twice: for integers of the first and of the second quantizer of a trellis."""
-    # At k a Gaussian of mean magnitude m has fallen by k^2 / (pi m^2 ln 2) octaves; in eighths, and m^2 in units of 2^-10:
-    exponent = MAGNITUDE.astype(np.int64) ** 2 * 3762 // POWERS[32 + 4 * np.arange(LEVELS)][:, None]
-    weight = POWERS[np.maximum(8 * 14 - exponent, 0)]
-    return np.tile(1 + 64 * SEEN * weight // weight.sum(1, keepdims=True), (2, 1))
+    """Counts to start from, int64 (2 * LEVELS, 256), for each class under the first and then under the second quantizer of a
+    trellis: a Gaussian of its mean magnitude m, worth 256 symbols, and a floor.
 
-
-def by_stream(names) -> dict[str, list[str]]:
-    """Arrays "tensor:codec.part", by stream."""
-    out: dict[str, list[str]] = {}
-    for name in names:
-        out.setdefault(first_match(STREAM_RULES, name)[0], []).append(name)
-    return out
+    At k a Gaussian has fallen by k^2 / (pi m^2 ln 2) octaves, here in eighths, with m^2 in units of 2^-10.
+    """
+    fallen = MAGNITUDE.astype(np.int64) ** 2 * 3762 // POWERS[32 + 4 * np.arange(LEVELS)][:, None]
+    weight = POWERS[np.maximum(8 * 14 - fallen, 0)]
+    return np.tile(1 + 256 * SEEN * weight // weight.sum(1, keepdims=True), (2, 1))
 
 
 class RangeCoder:
     """Encoder, or decoder of `data`, of symbols with adaptive tables."""
 
     def __init__(self, data: bytes | None = None):
-        library = need_constriction()
-        self.table, queue = library.stream.model.Categorical, library.stream.queue
-        self.encoder = queue.RangeEncoder() if data is None else None
-        self.decoder = None if data is None else queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+        library = need_constriction().stream
+        self.table, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
+        self.decoder = None if data is None else library.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
 
-    def code(self, counts: np.ndarray, context: np.ndarray, values: np.ndarray, owner: np.ndarray | None = None) -> None:
+    def code(self, counts: np.ndarray, context: np.ndarray, values: np.ndarray, owner: np.ndarray) -> None:
         """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count them.
+        `owner` (n,) says whose they are.
 
         The library's tables have 24 bits and no zeros: it adds 1 to each frequency. They are given as integers with exactly the
         sum that makes its scaling a multiplication by one.
@@ -3490,11 +3495,11 @@ class RangeCoder:
         used = np.flatnonzero(sizes)
         frequencies = counts[used] * (2**24 - symbols) // counts[used].sum(1, keepdims=True)
         frequencies[np.arange(len(used)), counts[used].argmax(1)] += 2**24 - symbols - frequencies.sum(1)
-        self.code_tables(frequencies, sizes[used], context, values, owner)
+        self.code_tables(frequencies, used, sizes[used], context, values, owner)
         index = context.astype(np.uint32) * np.uint32(symbols) + values
         counts += SEEN * np.bincount(index, minlength=counts.size).reshape(counts.shape)
 
-    def code_tables(self, frequencies, sizes, context, values, owner) -> None:
+    def code_tables(self, frequencies, used, sizes, context, values, owner) -> None:
         order = np.argsort(context, kind="stable")
         ordered = values[order].astype(np.int32)
         for table, part in zip(frequencies.astype(np.float32), np.split(ordered, np.cumsum(sizes)[:-1]), strict=True):
@@ -3503,39 +3508,37 @@ class RangeCoder:
                 self.encoder.encode(part, model)
             else:
                 part[:] = self.decoder.decode(model, len(part))
-        if self.decoder is not None:
-            values[order] = ordered
+        values[order] = ordered
 
 
 class BitCounter(RangeCoder):
-    """Codes nothing: adds up, for each owner of symbols, the bits that a RangeCoder would need."""
+    """Codes nothing: adds up, for each owner, the bits that a RangeCoder would need."""
 
     decoder = None
 
     def __init__(self, owners: int):
         self.bits = np.zeros(owners)
 
-    def code_tables(self, frequencies, sizes, context, values, owner) -> None:
-        row = np.zeros(256 + 18, np.intp)  # of `frequencies`, by context
-        row[np.unique(context)] = np.arange(len(sizes))
-        bits = (24 - np.log2(frequencies + 1))[row[context], values]
+    def code_tables(self, frequencies, used, sizes, context, values, owner) -> None:
+        bits = (24 - np.log2(frequencies + 1))[used.searchsorted(context), values]
         self.bits += np.bincount(owner, weights=bits, minlength=len(self.bits))
 
 
-def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray | None = None) -> None:
+def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray) -> None:
     """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it; the lowest
-    four of sixteen are alone. Tables are brought up to date after 32, 64, 128, ... numbers."""
-    nibbles, counts = 2 * values.itemsize, np.full((1 + 16 + 256 + 1, 16), SEEN // 8)
-    done, size = 0, 32
+    four of sixteen are alone. Blocks grow with what is known, and what is known fades: layers differ."""
+    counts, done = np.full((1 + 16 + 256 + 1, 16), SEEN // 4), 0
     while done < len(values):
-        block, prefix = values[done : done + size], 0
-        for k, first in zip(range(nibbles), (0, 1, 17, 273), strict=False):
-            nibble = (block >> 4 * (nibbles - 1 - k) & 15).astype(np.uint8)
-            context = np.broadcast_to(np.asarray(first + (prefix if k < 3 else 0), np.uint16), block.shape)
-            coder.code(counts, context, nibble, None if owner is None else owner[done : done + size])
-            prefix = prefix * 16 + nibble.astype(np.uint16)
+        here = slice(done, done + 8 + done // 16)
+        block, prefix = values[here], np.zeros(1, np.uint16)
+        for shift, first in zip(range(8 * values.itemsize - 4, -1, -4), (0, 1, 17, 273), strict=False):
+            nibble = (block >> shift & 15).astype(np.uint8)
+            context = np.broadcast_to(first + (prefix if first < 273 else 0 * prefix), block.shape)
+            coder.code(counts, context, nibble, owner[here])
+            prefix = prefix * 16 + nibble
         block[:] = prefix
-        done, size = done + size, size * 2
+        counts -= (counts - SEEN // 4) // 16
+        done = here.stop
 
 
 def to_lanes(matrices: list[np.ndarray]) -> np.ndarray:
@@ -3553,12 +3556,11 @@ def similar_rows(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows, cols = q.shape
     index, weight, step = np.zeros(rows, np.uint16), np.zeros(rows, np.uint8), np.arange(rows) % TRELLIS_SEGMENT
     order, starts = step.argsort(kind="stable"), np.bincount(step).cumsum()
-    x = torch.from_numpy(q[order]).float()
-    energy = x.square().sum(1)
-    norm = (energy + 1).sqrt()
+    x = torch.from_numpy(q[order, :256]).float()  # enough to find it
+    norm = (x.square().sum(1) + 1).sqrt()
     for start, end in pairwise(starts.tolist()):
         here, best = order[start:end], order[((x[start:end] @ x[:start].T) / norm[:start]).argmax(1).numpy()]
-        reference, least = q[best].astype(np.int16), energy[start:end].numpy() * 2.0 ** (-40 / cols)
+        reference, least = q[best].astype(np.int16), np.square(q[here], dtype=np.int32).sum(1) * 2.0 ** (-18 / cols)
         for halves in (1, 2):
             error = np.square(q[here] - (reference * halves + 1 >> 1), dtype=np.int32).sum(1)
             better = error < least
@@ -3572,48 +3574,41 @@ def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
     The class is that of the whole matrix unless the row differs enough to pay for saying so.
     """
     index, weight = similar_rows(q) if similar else (np.zeros(len(q), np.uint16), np.zeros(len(q), np.uint8))
-    residual = q - (q[index].astype(np.int16) * weight[:, None] + 1 >> 1) if weight.any() else q
+    residual = q - (q[index].astype(np.int16) * weight[:, None] + 1 >> 1) if similar else q
     total = MAGNITUDE[residual.astype(np.uint8)].sum(1, dtype=np.int64) << 12
     usual, own = level(total.sum() // q.size), level(total // q.shape[1])
-    own = np.where(q.shape[1] * (own - usual) ** 2 < 200, usual, own)
+    own = np.where(q.shape[1] * (own - usual) ** 2 < 400, usual, own)
     return (own + 64 * weight).astype(np.uint8), index
 
 
-def code_rows(coder: RangeCoder, matrices: list[np.ndarray], similar: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Code what is told about rows (see `plan_rows`). Both as lanes (TRELLIS_SEGMENT, segments)."""
-    rows = [len(m) for m in matrices]
-    if coder.decoder is None:
-        info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in matrices), strict=True))
-    else:
-        info, index = np.zeros(sum(rows), np.uint8), np.zeros(sum(rows), np.uint16)
-    owner = np.repeat(np.arange(len(rows)), rows)
-    code_numbers(coder, info, owner)
-    found = index[info > 63]
-    code_numbers(coder, found, owner[info > 63])
-    index[info > 63] = found
-    return tuple(to_lanes([x[:, None] for x in np.split(y, np.cumsum(rows)[:-1])]) for y in (info, index))
-
-
-def code_matrices(coder: RangeCoder, counts: np.ndarray, matrices: list[np.ndarray], trellis: list[bool], similar: bool):
+def code_matrices(coder: RangeCoder, counts, matrices: list[np.ndarray], owners: list[int], trellis: list[bool], similar: bool):
     """Code int8 matrices (rows, cols), side by side: step t takes row t of every segment of every matrix. Returns them, a list.
 
     An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all segments)
     and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256.
     """
-    info, index = code_rows(coder, matrices, similar)
-    lanes, shapes = to_lanes(matrices), [m.shape for m in matrices]
-    segments, cols = np.array([-(-rows // TRELLIS_SEGMENT) for rows, _ in shapes]), np.array([c for _, c in shapes])
-    matrix = np.repeat(np.arange(len(shapes)), segments * cols)  # of each lane
-    per_column = np.repeat(segments, cols)
+    rows, cols = np.array([m.shape for m in matrices]).T
+    info, index, owner = np.zeros(rows.sum(), np.uint8), np.zeros(rows.sum(), np.uint16), np.repeat(owners, rows)
+    if coder.decoder is None:
+        info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in matrices), strict=True))
+    code_numbers(coder, info, owner)
+    referring = index[info > 63]
+    code_numbers(coder, referring, owner[info > 63])
+    index[info > 63] = referring
+    info, index = (to_lanes([x[:, None] for x in np.split(y, np.cumsum(rows)[:-1])]) for y in (info, index))
+
+    lanes, segments = to_lanes(matrices), -(-rows // TRELLIS_SEGMENT)
+    matrix, per_column = np.repeat(np.arange(len(rows)), segments * cols), np.repeat(segments, cols)
     first, column_of = np.cumsum(per_column) - per_column, np.repeat(np.arange(len(per_column)), per_column)
-    segment = np.arange(len(matrix)) - first[column_of]  # within its matrix
+    owner = np.array(owners)[matrix]
+    segment = np.arange(len(matrix)) - first[column_of]  # of a lane, within its matrix
     place = segment + (np.cumsum(segments) - segments)[matrix]  # in info and index
-    height = np.minimum(np.array([rows for rows, _ in shapes])[matrix] - TRELLIS_SEGMENT * segment, TRELLIS_SEGMENT)
+    height = np.minimum(rows[matrix] - TRELLIS_SEGMENT * segment, TRELLIS_SEGMENT)
     column, total, seen = np.zeros(len(first), np.int8), np.zeros(len(first), np.int64), np.zeros(len(first), np.int64)
     state, following = np.zeros(len(matrix), np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
-    coded = np.array(trellis)[matrix] if any(trellis) else None
     for t in range(height.max()):
-        live = slice(None) if height.min() > t else np.flatnonzero(height > t)
+        whole = height.min() > t
+        live = slice(None) if whole else np.flatnonzero(height > t)
         at, prediction = place[live], np.int8(0)
         if (info[t] > 63).any():
             source = index[t].astype(np.int64)[at]
@@ -3621,45 +3616,46 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, matrices: list[np.ndarr
             prediction = (lanes[source % TRELLIS_SEGMENT, known].astype(np.int16) * (info[t] >> 6)[at] + 1 >> 1).astype(np.int8)
         row = np.minimum(info[t] & 63, LEVELS - 1).astype(np.int8)[at]
         context = np.clip(row + column[column_of[live]], 0, LEVELS - 1).astype(np.uint8)
-        if coded is not None:
-            context += LEVELS * (state[live] & 1)
+        context += LEVELS * (state[live] & 1)
         symbol = (lanes[t, live] - prediction).view(np.uint8)
-        coder.code(counts, context, symbol, matrix[live])
+        coder.code(counts, context, symbol, owner[live])
         lanes[t, live] = symbol.view(np.int8) + prediction
         size = np.zeros(len(matrix), np.int32)
         size[live] = SCALED[row.astype(np.uint16) << 8 | symbol]
         total += np.add.reduceat(size, first, dtype=np.int64)
-        seen += np.add.reduceat(height > t, first, dtype=np.int64)
+        seen += per_column if whole else np.add.reduceat(height > t, first, dtype=np.int64)
         column = (level((total + (8 << 12)) // (seen + 8)) - LEVEL_ONE).astype(np.int8)
-        if coded is not None:
-            state = following[2 * state + (lanes[t] & 1).view(np.uint8)] * coded
-    pieces = np.split(lanes, np.cumsum(segments * cols)[:-1], 1)
-    return [x.reshape(TRELLIS_SEGMENT, c, -1).transpose(2, 0, 1).reshape(-1, c)[:rows] for x, (rows, c) in zip(pieces, shapes, strict=True)]
+        if any(trellis):
+            state = following[2 * state + (lanes[t] & 1).view(np.uint8)] * np.array(trellis)[matrix]
+    pieces = zip(np.split(lanes, np.cumsum(segments * cols)[:-1], 1), rows, cols, strict=True)
+    return [x.reshape(TRELLIS_SEGMENT, c, -1).transpose(2, 0, 1).reshape(-1, c)[:r] for x, r, c in pieces]
 
 
 def code_arrays(arrays: dict[str, np.ndarray], coder_of) -> dict[str, np.ndarray]:
-    """Code every array "tensor:codec.part", stream by stream with coder_of(stream, number of its arrays). Returns them.
+    """Code every array "tensor:codec.part", each stream with coder_of(stream). Returns them.
 
-    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen; numbers of one kind (name
-    without block, codec and part) share theirs.
+    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All other numbers of one
+    kind (the same tensor of every block, codec and part) share theirs.
     """
-    out, start, names = dict(arrays), gaussian_counts(), by_stream(name for name, a in arrays.items() if a.size)
-    counts = start.copy()
-    for stream in filter(names.get, STREAMS):
-        same, coder = names[stream], coder_of(stream, len(names[stream]))
-        if stream != "rest":
+    start, owner, groups = gaussian_counts(), {name: i for i, name in enumerate(arrays)}, {}
+    for name, a in arrays.items():
+        stream = first_match(STREAM_RULES, name)[0]
+        if a.size:
+            groups.setdefault((STREAMS.index(stream), kind_of(name) if stream == "rest" else ""), []).append(name)
+    out, counts, coders = dict(arrays), start.copy(), {}
+    for (stream, kind), names in sorted(groups.items()):
+        if stream not in coders:
+            coders[stream] = coder_of(STREAMS[stream])
+        given, owners = [arrays[name] for name in names], [owner[name] for name in names]
+        if not kind:
             counts = start + (counts - start) // 8
-            trellis = [":trellis." in name for name in same]
-            out |= zip(same, code_matrices(coder, counts, [arrays[n] for n in same], trellis, stream in TOKEN_STREAMS), strict=True)
-            continue
-        kinds = [".".join("*" if word.isdigit() else word for word in name.split(".")) for name in same]
-        for kind in dict.fromkeys(kinds):
-            members = [i for i, k in enumerate(kinds) if k == kind]
-            sizes = [arrays[same[i]].size for i in members]
-            flat = np.concatenate([arrays[same[i]].reshape(-1) for i in members])
-            code_numbers(coder, flat.view(f"<u{flat.itemsize}"), np.repeat(members, sizes))
-            for i, a in zip(members, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
-                out[same[i]] = a.reshape(arrays[same[i]].shape)
+            trellis = [":trellis." in name for name in names]
+            coded = code_matrices(coders[stream], counts, given, owners, trellis, STREAMS[stream] in TOKEN_STREAMS)
+        else:
+            sizes, flat = [a.size for a in given], np.concatenate([a.reshape(-1) for a in given])
+            code_numbers(coders[stream], flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
+            coded = [x.reshape(a.shape) for x, a in zip(np.split(flat, np.cumsum(sizes)[:-1]), given, strict=True)]
+        out |= zip(names, coded, strict=True)
     return out
 
 
@@ -3670,12 +3666,9 @@ def coded_bits(arrays: dict[str, np.ndarray]) -> np.ndarray:
     Keys are "tensor:codec.part" as in STREAM_RULES, such as "blocks.0.mlp.fc.weight:trellis.q"; values int8, int16 or fp16. The
     sum is that of an artifact of just these arrays: tables are shared, so a few arrays alone cost a little more than among all.
     """
-    counters: dict[str, BitCounter] = {}
-    code_arrays(arrays, lambda stream, count: counters.setdefault(stream, BitCounter(count)))
-    bits = dict.fromkeys(arrays, 0.0)
-    for stream, names in by_stream(name for name, a in arrays.items() if a.size).items():
-        bits |= zip(names, counters[stream].bits, strict=True)
-    return np.array(list(bits.values()))
+    counter = BitCounter(len(arrays))
+    code_arrays(arrays, lambda stream: counter)
+    return counter.bits
 
 
 def similarity_order(q: np.ndarray) -> np.ndarray:
@@ -3709,7 +3702,7 @@ def encode_streams(compressor: str, arrays: dict[str, np.ndarray]) -> dict[str, 
     """
     if compressor == "range":
         coders: dict[str, RangeCoder] = {}
-        code_arrays(arrays, lambda stream, count: coders.setdefault(stream, RangeCoder()))
+        code_arrays(arrays, lambda stream: coders.setdefault(stream, RangeCoder()))
         return {stream: coders[stream].encoder.get_compressed().astype("<u4").tobytes() if stream in coders else b"" for stream in STREAMS}
     streams: dict[str, list[bytes]] = {stream: [] for stream in STREAMS}
     for name, a in arrays.items():
@@ -3730,7 +3723,7 @@ def encode_streams(compressor: str, arrays: dict[str, np.ndarray]) -> dict[str, 
 def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes]) -> dict[str, np.ndarray]:
     """The inverse of `encode_streams`; `arrays` has the right shapes and dtypes. Raises ArtifactError or what a coder raises."""
     if compressor == "range":
-        return code_arrays(arrays, lambda stream, count: RangeCoder(coded[stream]))
+        return code_arrays(arrays, lambda stream: RangeCoder(coded[stream]))
     sizes = dict.fromkeys(STREAMS, 0)
     for name, a in arrays.items():
         stream, sort = first_match(STREAM_RULES, name)
@@ -3823,15 +3816,16 @@ class Header(NamedTuple):
     """What an artifact says about itself, nothing of it checked against a model."""
 
     compressor: str
-    model: dict[str, Any]
+    model: dict[str, Any]  # MODEL_FIELDS
+    kinds: list  # of tensors, as `pack` writes them
+    chosen: list[int]  # the kind of each tensor
     sizes: dict[str, int]  # bytes of each stream
-    parts: Any  # version 2: (kinds, kind of each tensor); version 1: rows of (tensor, codec, part, dtype, shape, stream)
     start: int  # of the first stream
-    version: int
 
 
 def read_header(blob: bytes) -> Header:
-    """Header of an artifact, checksum verified. Raises ArtifactError."""
+    """Header of an artifact of version 2, or of 1 (names and shapes of all arrays in a JSON object), checksum verified. Raises
+    ArtifactError."""
     if blob[:4] != ARTIFACT_MAGIC or len(blob) < 26:
         raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} in {len(blob)} bytes")
     version, size = struct.unpack("<HI", blob[4:10])
@@ -3842,17 +3836,20 @@ def read_header(blob: bytes) -> Header:
     try:
         header = json.loads(brotli.Decompressor().process(blob[26 : 26 + size], output_buffer_limit=HEADER_LIMIT))
         if version == 1:
-            model, parts, sizes = header["model"], header["arrays"], {stream: coded for stream, _, coded, _ in header["streams"]}
-            coders = {stream: coder for stream, coder, _, _ in header["streams"]}
-            compressor = next(c for c in COMPRESSORS if c != "range" and all(stream_coder(c, s) == coders[s] for s in STREAMS))
+            coders, parts = {stream: coder for stream, coder, _, _ in header["streams"]}, {}
+            (compressor,) = [c for c in ("brotli", "lzma", "pergroup") if [stream_coder(c, s) for s in STREAMS] == [*coders.values()]]
+            for name, codec, part, _, shape, _ in header["arrays"]:
+                parts.setdefault(name, []).append([codec, part, shape])
+            model, kinds, chosen = dict(header["model"]), [*parts.values()], range(len(parts))
+            sizes = [coded for _, _, coded, _ in header["streams"]]
         else:
-            compressor, values, sizes, *parts = header
-            model, sizes = dict(zip(MODEL_FIELDS, values, strict=False)), dict(zip(STREAMS, sizes, strict=True))
-        if compressor not in COMPRESSORS or min(sizes.values()) < 0 or 26 + size + sum(sizes.values()) != len(blob):
+            compressor, values, sizes, kinds, chosen = header
+            model = dict(zip(MODEL_FIELDS, values, strict=False))
+        if compressor not in COMPRESSORS or min(sizes) < 0 or 26 + size + sum(sizes) != len(blob):
             raise ValueError("its streams do not fill it")
+        return Header(compressor, model, kinds, chosen, dict(zip(STREAMS, sizes, strict=True)), 26 + size)
     except HOSTILE as e:
         raise ArtifactError(f"the header of this artifact makes no sense: {e!r}; make it again") from None
-    return Header(compressor, model, sizes, parts, 26 + size, version)
 
 
 def check_model_fields(cfg: Config, saved: dict) -> None:
@@ -3866,44 +3863,37 @@ def check_model_fields(cfg: Config, saved: dict) -> None:
 
 
 def empty_arrays(cfg: Config, header: Header) -> dict[str, np.ndarray]:
-    """The arrays that a header lists, as zeros, in the order they were written. Raises ArtifactError unless every tensor is the
-    model's and is given by known parts of known codecs, none larger than itself."""
-    shapes, listed = tensor_shapes(cfg), []
-    if header.version == 1:
-        listed = [(name, codec, part, shape) for name, codec, part, _, shape, _ in header.parts]
-    else:
-        kinds, chosen = header.parts
-        for (name, own), kind in zip(shapes.items(), chosen, strict=True):
-            listed += [(name, codec, part, [own[-1 - n] if n < 0 else n for n in sizes]) for codec, part, sizes in kinds[kind]]
-    out = {}
-    for name, codec, part, shape in listed:
-        if math.prod(shape) > math.prod(shapes[name]) or (part in ("q", "w") and tuple(shape) != shapes[name]):
-            raise ValueError(f"{name}:{codec}.{part} has shape {shape}, the tensor {shapes[name]}")
-        out[f"{name}:{codec}.{part}"] = np.zeros(shape, "<" + CODEC_PARTS[codec][part])
-    if len(out) != len(listed) or {name for name, *_ in listed} != shapes.keys():
-        raise ValueError("it does not list every tensor of the model once")
+    """The arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of known codecs, as large as
+    the model's tensors allow."""
+    out: dict[str, np.ndarray] = {}
+    for (name, shape), chosen in zip(tensor_shapes(cfg).items(), header.chosen, strict=True):
+        room = 4 * math.prod(shape) + 16  # integers, low-rank factors and scales
+        for codec, part, sizes in header.kinds[chosen]:
+            sizes = [shape[-1 - n] if n < 0 else n for n in sizes]
+            room -= math.prod(sizes)
+            if room < 0 or f"{name}:{codec}.{part}" in out or (part in ("q", "w") and tuple(sizes) != shape):
+                raise ValueError(f"{name}, of shape {shape}, can not have {codec}.{part} of shape {sizes}")
+            out[f"{name}:{codec}.{part}"] = np.zeros(sizes, "<" + CODEC_PARTS[codec][part])
     return out
 
 
 def unpack(cfg: Config, blob: bytes) -> dict[str, Stored]:
-    """Artifact, of this version or an older one -> tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes; needs
-    no more memory than the model's own tensors and a few megabytes."""
+    """Artifact of any version -> tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes, and never needs more
+    memory than the integers of four such models."""
     header = read_header(blob)
     check_model_fields(cfg, header.model)
     ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
     try:
-        arrays = empty_arrays(cfg, header)
-        coded = {stream: blob[start:end] for stream, (start, end) in zip(header.sizes, pairwise(ends), strict=True)}
-        arrays = decode_streams(header.compressor, arrays, coded)
+        coded = {stream: blob[start:end] for stream, (start, end) in zip(STREAMS, pairwise(ends), strict=True)}
+        arrays = decode_streams(header.compressor, empty_arrays(cfg, header), coded)
         if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
             raise ValueError(f"not all finite: {', '.join(bad)}")
     except HOSTILE as e:
         raise ArtifactError(f"this artifact makes no sense: {e!r}; make it again") from None
     out: dict[str, Stored] = {name: Stored({}) for name in tensor_shapes(cfg)}
     for name, a in arrays.items():
-        tensor, _, kind = name.rpartition(":")
-        codec, _, part = kind.partition(".")
-        out[tensor].parts[codec, part] = torch.from_numpy(np.array(a, order="C"))
+        tensor, _, part = name.rpartition(":")
+        out[tensor].parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
     return out
 
 
