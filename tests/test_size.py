@@ -52,6 +52,22 @@ def test_the_shares_add_up_to_the_files(run_folder):
     assert size.inventory(alone[0], blob, 1234) == items
 
 
+def test_range_coded_streams_are_shared_out_by_code_length(run_folder, tmp_path):
+    cfg, artifact, _ = size.open_run(run_folder)
+    cfg = dataclasses.replace(cfg, compressor="range")
+    stored = tg.unpack(cfg, artifact.read_bytes())
+    blob = tg.pack(cfg, stored)
+    items = size.inventory(cfg, blob, 0)
+    assert sum(i.bytes for i in items) == pytest.approx(len(blob), rel=1e-9)
+    arrays = {f"{n}:{codec}.{part}": t.numpy() for n, s in stored.items() for (codec, part), t in s.parts.items()}
+    bits = dict(zip(arrays, tg.coded_bits(arrays), strict=True))
+    fc = {i.tensor: i.bytes for i in items if ".mlp.fc." in i.tensor and i.part == "weights"}
+    for name, share in fc.items():
+        assert share / sum(fc.values()) == pytest.approx(bits[f"{name}:gptq.q"] / sum(bits[f"{n}:gptq.q"] for n in fc), rel=1e-3)
+    (tmp_path / "final_model.int6.ptz").write_bytes(blob)
+    assert size.main([str(tmp_path / "final_model.int6.ptz"), "--out", str(tmp_path / "size.png")]) == 0
+
+
 @given(st.lists(st.integers(-3, 3), max_size=60), st.sampled_from(["i1", "f2"]))
 def test_entropy_is_that_of_the_symbols_byte_by_byte(values, dtype):
     a = np.array(values, dtype)
