@@ -24,6 +24,7 @@ import hashlib
 import heapq
 import importlib.util
 import inspect
+import io
 import json
 import linecache
 import lzma
@@ -3387,7 +3388,6 @@ HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becom
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
     brotli.error, lzma.LZMAError,
 )
-HEADER_LIMIT = 1 << 20
 
 
 def need_lrzip() -> str:
@@ -3410,26 +3410,22 @@ def need_constriction() -> Any:
 
 
 def run_lrzip(data: bytes, *flags: str) -> bytes:
-    """Feed one file through lrzip; one thread, so that the bytes do not depend on the machine. Raises RunError."""
+    """Feed one file through lrzip; one thread, so that the bytes do not depend on the machine. Raises ArtifactError or RunError."""
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder, "in.lrz"), Path(folder, "out")
         source.write_bytes(data)
         done = subprocess.run([need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)], capture_output=True, text=True)
         if done.returncode or not result.exists():
-            raise RunError(f"lrzip {' '.join(flags)} failed with exit code {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+            words = done.stderr.strip() or done.stdout.strip()
+            raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {done.returncode}: {words}")
         return result.read_bytes()
 
 
 def unlrzip(data: bytes, size: int) -> bytes:
-    """The inverse of `run_lrzip` for `size` bytes, which lrzip's own header must announce too. Raises ArtifactError, or RunError
-    without the program."""
-    need_lrzip()
-    try:
-        if data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size:
-            raise RunError(f"it does not start like {size} bytes")
-        return run_lrzip(data, "-d")
-    except RunError as e:
-        raise ArtifactError(f"a stream of the artifact is none of lrzip's: {e}") from None
+    """The inverse of `run_lrzip` for `size` bytes, which lrzip's own header must announce too: the program sees no bomb."""
+    if data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size:
+        raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
+    return run_lrzip(data, "-d")
 
 
 CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, holding little more than that)
@@ -3448,38 +3444,30 @@ def stream_coder(compressor: str, stream: str) -> str:
 
 # COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine, and no table is sent:
 # encoder and decoder count what they have seen. All of it is written once for both, from `code_arrays` below up to here: an
-# encoder leaves the values it is given as they are, a decoder fills them in, a BitCounter adds up what they would cost.
+# encoder leaves the values it is given as they are, a decoder fills them in, a counter of bits adds up what they would cost.
 
 POWERS = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
 LEVELS, LEVEL_ONE = 41, 12  # classes of mean magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
-LEVEL_EDGES = POWERS[73 : 73 + 2 * (LEVELS - 1) : 2]  # between two classes, times 2^12
+level = partial(POWERS[73 : 73 + 2 * (LEVELS - 1) : 2].searchsorted, side="right")  # class of a mean in units of 2^-12
 MAGNITUDE = np.minimum(np.arange(256), 256 - np.arange(256)).astype(np.int32)  # of an int8 whose bits are a table's index
 SCALED = (POWERS[120 - 2 * np.arange(LEVELS)][:, None] * MAGNITUDE).astype(np.int32).ravel()  # over that of its class, times 2^12
 SEEN = 64  # what one symbol adds to its count
 
 
-def level(mean: np.ndarray) -> np.ndarray:
-    """Class of a mean magnitude that is given in units of 2^-12."""
-    return LEVEL_EDGES.searchsorted(mean, "right")
-
-
 @cache
 def gaussian_counts() -> np.ndarray:
-    """Counts to start from, int64 (2 * LEVELS, 256), for each class under the first and then under the second quantizer of a
-    trellis: a Gaussian of its mean magnitude m, worth 256 symbols, and a floor.
-
-    At k a Gaussian has fallen by k^2 / (pi m^2 ln 2) octaves, here in eighths, with m^2 in units of 2^-10.
-    """
+    """Counts to start from, int64 (2 * LEVELS, 256), for each class under both quantizers of a trellis: a Gaussian of its mean
+    magnitude m, worth 256 symbols, and a floor. At k it has fallen by k^2 / (pi m^2 ln 2) octaves, here eighths, m^2 in 2^-10."""
     fallen = MAGNITUDE.astype(np.int64) ** 2 * 3762 // POWERS[32 + 4 * np.arange(LEVELS)][:, None]
     weight = POWERS[np.maximum(8 * 14 - fallen, 0)]
     return np.tile(1 + 256 * SEEN * weight // weight.sum(1, keepdims=True), (2, 1))
 
 
 class RangeCoder:
-    """Encoder, or decoder of `data`, of symbols with adaptive tables."""
+    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, only adds up the bits of each owner."""
 
-    def __init__(self, data: bytes | None = None):
-        library = need_constriction().stream
+    def __init__(self, data: bytes | None = None, owners: int = 0):
+        library, self.bits = need_constriction().stream, np.zeros(owners)
         self.table, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
         self.decoder = None if data is None else library.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
 
@@ -3495,33 +3483,21 @@ class RangeCoder:
         used = np.flatnonzero(sizes)
         frequencies = counts[used] * (2**24 - symbols) // counts[used].sum(1, keepdims=True)
         frequencies[np.arange(len(used)), counts[used].argmax(1)] += 2**24 - symbols - frequencies.sum(1)
-        self.code_tables(frequencies, used, sizes[used], context, values, owner)
+        if len(self.bits):
+            bits = (24 - np.log2(frequencies + 1))[used.searchsorted(context), values]
+            self.bits += np.bincount(owner, bits, len(self.bits))
+        else:
+            order = np.argsort(context, kind="stable")
+            ordered = values[order].astype(np.int32)
+            for table, part in zip(frequencies.astype(np.float32), np.split(ordered, sizes[used].cumsum()[:-1]), strict=True):
+                model = self.table(table, perfect=False)
+                if self.decoder is None:
+                    self.encoder.encode(part, model)
+                else:
+                    part[:] = self.decoder.decode(model, len(part))
+            values[order] = ordered
         index = context.astype(np.uint32) * np.uint32(symbols) + values
         counts += SEEN * np.bincount(index, minlength=counts.size).reshape(counts.shape)
-
-    def code_tables(self, frequencies, used, sizes, context, values, owner) -> None:
-        order = np.argsort(context, kind="stable")
-        ordered = values[order].astype(np.int32)
-        for table, part in zip(frequencies.astype(np.float32), np.split(ordered, np.cumsum(sizes)[:-1]), strict=True):
-            model = self.table(table, perfect=False)
-            if self.decoder is None:
-                self.encoder.encode(part, model)
-            else:
-                part[:] = self.decoder.decode(model, len(part))
-        values[order] = ordered
-
-
-class BitCounter(RangeCoder):
-    """Codes nothing: adds up, for each owner, the bits that a RangeCoder would need."""
-
-    decoder = None
-
-    def __init__(self, owners: int):
-        self.bits = np.zeros(owners)
-
-    def code_tables(self, frequencies, used, sizes, context, values, owner) -> None:
-        bits = (24 - np.log2(frequencies + 1))[used.searchsorted(context), values]
-        self.bits += np.bincount(owner, weights=bits, minlength=len(self.bits))
 
 
 def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray) -> None:
@@ -3547,38 +3523,31 @@ def to_lanes(matrices: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([m.reshape(-1, TRELLIS_SEGMENT, m.shape[1]).transpose(1, 2, 0).reshape(TRELLIS_SEGMENT, -1) for m in padded], 1)
 
 
-def similar_rows(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the best earlier one to predict it from, uint16, and the weight of that in halves: 0 (none), 1 or 2, uint8.
-
-    Earlier is what a decoder has by then: rows higher up in any segment. A reference costs about two bytes and must save more.
-    Scalar products are exact in fp32, so the choice is the same on every machine.
-    """
-    rows, cols = q.shape
-    index, weight, step = np.zeros(rows, np.uint16), np.zeros(rows, np.uint8), np.arange(rows) % TRELLIS_SEGMENT
-    order, starts = step.argsort(kind="stable"), np.bincount(step).cumsum()
-    x = torch.from_numpy(q[order, :256]).float()  # enough to find it
-    norm = (x.square().sum(1) + 1).sqrt()
-    for start, end in pairwise(starts.tolist()):
-        here, best = order[start:end], order[((x[start:end] @ x[:start].T) / norm[:start]).argmax(1).numpy()]
-        reference, least = q[best].astype(np.int16), np.square(q[here], dtype=np.int32).sum(1) * 2.0 ** (-18 / cols)
-        for halves in (1, 2):
-            error = np.square(q[here] - (reference * halves + 1 >> 1), dtype=np.int32).sum(1)
-            better = error < least
-            weight[here[better]], index[here[better]], least[better] = halves, best[better], error[better]
-    return index, weight
-
-
 def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
     """What an encoder tells about rows: class of magnitude + 64 * (weight of the reference in halves), uint8, and the reference.
 
-    The class is that of the whole matrix unless the row differs enough to pay for saying so.
+    A reference is the most similar row that a decoder has by then: one higher up in any segment. It costs about two bytes and must
+    save more, and the class is that of the whole matrix unless the row differs enough to pay for saying so. Scalar products are
+    exact in fp32, so the choice is the same on every machine.
     """
-    index, weight = similar_rows(q) if similar else (np.zeros(len(q), np.uint16), np.zeros(len(q), np.uint8))
-    residual = q - (q[index].astype(np.int16) * weight[:, None] + 1 >> 1) if similar else q
-    total = MAGNITUDE[residual.astype(np.uint8)].sum(1, dtype=np.int64) << 12
-    usual, own = level(total.sum() // q.size), level(total // q.shape[1])
-    own = np.where(q.shape[1] * (own - usual) ** 2 < 400, usual, own)
-    return (own + 64 * weight).astype(np.uint8), index
+    rows, cols = q.shape
+    index, weight, step, residual = np.zeros(rows, np.uint16), np.zeros(rows, np.uint8), np.arange(rows) % TRELLIS_SEGMENT, q.copy()
+    if similar:
+        order, starts = step.argsort(kind="stable"), np.bincount(step).cumsum().tolist()
+        x = torch.from_numpy(q[order, :256]).float()  # enough to find it
+        norm = (x.square().sum(1) + 1).sqrt()
+        for start, end in pairwise(starts):
+            here, best = order[start:end], order[((x[start:end] @ x[:start].T) / norm[:start]).argmax(1).numpy()]
+            least = np.square(q[here], dtype=np.int32).sum(1) * 2.0 ** (-18 / cols)
+            for halves in (1, 2):
+                left = q[here] - (q[best].astype(np.int16) * halves + 1 >> 1)
+                error = np.square(left, dtype=np.int32).sum(1)
+                better = error < least
+                chosen = here[better]
+                index[chosen], weight[chosen], residual[chosen], least[better] = best[better], halves, left[better], error[better]
+    total = MAGNITUDE[residual.view(np.uint8)].sum(1, dtype=np.int64) << 12
+    usual, own = level(total.sum() // q.size), level(total // cols)
+    return (np.where(cols * (own - usual) ** 2 < 400, usual, own) + 64 * weight).astype(np.uint8), index
 
 
 def code_matrices(coder: RangeCoder, counts, matrices: list[np.ndarray], owners: list[int], trellis: list[bool], similar: bool):
@@ -3631,30 +3600,28 @@ def code_matrices(coder: RangeCoder, counts, matrices: list[np.ndarray], owners:
     return [x.reshape(TRELLIS_SEGMENT, c, -1).transpose(2, 0, 1).reshape(-1, c)[:r] for x, r, c in pieces]
 
 
-def code_arrays(arrays: dict[str, np.ndarray], coder_of) -> dict[str, np.ndarray]:
-    """Code every array "tensor:codec.part", each stream with coder_of(stream). Returns them.
+def code_arrays(arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) -> dict[str, np.ndarray]:
+    """Code every array "tensor:codec.part" with its stream's coder. Returns them.
 
     The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All other numbers of one
     kind (the same tensor of every block, codec and part) share theirs.
     """
-    start, owner, groups = gaussian_counts(), {name: i for i, name in enumerate(arrays)}, {}
-    for name, a in arrays.items():
+    start, groups, out = gaussian_counts(), {}, dict(arrays)
+    for i, (name, a) in enumerate(arrays.items()):
         stream = first_match(STREAM_RULES, name)[0]
         if a.size:
-            groups.setdefault((STREAMS.index(stream), kind_of(name) if stream == "rest" else ""), []).append(name)
-    out, counts, coders = dict(arrays), start.copy(), {}
-    for (stream, kind), names in sorted(groups.items()):
-        if stream not in coders:
-            coders[stream] = coder_of(STREAMS[stream])
-        given, owners = [arrays[name] for name in names], [owner[name] for name in names]
-        if not kind:
-            counts = start + (counts - start) // 8
-            trellis = [":trellis." in name for name in names]
-            coded = code_matrices(coders[stream], counts, given, owners, trellis, STREAMS[stream] in TOKEN_STREAMS)
-        else:
+            groups.setdefault((STREAMS.index(stream), kind_of(name) if stream == "rest" else ""), []).append((i, name, a))
+    counts = start.copy()
+    for (number, kind), group in sorted(groups.items()):
+        stream, (owners, names, given) = STREAMS[number], zip(*group, strict=True)
+        if kind:
             sizes, flat = [a.size for a in given], np.concatenate([a.reshape(-1) for a in given])
             code_numbers(coders[stream], flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
             coded = [x.reshape(a.shape) for x, a in zip(np.split(flat, np.cumsum(sizes)[:-1]), given, strict=True)]
+        else:
+            counts = start + (counts - start) // 8
+            trellis = [":trellis." in name for name in names]
+            coded = code_matrices(coders[stream], counts, given, owners, trellis, stream in TOKEN_STREAMS)
         out |= zip(names, coded, strict=True)
     return out
 
@@ -3666,8 +3633,8 @@ def coded_bits(arrays: dict[str, np.ndarray]) -> np.ndarray:
     Keys are "tensor:codec.part" as in STREAM_RULES, such as "blocks.0.mlp.fc.weight:trellis.q"; values int8, int16 or fp16. The
     sum is that of an artifact of just these arrays: tables are shared, so a few arrays alone cost a little more than among all.
     """
-    counter = BitCounter(len(arrays))
-    code_arrays(arrays, lambda stream: counter)
+    counter = RangeCoder(owners=len(arrays))
+    code_arrays(arrays, dict.fromkeys(STREAMS, counter))
     return counter.bits
 
 
@@ -3701,9 +3668,9 @@ def encode_streams(compressor: str, arrays: dict[str, np.ndarray]) -> dict[str, 
     transposed, their rows reordered where STREAM_RULES says so (the orders, uint16, are stream row_order); others as byte planes.
     """
     if compressor == "range":
-        coders: dict[str, RangeCoder] = {}
-        code_arrays(arrays, lambda stream: coders.setdefault(stream, RangeCoder()))
-        return {stream: coders[stream].encoder.get_compressed().astype("<u4").tobytes() if stream in coders else b"" for stream in STREAMS}
+        coders = {stream: RangeCoder() for stream in STREAMS}
+        code_arrays(arrays, coders)
+        return {stream: coder.encoder.get_compressed().astype("<u4").tobytes() for stream, coder in coders.items()}
     streams: dict[str, list[bytes]] = {stream: [] for stream in STREAMS}
     for name, a in arrays.items():
         stream, sort = first_match(STREAM_RULES, name)
@@ -3723,7 +3690,7 @@ def encode_streams(compressor: str, arrays: dict[str, np.ndarray]) -> dict[str, 
 def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes]) -> dict[str, np.ndarray]:
     """The inverse of `encode_streams`; `arrays` has the right shapes and dtypes. Raises ArtifactError or what a coder raises."""
     if compressor == "range":
-        return code_arrays(arrays, lambda stream: RangeCoder(coded[stream]))
+        return code_arrays(arrays, {stream: RangeCoder(data) for stream, data in coded.items()})
     sizes = dict.fromkeys(STREAMS, 0)
     for name, a in arrays.items():
         stream, sort = first_match(STREAM_RULES, name)
@@ -3734,20 +3701,14 @@ def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[s
     raw = {s: jobs[s].result() if s in jobs else b"" for s in STREAMS}
     if wrong := [f"{s}: {len(raw[s])} bytes instead of {sizes[s]}" for s in STREAMS if len(raw[s]) != sizes[s]]:
         raise ArtifactError(f"streams of the artifact decode to a wrong size: {', '.join(wrong)}")
-    offsets, out = dict.fromkeys(STREAMS, 0), {}
-
-    def take(stream: str, count: int) -> bytes:
-        start = offsets[stream]
-        offsets[stream] = start + count
-        return raw[stream][start : start + count]
-
+    streams, out = {stream: io.BytesIO(data) for stream, data in raw.items()}, {}
     for name, like in arrays.items():
         stream, sort = first_match(STREAM_RULES, name)
-        data = take(stream, like.nbytes)
+        data = streams[stream].read(like.nbytes)
         if stream_coder(compressor, stream) == "lrzip":
             out[name] = np.frombuffer(data, like.dtype).reshape(like.shape[::-1]).T
             if sort:
-                order = from_byte_planes(take("row_order", 2 * len(like)), "<u2", (len(like),))
+                order = from_byte_planes(streams["row_order"].read(2 * len(like)), "<u2", (len(like),))
                 out[name] = out[name][order.argsort(kind="stable")]
         else:
             out[name] = from_byte_planes(data, like.dtype.str, like.shape)
@@ -3834,7 +3795,7 @@ def read_header(blob: bytes) -> Header:
     if hashlib.blake2b(blob[4:10] + blob[26:], digest_size=16).digest() != blob[10:26]:
         raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy or make it again")
     try:
-        header = json.loads(brotli.Decompressor().process(blob[26 : 26 + size], output_buffer_limit=HEADER_LIMIT))
+        header = json.loads(brotli.Decompressor().process(blob[26 : 26 + size], output_buffer_limit=1 << 20))
         if version == 1:
             coders, parts = {stream: coder for stream, coder, _, _ in header["streams"]}, {}
             (compressor,) = [c for c in ("brotli", "lzma", "pergroup") if [stream_coder(c, s) for s in STREAMS] == [*coders.values()]]

@@ -370,7 +370,7 @@ def test_numbers_come_back_and_cost_what_was_predicted(t):
     nobody = np.zeros(len(values), int)
     tg.code_numbers(coder, values.copy(), nobody)
     words = coder.encoder.get_compressed()
-    counter = tg.BitCounter(1)
+    counter = tg.RangeCoder(owners=1)
     tg.code_numbers(counter, values.copy(), nobody)
     assert abs(32 * len(words) - counter.bits[0]) <= 64
     back = np.zeros_like(values)
@@ -381,7 +381,7 @@ def test_numbers_come_back_and_cost_what_was_predicted(t):
 def test_tables_are_used_as_they_are_given():
     """The library adds 1 to frequencies whose sum leaves room for that, and does nothing else: no rounding enters the format."""
     counts = np.random.default_rng(0).integers(1, 10**6, (1, 256))
-    coder, counter = tg.RangeCoder(), tg.BitCounter(1)
+    coder, counter = tg.RangeCoder(), tg.RangeCoder(owners=1)
     for one in (coder, counter):
         one.code(counts.copy(), np.zeros(10**5, np.uint8), np.full(10**5, 7, np.uint8), np.zeros(10**5, int))
     assert abs(coder.encoder.num_bits() - counter.bits[0]) < 64
