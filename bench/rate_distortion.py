@@ -40,10 +40,11 @@ METHODS = {  # method: the variables of its points; TARGET_BYTES in percent of t
     "s14+pergroup": s14("pergroup"),
     "s14+range": s14("range"),
     "s05": [S05 | dict(N_INT6_LAYERS=n) for n in (10, 0, 20, 999)],
+    "s05+range": [S05 | dict(N_INT6_LAYERS=n, COMPRESSOR="range") for n in (10, 0, 20, 999)],
     "s05 pruned": [S05 | dict(N_INT6_LAYERS=n, TARGET_BYTES=t) for n, t in ((999, "100%"), (10, "90%"), (10, "80%"))],
     "rd": [dict(QUANT="rd", COMPRESSOR="range", TARGET_BYTES=t) for t in ("100%", "115%", "90%", "80%", "70%")],
 }
-COLOURS = dict(zip(METHODS, ("#9aa1ab", "#4a8fbd", "#2f6690", "#d9822b", "#c4562e", "#7a5195"), strict=True))
+COLOURS = dict(zip(METHODS, ("#9aa1ab", "#4a8fbd", "#2f6690", "#e0a35c", "#d9822b", "#b04a2f", "#7a5195"), strict=True))
 STANDARD = "s14+brotli"  # what the others are compared with, at its first point
 
 
