@@ -15,6 +15,7 @@ L blocks, S slots (positions in the unrolled layer order), W ranks.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import difflib
@@ -79,6 +80,7 @@ S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
 COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
 ATTN_BACKENDS = ("auto", "fa3", "fa4", "varlen", "cpu", "sdpa")
 MLP_KERNELS = ("eager", "pre_post", "act_grad", "lsb")
+COMPRESSORS = ("range", "pergroup", "brotli", "lzma")
 
 PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable set by hand wins
     "s14": {},
@@ -88,13 +90,19 @@ PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable 
         ttt_eval_seq_len=2048, ttt_batch_size=64, ttt_mask="", ttt_local_lr_mult=1.0, ttt_short_score_first_enabled=False,
         ttt_short_score_first_steps="", phased_ttt_num_phases=3,
     ),
+    "s05": dict(  # PR #1105 with mixed bits; not here: its loader, bigram hash and value embeddings, SWA, late fake quantization
+        train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, rope_train_seq_len=2048, warmdown_iters=4000, min_lr=0.05,
+        mlp_mult=3.5, num_loops=0, parallel_start_layer=0, smear_gate_enabled=False, sparse_attn_gate_enabled=False,
+        asym_logit_rescale=False, quant="s05", gptq_calibration="self", awq_lite_enabled=False, lqer_enabled=False, compressor="brotli",
+        eval_method="sliding", eval_seq_len=2048, eval_stride=64, ttt_enabled=False,
+    ),
     "demo": dict(
         data_path="data/demo", vocab_size=1024, num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=6, rope_dims=8,
         loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096,
         train_seq_len=512, train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
         eval_seq_len=512, ttt_eval_seq_len=512, rope_train_seq_len=512, eval_stride=256, val_batch_tokens=65536,
         max_wallclock_seconds=80.0, gptq_reserve_seconds=8.0, gptq_calibration_batches=12, max_eval_seconds=0.0, train_log_every=20,
-        muon_momentum_warmup_steps=100, ema_decay=0.95, compressor="brotli", ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
+        muon_momentum_warmup_steps=100, ema_decay=0.95, ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
         ttt_batch_size=16, ttt_chunk_size=128, ttt_short_score_first_steps="256:32,512:64", ttt_lanes=1, phased_ttt_prefix_docs=40,
         global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
     ),
@@ -105,15 +113,16 @@ REFUSED = {  # names that appear in published commands but never did anything, a
     "TTT_LR": "nothing ever read it; the learning rate of the adapters is TTT_LORA_LR times TTT_LOCAL_LR_MULT",
     "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
     "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are computed inside the evaluation's clock",
+    "TARGET_MB": "published runs gave it in MiB, and their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES",
     "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; PARAM_RULES says which optimizer owns which tensor",
 }
 
 FAMILIES = (  # an unknown variable that starts like this is a typo, not somebody else's
     "ADAM_", "ASYM_", "ATTN_", "AUDIT", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_",
     "FUSED_CE", "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_",
-    "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_",
-    "PHASED_TTT_", "QK_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_", "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB",
-    "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
+    "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "N_INT6", "PARALLEL_",
+    "PHASED_TTT_", "QK_", "QUANT", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_", "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_", "TARGET_",
+    "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
 )
 
 
@@ -202,7 +211,7 @@ def rule_violations(c: Config):
         yield ("ttt_eval_batches",), f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: expected a comma list of batch numbers"
     if not all(item.strip().isdigit() for item in filter(None, c.seeds_declared.split(","))):
         yield ("seeds_declared",), f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
-    if c.max_wallclock_seconds and c.gptq_reserve_seconds >= c.max_wallclock_seconds:
+    if c.max_wallclock_seconds and not c.train_budget_seconds:
         yield ("max_wallclock_seconds", "gptq_reserve_seconds"), (
             f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
     if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
@@ -211,6 +220,8 @@ def rule_violations(c: Config):
         yield ("eval_stride", "eval_seq_len"), f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
     if c.slot != "off" and (c.ttt_enabled or c.eval_method != "sliding"):
         yield ("slot", "ttt_enabled", "eval_method"), f"SLOT={c.slot} needs sliding windows: set EVAL_METHOD=sliding and TTT_ENABLED=0"
+    if c.quant == "s05" and c.matrix_bits < 3:
+        yield ("quant", "matrix_bits"), f"QUANT=s05 takes a bit from most matrices: MATRIX_BITS={c.matrix_bits} must be at least 3"
     if c.lqer_enabled and c.lqer_asym_enabled and any(c.lqer_rank * n % c.lqer_asym_group for n in (c.model_dim, c.mlp_dim)):
         yield ("lqer_rank", "lqer_asym_group", "model_dim", "mlp_mult"), (
             f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} must be multiples of "
@@ -337,13 +348,17 @@ class Config:
     train_log_every: int = knob(500, "steps between log lines", lo=1)
     val_loss_every: int = knob(0, "steps between validations, clock stopped; 0 = only at the end", lo=0)
     # quantization
-    matrix_bits: int = knob(6, "bits of the matrices", lo=2, hi=8)
+    quant: str = knob("s14", "steps by standard deviation; s05 = by percentile, mixed bits, int8 embedding", choices=("s14", "s05"))
+    matrix_bits: int = knob(6, "bits of the matrices; with QUANT=s05 of the chosen ones, the others have one less", lo=2, hi=8)
+    n_int6_layers: int = knob(10, "matrices that keep MATRIX_BITS with QUANT=s05: those with the largest Hessian trace", lo=0)
+    target_bytes: int = knob(0, "prune the cheapest +-1 until the artifact has at most this many bytes, QUANT=s05; 0 = off", lo=0)
     embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8)
     matrix_clip_sigmas: float = knob(12.85, "clip of matrices that are neither attention, MLP nor embedding (the untied head)", lo=0.1)
     embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row", lo=0.1)
     mlp_clip_sigmas: float = knob(11.5, "clip of the MLP matrices", lo=0.1)
     attn_clip_sigmas: float = knob(13.0, "clip of the attention matrices", lo=0.1)
     gated_attn_quant_gate: bool = knob(True, "attention gates as int8 rows; 0 = fp16")
+    gptq_calibration: str = knob("train", "data of the Hessians: training windows, or the model's own text", choices=("train", "self"))
     gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians", lo=1)
     gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians", lo=0)
     awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most")
@@ -358,7 +373,7 @@ class Config:
     lqer_asym_group: int = knob(64, "values per scale of the right factor", lo=1)
     lqer_scope: str = knob("all", "tensors that may be corrected", choices=("all", "mlp", "attn", "embed"))
     lqer_gain_select: bool = knob(False, "choose tensors by the error removed instead of the error present")
-    compressor: str = knob("pergroup", "coder of the artifact; pergroup needs the lrzip program", choices=("pergroup", "brotli", "lzma"))
+    compressor: str = knob("range", "coder of the artifact; pergroup needs the lrzip program", choices=COMPRESSORS)
     # evaluation
     eval_method: str = knob("packed", "diagnostics: whole documents packed, or sliding windows", choices=("packed", "sliding"))
     eval_seq_len: int = knob(3072, "longest context of the diagnostics", lo=1)
@@ -460,7 +475,8 @@ class Config:
     @property
     def train_budget_seconds(self) -> float:
         """Seconds for the training loop; 0 = no limit."""
-        return max(self.max_wallclock_seconds - self.gptq_reserve_seconds, 0.0)
+        reserve = self.gptq_reserve_seconds if self.gptq_calibration == "train" else 0.0  # the model's own text is no training data
+        return max(self.max_wallclock_seconds - reserve, 0.0)
 
     @property
     def seq_schedule(self) -> tuple[tuple[int, float], ...]:
@@ -517,6 +533,10 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("seq_change_warmup_steps",), lambda c: len(c.seq_schedule) == 1, "the context never changes"),
     (("compile_shape_warmup_iters", "compile_shape_warmup_loop_modes"), lambda c: not c.compile_shape_warmup, "COMPILE_SHAPE_WARMUP is 0"),
     (("midrun_cap_log_updates",), lambda c: not c.midrun_cap_schedule, "MIDRUN_CAP_SCHEDULE is blank"),
+    (("n_int6_layers", "target_bytes"), lambda c: c.quant != "s05", "QUANT is not s05"),
+    (("embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas"),
+     lambda c: c.quant == "s05", "QUANT=s05 has its own steps and an int8 embedding"),
+    (("gptq_calibration_batches", "gptq_reserve_seconds"), lambda c: c.gptq_calibration == "self", "GPTQ_CALIBRATION is self"),
     (("awq_lite_bits", "awq_lite_group_size", "awq_lite_group_top_k"), lambda c: not c.awq_lite_enabled, "AWQ_LITE_ENABLED is 0"),
     (("lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_asym_enabled", "lqer_asym_group", "lqer_scope", "lqer_gain_select"),
      lambda c: not c.lqer_enabled, "LQER_ENABLED is 0"),
@@ -1169,15 +1189,20 @@ class ValData:
 # KERNELS - each a definition first; where a faster form exists, it is held to the definition by a test.
 # ==================================================================================================
 
+def softcap(logits: Tensor, cap_pos: Tensor, cap_neg: Tensor) -> Tensor:
+    """cap tanh(logits / cap) in fp32, with one cap for each sign of the logit."""
+    z = logits.float()
+    cap = cap_pos if cap_pos is cap_neg else torch.where(z > 0, cap_pos, cap_neg)
+    return cap * torch.tanh(z / cap)
+
+
 def softcapped_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, round_cap: bool = False) -> Tensor:
-    """Cross-entropy in nats, per token and in fp32, of cap tanh(logits / cap), with one cap for each sign of the logit.
+    """Cross-entropy in nats, per token and in fp32, of the capped logits.
 
     logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before the
     cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
     """
-    z = logits.float()
-    cap = cap_pos if cap_pos is cap_neg else torch.where(z > 0, cap_pos, cap_neg)
-    z = cap * torch.tanh(z / cap)
+    z = softcap(logits, cap_pos, cap_neg)
     z = z.to(logits.dtype).float() if round_cap else z
     if targets.ndim == z.ndim:
         return z.logsumexp(-1, keepdim=True) - z.gather(-1, targets)
@@ -1236,21 +1261,22 @@ def gate_heads(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return without_own_value(y, v) * gate.unsqueeze(-1)
 
 
-def window_mask(n: int, window: int, like: Tensor) -> Tensor | None:
+def window_mask(n: int, window: int, like: Tensor, queries: int = 0) -> Tensor | None:
     """What is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
 
-    None where plain causal attention is the same: no window (0), or one that the segment fits into.
+    None where plain causal attention is the same: no window (0), or one that the segment fits into. queries: just the last so
+    many rows; their mask is never None.
     """
-    if not 0 < window < n:
+    if not 0 < window < n and not queries:
         return None
     at = torch.arange(n, device=like.device)
-    distance = at[:, None] - at
-    return torch.zeros(n, n, dtype=like.dtype, device=like.device).masked_fill_((distance < 0) | (distance >= window), -math.inf)
+    distance = at[-queries:, None] - at
+    return torch.zeros_like(distance, dtype=like.dtype).masked_fill_((distance < 0) | (distance >= (window or n)), -math.inf)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention of whole rows, in a window. q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d)."""
-    mask = window_mask(q.shape[1], window, q)
+    """Causal attention of whole rows, in a window. q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d); fewer queries are the last."""
+    mask = window_mask(k.shape[1], window, q, 0 if q.shape[1] == k.shape[1] else q.shape[1])
     heads = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
 
@@ -1935,6 +1961,22 @@ class Packing(NamedTuple):
     max_len: int
 
 
+class Cache:
+    """What rows (B, T) leave behind: their last token and, by slot, their keys and values. With it a forward goes on where it stopped."""
+
+    def __init__(self, max_len: int):
+        self.max_len, self.length, self.last, self.kv = max_len, 0, None, {}
+
+    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values (B, T, G, d) of new tokens; returns those of all tokens so far."""
+        B, T, G, d = k.shape
+        if slot not in self.kv:
+            self.kv[slot] = k.new_empty(2, B, G, self.max_len, d).transpose(2, 3)  # a head's positions lie side by side: half the time
+        held = self.kv[slot][:, :, : self.length + T]
+        held[0, :, self.length :], held[1, :, self.length :] = k, v
+        return held[0], held[1]
+
+
 def lora_delta(x: Tensor, lora: Lora) -> Tensor:
     """(B, T, n_in) -> (B, T, n_out), in the dtype of x."""
     return lora.scale * (x @ lora.A.to(x.dtype).mT) @ lora.B.to(x.dtype).mT
@@ -2003,7 +2045,7 @@ class Attention(nn.Module):
         deltas = [n.new_zeros(*n.shape[:-1], width) if site is None else lora_delta(n, site) for site, width in sites]
         return merged + torch.cat(deltas, dim=-1)
 
-    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing: Packing | None, tap, name: str) -> Tensor:
+    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing: Packing | None, past, tap, name) -> Tensor:
         """n (B, T, D) normed, without its norm scale -> (B, T, D)."""
         cfg = self.cfg
         if tap is not None:
@@ -2011,7 +2053,7 @@ class Attention(nn.Module):
         qkv = self.qkv(n, w, lora)
         q, k, v = kernels.split_heads(qkv, self.q_gain, *rope, cfg.num_kv_heads)
         if packing is None:
-            y = causal_attention(q, k, v, self.window)
+            y = causal_attention(q, *((k, v) if past is None else past(k, v)), self.window)
         else:
             y = kernels.attend(q[0], k[0], v[0], packing.cu_seqlens, packing.max_len, self.window)[None]
         gate = None if cfg.attn_gate == "none" else self.gate(n, qkv)
@@ -2050,10 +2092,10 @@ class Block(nn.Module):
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
-    def attention(self, u: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, tap) -> Tensor:
+    def attention(self, u: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, past, tap) -> Tensor:
         """What attention adds to the residual stream u (B, T, D)."""
         n = rms_norm(u)
-        out = self.attn(n, w, lora, rope, kernels, packing, tap, self.name)
+        out = self.attn(n, w, lora, rope, kernels, packing, past, tap, self.name)
         return out if lora.o is None else out + self.attn_scale.to(n.dtype) * lora_delta(n, lora.o)
 
     def mlp(self, x: Tensor, w: Weights, lora: Adapters, kernels: Kernels, tap) -> Tensor:
@@ -2122,17 +2164,16 @@ class GPT(nn.Module):
             return x + skipped
         return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[j]).to(x.dtype))
 
-    def hidden(self, tokens: Tensor, packing: Packing | None, order: tuple[int, ...], adapters: Adapters, tap) -> Tensor:
+    def hidden(self, tokens: Tensor, packing: Packing | None, order: tuple[int, ...], adapters: Adapters, cache, tap) -> Tensor:
         """Tokens -> final normed hidden states (B, T, D). The first half of `order` pushes skips, the second half pops them.
 
         From the first decoder slot with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
         the first, the MLP reads the second, and both sublayers write to both.
         """
-        cfg = self.cfg
-        x0 = lane = self.embed(tokens)
-        mlp_lane = None
-        context = packing.max_len if packing is not None else tokens.shape[1]
-        rope = rotary_tables(cfg, tokens.shape[1], context, tokens.device)
+        cfg, T, start, mlp_lane = self.cfg, tokens.shape[1], 0 if cache is None else cache.length, None
+        x0 = lane = self.embed(torch.cat((cache.last, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
+        context = next((c.max_len for c in (packing, cache) if c is not None), T)
+        rope = tuple(table[start:] for table in rotary_tables(cfg, start + T, context, tokens.device))
         loras = adapters.slots([self.blocks[layer].norm_scale for layer in order])
         weights, half, skips = self.weights(x0.dtype), len(order) // 2, []
         for slot, layer in enumerate(order):
@@ -2142,7 +2183,8 @@ class GPT(nn.Module):
             if j >= 0 and skips:
                 lane = self.skip(lane, skips.pop(), j)
             u = block.mix(lane, x0)
-            a = block.attention(u, w, lora, rope, self.kernels, packing, tap)
+            past = None if cache is None else partial(cache.extend, slot)
+            a = block.attention(u, w, lora, rope, self.kernels, packing, past, tap)
             if mlp_lane is None:
                 lane = u + a
                 lane = lane + block.mlp(lane, w, lora, self.kernels, tap)
@@ -2152,6 +2194,8 @@ class GPT(nn.Module):
                 lane, mlp_lane = (resid[i] * old + post[i, 0] * a + post[i, 1] * m for i, old in enumerate((lane, mlp_lane)))
             if j < 0:
                 skips.append(lane)
+        if cache is not None:
+            cache.last, cache.length = tokens[:, -1:], start + T
         if mlp_lane is not None:
             lane = dict(mean=(lane + mlp_lane) / 2, mlp=mlp_lane, attn=lane)[cfg.parallel_final_lane]
         return rms_norm(lane)
@@ -2159,24 +2203,26 @@ class GPT(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         *,
         order: tuple[int, ...],
         packing: Packing | None = None,
+        cache: Cache | None = None,
         adapters: Adapters = NO_ADAPTERS,
         positions: Tensor | None = None,
         shift: Tensor | None = None,
         loss_weight: float | None = None,
         tap=None,
     ) -> Tensor:
-        """Nats per target, fp32. The only entry: training, scoring, calibration and test-time training.
+        """Nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
 
         tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
-        dimension for several candidates each. order: `layer_order`. packing: segments of a packed row. adapters: one set per row.
-        shift (B or 1, 1, D): added to the final hidden states. tap(site, x): sees the input of every matrix. loss_weight: this is
-        training, and a promise to backpropagate exactly this times the sum, see `weighted_ce`.
+        dimension for several candidates each; None: the capped logits (B, T, V). order: `layer_order`. packing: segments of a packed
+        row. cache: what these rows held before; not with packing. adapters: one set per row. shift (B or 1, 1, D): added to the final
+        hidden states. tap(site, x): sees the input of every matrix. loss_weight: this is training, and a promise to backpropagate
+        exactly this times the sum, see `weighted_ce`.
         """
-        x = self.hidden(tokens, packing, order, adapters, tap)
+        x = self.hidden(tokens, packing, order, adapters, cache, tap)
         if positions is not None:
             x = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         if shift is not None:
@@ -2186,6 +2232,8 @@ class GPT(nn.Module):
         logits = linear(x, self.tok_emb.weight if self.lm_head is None else self.lm_head.weight, adapters.head)
         cap = torch.full((), self.cfg.logit_softcap, device=x.device)
         caps = (cap, cap) if self.softcap_pos is None else (self.softcap_pos, self.softcap_neg)
+        if targets is None:
+            return softcap(logits, *caps)
         round_cap = not (self.cfg.eval_softcap_fp32 if loss_weight is None else self.cfg.fused_ce_enabled)
         if loss_weight is not None and self.kernels.weighted_ce is not None and not round_cap:
             return self.kernels.weighted_ce(logits, targets, *caps, loss_weight)
@@ -2917,12 +2965,30 @@ class Hessians:
 
 
 @torch.no_grad()
+def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, length: int = 2048, temperature: float = 0.8) -> np.ndarray:
+    """Text of the model's own for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences, T = min(length,
+    TRAIN_SEQ_LEN). The first token is uniform, the others are drawn at `temperature`; SEED decides them, on any number of ranks."""
+    size, order = min(length, cfg.train_seq_len) + 1, layer_order(cfg, looping=True)
+    draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))[world.rank :: world.size].to(world.device)
+    tokens, cache = (draws * cfg.vocab_size).long(), Cache(size - 1)
+    for t in range(1, size):
+        odds = (model(tokens[:, t - 1 : t], None, order=order, cache=cache)[:, 0] / temperature).softmax(-1).cumsum(-1)
+        tokens[:, t] = torch.searchsorted(odds, draws[:, t : t + 1] * odds[:, -1:])[:, 0]
+    return tokens.cpu().numpy()
+
+
+@torch.no_grad()
 def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Hessians:
-    """Run training windows through the looped network, documents masked as in training, and add H up over the ranks."""
-    hessians, order = Hessians(), layer_order(cfg, looping=True)
-    windows = calibration_windows(files.train, cfg.train_microbatch_tokens, cfg.gptq_calibration_batches * cfg.micro_batches)
-    eta = Eta(len(windows[world.rank :: world.size]))
-    for tokens in windows[world.rank :: world.size]:
+    """Run calibration windows through the looped network, documents masked as in training, and add H up over the ranks."""
+    hessians, order, start = Hessians(), layer_order(cfg, looping=True), time.perf_counter()
+    if cfg.gptq_calibration == "self":
+        windows = write_sequences(cfg, world, model)
+        log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {time.perf_counter() - start:.1f}s")
+    else:
+        windows = calibration_windows(files.train, cfg.train_microbatch_tokens, cfg.gptq_calibration_batches * cfg.micro_batches)
+        windows = windows[world.rank :: world.size]
+    eta = Eta(len(windows))
+    for tokens in windows:
         row = packed_row(tokens, cfg.train_seq_len, world.device)
         model(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len), tap=hessians)
         eta.add(1)
@@ -2933,6 +2999,11 @@ def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log:
     world.sum_(counts)
     hessians.count = dict(zip(hessians.count, counts.tolist(), strict=True))
     return hessians
+
+
+def kind_of(name: str) -> str:
+    """The name without its block: "blocks.3.attn.q_gain" -> "blocks.*.attn.q_gain"."""
+    return ".".join("*" if word.isdigit() else word for word in name.split("."))
 
 
 def unbank(cfg: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -2959,12 +3030,9 @@ def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                       mlp_up_bank=stack("mlp.fc"), mlp_down_bank=stack("mlp.proj"))
 
 
-def clip_scale(W: Tensor, clip_sigmas: float, q_max: int) -> Tensor:
-    """SDClip: fp16 step sizes (..., rows) that put `clip_sigmas` standard deviations of a row on `q_max` steps.
-
-    Fp16 because that is what is stored; never zero, so an all-zero row decodes to zeros.
-    """
-    return (clip_sigmas * W.std(-1) / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
+def step_size(clip: Tensor, q_max: float) -> Tensor:
+    """fp16 steps that put `clip` on `q_max` steps: fp16 because that is what is stored; never zero, so a zero row decodes to zeros."""
+    return (clip / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
 
 
 def inverse_cholesky(H: Tensor) -> Tensor:
@@ -2974,15 +3042,15 @@ def inverse_cholesky(H: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(R, identity, upper=True)
 
 
-def gptq(W: Tensor, H: Tensor, clip_sigmas: float, bits: int, protected: Tensor, hi_bits: int, block: int = 128):
+def gptq(W: Tensor, H: Tensor, clip: Tensor, bits: int, protected: Tensor, hi_bits: int, block: int = 128):
     """GPTQ (arXiv:2210.17323) with act-order, one scale per row, for a stack of matrices of one shape.
 
-    W (n, rows, cols) fp32, H (n, cols, cols), protected (n, cols) bool: columns on the finer grid of `hi_bits`.
-    Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and of protected columns.
+    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols) bool: columns on the
+    finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and of protected columns.
     """
     cols = W.shape[2]
     q_max, hi_max = 2 ** (bits - 1) - 1, 2 ** (hi_bits - 1) - 1
-    scale, hi_scale = clip_scale(W, clip_sigmas, q_max), clip_scale(W, clip_sigmas, hi_max)
+    scale, hi_scale = step_size(clip, q_max), step_size(clip, hi_max)
     H, W = H.clone(), W.clone()
     diag = H.diagonal(dim1=-2, dim2=-1)
     dead = diag == 0
@@ -3009,6 +3077,12 @@ def gptq(W: Tensor, H: Tensor, clip_sigmas: float, bits: int, protected: Tensor,
         W[:, :, end:] -= err @ Hinv[:, start:end, end:]
     inverse = perm.argsort(-1)
     return Q.gather(2, inverse[:, None].expand_as(Q)).to(torch.int8), scale, hi_scale
+
+
+# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state by state and parity);
+# it starts at 0 in every segment, and in odd states the second of two quantizers is active.
+TRELLIS_SEGMENT = 128
+TRELLIS_NEXT = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
 
 
 class Stored(NamedTuple):
@@ -3042,7 +3116,7 @@ class Int8Rows:
 
     @staticmethod
     def encode(w: Tensor) -> dict[str, Tensor]:
-        scale = (w.abs().amax(1) / 127).clamp_min(1e-10).half().clamp_min(2.0**-24)
+        scale = step_size(w.abs().amax(1), 127)
         return dict(q=(w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale=scale)
 
     @staticmethod
@@ -3064,10 +3138,11 @@ class Gptq:
     @staticmethod
     def decode(parts: dict[str, Tensor]) -> Tensor:
         q = parts["q"].float()
-        w = q * parts["scale"].float()[:, None]
-        for start in parts["hi_start"].tolist() if "hi_start" in parts else ():
-            columns = slice(start, start + int(parts["hi_size"]))
-            w[:, columns] = q[:, columns] * parts["hi_scale"].float()[:, None]
+        w, high = q * parts["scale"].float()[:, None], torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)
+        if "hi_start" in parts:
+            for start in parts["hi_start"].unique().tolist():
+                high[start : start + int(parts["hi_size"])] = True
+            w[:, high] = q[:, high] * parts["hi_scale"].float()[:, None]
         return w
 
 
@@ -3078,7 +3153,7 @@ class LowRank:
     def encode(A: Tensor, B: Tensor, bits: int) -> dict[str, Tensor]:
         parts, q_max = {}, 2 ** (bits - 1) - 1
         for name, factor in (("A", A), ("B", B)):
-            scale = (factor.abs().amax(1) / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
+            scale = step_size(factor.abs().amax(1), q_max)
             parts |= {name: (factor / scale.float()[:, None]).round().clamp(-q_max, q_max).to(torch.int8), f"{name}_scale": scale}
         return parts
 
@@ -3093,9 +3168,9 @@ class LowRankAsym:
 
     @staticmethod
     def encode(A: Tensor, B: Tensor, group: int) -> dict[str, Tensor]:
-        a_scale = (A.abs().max() / 1.5).clamp_min(1e-10).half().clamp_min(2.0**-24)
+        a_scale = step_size(A.abs().max(), 1.5)
         groups = B.reshape(-1, group)
-        b_scale = (groups.abs().amax(1) / 7.5).clamp_min(1e-10).half().clamp_min(2.0**-24)
+        b_scale = step_size(groups.abs().amax(1), 7.5)
         return dict(
             A=(A / a_scale.float()).round().clamp(-2, 1).to(torch.int8), A_scale=a_scale.view(1),
             B=(groups / b_scale.float()[:, None]).round().clamp(-8, 7).to(torch.int8).view_as(B), B_scale=b_scale)
@@ -3107,6 +3182,10 @@ class LowRankAsym:
 
 
 CODECS = dict(float16=Float16, int8_row=Int8Rows, gptq=Gptq, low_rank=LowRank, low_rank_asym=LowRankAsym)
+CODEC_PARTS = dict(  # what an artifact may hold of each codec, and its dtype
+    float16=dict(w="f2"), int8_row=dict(q="i1", scale="f2"), gptq=dict(q="i1", scale="f2", hi_start="i2", hi_size="i2", hi_scale="f2"),
+    low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"), low_rank_asym=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
+)
 
 QUANT_RULES = (  # pattern, codec, bits, clip, site of the Hessian; first match wins
     ("tok_emb.weight", "gptq", "embed_bits", "embed_clip_sigmas", "head"),
@@ -3119,7 +3198,14 @@ QUANT_RULES = (  # pattern, codec, bits, clip, site of the Hessian; first match 
     ("*", "float16", "", "", ""),
 )
 
+PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QUANT=s05 tries to end its grid
+
 LQER_SCOPES = dict(all="*", mlp="*.mlp.*", attn="*.attn.*", embed="tok_emb.weight")
+
+
+def quant_rules(cfg: Config) -> tuple:
+    """QUANT_RULES, and what QUANT changes in it."""
+    return (("tok_emb.weight", "int8_row", "", "", ""), *QUANT_RULES) if cfg.quant == "s05" else QUANT_RULES
 
 
 class Task(NamedTuple):
@@ -3133,15 +3219,24 @@ class Task(NamedTuple):
 
 
 def gptq_tasks(cfg: Config, tensors: dict[str, Tensor]) -> list[Task]:
-    """The tensors that QUANT_RULES sends to GPTQ, with their settings."""
+    """The tensors that the rules send to GPTQ, with their settings."""
     tasks = []
     for name, t in tensors.items():
-        codec, bits, clip, site = first_match(QUANT_RULES, name)
+        codec, bits, clip, site = first_match(quant_rules(cfg), name)
         if codec == "gptq":
             block = ".".join(name.split(".")[:2]) + "." if name.startswith("blocks.") else ""
             site = None if name == "tok_emb.weight" and not cfg.tie_embeddings else block + site
             tasks.append(Task(name, t.float(), getattr(cfg, bits), getattr(cfg, clip), site))
     return tasks
+
+
+def mixed_bits(cfg: Config, tasks: list[Task], hessians: Hessians) -> list[Task]:
+    """QUANT=s05: the N_INT6_LAYERS matrices with the largest trace of H keep their bits, the others lose one (PR #1105)."""
+    if cfg.quant != "s05":
+        return tasks
+    ranked = sorted(tasks, key=lambda t: -hessians.H[t.site].trace().item())
+    kept = {task.name for task in ranked[: cfg.n_int6_layers]}
+    return [t if t.name in kept else t._replace(bits=t.bits - 1) for t in tasks]
 
 
 def protected_groups(cfg: Config, tasks: list[Task], hessians: Hessians) -> dict[str, list[int]]:
@@ -3160,6 +3255,15 @@ def protected_groups(cfg: Config, tasks: list[Task], hessians: Hessians) -> dict
     return chosen
 
 
+def clip_candidates(cfg: Config, W: Tensor, sigmas: float) -> Tensor:
+    """Where the grid of a row may end, for W (n, rows, cols): (n, candidates, rows). One multiple of the row's standard deviation
+    (SDClip), or PERCENTILES of its |w|, at least 1 as published: rows of smaller weights share one step."""
+    if cfg.quant != "s05":
+        return sigmas * W.std(-1)[:, None]
+    levels = torch.tensor(PERCENTILES, device=W.device)
+    return torch.stack([w.abs().quantile(levels, dim=1).clamp_min(1) for w in W])
+
+
 def run_gptq(cfg: Config, tasks: list[Task], hessians: Hessians, protected: dict[str, list[int]]) -> dict[str, Stored]:
     """GPTQ over all tasks, matrices of one shape and setting batched. Raises RunError when a Hessian is not positive definite."""
     batches, out = {}, {}
@@ -3171,13 +3275,20 @@ def run_gptq(cfg: Config, tasks: list[Task], hessians: Hessians, protected: dict
             for start in protected.get(task.name, ()):
                 row[start : start + cfg.awq_lite_group_size] = True
         H = torch.stack([torch.eye(cols, device=mask.device) if t.site is None else hessians.H[t.site] for t in batch])
-        try:
-            results = gptq(torch.stack([t.W for t in batch]), H, clip, bits, mask, cfg.awq_lite_bits)
+        W = torch.stack([t.W for t in batch])
+        clips = clip_candidates(cfg, W, clip)
+        if cfg.quant == "s05":  # damped twice, as published: here and in the solver
+            H += torch.eye(cols, device=mask.device) * H.diagonal(dim1=-2, dim2=-1).mean(-1).mul(0.01).clamp_min(1e-6)[:, None, None]
+        try:  # rows do not influence each other, so candidates are just more rows
+            results = gptq(W.repeat(1, clips.shape[1], 1), H, clips.flatten(1), bits, mask, cfg.awq_lite_bits)
         except torch.linalg.LinAlgError as e:
             raise RunError(f"GPTQ of {batch[0].name} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
-        for task, q, scale, hi_scale in zip(batch, *results, strict=True):
-            parts = Gptq.encode(q, scale, hi_scale, protected.get(task.name, []), cfg.awq_lite_group_size)
-            out[task.name] = Stored({("gptq", part): t for part, t in parts.items()})
+        for task, *tried in zip(batch, *results, strict=True):
+            found = []
+            for q, scale, hi_scale in zip(*(t.chunk(clips.shape[1]) for t in tried), strict=True):
+                parts = Gptq.encode(q, scale, hi_scale, protected.get(task.name, []), cfg.awq_lite_group_size)
+                found.append(Stored({("gptq", part): t for part, t in parts.items()}))
+            out[task.name] = min(found, key=lambda s: (task.W - s.decode()).square().sum().item()) if len(found) > 1 else found[0]
     return out
 
 
@@ -3221,15 +3332,15 @@ def full_fp32():
 def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log: Log) -> dict[str, Stored]:
     """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`."""
     tensors = unbank(cfg, state)
-    tasks = gptq_tasks(cfg, tensors)
+    tasks = mixed_bits(cfg, gptq_tasks(cfg, tensors), hessians)
     protected = protected_groups(cfg, tasks, hessians)
     stored = run_gptq(cfg, tasks, hessians, protected)
     for name, extra in low_rank_corrections(cfg, tasks, stored).items():
         stored[name] = Stored(stored[name].parts | extra.parts)
     for name, t in tensors.items():
         if name not in stored:
-            codec = first_match(QUANT_RULES, name)[0]
-            codec = "float16" if codec == "int8_row" and not cfg.gated_attn_quant_gate else codec
+            codec = first_match(quant_rules(cfg), name)[0]
+            codec = "float16" if name.endswith("attn_gate_w") and not cfg.gated_attn_quant_gate else codec
             stored[name] = Stored({(codec, part): x for part, x in CODECS[codec].encode(t.float()).items()})
     log("Quantized weights:")
     kinds: dict[str, set[str]] = {}
@@ -3237,10 +3348,45 @@ def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log: Log
     for name, s in stored.items():
         kind = "+".join(dict.fromkeys(c for c, _ in s.parts)) + bits.get(name, "")
         kind += f"+awqgrpint{cfg.awq_lite_bits}" if name in protected else ""
-        kinds.setdefault(kind, set()).add(".".join("*" if part.isdigit() else part for part in name.split(".")))
+        kinds.setdefault(kind, set()).add(kind_of(name))
     for kind, names in sorted(kinds.items()):
         log(f"  {kind}: {', '.join(sorted(names))}")
     return {name: Stored({k: t.cpu() for k, t in stored[name].parts.items()}) for name in tensors}
+
+
+class Pruning:
+    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first; what one costs is the square of
+    the weight it stands for. `code_bits` predicts, without a coder, how many bits a number of zeros leaves."""
+
+    def __init__(self, stored: dict[str, Stored]):
+        self.stored, self.names = stored, [name for name, s in stored.items() if ("gptq", "q") in s.parts]
+        matrices = [{part: t for (codec, part), t in stored[name].parts.items() if codec == "gptq"} for name in self.names]
+        self.q = torch.cat([parts["q"].flatten() for parts in matrices])
+        self.sizes = [parts["q"].numel() for parts in matrices]
+        ones = (self.q.abs() == 1).nonzero()[:, 0]
+        cost = torch.cat([Gptq.decode(parts).flatten() for parts in matrices])[ones].square()
+        self.order = ones[cost.argsort(stable=True)]
+        owner = torch.repeat_interleave(torch.arange(len(matrices)), torch.tensor(self.sizes))
+        self.counts = torch.bincount(256 * owner + self.q + 128, minlength=256 * len(matrices)).view(-1, 256)
+        self.bins = 256 * owner[self.order] + self.q[self.order] + 128
+
+    def code_bits(self, count: int) -> float:
+        """Entropy of the integers, matrix by matrix, once the cheapest `count` are zero."""
+        moved = torch.bincount(self.bins[:count], minlength=self.counts.numel()).view_as(self.counts)
+        p = (self.counts - moved).double()
+        p[:, 128] += moved.sum(1)
+        return (torch.special.xlogy(p, p.sum(1, keepdim=True)) - torch.special.xlogy(p, p)).sum().item() / math.log(2)
+
+    def zeros_for(self, bits: float) -> int:
+        """The fewest zeros that leave at most so many bits; all of them if none do."""
+        return bisect.bisect_left(range(len(self.order)), -bits, key=lambda count: -self.code_bits(count))
+
+    def apply(self, count: int) -> dict[str, Stored]:
+        """The tensors with the cheapest `count` integers zeroed."""
+        q = self.q.clone()
+        q[self.order[:count]] = 0
+        new = {name: t.view_as(self.stored[name].parts["gptq", "q"]) for name, t in zip(self.names, q.split(self.sizes), strict=True)}
+        return self.stored | {name: Stored(self.stored[name].parts | {("gptq", "q"): t}) for name, t in new.items()}
 
 
 def dequantized_state(cfg: Config, stored: dict[str, Stored]) -> dict[str, Tensor]:
@@ -3252,10 +3398,8 @@ def dequantized_state(cfg: Config, stored: dict[str, Stored]) -> dict[str, Tenso
 # PACKING - tensors <-> bytes. The only section that knows the artifact's layout.
 # ==================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 1  # bump the version whenever any byte of the output could change its meaning
-DTYPES = {"i1": torch.int8, "i2": torch.int16, "f2": torch.float16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 2  # bump the version whenever any byte of the output could change its meaning
+MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it; artifacts list the values, so only append
     "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "tie_embeddings", "logit_softcap",
     "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
     "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled",
@@ -3264,21 +3408,28 @@ MODEL_FIELDS = (  # what must agree between the artifact and the run that loads 
 )
 
 STREAM_RULES = (  # array "tensor:codec.part", its stream, sort its rows by similarity when COMPRESSOR=pergroup; first match wins
-    ("tok_emb.weight:gptq.q", "tok_emb", True),
-    ("blocks.*.attn.c_k.weight:gptq.q", "attn.c_k", False),
-    ("blocks.*.attn.c_q.weight:gptq.q", "attn.c_q", True),
-    ("blocks.*.attn.c_v.weight:gptq.q", "attn.c_v", False),
-    ("blocks.*.attn.proj.weight:gptq.q", "attn.proj", False),
-    ("blocks.*.mlp.fc.weight:gptq.q", "mlp.fc", True),
-    ("blocks.*.mlp.proj.weight:gptq.q", "mlp.proj", False),
-    ("lm_head.weight:gptq.q", "lm_head", False),
+    ("tok_emb.weight:*.q", "tok_emb", True),
+    ("blocks.*.attn.c_k.weight:*.q", "attn.c_k", False),
+    ("blocks.*.attn.c_q.weight:*.q", "attn.c_q", True),
+    ("blocks.*.attn.c_v.weight:*.q", "attn.c_v", False),
+    ("blocks.*.attn.proj.weight:*.q", "attn.proj", False),
+    ("blocks.*.mlp.fc.weight:*.q", "mlp.fc", True),
+    ("blocks.*.mlp.proj.weight:*.q", "mlp.proj", False),
+    ("lm_head.weight:*.q", "lm_head", False),
     ("*:*", "rest", False),
 )
 STREAMS = (*dict.fromkeys(stream for _, stream, _ in STREAM_RULES), "row_order")
+TOKEN_STREAMS = ("tok_emb", "lm_head")  # a row per token: rows of rare tokens resemble each other
 
 
 class ArtifactError(RunError):
     """The bytes are no artifact of ours, are damaged, or belong to another model."""
+
+
+HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becomes an ArtifactError
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
+    brotli.error, lzma.LZMAError,
+)
 
 
 def need_lrzip() -> str:
@@ -3286,31 +3437,247 @@ def need_lrzip() -> str:
     path = shutil.which("lrzip")
     if path is None:
         raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and Ubuntu: "
-                       "apt-get install lrzip), or set COMPRESSOR=brotli")
+                       "apt-get install lrzip), or set COMPRESSOR=range")
     return path
 
 
+def need_constriction() -> Any:
+    """The constriction library. Raises RunError saying how to get it."""
+    try:
+        import constriction
+    except ImportError:
+        raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip install -r requirements.txt, "
+                       "or set COMPRESSOR=brotli") from None
+    return constriction
+
+
 def run_lrzip(data: bytes, *flags: str) -> bytes:
-    """Feed one file through lrzip; one thread, so that the bytes do not depend on the machine. Raises RunError."""
+    """Feed one file through lrzip; one thread, so that the bytes do not depend on the machine. Raises ArtifactError or RunError."""
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder, "in.lrz"), Path(folder, "out")
         source.write_bytes(data)
         done = subprocess.run([need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)], capture_output=True, text=True)
         if done.returncode or not result.exists():
-            raise RunError(f"lrzip {' '.join(flags)} failed with exit code {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+            words = done.stderr.strip() or done.stdout.strip()
+            raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {done.returncode}: {words}")
         return result.read_bytes()
 
 
-CODERS = {  # how a stream's bytes are coded: (encode, decode). An entropy coder of our own is one more line here.
-    "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24), brotli.decompress),
-    "lzma": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
-    "lrzip": (lambda data: run_lrzip(data, "-z", "-L", "9"), lambda data: run_lrzip(data, "-d")),
+def unlrzip(data: bytes, size: int) -> bytes:
+    """The inverse of `run_lrzip` for `size` bytes, which lrzip's own header must announce too: the program sees no bomb."""
+    if data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size:
+        raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
+    return run_lrzip(data, "-d")
+
+
+CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, holding little more than that)
+    "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24),
+               lambda data, size: brotli.Decompressor().process(data, output_buffer_limit=size + 1)),
+    "lzma": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+             lambda data, size: lzma.LZMADecompressor(memlimit=100 << 20).decompress(data, size + 1)),
+    "lrzip": (lambda data: run_lrzip(data, "-z", "-L", "9"), unlrzip),
 }
 
 
 def stream_coder(compressor: str, stream: str) -> str:
     """Which coder a stream gets: pergroup means lrzip for the integer matrices and brotli for the rest."""
     return compressor if compressor != "pergroup" else "brotli" if stream in ("rest", "row_order") else "lrzip"
+
+
+# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine, and no table is sent:
+# encoder and decoder count what they have seen. All of it is written once for both, from `code_arrays` below up to here: an
+# encoder leaves the values it is given as they are, a decoder fills them in, a counter of bits adds up what they would cost.
+
+POWERS = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
+LEVELS, LEVEL_ONE = 41, 12  # classes of mean magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
+level = partial(POWERS[73 : 73 + 2 * (LEVELS - 1) : 2].searchsorted, side="right")  # class of a mean in units of 2^-12
+MAGNITUDE = np.minimum(np.arange(256), 256 - np.arange(256)).astype(np.int32)  # of an int8 whose bits are a table's index
+SCALED = (POWERS[120 - 2 * np.arange(LEVELS)][:, None] * MAGNITUDE).astype(np.int32).ravel()  # over that of its class, times 2^12
+SEEN = 64  # what one symbol adds to its count
+
+
+@cache
+def gaussian_counts() -> np.ndarray:
+    """Counts to start from, int64 (2 * LEVELS, 256), for each class under both quantizers of a trellis: a Gaussian of its mean
+    magnitude m, worth 256 symbols, and a floor. At k it has fallen by k^2 / (pi m^2 ln 2) octaves, here eighths, m^2 in 2^-10."""
+    fallen = MAGNITUDE.astype(np.int64) ** 2 * 3762 // POWERS[32 + 4 * np.arange(LEVELS)][:, None]
+    weight = POWERS[np.maximum(8 * 14 - fallen, 0)]
+    return np.tile(1 + 256 * SEEN * weight // weight.sum(1, keepdims=True), (2, 1))
+
+
+class RangeCoder:
+    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, only adds up the bits of each owner."""
+
+    def __init__(self, data: bytes | None = None, owners: int = 0):
+        library, self.bits = need_constriction().stream, np.zeros(owners)
+        self.table, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
+        self.decoder = None if data is None else library.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+
+    def code(self, counts: np.ndarray, context: np.ndarray, values: np.ndarray, owner: np.ndarray) -> None:
+        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count them.
+        `owner` (n,) says whose they are.
+
+        The library's tables have 24 bits and no zeros: it adds 1 to each frequency. They are given as integers with exactly the
+        sum that makes its scaling a multiplication by one.
+        """
+        contexts, symbols = counts.shape
+        sizes = np.bincount(context, minlength=contexts)
+        used = np.flatnonzero(sizes)
+        frequencies = counts[used] * (2**24 - symbols) // counts[used].sum(1, keepdims=True)
+        frequencies[np.arange(len(used)), counts[used].argmax(1)] += 2**24 - symbols - frequencies.sum(1)
+        if len(self.bits):
+            bits = (24 - np.log2(frequencies + 1))[used.searchsorted(context), values]
+            self.bits += np.bincount(owner, bits, len(self.bits))
+        else:
+            order = np.argsort(context, kind="stable")
+            ordered = values[order].astype(np.int32)
+            for table, part in zip(frequencies.astype(np.float32), np.split(ordered, sizes[used].cumsum()[:-1]), strict=True):
+                model = self.table(table, perfect=False)
+                if self.decoder is None:
+                    self.encoder.encode(part, model)
+                else:
+                    part[:] = self.decoder.decode(model, len(part))
+            values[order] = ordered
+        index = context.astype(np.uint32) * np.uint32(symbols) + values
+        counts += SEEN * np.bincount(index, minlength=counts.size).reshape(counts.shape)
+
+
+def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray) -> None:
+    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it; the lowest
+    four of sixteen are alone. Blocks grow with what is known, and what is known fades: layers differ."""
+    counts, done = np.full((1 + 16 + 256 + 1, 16), SEEN // 4), 0
+    while done < len(values):
+        here = slice(done, done + 8 + done // 16)
+        block, prefix = values[here], np.zeros(1, np.uint16)
+        for shift, first in zip(range(8 * values.itemsize - 4, -1, -4), (0, 1, 17, 273), strict=False):
+            nibble = (block >> shift & 15).astype(np.uint8)
+            context = np.broadcast_to(first + (prefix if first < 273 else 0 * prefix), block.shape)
+            coder.code(counts, context, nibble, owner[here])
+            prefix = prefix * 16 + nibble
+        block[:] = prefix
+        counts -= (counts - SEEN // 4) // 16
+        done = here.stop
+
+
+def to_lanes(matrices: list[np.ndarray]) -> np.ndarray:
+    """Matrices (rows, cols) -> (TRELLIS_SEGMENT, lanes). A lane is one segment of one column; those of a column are neighbours."""
+    padded = [np.pad(m, ((0, -len(m) % TRELLIS_SEGMENT), (0, 0))) for m in matrices]
+    return np.concatenate([m.reshape(-1, TRELLIS_SEGMENT, m.shape[1]).transpose(1, 2, 0).reshape(TRELLIS_SEGMENT, -1) for m in padded], 1)
+
+
+def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What an encoder tells about rows: class of magnitude + 64 * (weight of the reference in halves), uint8, and the reference.
+
+    A reference is the most similar row that a decoder has by then: one higher up in any segment. It costs about two bytes and must
+    save more, and the class is that of the whole matrix unless the row differs enough to pay for saying so. Scalar products are
+    exact in fp32, so the choice is the same on every machine.
+    """
+    rows, cols = q.shape
+    index, weight, step, residual = np.zeros(rows, np.uint16), np.zeros(rows, np.uint8), np.arange(rows) % TRELLIS_SEGMENT, q.copy()
+    if similar:
+        order, starts = step.argsort(kind="stable"), np.bincount(step).cumsum().tolist()
+        x = torch.from_numpy(q[order, :256]).float()  # enough to find it
+        norm = (x.square().sum(1) + 1).sqrt()
+        for start, end in pairwise(starts):
+            here, best = order[start:end], order[((x[start:end] @ x[:start].T) / norm[:start]).argmax(1).numpy()]
+            least = np.square(q[here], dtype=np.int32).sum(1) * 2.0 ** (-18 / cols)
+            for halves in (1, 2):
+                left = q[here] - (q[best].astype(np.int16) * halves + 1 >> 1)
+                error = np.square(left, dtype=np.int32).sum(1)
+                better = error < least
+                chosen = here[better]
+                index[chosen], weight[chosen], residual[chosen], least[better] = best[better], halves, left[better], error[better]
+    total = MAGNITUDE[residual.view(np.uint8)].sum(1, dtype=np.int64) << 12
+    usual, own = level(total.sum() // q.size), level(total // cols)
+    return (np.where(cols * (own - usual) ** 2 < 400, usual, own) + 64 * weight).astype(np.uint8), index
+
+
+def code_matrices(coder: RangeCoder, counts, matrices: list[np.ndarray], owners: list[int], trellis: list[bool], similar: bool):
+    """Code int8 matrices (rows, cols), side by side: step t takes row t of every segment of every matrix. Returns them, a list.
+
+    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all segments)
+    and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256.
+    """
+    rows, cols = np.array([m.shape for m in matrices]).T
+    info, index, owner = np.zeros(rows.sum(), np.uint8), np.zeros(rows.sum(), np.uint16), np.repeat(owners, rows)
+    if coder.decoder is None:
+        info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in matrices), strict=True))
+    code_numbers(coder, info, owner)
+    referring = index[info > 63]
+    code_numbers(coder, referring, owner[info > 63])
+    index[info > 63] = referring
+    info, index = (to_lanes([x[:, None] for x in np.split(y, np.cumsum(rows)[:-1])]) for y in (info, index))
+
+    lanes, segments = to_lanes(matrices), -(-rows // TRELLIS_SEGMENT)
+    matrix, per_column = np.repeat(np.arange(len(rows)), segments * cols), np.repeat(segments, cols)
+    first, column_of = np.cumsum(per_column) - per_column, np.repeat(np.arange(len(per_column)), per_column)
+    owner = np.array(owners)[matrix]
+    segment = np.arange(len(matrix)) - first[column_of]  # of a lane, within its matrix
+    place = segment + (np.cumsum(segments) - segments)[matrix]  # in info and index
+    height = np.minimum(rows[matrix] - TRELLIS_SEGMENT * segment, TRELLIS_SEGMENT)
+    column, total, seen = np.zeros(len(first), np.int8), np.zeros(len(first), np.int64), np.zeros(len(first), np.int64)
+    state, following = np.zeros(len(matrix), np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
+    for t in range(height.max()):
+        whole = height.min() > t
+        live = slice(None) if whole else np.flatnonzero(height > t)
+        at, prediction = place[live], np.int8(0)
+        if (info[t] > 63).any():
+            source = index[t].astype(np.int64)[at]
+            known = np.minimum(np.arange(len(matrix))[live] + source // TRELLIS_SEGMENT - segment[live], len(matrix) - 1)
+            prediction = (lanes[source % TRELLIS_SEGMENT, known].astype(np.int16) * (info[t] >> 6)[at] + 1 >> 1).astype(np.int8)
+        row = np.minimum(info[t] & 63, LEVELS - 1).astype(np.int8)[at]
+        context = np.clip(row + column[column_of[live]], 0, LEVELS - 1).astype(np.uint8)
+        context += LEVELS * (state[live] & 1)
+        symbol = (lanes[t, live] - prediction).view(np.uint8)
+        coder.code(counts, context, symbol, owner[live])
+        lanes[t, live] = symbol.view(np.int8) + prediction
+        size = np.zeros(len(matrix), np.int32)
+        size[live] = SCALED[row.astype(np.uint16) << 8 | symbol]
+        total += np.add.reduceat(size, first, dtype=np.int64)
+        seen += per_column if whole else np.add.reduceat(height > t, first, dtype=np.int64)
+        column = (level((total + (8 << 12)) // (seen + 8)) - LEVEL_ONE).astype(np.int8)
+        if any(trellis):
+            state = following[2 * state + (lanes[t] & 1).view(np.uint8)] * np.array(trellis)[matrix]
+    pieces = zip(np.split(lanes, np.cumsum(segments * cols)[:-1], 1), rows, cols, strict=True)
+    return [x.reshape(TRELLIS_SEGMENT, c, -1).transpose(2, 0, 1).reshape(-1, c)[:r] for x, r, c in pieces]
+
+
+def code_arrays(arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) -> dict[str, np.ndarray]:
+    """Code every array "tensor:codec.part" with its stream's coder. Returns them.
+
+    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All other numbers of one
+    kind (the same tensor of every block, codec and part) share theirs.
+    """
+    start, groups, out = gaussian_counts(), {}, dict(arrays)
+    for i, (name, a) in enumerate(arrays.items()):
+        stream = first_match(STREAM_RULES, name)[0]
+        if a.size:
+            groups.setdefault((STREAMS.index(stream), kind_of(name) if stream == "rest" else ""), []).append((i, name, a))
+    counts = start.copy()
+    for (number, kind), group in sorted(groups.items()):
+        stream, (owners, names, given) = STREAMS[number], zip(*group, strict=True)
+        if kind:
+            sizes, flat = [a.size for a in given], np.concatenate([a.reshape(-1) for a in given])
+            code_numbers(coders[stream], flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
+            coded = [x.reshape(a.shape) for x, a in zip(np.split(flat, np.cumsum(sizes)[:-1]), given, strict=True)]
+        else:
+            counts = start + (counts - start) // 8
+            trellis = [":trellis." in name for name in names]
+            coded = code_matrices(coders[stream], counts, given, owners, trellis, stream in TOKEN_STREAMS)
+        out |= zip(names, coded, strict=True)
+    return out
+
+
+def coded_bits(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Bits (fp64) that COMPRESSOR=range needs for each array, in the order given, without coding anything: what `pack` writes is
+    within 0.1 %, and up to 8 bytes a stream.
+
+    Keys are "tensor:codec.part" as in STREAM_RULES, such as "blocks.0.mlp.fc.weight:trellis.q"; values int8, int16 or fp16. The
+    sum is that of an artifact of just these arrays: tables are shared, so a few arrays alone cost a little more than among all.
+    """
+    counter = RangeCoder(owners=len(arrays))
+    code_arrays(arrays, dict.fromkeys(STREAMS, counter))
+    return counter.bits
 
 
 def similarity_order(q: np.ndarray) -> np.ndarray:
@@ -3336,104 +3703,207 @@ def from_byte_planes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndar
     return np.ascontiguousarray(planes.T).reshape(-1).view(dtype).reshape(shape)
 
 
+def encode_streams(compressor: str, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
+    """Arrays "tensor:codec.part" -> the bytes of every stream.
+
+    With `range` as `code_arrays` says. Otherwise a stream is its arrays one after another: integer matrices of `pergroup`
+    transposed, their rows reordered where STREAM_RULES says so (the orders, uint16, are stream row_order); others as byte planes.
+    """
+    if compressor == "range":
+        coders = {stream: RangeCoder() for stream in STREAMS}
+        code_arrays(arrays, coders)
+        return {stream: coder.encoder.get_compressed().astype("<u4").tobytes() for stream, coder in coders.items()}
+    streams: dict[str, list[bytes]] = {stream: [] for stream in STREAMS}
+    for name, a in arrays.items():
+        stream, sort = first_match(STREAM_RULES, name)
+        if stream_coder(compressor, stream) == "lrzip":
+            if sort:
+                order = similarity_order(a)
+                streams["row_order"].append(byte_planes(order).tobytes())
+                a = a[order]
+            streams[stream].append(np.ascontiguousarray(a.T).tobytes())
+        else:
+            streams[stream].append(byte_planes(a).tobytes())
+    raw = {stream: b"".join(chunks) for stream, chunks in streams.items()}
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(raw, pool.map(lambda s: CODERS[stream_coder(compressor, s)][0](raw[s]) if raw[s] else b"", raw), strict=True))
+
+
+def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes]) -> dict[str, np.ndarray]:
+    """The inverse of `encode_streams`; `arrays` has the right shapes and dtypes. Raises ArtifactError or what a coder raises."""
+    if compressor == "range":
+        return code_arrays(arrays, {stream: RangeCoder(data) for stream, data in coded.items()})
+    sizes = dict.fromkeys(STREAMS, 0)
+    for name, a in arrays.items():
+        stream, sort = first_match(STREAM_RULES, name)
+        sizes[stream] += a.nbytes
+        sizes["row_order"] += 2 * len(a) if sort and stream_coder(compressor, stream) == "lrzip" else 0
+    with ThreadPoolExecutor() as pool:
+        jobs = {s: pool.submit(CODERS[stream_coder(compressor, s)][1], data, sizes[s]) for s, data in coded.items() if data}
+    raw = {s: jobs[s].result() if s in jobs else b"" for s in STREAMS}
+    if wrong := [f"{s}: {len(raw[s])} bytes instead of {sizes[s]}" for s in STREAMS if len(raw[s]) != sizes[s]]:
+        raise ArtifactError(f"streams of the artifact decode to a wrong size: {', '.join(wrong)}")
+    streams, out = {stream: io.BytesIO(data) for stream, data in raw.items()}, {}
+    for name, like in arrays.items():
+        stream, sort = first_match(STREAM_RULES, name)
+        data = streams[stream].read(like.nbytes)
+        if stream_coder(compressor, stream) == "lrzip":
+            out[name] = np.frombuffer(data, like.dtype).reshape(like.shape[::-1]).T
+            if sort:
+                order = from_byte_planes(streams["row_order"].read(2 * len(like)), "<u2", (len(like),))
+                out[name] = out[name][order.argsort(kind="stable")]
+        else:
+            out[name] = from_byte_planes(data, like.dtype.str, like.shape)
+    return out
+
+
+@cache
+def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
+    with torch.device("meta"):
+        state = GPT(cfg).state_dict()
+    return {name: tuple(t.shape) for name, t in unbank(cfg, state).items()}
+
+
 def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
-    """Tensors -> artifact. Deterministic: the same tensors give the same bytes.
+    """Tensors -> artifact. Deterministic: the same tensors give the same bytes. Raises RunError if they are not the model's.
 
     magic "PGA1" | u16 version | u32 header size | 16-byte blake2b of all but the magic and itself | header | streams.
-    The header is brotli-coded JSON: {model: the fields both sides must share, streams: [[name, coder, coded, raw bytes]],
-    arrays: [[tensor, codec, part, dtype, shape, stream]]}. A stream is its arrays one after another in header order: integer
-    matrices of `pergroup` transposed, their rows reordered where STREAM_RULES says so (the orders, uint16, are stream
-    row_order); every other array as byte planes.
+    The header is brotli-coded JSON: [compressor, values of MODEL_FIELDS, bytes of each stream, kinds, kind of each tensor]. A
+    kind lists the parts of a tensor, [codec, part, sizes]; a size -1 - i is the tensor's own size i. Names and shapes of tensors
+    follow from the model, dtypes from the codec.
     """
-    arrays, streams = [], {name: [] for name in STREAMS}
-    for name, s in stored.items():
-        for (codec, part), t in s.parts.items():
-            a = t.numpy()
-            stream, sort = first_match(STREAM_RULES, f"{name}:{codec}.{part}")
-            arrays.append([name, codec, part, DTYPE_NAMES[t.dtype], list(a.shape), STREAMS.index(stream)])
-            if stream_coder(cfg.compressor, stream) == "lrzip":
-                if sort:
-                    order = similarity_order(a)
-                    streams["row_order"].append(byte_planes(order).tobytes())
-                    a = a[order]
-                a = a.T
-                streams[stream].append(np.ascontiguousarray(a).tobytes())
-            else:
-                streams[stream].append(byte_planes(a).tobytes())
-    raw = {name: b"".join(chunks) for name, chunks in streams.items()}
-    with ThreadPoolExecutor() as pool:
-        coded = dict(zip(raw, pool.map(lambda n: CODERS[stream_coder(cfg.compressor, n)][0](raw[n]) if raw[n] else b"", raw), strict=True))
-    header = dict(model={f: getattr(cfg, f) for f in MODEL_FIELDS}, arrays=arrays,
-                  streams=[[n, stream_coder(cfg.compressor, n), len(coded[n]), len(raw[n])] for n in raw])
+    shapes, kinds, arrays = tensor_shapes(cfg), [], {}
+    if shapes.keys() != stored.keys():
+        raise RunError(f"these are not the model's tensors: {', '.join(sorted(shapes.keys() ^ stored.keys()))}")
+    for name, shape in shapes.items():
+        parts = stored[name].parts
+        kinds.append([[codec, part, [-1 - shape.index(n) if n in shape else n for n in t.shape]] for (codec, part), t in parts.items()])
+        arrays |= {f"{name}:{codec}.{part}": t.numpy() for (codec, part), t in parts.items()}
+    if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
+        raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
+    streams = encode_streams(cfg.compressor, arrays)
+    distinct = [json.loads(text) for text in dict.fromkeys(map(json.dumps, kinds))]
+    header = [cfg.compressor, [getattr(cfg, f) for f in MODEL_FIELDS], [len(data) for data in streams.values()], distinct,
+              [distinct.index(kind) for kind in kinds]]
     head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
-    body = head + b"".join(coded.values())
+    body = head + b"".join(streams.values())
     prefix = struct.pack("<HI", ARTIFACT_VERSION, len(head))
     return ARTIFACT_MAGIC + prefix + hashlib.blake2b(prefix + body, digest_size=16).digest() + body
 
 
-def read_header(blob: bytes) -> tuple[dict, int]:
-    """Header of an artifact and the offset of its first stream, checksum verified. Raises ArtifactError."""
+def pack_to_fit(cfg: Config, stored: dict[str, Stored], log: Log) -> tuple[dict[str, Stored], bytes]:
+    """`pack`; with QUANT=s05 pruned until the artifact has at most TARGET_BYTES. Its size is nearly linear in the entropy of the
+    integers, so at most three more packs come within 0.05 % (COMPRESSOR=range) or 0.5 %. Raises RunError naming the smallest size."""
+    blob, target, packs, fit = pack(cfg, stored), cfg.target_bytes, 0, None
+    if cfg.quant != "s05" or not target or len(blob) <= target:
+        return stored, blob
+    pruning = Pruning(stored)
+    over, under = (pruning.code_bits(0), len(blob)), None  # (bits of the integers, bytes): the points nearest to the target so far
+    while fit is None or (packs < 3 and len(fit[1]) < 0.9995 * target):
+        bits_per_byte = (over[0] - under[0]) / (over[1] - under[1]) if under else over[0] / over[1] * (1 + packs / 2)
+        count = pruning.zeros_for(over[0] - (over[1] - 0.9998 * target) * bits_per_byte)
+        tried, packs = pruning.apply(count), packs + 1
+        blob = pack(cfg, tried)
+        log(f"prune: {count} of {len(pruning.order)} integers +-1 to zero, {len(blob)} bytes, TARGET_BYTES {target}")
+        if len(blob) <= target:
+            under, fit = (pruning.code_bits(count), len(blob)), (tried, blob)
+        elif count == len(pruning.order):
+            raise RunError(f"TARGET_BYTES={target}: the smallest size is {len(blob)}, with every +-1 at zero; lower MATRIX_BITS")
+        else:
+            over = pruning.code_bits(count), len(blob)
+    return fit
+
+
+class Header(NamedTuple):
+    """What an artifact says about itself, nothing of it checked against a model."""
+
+    compressor: str
+    model: dict[str, Any]  # MODEL_FIELDS
+    kinds: list  # of tensors, as `pack` writes them
+    chosen: list[int]  # the kind of each tensor
+    sizes: dict[str, int]  # bytes of each stream
+    start: int  # of the first stream
+
+
+def read_header(blob: bytes) -> Header:
+    """Header of an artifact of version 2, or of 1 (names and shapes of all arrays in a JSON object), checksum verified. Raises
+    ArtifactError."""
     if blob[:4] != ARTIFACT_MAGIC or len(blob) < 26:
         raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} in {len(blob)} bytes")
     version, size = struct.unpack("<HI", blob[4:10])
-    if version != ARTIFACT_VERSION:
-        raise ArtifactError(f"artifact version {version}; this script reads version {ARTIFACT_VERSION}: use the script it was written by")
+    if not 1 <= version <= ARTIFACT_VERSION:
+        raise ArtifactError(f"artifact version {version}; this script reads 1 to {ARTIFACT_VERSION}: use the script it was written by")
     if hashlib.blake2b(blob[4:10] + blob[26:], digest_size=16).digest() != blob[10:26]:
         raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy or make it again")
-    return json.loads(brotli.decompress(blob[26 : 26 + size])), 26 + size
+    try:
+        header = json.loads(brotli.Decompressor().process(blob[26 : 26 + size], output_buffer_limit=1 << 20))
+        if version == 1:
+            coders, parts = {stream: coder for stream, coder, _, _ in header["streams"]}, {}
+            (compressor,) = [c for c in ("brotli", "lzma", "pergroup") if [stream_coder(c, s) for s in STREAMS] == [*coders.values()]]
+            for name, codec, part, _, shape, _ in header["arrays"]:
+                parts.setdefault(name, []).append([codec, part, shape])
+            model, kinds, chosen = dict(header["model"]), [*parts.values()], range(len(parts))
+            sizes = [coded for _, _, coded, _ in header["streams"]]
+        else:
+            compressor, values, sizes, kinds, chosen = header
+            model = dict(zip(MODEL_FIELDS, values, strict=False))
+        if compressor not in COMPRESSORS or min(sizes) < 0 or 26 + size + sum(sizes) != len(blob):
+            raise ValueError("its streams do not fill it")
+        return Header(compressor, model, kinds, chosen, dict(zip(STREAMS, sizes, strict=True)), 26 + size)
+    except HOSTILE as e:
+        raise ArtifactError(f"the header of this artifact makes no sense: {e!r}; make it again") from None
 
 
 def check_model_fields(cfg: Config, saved: dict) -> None:
-    """Raises ArtifactError naming every variable by which this run differs from the one that wrote the artifact."""
-    differ = [f"{name.upper()}: artifact {saved.get(name)}, this run {getattr(cfg, name)}" for name in MODEL_FIELDS
-              if saved.get(name) != getattr(cfg, name)]
+    """Raises ArtifactError naming every variable by which this run differs from the one that wrote the artifact. A variable
+    younger than the artifact had its default."""
+    defaults = {f.name: f.default for f in fields(Config)}
+    differ = [f"{name.upper()}: artifact {saved.get(name, defaults[name])}, this run {getattr(cfg, name)}" for name in MODEL_FIELDS
+              if saved.get(name, defaults[name]) != getattr(cfg, name)]
     if differ:
         raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run that wrote it")
 
 
+def empty_arrays(cfg: Config, header: Header) -> dict[str, np.ndarray]:
+    """The arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of known codecs, as large as
+    the model's tensors allow."""
+    out: dict[str, np.ndarray] = {}
+    for (name, shape), chosen in zip(tensor_shapes(cfg).items(), header.chosen, strict=True):
+        room = 4 * math.prod(shape) + 16  # integers, low-rank factors and scales
+        for codec, part, sizes in header.kinds[chosen]:
+            sizes = [shape[-1 - n] if n < 0 else n for n in sizes]
+            room -= math.prod(sizes)
+            if room < 0 or f"{name}:{codec}.{part}" in out or (part in ("q", "w") and tuple(sizes) != shape):
+                raise ValueError(f"{name}, of shape {shape}, can not have {codec}.{part} of shape {sizes}")
+            out[f"{name}:{codec}.{part}"] = np.zeros(sizes, "<" + CODEC_PARTS[codec][part])
+    return out
+
+
 def unpack(cfg: Config, blob: bytes) -> dict[str, Stored]:
-    """Artifact -> tensors, the inverse of `pack`. Raises ArtifactError."""
-    header, at = read_header(blob)
-    check_model_fields(cfg, header["model"])
-    sizes, coded = [], []
-    for _, _, coded_bytes, raw_bytes in header["streams"]:
-        coded.append(blob[at : at + coded_bytes])
-        sizes.append(raw_bytes)
-        at += coded_bytes
-    with ThreadPoolExecutor() as pool:
-        coders = [coder for _, coder, _, _ in header["streams"]]
-        raw = list(pool.map(lambda coder, data: CODERS[coder][1](data) if data else b"", coders, coded))
-    for (name, *_), data, size in zip(header["streams"], raw, sizes, strict=True):
-        if len(data) != size:
-            raise ArtifactError(f"stream {name} of the artifact decodes to {len(data)} bytes instead of {size}")
-    offsets = dict.fromkeys(STREAMS, 0)
-
-    def take(stream: str, count: int) -> bytes:
-        start = offsets[stream]
-        offsets[stream] = start + count
-        return raw[STREAMS.index(stream)][start : start + count]
-
-    out: dict[str, Stored] = {}
-    for name, codec, part, dtype, shape, index in header["arrays"]:
-        stream, sort = first_match(STREAM_RULES, f"{name}:{codec}.{part}")
-        data = take(stream, math.prod(shape) * int(dtype[1]))
-        if coders[index] == "lrzip":
-            a = np.frombuffer(data, f"<{dtype}").reshape(shape[::-1]).T
-            if sort:
-                order = from_byte_planes(take("row_order", 2 * shape[0]), "<u2", (shape[0],))
-                unsorted = np.empty_like(a)
-                unsorted[order] = a
-                a = unsorted
-        else:
-            a = from_byte_planes(data, f"<{dtype}", tuple(shape))
-        out.setdefault(name, Stored({})).parts[codec, part] = torch.from_numpy(np.array(a, order="C"))
+    """Artifact of any version -> tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes, and never needs more
+    memory than the integers of four such models."""
+    header = read_header(blob)
+    check_model_fields(cfg, header.model)
+    ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
+    try:
+        coded = {stream: blob[start:end] for stream, (start, end) in zip(STREAMS, pairwise(ends), strict=True)}
+        arrays = decode_streams(header.compressor, empty_arrays(cfg, header), coded)
+        if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
+            raise ValueError(f"not all finite: {', '.join(bad)}")
+    except HOSTILE as e:
+        raise ArtifactError(f"this artifact makes no sense: {e!r}; make it again") from None
+    out: dict[str, Stored] = {name: Stored({}) for name in tensor_shapes(cfg)}
+    for name, a in arrays.items():
+        tensor, _, part = name.rpartition(":")
+        out[tensor].parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
     return out
 
 
 def bytes_by_part(blob: bytes) -> dict[str, int]:
     """Bytes of each stream of an artifact, and of its header; they add up to its size."""
-    header, at = read_header(blob)
-    return dict(header=at, **{name: coded for name, _, coded, _ in header["streams"]})
+    header = read_header(blob)
+    return dict(header=header.start, **header.sizes)
 
 
 def load_artifact(cfg: Config, world: World, path: Path) -> GPT:
@@ -3443,7 +3913,10 @@ def load_artifact(cfg: Config, world: World, path: Path) -> GPT:
     except OSError as e:
         raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
     model = GPT(cfg, world.dtype, choose_kernels(cfg, world))
-    model.load_state_dict(dequantized_state(cfg, stored))
+    try:
+        model.load_state_dict(dequantized_state(cfg, stored))
+    except (LookupError, RuntimeError, ValueError) as e:
+        raise ArtifactError(f"{path} does not hold the tensors of this model: {e}; make it again") from None
     return model.to(world.device).requires_grad_(False)
 
 
@@ -4331,8 +4804,8 @@ class Run:
         self.ledger = Ledger(out / "ledger.jsonl" if world.main else None)
         self.clock = Clock(world, lambda name, seconds: self.ledger.add("phase", dict(name=name, seconds=seconds)))
         self.checkpoint, self.weights, self.artifact = out / "checkpoint.pt", out / "final_model.pt", out / "final_model.int6.ptz"
-        if cfg.compressor == "pergroup" and cfg.stage != "train":
-            need_lrzip()  # before an hour of training, not after
+        if cfg.stage != "train":
+            {"pergroup": need_lrzip, "range": need_constriction}.get(cfg.compressor, str)()  # before an hour of training, not after
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
         self.data, self.train_shards = ValData.load(cfg, self.files), len(self.files.train)
         self.result: dict[str, Any] = {}
@@ -4462,7 +4935,7 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
         clock.phase("pack")
         start = time.perf_counter()
         log(f"Serialized model: {run.weights.stat().st_size} bytes")
-        blob = pack(cfg, stored)
+        stored, blob = pack_to_fit(cfg, stored, log)
         log(f"Serialize: {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
         write_atomic(run.artifact, blob)
         clock.phase("unpack")
@@ -4559,7 +5032,7 @@ def score_findings(run: Run, score: Score, early: bool, strangers: list[str]) ->
     total, said = sum(len(read_shard(p)) for p in run.files.val) - 1, run.files.manifest.get("splits", {}).get("val", {}).get("bytes")
     good, lossy = score.tokens == total and score.bytes == said, said is not None and score.tokens == total and score.bytes < said
     covered = holds(good, f"{score.tokens} of {total} targets, {score.bytes} of {said or '?'} bytes", bool(said) or score.tokens != total)
-    trained = (result.get("train_seconds") or math.nan) + result.get("calib_seconds", 0)
+    trained = (result.get("train_seconds") or math.nan) + result.get("calib_seconds", 0) * (cfg.gptq_calibration == "train")
     clocks = ((trained, cfg.max_wallclock_seconds, ("train", "calibrate", "quantize", "pack")),
               (result["eval_seconds"], cfg.max_eval_seconds, ("unpack", "diagnostic eval", "eval")))
     late = any(budget and spent > budget for spent, budget, _ in clocks)

@@ -15,6 +15,7 @@ import train_gpt as tg
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(tg.Config)}
 
 # Appendix A of the specification: NAME value, or NAME published code default -> value of S14. A lone '' is the blank string.
+# COMPRESSOR is ours: S14 has pergroup.
 S14 = """
 DATA_DIR ./data/
 CASEOPS_ENABLED 0->1
@@ -116,7 +117,7 @@ AWQ_LITE_GROUP_TOP_K 1
 AWQ_LITE_GROUP_SIZE 64
 GPTQ_CALIBRATION_BATCHES 16
 GPTQ_RESERVE_SECONDS 4.0
-COMPRESSOR brotli->pergroup
+COMPRESSOR brotli->range
 TTT_ENABLED 1
 TTT_LORA_RANK 96->80
 TTT_LORA_LR 1e-4

@@ -200,6 +200,18 @@ def test_quantizing_again_gives_the_same_bytes(whole, finished, run_main):
     assert 1000 * r["eval_seconds"] == pytest.approx(logged, abs=20), "without test-time training, the diagnostic is the evaluation"
 
 
+def test_the_s05_scheme_from_weights_to_score(finished, run_main):
+    """Its own text, mixed bits, pruning to a size, sliding windows: the same pipeline."""
+    before = (finished / ARTIFACT).stat().st_size
+    code, console, err = run_main(finished, stage="quantize", quant="s05", n_int6_layers=4, gptq_calibration="self", awq_lite_enabled=False,
+                                  lqer_enabled=False, target_bytes=before * 5 // 8, eval_method="sliding", ttt_enabled=False)  # fmt: skip
+    assert code == 0, err
+    assert "GPTQ:wrote 64 sequences of 65 tokens" in console and "prune: " in console and "gptq (int5)" in console
+    assert 0 < (finished / ARTIFACT).stat().st_size <= before * 5 // 8
+    result = result_of(finished)
+    assert result["ttt_val_bpb"] is None and math.isfinite(result["val_bpb"]) and result["val_bpb"] == result["quantized_val_bpb"]
+
+
 def test_same_seed_gives_the_same_bytes(whole, tmp_path, run_main):
     code, out, err = run_main(tmp_path / "again", ttt_enabled=False, checkpoint_seconds=0.2)
     assert code == 0, err
@@ -307,7 +319,14 @@ def test_missing_lrzip_is_noticed_before_training(tmp_path, run_main, monkeypatc
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     outcome = run_main(tmp_path / "out", compressor="pergroup")
-    failed(outcome, "lrzip", "apt-get install lrzip", "COMPRESSOR=brotli")
+    failed(outcome, "lrzip", "apt-get install lrzip", "COMPRESSOR=range")
+    assert "train_loss" not in outcome[1] and not (tmp_path / "out" / "final_model.pt").exists()
+
+
+def test_missing_constriction_is_noticed_before_training(tmp_path, run_main, monkeypatch):
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    outcome = run_main(tmp_path / "out", compressor="range")
+    failed(outcome, "constriction", "pip install", "COMPRESSOR=brotli")
     assert "train_loss" not in outcome[1] and not (tmp_path / "out" / "final_model.pt").exists()
 
 

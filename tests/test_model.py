@@ -226,6 +226,33 @@ def test_forward_equals_the_specification(name, random_model):
         torch.testing.assert_close(dense_run(model, tokens, looping)[0].double(), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_rows_in_pieces_with_a_cache_equal_whole_rows(name, random_model):
+    """Keys, values, rotations, smear gate, skips, lanes, loops and windows at every position, however the rows are cut."""
+    cfg = tiny_config(**VARIANTS[name])
+    model = random_model(cfg).double()
+    tokens = np.stack([sample(seed=1), sample(seed=2, bos=(3, 4, 20))])
+    window = torch.from_numpy(tokens.astype(np.int64))
+    for looping, cuts in ((True, range(51)), (False, (0, 1, 8, 9, 30, 50)), (True, (0, 50))):
+        cache, pieces = tg.Cache(50), []
+        for start, end in itertools.pairwise(cuts):
+            x, y = window[:, start:end], window[:, start + 1 : end + 1]
+            with torch.no_grad():
+                pieces.append(model(x, y, order=tg.layer_order(cfg, looping), cache=cache))
+        torch.testing.assert_close(torch.cat(pieces, 1), dense_run(model, tokens, looping), **CLOSE)
+
+
+def test_without_targets_the_forward_gives_the_logits_behind_the_loss(random_model):
+    for changes in ({}, dict(asym_logit_rescale=False, logit_softcap=8.0)):
+        model, tokens = random_model(tiny_config(**changes)).double(), sample()
+        window = torch.from_numpy(tokens.astype(np.int64))[None]
+        with torch.no_grad():
+            logits = model(window[:, :-1], None, order=tg.layer_order(model.cfg, True))
+        assert logits.abs().max() <= model.cfg.logit_softcap
+        nats = -logits.log_softmax(-1).gather(2, window[:, 1:, None])[..., 0]
+        torch.testing.assert_close(nats, dense_run(model, tokens), **CLOSE)
+
+
 def test_variants_really_differ(random_model):
     """A switch that changed nothing would pass the test above on both sides."""
     tokens, results = sample(), {}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -21,7 +22,7 @@ import train_gpt as tg
 
 ROOT = Path(__file__).parents[1]
 LRZIP = shutil.which("lrzip")
-PLAIN = ("brotli", "lzma")
+PLAIN = ("range", "brotli", "lzma")
 
 
 def counting(dtype: torch.dtype, *shape: int, salt: int = 0) -> torch.Tensor:
@@ -53,6 +54,16 @@ def sample(layers: int = 2) -> dict[str, tg.Stored]:
     return out
 
 
+@pytest.fixture(autouse=True)
+def sample_is_the_model(monkeypatch):
+    """An artifact's tensors are the model's: here those of `sample`."""
+    monkeypatch.setattr(tg, "tensor_shapes", lambda cfg: shapes_of(sample()))
+
+
+def shapes_of(stored: dict[str, tg.Stored]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(next(iter(s.parts.values())).shape) for name, s in stored.items()}
+
+
 def same(a: dict[str, tg.Stored], b: dict[str, tg.Stored]) -> bool:
     """Bit for bit, NaN included: names, order, dtypes, shapes and bytes."""
     def flat(stored):
@@ -64,7 +75,7 @@ def same(a: dict[str, tg.Stored], b: dict[str, tg.Stored]) -> bool:
 @pytest.fixture
 def zip_for_lrzip(monkeypatch):
     """The integer streams of COMPRESSOR=pergroup without the program: row orders and transposition are ours to test."""
-    monkeypatch.setitem(tg.CODERS, "lrzip", (zlib.compress, zlib.decompress))
+    monkeypatch.setitem(tg.CODERS, "lrzip", (zlib.compress, lambda data, size: zlib.decompress(data)))
 
 
 @pytest.mark.parametrize("compressor", PLAIN)
@@ -77,13 +88,13 @@ def test_unpack_inverts_pack_with_rows_sorted_and_transposed(zip_for_lrzip):
     cfg = tiny_config(compressor="pergroup")
     blob = tg.pack(cfg, sample())
     assert same(tg.unpack(cfg, blob), sample())
-    header, at = tg.read_header(blob)
-    stream = zlib.decompress(blob[at : at + header["streams"][0][2]])
+    header = tg.read_header(blob)
+    stream = zlib.decompress(blob[header.start : header.start + header.sizes["tok_emb"]])
     q = sample()["tok_emb.weight"].parts["gptq", "q"].numpy()
     assert stream == np.ascontiguousarray(q[tg.similarity_order(q)].T).tobytes()
     sorted_ones = [n for n in sample() if n.endswith(("tok_emb.weight", "c_q.weight", "fc.weight"))]
     orders = 2 * sum(len(sample()[n].parts["gptq", "q"]) for n in sorted_ones)
-    assert {name: raw for name, _, _, raw in header["streams"]}["row_order"] == orders
+    assert len(brotli.decompress(blob[-header.sizes["row_order"] :])) == orders
 
 
 @pytest.mark.parametrize("program", ["present", "missing"])
@@ -93,12 +104,14 @@ def test_pergroup_with_the_real_program_or_a_clear_refusal(program, monkeypatch)
         blob = tg.pack(cfg, sample())
         assert tg.pack(cfg, sample()) == blob
         assert same(tg.unpack(cfg, blob), sample())
-        assert {coder for _, coder, _, _ in tg.read_header(blob)[0]["streams"]} == {"lrzip", "brotli"}
+        header = tg.read_header(blob)
+        assert blob[header.start :].startswith(b"LRZI") and header.compressor == "pergroup"
         return
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(tg.RunError, match=r"lrzip.*apt-get install lrzip.*COMPRESSOR=brotli"):
+    with pytest.raises(tg.RunError, match=r"lrzip.*apt-get install lrzip.*COMPRESSOR=range"):
         tg.pack(cfg, sample())
-    monkeypatch.setitem(tg.CODERS, "lrzip", (zlib.compress, tg.CODERS["lrzip"][1]))  # packed elsewhere, opened here
+    elsewhere = lambda data: b"LRZI\0\6" + len(data).to_bytes(8, "little") + zlib.compress(data)  # noqa: E731
+    monkeypatch.setitem(tg.CODERS, "lrzip", (elsewhere, tg.CODERS["lrzip"][1]))  # packed elsewhere, opened here
     with pytest.raises(tg.RunError, match="apt-get install lrzip"):
         tg.unpack(cfg, tg.pack(cfg, sample()))
 
@@ -121,13 +134,14 @@ FRESH = """
 import sys, hashlib
 sys.path[:0] = {paths!r}
 import test_packing as t, train_gpt as tg, zlib
-tg.CODERS["lrzip"] = (zlib.compress, zlib.decompress)
-print(hashlib.sha256(tg.pack(t.tiny_config(compressor="pergroup"), t.sample())).hexdigest())
+tg.CODERS["lrzip"] = (zlib.compress, lambda data, size: zlib.decompress(data))
+tg.tensor_shapes = lambda cfg: t.shapes_of(t.sample())
+print(*(hashlib.sha256(tg.pack(t.tiny_config(compressor=c), t.sample())).hexdigest() for c in ("pergroup", "range")))
 """
 
 
 def test_same_bytes_in_another_process_with_other_threads(zip_for_lrzip):
-    here = hashlib.sha256(tg.pack(tiny_config(compressor="pergroup"), sample())).hexdigest()
+    here = " ".join(hashlib.sha256(tg.pack(tiny_config(compressor=c), sample())).hexdigest() for c in ("pergroup", "range"))
     code = FRESH.format(paths=[str(ROOT), str(ROOT / "tests")])
     env = os.environ | dict(OMP_NUM_THREADS="2", PYTHONHASHSEED="7")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -135,22 +149,44 @@ def test_same_bytes_in_another_process_with_other_threads(zip_for_lrzip):
 
 
 # The bytes of a fixed artifact. If this fails, an artifact on somebody's disk now means something else or no longer opens:
-# bump ARTIFACT_VERSION, then put the new digest here. Streams are compared uncoded: brotli may improve between versions.
-GOLDEN = "1bcb2af85a7067b182e86c1c080d63f7642ebe9946ce8f027334ca2b4240f105"
+# bump ARTIFACT_VERSION, then put the new digest here. brotli may improve between versions, so its streams are compared uncoded.
+GOLDEN = "182779e7b8b458892a1b6bfc7851eca2c742dd8bc5da66dce1cc65fe9337bd2d"
 
 
-def uncoded(blob: bytes) -> bytes:
-    header, at = tg.read_header(blob)
-    out = blob[:6] + json.dumps(header["arrays"], separators=(",", ":")).encode()
-    for name, coder, coded, raw in header["streams"]:
-        out += f"{name} {coder} {raw}".encode() + (tg.CODERS[coder][1](blob[at : at + coded]) if coded else b"")
-        at += coded
+def uncoded(blob: bytes, compressor: str) -> bytes:
+    header, at = tg.read_header(blob), 26 + struct.unpack("<I", blob[6:10])[0]
+    out = blob[:6] + brotli.decompress(blob[26:at]) if compressor == "range" else b""
+    for stream, size in header.sizes.items():
+        decode = {"range": bytes, "lrzip": zlib.decompress, "brotli": brotli.decompress}[tg.stream_coder(compressor, stream)]
+        out += stream.encode() + (decode(blob[at : at + size]) if size else b"")
+        at += size
     return out
 
 
 def test_golden_digest(zip_for_lrzip):
-    both = b"".join(uncoded(tg.pack(tiny_config(compressor=c), sample())) for c in ("pergroup", "brotli"))
-    assert hashlib.sha256(both).hexdigest() == GOLDEN
+    every = b"".join(uncoded(tg.pack(tiny_config(compressor=c), sample()), c) for c in ("range", "pergroup", "brotli"))
+    assert hashlib.sha256(every).hexdigest() == GOLDEN
+
+
+GOLDEN_CONFIG = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2.0, xsa_last_n=2, loop_start=0, loop_end=1,
+                     parallel_start_layer=1, awq_lite_group_size=8, lqer_asym_group=8, lqer_rank=2)  # fmt: skip
+GOLDEN_TENSORS = "c24b9de44fd950a4be4793c4c784a3ae5c26bfbd094cd485740912291a4a07e1"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_artifacts_of_every_version_still_open(version, monkeypatch):
+    """Files of 2026-11-24 (brotli) and 2026-11-25 (range), the same tensors; today's script writes the newer one again."""
+    monkeypatch.undo()
+    blob = (ROOT / "tests" / "data" / f"artifact_v{version}.bin").read_bytes()
+    assert struct.unpack("<H", blob[4:6]) == (version,)
+    stored = tg.unpack(tiny_config(**GOLDEN_CONFIG), blob)
+    digest = hashlib.sha256()
+    for name, s in sorted(stored.items()):
+        for key, t in sorted(s.parts.items()):
+            digest.update(f"{name} {key} {t.dtype} {tuple(t.shape)}".encode() + t.numpy().tobytes())
+    assert digest.hexdigest() == GOLDEN_TENSORS
+    again, newest = (tg.pack(tiny_config(**GOLDEN_CONFIG, compressor="range"), stored), (ROOT / "tests/data/artifact_v2.bin").read_bytes())
+    assert again[tg.read_header(again).start :] == newest[tg.read_header(newest).start :]
 
 
 def test_the_documented_layout_parsed_by_hand():
@@ -159,23 +195,22 @@ def test_the_documented_layout_parsed_by_hand():
     version, size = struct.unpack("<HI", blob[4:10])
     assert (blob[:4], version) == (b"PGA1", tg.ARTIFACT_VERSION)
     assert blob[10:26] == hashlib.blake2b(blob[4:10] + blob[26:], digest_size=16).digest()
-    header = json.loads(brotli.decompress(blob[26 : 26 + size]))
-    assert list(header) == ["model", "arrays", "streams"]
-    assert header["model"] == {name: getattr(cfg, name) for name in tg.MODEL_FIELDS}
-    assert [name for name, *_ in header["streams"]] == list(tg.STREAMS)
-    assert 26 + size + sum(coded for _, _, coded, _ in header["streams"]) == len(blob)
-    arrays = [[n, c, p, tg.DTYPE_NAMES[t.dtype], list(t.shape)] for n, s in sample().items() for (c, p), t in s.parts.items()]
-    assert [a[:5] for a in header["arrays"]] == arrays
+    compressor, model, sizes, kinds, chosen = json.loads(brotli.decompress(blob[26 : 26 + size]))
+    assert compressor == "brotli" and model == [getattr(cfg, name) for name in tg.MODEL_FIELDS]
+    assert len(sizes) == len(tg.STREAMS) and 26 + size + sum(sizes) == len(blob)
+    assert len(kinds) < len(chosen) == len(sample())
+    for (name, shape), kind in zip(shapes_of(sample()).items(), chosen, strict=True):
+        parts = {(c, p): tuple(shape[-1 - n] if n < 0 else n for n in own) for c, p, own in kinds[kind]}
+        assert parts == {key: tuple(t.shape) for key, t in sample()[name].parts.items()}
     at, rest = 26 + size, b""
-    for name, coder, coded, raw in header["streams"]:
+    for stream, coded in zip(tg.STREAMS, sizes, strict=True):
         data = brotli.decompress(blob[at : at + coded]) if coded else b""
-        assert coder == "brotli" and len(data) == raw
-        rest, at = (data if name == "rest" else rest), at + coded
+        rest, at = (data if stream == "rest" else rest), at + coded
     scale = sample()["tok_emb.weight"].parts["gptq", "scale"].numpy()
-    assert rest.startswith(scale.tobytes()[0::2] + scale.tobytes()[1::2]), "byte planes, in header order"
+    assert rest.startswith(scale.tobytes()[0::2] + scale.tobytes()[1::2]), "byte planes, in the order of the tensors"
 
 
-@pytest.mark.parametrize("compressor", ["brotli", "pergroup"])
+@pytest.mark.parametrize("compressor", ["range", "brotli", "pergroup"])
 def test_bytes_by_part_add_up(compressor, zip_for_lrzip):
     blob = tg.pack(tiny_config(compressor=compressor), sample())
     parts = tg.bytes_by_part(blob)
@@ -187,36 +222,185 @@ def test_bytes_by_part_add_up(compressor, zip_for_lrzip):
 SHAPES = st.one_of(st.just(()), st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple))
 
 
+def finite(t: torch.Tensor) -> torch.Tensor:
+    return torch.nan_to_num(t, 0.5, 2.0, -2.0) if t.is_floating_point() else t
+
+
 @st.composite
-def any_array(draw, shapes=SHAPES):
-    dtype = draw(st.sampled_from(["i1", "i2", "f2"]))
+def any_array(draw, dtype=None, shapes=SHAPES):
+    dtype = dtype or draw(st.sampled_from(["i1", "i2", "f2"]))
     shape = draw(shapes)
     size = int(np.prod(shape)) * int(dtype[1])
     constant = st.sampled_from([0, 127, 128, 255]).map(lambda byte: bytes([byte]) * size)
     raw = draw(constant | st.binary(min_size=size, max_size=size))
-    return torch.from_numpy(np.frombuffer(raw, "<" + dtype).reshape(shape).copy())
+    return finite(torch.from_numpy(np.frombuffer(raw, "<" + dtype).reshape(shape).copy()))
+
+
+def survives(stored: dict[str, tg.Stored], shapes: dict[str, tuple[int, ...]], compressor: str) -> bool:
+    cfg = tiny_config(compressor=compressor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tg.CODERS, "lrzip", (zlib.compress, lambda data, size: zlib.decompress(data)))
+        patch.setattr(tg, "tensor_shapes", lambda cfg: shapes)
+        return same(tg.unpack(cfg, tg.pack(cfg, stored)), stored)
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.dictionaries(st.tuples(st.text(max_size=9), st.sampled_from("xyz")), any_array(), max_size=6),
-       st.sampled_from([*PLAIN, "pergroup"]))  # fmt: skip
-def test_any_arrays_survive(parts, compressor):
-    stored = {}
-    for (name, part), t in parts.items():
-        stored.setdefault(name, tg.Stored({})).parts["float16", part] = t
-    cfg = tiny_config(compressor=compressor)  # no integer matrices, so pergroup needs no program
-    assert same(tg.unpack(cfg, tg.pack(cfg, stored)), stored)
+@given(st.dictionaries(st.text(max_size=9).filter(lambda n: ":" not in n), any_array("f2"), max_size=6), st.sampled_from(tg.COMPRESSORS))
+def test_any_small_tensors_survive(tensors, compressor):
+    stored = {name: tg.Stored({("float16", "w"): t}) for name, t in tensors.items()}
+    assert survives(stored, {name: tuple(t.shape) for name, t in tensors.items()}, compressor)
+
+
+@st.composite
+def any_parts(draw, codec: str, rows: int, cols: int):
+    """Every part the codec may have, of any values; sizes as its `encode` makes them."""
+    rank, n = draw(st.integers(1, max(1, min(rows, cols)))), draw(st.integers(1, cols))
+    shapes = dict(w=(rows, cols), q=(rows, cols), scale=(rows,), hi_start=(n,), hi_size=(1,), hi_scale=(rows,), A=(rows, rank),
+                  B=(rank, cols), A_scale=(1,) if codec == "low_rank_asym" else (rows,), B_scale=(rank,))  # fmt: skip
+    return {(codec, part): draw(any_array(dtype, st.just(shapes[part]))) for part, dtype in tg.CODEC_PARTS[codec].items()}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from(list(tg.CODEC_PARTS)), st.integers(1, 9), st.integers(1, 9), st.sampled_from(tg.COMPRESSORS),
+       st.sampled_from(["tok_emb.weight", "blocks.0.mlp.fc.weight", "other"]))  # fmt: skip
+def test_every_codec_survives_every_compressor(data, codec, rows, cols, compressor, name):
+    stored = {name: tg.Stored(data.draw(any_parts(codec, rows, cols)))}
+    assert survives(stored, {name: (rows, cols)}, compressor)
+
+
+MATRICES = [name.split(":")[0].replace("*", "3") for name, *_ in tg.STREAM_RULES[:-1]]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 12), st.integers(0, 7), st.sampled_from([name for name, *_ in tg.STREAM_RULES[:-1]]), st.data())
-def test_any_integer_matrix_survives_sorting(rows, cols, rule, data):
+@given(st.integers(0, 12), st.integers(0, 7), st.sampled_from(MATRICES), st.sampled_from(["range", "pergroup"]), st.data())
+def test_any_integer_matrix_survives(rows, cols, name, compressor, data):
     q = np.frombuffer(data.draw(st.binary(min_size=rows * cols, max_size=rows * cols)), np.int8).reshape(rows, cols).copy()
-    stored = {rule.split(":")[0].replace("*", "3"): tg.Stored({("gptq", "q"): torch.from_numpy(q)})}
-    cfg = tiny_config(compressor="pergroup")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tg.CODERS, "lrzip", (zlib.compress, zlib.decompress))
-        assert same(tg.unpack(cfg, tg.pack(cfg, stored)), stored)
+    assert survives({name: tg.Stored({("gptq", "q"): torch.from_numpy(q)})}, {name: q.shape}, compressor)
+
+
+# ---- COMPRESSOR=range
+
+
+@st.composite
+def any_matrices(draw):
+    """Int8 matrices of one stream: several heights, around the segments' too, and all kinds of values."""
+    cols, rng = draw(st.sampled_from([1, 2, 5, 33])), np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    out = []
+    for rows in draw(st.lists(st.sampled_from([1, 2, 3, 127, 128, 129, 300]), min_size=1, max_size=3)):
+        kind = draw(st.sampled_from(["constant", "extreme", "uniform", "gaussian", "similar"]))
+        scale = np.exp(rng.normal(size=(rows, 1)) + rng.normal(size=(1, cols)))
+        base = rng.normal(size=(3, cols))[rng.integers(0, 3, rows)] * 40
+        q = dict(constant=np.full((rows, cols), rng.integers(-128, 128)), extreme=rng.choice([-128, 127], (rows, cols)),
+                 uniform=rng.integers(-128, 128, (rows, cols)), gaussian=rng.normal(size=(rows, cols)) * scale,
+                 similar=base + rng.normal(size=(rows, cols)))[kind]  # fmt: skip
+        out.append(np.clip(np.rint(q), -128, 127).astype(np.int8))
+    return out
+
+
+def round_trip(arrays: dict[str, np.ndarray]) -> int:
+    """Bytes of the coded arrays, which must come back."""
+    coded = tg.encode_streams("range", arrays)
+    back = tg.decode_streams("range", {name: np.zeros_like(a) for name, a in arrays.items()}, coded)
+    assert all(back[name].tobytes() == a.tobytes() and back[name].shape == a.shape for name, a in arrays.items())
+    return sum(map(len, coded.values()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(any_matrices(), st.sampled_from(["blocks.{}.attn.c_k.weight", "tok_emb.weight{}"]), st.booleans())
+def test_range_coded_matrices_come_back_and_cost_what_was_predicted(matrices, name, trellis):
+    name = name if "blocks" in name else "blocks.{}.attn.c_q.weight"
+    codec = "trellis" if trellis else "gptq"
+    arrays = {f"{name.format(i)}:{codec}.q": m for i, m in enumerate(matrices)}
+    size = round_trip(arrays)
+    assert abs(size - tg.coded_bits(arrays).sum() / 8) < 9 + 0.001 * size
+
+
+@settings(max_examples=30, deadline=None)
+@given(any_matrices(), st.booleans())
+def test_range_coded_rows_with_references_come_back(matrices, trellis):
+    arrays = {f"tok_emb.weight:{'trellis' if trellis else 'gptq'}.q": matrices[0]}
+    size = round_trip(arrays)
+    assert abs(size - tg.coded_bits(arrays).sum() / 8) < 9 + 0.001 * size
+
+
+def gaussian(rng, rows: int, cols: int, rows_vary: float = 0.15, cols_vary: float = 0.0, sigma: float = 2.4) -> tuple[np.ndarray, float]:
+    """Quantized Gaussian rows and the bits that a coder needs which knows every row's and column's sigma."""
+    scale = sigma * np.exp(rows_vary * rng.normal(size=(rows, 1)) + cols_vary * rng.normal(size=(1, cols)))
+    q = np.clip(np.rint(rng.normal(size=(rows, cols)) * scale), -31, 31).astype(np.int8)
+    erf = np.vectorize(math.erf)
+    edge = scale * math.sqrt(2)
+    return q, -np.log2((erf((q + 0.5) / edge) - erf((q - 0.5) / edge)) / 2).sum()
+
+
+def test_close_to_the_ideal_code_length_and_below_the_general_coders():
+    """Rows of unlike scale: within 0.5 % of a coder that is told every scale, side information included; brotli is 1 % above that."""
+    q, ideal = gaussian(np.random.default_rng(0), 512, 1024)
+    bits = 8 * round_trip({"blocks.0.mlp.fc.weight:gptq.q": q})
+    assert bits < 1.005 * ideal
+    assert bits < 8 * 0.99 * len(brotli.compress(q.T.tobytes(), quality=9, lgwin=24))
+
+
+def test_unlike_columns_and_similar_rows_pay():
+    rng = np.random.default_rng(0)
+    even, _ = gaussian(rng, 512, 128, 0.0, 0.0)
+    uneven, ideal = gaussian(rng, 512, 128, 0.0, 0.7)
+    assert 8 * round_trip({"blocks.0.mlp.fc.weight:gptq.q": uneven}) < 1.03 * ideal
+    twins = even.copy()
+    twins[256:] = even[rng.integers(0, 256, 256)]
+    twins[256:] += rng.integers(-1, 2, twins[256:].shape).astype(np.int8)
+    alone, together = (round_trip({f"{name}.weight:gptq.q": twins}) for name in ("blocks.0.mlp.fc", "tok_emb"))
+    assert together < 0.95 * alone
+
+
+def test_the_second_quantizer_has_tables_of_its_own():
+    """0 or 1 under the first quantizer, 4 or 5 under the second: two bits for who does not know which is active, one for who does."""
+    rng, q = np.random.default_rng(0), np.zeros((128, 300), np.int8)
+    state = np.zeros(300, int)
+    for t in range(128):
+        q[t] = rng.integers(0, 2, 300) + 4 * (state & 1)
+        state = np.array(tg.TRELLIS_NEXT)[state, q[t] & 1]
+    scalar, trellis = (round_trip({f"blocks.0.mlp.fc.weight:{codec}.q": q}) for codec in ("gptq", "trellis"))
+    assert trellis < 1.3 * q.size / 8 and scalar > 1.9 * q.size / 8
+
+
+@settings(max_examples=60, deadline=None)
+@given(any_array(shapes=st.integers(0, 300).map(lambda n: (n,))))
+def test_numbers_come_back_and_cost_what_was_predicted(t):
+    coder, values = tg.RangeCoder(), t.numpy().view(f"<u{t.element_size()}")
+    nobody = np.zeros(len(values), int)
+    tg.code_numbers(coder, values.copy(), nobody)
+    words = coder.encoder.get_compressed()
+    counter = tg.RangeCoder(owners=1)
+    tg.code_numbers(counter, values.copy(), nobody)
+    assert abs(32 * len(words) - counter.bits[0]) <= 64
+    back = np.zeros_like(values)
+    tg.code_numbers(tg.RangeCoder(words.astype("<u4").tobytes()), back, nobody)
+    assert back.tobytes() == values.tobytes()
+
+
+def test_tables_are_used_as_they_are_given():
+    """The library adds 1 to frequencies whose sum leaves room for that, and does nothing else: no rounding enters the format."""
+    counts = np.random.default_rng(0).integers(1, 10**6, (1, 256))
+    coder, counter = tg.RangeCoder(), tg.RangeCoder(owners=1)
+    for one in (coder, counter):
+        one.code(counts.copy(), np.zeros(10**5, np.uint8), np.full(10**5, 7, np.uint8), np.zeros(10**5, int))
+    assert abs(coder.encoder.num_bits() - counter.bits[0]) < 64
+    assert abs(counter.bits[0] / 1e5 + np.log2(counts[0, 7] / counts.sum())) < 1e-3
+
+
+def test_missing_library_is_an_explanation(monkeypatch):
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    with pytest.raises(tg.RunError, match=r"constriction.*pip install.*COMPRESSOR=brotli"):
+        tg.pack(tiny_config(compressor="range"), sample())
+
+
+def test_numbers_that_are_none_are_refused():
+    stored = sample() | {"softcap_pos": tg.Stored({("float16", "w"): torch.tensor(float("nan")).half()})}
+    with pytest.raises(tg.RunError, match="not all finite: softcap_pos"):
+        tg.pack(tiny_config(), stored)
+    del stored["softcap_pos"]
+    with pytest.raises(tg.RunError, match="not the model's tensors: softcap_pos"):
+        tg.pack(tiny_config(), stored)
 
 
 def greedy(q: np.ndarray) -> list[int]:
@@ -271,10 +455,10 @@ def test_other_files_other_versions_and_other_models_are_refused(monkeypatch):
     blob = tg.pack(cfg, sample())
     with pytest.raises(tg.ArtifactError, match="PGA1"):
         tg.unpack(cfg, b"PK\x03\x04" + bytes(100))
-    monkeypatch.setattr(tg, "ARTIFACT_VERSION", 7)
-    newer = tg.pack(cfg, sample())
-    monkeypatch.undo()
-    with pytest.raises(tg.ArtifactError, match=r"version 7; this script reads version \d"):
+    with monkeypatch.context() as patch:
+        patch.setattr(tg, "ARTIFACT_VERSION", 7)
+        newer = tg.pack(cfg, sample())
+    with pytest.raises(tg.ArtifactError, match=r"version 7; this script reads 1 to \d"):
         tg.unpack(cfg, newer)
     with pytest.raises(tg.ArtifactError, match=r"MODEL_DIM: artifact 32, this run 64.*LN_SCALE: artifact True, this run False") as error:
         tg.unpack(tiny_config(model_dim=64, ln_scale=False, matrix_lr=0.5), blob)
@@ -291,8 +475,9 @@ def test_every_variable_that_shapes_the_network_is_checked(random_model):
     assert set(tg.MODEL_FIELDS) <= group
 
 
-def test_a_model_comes_back_from_disk_as_it_was_quantized(random_model, world, tmp_path):
-    cfg = tiny_config(lqer_enabled=False, awq_lite_enabled=False)
+def test_a_model_comes_back_from_disk_as_it_was_quantized(random_model, world, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    cfg = tiny_config(compressor="range", lqer_enabled=False, awq_lite_enabled=False)
     model = random_model(cfg)
     hessians, tasks = tg.Hessians(), tg.gptq_tasks(cfg, tg.unbank(cfg, model.state_dict()))
     for t in tasks:

@@ -1,0 +1,239 @@
+"""Rate and distortion: every way to quantize and code, on the same trained checkpoints.
+
+    python bench/rate_distortion.py logs/SEED1 logs/SEED2 ... --out bench/results/rd      # rd.jsonl and rd.png
+    python bench/rate_distortion.py logs/SEED1 --methods s14+brotli,s05 --docs 0.25
+
+A checkpoint is the folder of a run (result.json, final_model.pt); seeds of one configuration. Each point is quantized, packed,
+read back and compared, and what was read back is scored without test-time training. One JSON line a point, then a table and the
+picture: bytes of the artifact against bits per byte, and against what quantization costs. Hessians are collected once a seed.
+A method that this script or machine lacks is skipped, with the reason. --keep: points already in the file are not done again.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tools")]
+from size import run_result
+
+import train_gpt as tg
+
+S14_CLIPS = dict(MLP_CLIP_SIGMAS=11.5, ATTN_CLIP_SIGMAS=13.0, EMBED_CLIP_SIGMAS=14.0)
+S05 = dict(QUANT="s05", AWQ_LITE_ENABLED=0, LQER_ENABLED=0, COMPRESSOR="brotli")
+
+
+def s14(compressor: str) -> list[dict]:
+    """S14 with its clips, and with all of them times a factor: coarser steps, fewer bytes."""
+    return [dict(QUANT="s14", COMPRESSOR=compressor) | {name: round(f * clip, 3) for name, clip in S14_CLIPS.items()}
+            for f in (1.0, 0.8, 1.25, 1.6, 2.0)]
+
+
+METHODS = {  # method: the variables of its points; TARGET_BYTES in percent of the seed's first s14 point
+    "s14+brotli": s14("brotli"),
+    "s14+pergroup": s14("pergroup"),
+    "s14+range": s14("range"),
+    "s05": [S05 | dict(N_INT6_LAYERS=n) for n in (10, 0, 20, 999)],
+    "s05+range": [S05 | dict(N_INT6_LAYERS=n, COMPRESSOR="range") for n in (10, 0, 20, 999)],
+    "s05 pruned": [S05 | dict(N_INT6_LAYERS=n, TARGET_BYTES=t) for n, t in ((999, "100%"), (10, "90%"), (10, "80%"))],
+    "rd": [dict(QUANT="rd", COMPRESSOR="range", TARGET_BYTES=t) for t in ("100%", "115%", "90%", "80%", "70%")],
+}
+COLOURS = dict(zip(METHODS, ("#9aa1ab", "#4a8fbd", "#2f6690", "#e0a35c", "#d9822b", "#b04a2f", "#7a5195"), strict=True))
+STANDARD = "s14+brotli"  # what the others are compared with, at its first point
+
+
+class Checkpoint:
+    """One trained seed: weights, data, and what has to be computed once for it."""
+
+    def __init__(self, folder: Path, docs: float):
+        result = run_result(folder)
+        if not result:
+            raise tg.RunError(f"{folder} has no result.json: train first, with STAGE=train or all")
+        drop = ("STAGE", "ARTIFACT_DIR", "RUN_ID", "RESUME")
+        self.env = {k: v for k, v in result["overrides"].items() if k not in drop} | dict(VAL_DOC_FRACTION=str(docs), DEVICE="cpu")
+        self.cfg, self.seed = tg.config_from_env(self.env), result["seed"]
+        self.world = tg.World(0, 1, torch.device("cpu"), torch.float32)
+        self.files = tg.Dataset.open(self.cfg, need_train=True)
+        self.data = tg.ValData.load(self.cfg, self.files)
+        self.model = tg.load_checkpoint_model(self.cfg, self.world, folder / "final_model.pt")
+        self.state = {name: t.clone() for name, t in self.model.state_dict().items()}
+        self.hessians, self.stored, self.scores = {}, {}, {}
+        self.before, self.standard_bytes = self.score(self.state), 0
+
+    def score(self, state: dict) -> float:
+        """val_bpb of these weights; equal weights are scored once."""
+        digest = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in state.values())).digest()
+        if digest not in self.scores:
+            self.model.load_state_dict(state)
+            self.scores[digest] = tg.evaluate(self.cfg, self.world, self.model, self.data).bpb
+        return self.scores[digest]
+
+    def calibration(self, cfg: tg.Config) -> tg.Hessians:
+        key = cfg.gptq_calibration, cfg.gptq_calibration_batches
+        if key not in self.hessians:
+            self.model.load_state_dict(self.state)
+            self.hessians[key] = tg.collect_hessians(cfg, self.world, self.model, self.files, lambda line: None)
+        return self.hessians[key]
+
+    def quantized(self, cfg: tg.Config, variables: dict) -> tuple[dict[str, tg.Stored], float]:
+        """The tensors as stored, and the seconds that took; settings that differ in the coder alone share them."""
+        key = json.dumps({k: v for k, v in variables.items() if k not in ("COMPRESSOR", "TARGET_BYTES")})
+        if key not in self.stored or cfg.quant == "rd":
+            hessians, start = self.calibration(cfg), time.perf_counter()
+            self.stored[key] = tg.quantize(cfg, self.state, hessians, lambda line: None), time.perf_counter() - start
+        return self.stored[key]
+
+    def point(self, method: str, variables: dict) -> dict:
+        """One configuration: quantize, pack, write nothing, unpack, compare, score."""
+        given = {k: str(round(float(v[:-1]) / 100 * self.standard_bytes) if str(v).endswith("%") else v) for k, v in variables.items()}
+        cfg = tg.config_from_env(self.env | given)
+        stored, quantize_seconds = self.quantized(cfg, variables)
+        start = time.perf_counter()
+        stored, blob = tg.pack_to_fit(cfg, stored, lambda line: None)
+        encoded = time.perf_counter()
+        state = tg.dequantized_state(cfg, tg.unpack(cfg, blob))
+        decode_seconds = time.perf_counter() - encoded
+        for name, t in tg.dequantized_state(cfg, stored).items():
+            if not torch.equal(t, state[name]):
+                raise tg.RunError(f"{method} {given}: {name} does not survive packing")
+        self.standard_bytes = self.standard_bytes or len(blob)
+        return dict(method=method, seed=self.seed, variables=variables, bytes=len(blob),
+                    bits_per_weight=8 * len(blob) / sum(t.numel() for t in state.values()), error=self.error(cfg, stored),
+                    val_bpb_before=self.before, val_bpb=self.score(state), quantize_seconds=round(quantize_seconds, 2),
+                    encode_seconds=round(encoded - start, 2), decode_seconds=round(decode_seconds, 2))
+
+    def error(self, cfg: tg.Config, stored: dict[str, tg.Stored]) -> float:
+        """tr(E H E^T) / tr(W H W^T), the share of the output's energy that is error: mean over the matrices."""
+        shares = []
+        for task in tg.gptq_tasks(self.cfg, tg.unbank(self.cfg, self.state)):
+            if task.site is not None:
+                H, E = self.calibration(cfg).H[task.site], task.W - stored[task.name].decode()
+                shares.append(float(((E @ H) * E).sum() / ((task.W @ H) * task.W).sum()))
+        return float(np.mean(shares))
+
+
+def unavailable(checkpoint: Checkpoint, method: str) -> str:
+    """Why a method cannot run here; blank if it can."""
+    try:
+        cfg = tg.config_from_env(checkpoint.env | {k: str(v).rstrip("%") for k, v in METHODS[method][0].items()})
+        if cfg.compressor == "pergroup":
+            tg.need_lrzip()
+    except (ValueError, tg.RunError) as e:
+        return str(e).splitlines()[0]
+    return ""
+
+
+def means(points: list[dict]) -> dict[str, list[dict]]:
+    """By method, each of its points averaged over the seeds, in the order of their bytes."""
+    groups = defaultdict(list)
+    for p in points:
+        groups[p["method"], json.dumps(p["variables"])].append(p | dict(tax=p["val_bpb"] - p["val_bpb_before"]))
+    out = defaultdict(list)
+    numbers = ("bytes", "bits_per_weight", "error", "val_bpb_before", "val_bpb", "tax", "quantize_seconds", "encode_seconds",
+               "decode_seconds")
+    for (method, variables), group in groups.items():
+        mean = {key: float(np.mean([p[key] for p in group])) for key in numbers}
+        out[method].append(mean | dict(variables=json.loads(variables), seeds=len(group), spread=float(np.std([p["tax"] for p in group]))))
+    return {method: sorted(rows, key=lambda r: r["bytes"]) for method, rows in out.items()}
+
+
+def at(rows: list[dict], x: str, y: str, value: float) -> float:
+    """y of a mean curve where x has this value, linear in their logarithms; NaN outside the curve."""
+    pairs = sorted((r[x], r[y]) for r in rows if r[x] > 0 and r[y] > 0)
+    if len(pairs) < 2 or not pairs[0][0] <= value <= pairs[-1][0]:
+        return float("nan")
+    return float(np.exp(np.interp(np.log(value), *np.log(np.array(pairs)).T)))
+
+
+def table(curves: dict[str, list[dict]]) -> list[str]:
+    """Lines for a terminal: the points, then each method against the standard one."""
+    lines = [f"{'method':<14}{'bytes':>11}{'bits/w':>8}{'error':>10}{'before':>10}{'after':>10}{'cost':>10}{'+-':>9}{'quant s':>9}"
+             f"{'enc s':>7}{'dec s':>7}{'seeds':>7}  variables"]
+    for method, rows in curves.items():
+        for r in rows:
+            told = " ".join(f"{k}={v}" for k, v in r["variables"].items() if k[:5] not in ("QUANT", "COMPR", "AWQ_L", "LQER_"))
+            lines.append(f"{method:<14}{r['bytes']:>11,.0f}{r['bits_per_weight']:>8.3f}{r['error']:>10.6f}{r['val_bpb_before']:>10.5f}"
+                         f"{r['val_bpb']:>10.5f}{r['tax']:>10.5f}{r['spread']:>9.5f}{r['quantize_seconds']:>9.1f}{r['encode_seconds']:>7.1f}"
+                         f"{r['decode_seconds']:>7.1f}{r['seeds']:>7}  {told}")
+    standard = next((r for r in curves.get(STANDARD, ()) if r["variables"] == METHODS[STANDARD][0]), None)
+    if standard:
+        lines += ["", f"against {STANDARD} with S14's clips ({standard['bytes']:,.0f} bytes, cost {standard['tax']:.5f}), on mean curves:"]
+        for method, rows in curves.items():
+            cost, size = at(rows, "bytes", "tax", standard["bytes"]), at(rows, "tax", "bytes", standard["tax"])
+            told = (f"cost at equal bytes {100 * (cost / standard['tax'] - 1):>+8.1f} %" if cost == cost else "sizes do not reach it",
+                    f"bytes at equal cost {100 * (size / standard['bytes'] - 1):>+8.2f} %" if size == size else "costs do not reach it")
+            lines.append(f"  {method:<14}{told[0]:<32}{told[1]}")
+    return lines
+
+
+def draw(points: list[dict], path: Path) -> None:
+    """Bits per byte and the cost of quantization over bytes: a seed a dot, the mean a line."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for method, rows in means(points).items():
+        colour, own = COLOURS[method], [p for p in points if p["method"] == method]
+        for axes, key, of in ((left, "val_bpb", lambda p: p["val_bpb"]), (right, "tax", lambda p: p["val_bpb"] - p["val_bpb_before"])):
+            axes.plot([r["bytes"] for r in rows], [r[key] for r in rows], color=colour, linewidth=1.8, label=method)
+            axes.scatter([p["bytes"] for p in own], [of(p) for p in own], color=colour, s=14, alpha=0.55, linewidth=0)
+    left.axhline(np.mean([p["val_bpb_before"] for p in points]), color="#555b65", linewidth=1, linestyle=":", label="before quantization")
+    left.set(ylabel="bits per byte of the reloaded artifact", title="score")
+    scale = "log" if all(p["val_bpb"] > p["val_bpb_before"] for p in points) else "linear"
+    right.set(ylabel="bits per byte lost", title="cost of quantization", yscale=scale)
+    for axes in (left, right):
+        axes.set_xlabel("artifact, kB")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:,.0f}"))
+        axes.grid(alpha=0.25, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+    for which in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        which(FuncFormatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "125" else ""))
+    left.legend(frameon=False)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
+    parser.add_argument("--methods", default=",".join(METHODS), help=f"comma list of {', '.join(METHODS)}")
+    parser.add_argument("--points", type=int, help="only the first so many points of a method")
+    parser.add_argument("--docs", type=float, default=1.0, help="share of the validation documents that are scored")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/rate_distortion"), help="NAME of NAME.jsonl and NAME.png")
+    parser.add_argument("--keep", action="store_true", help="keep the points that are in NAME.jsonl")
+    args = parser.parse_args(argv)
+    wanted = args.methods.split(",")
+    if unknown := [m for m in wanted if m not in METHODS]:
+        raise SystemExit(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    lines = args.out.with_suffix(".jsonl")
+    points = [json.loads(text) for text in lines.read_text().splitlines()] if args.keep and lines.exists() else []
+    done = {(p["method"], p["seed"], json.dumps(p["variables"])) for p in points}
+    try:
+        for folder in args.runs:
+            checkpoint = Checkpoint(folder, args.docs)
+            checkpoint.point(STANDARD, METHODS[STANDARD][0])  # percent of what
+            for method in wanted:
+                if reason := unavailable(checkpoint, method):
+                    print(f"skipped {method}: {reason}", file=sys.stderr)
+                    continue
+                for variables in METHODS[method][: args.points]:
+                    if (method, checkpoint.seed, json.dumps(variables)) not in done:
+                        points.append(checkpoint.point(method, variables))
+                        print(json.dumps(points[-1]), flush=True)
+                        tg.write_atomic(lines, "".join(json.dumps(p) + "\n" for p in points).encode())
+    except (OSError, ValueError, KeyError, tg.RunError) as e:
+        raise SystemExit(f"error: {e}") from None
+    print("\n" + "\n".join(table(means(points))))
+    draw(points, args.out.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

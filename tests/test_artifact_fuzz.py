@@ -1,0 +1,256 @@
+"""Artifacts are read by people who did not write them: whatever the bytes, unpack returns the model's tensors or says why not.
+
+    python tests/test_artifact_fuzz.py 100000      # as many mutations, with the time and memory of the worst; exits 1 on a finding
+
+The checksum catches accidents, not intent, so most mutations below carry a valid one.
+"""
+
+import hashlib
+import json
+import lzma
+import random
+import re
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import brotli
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from test_packing import GOLDEN_CONFIG
+
+import train_gpt as tg
+
+DATA = Path(__file__).parent / "data"
+COMPRESSORS = ("range", "brotli", "lzma", *(("pergroup",) if shutil.which("lrzip") else ()))
+HOSTILE_VALUES = (
+    -1, 0, 1, 2**31, 2**63, 10**30, 1.5, float("nan"), float("inf"), True, None, "", "q", "gptq", "low_rank", "range", "brotli", "pergroup",
+    [], [[]], {}, {"a": 1}, [-1], [-7], [0, 0], [2**40, 2**40], [0, 2**62], "x" * 1000, [["gptq", "q", [-1, -2]]] * 500,
+)  # fmt: skip
+
+
+def model() -> tg.Config:
+    return tiny_config(**GOLDEN_CONFIG)
+
+
+@cache
+def seeds() -> list[bytes]:
+    """Valid artifacts: both versions as they were committed, and one of every compressor."""
+    files = [(DATA / f"artifact_v{version}.bin").read_bytes() for version in (1, 2)]
+    stored = tg.unpack(model(), files[0])
+    return files + [tg.pack(tiny_config(**GOLDEN_CONFIG, compressor=c), stored) for c in COMPRESSORS]
+
+
+def forge(version: int, head: bytes, streams: bytes) -> bytes:
+    """An artifact with a checksum that is right."""
+    prefix = struct.pack("<HI", version, len(head))
+    return b"PGA1" + prefix + hashlib.blake2b(prefix + head + streams, digest_size=16).digest() + head + streams
+
+
+def split(blob: bytes) -> tuple[int, bytes, bytes]:
+    version, size = struct.unpack("<HI", blob[4:10])
+    return version, blob[26 : 26 + size], blob[26 + size :]
+
+
+def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
+    out = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at, count = rng.randrange(len(out) + 1), rng.choice([1, 1, 4, 40])
+        kind = rng.randrange(5)
+        if kind == 0 and at < len(out):
+            out[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            out[at : at + count] = rng.randbytes(count)
+        elif kind == 2:
+            del out[at : at + count]
+        elif kind == 3:
+            out[at:at] = rng.randbytes(count)
+        else:
+            out[at : at + count] = bytes([rng.choice([0, 255])]) * count
+    return bytes(out)
+
+
+def mutate_json(rng: random.Random, value):
+    """One place somewhere inside is replaced, removed, repeated or swapped with its neighbour."""
+    if not isinstance(value, (list, dict)) or not value or rng.random() < 0.1:
+        return rng.choice(HOSTILE_VALUES) if rng.random() < 0.7 or not isinstance(value, int) else value + rng.choice([-1, 1, 7])
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    key, out = rng.choice(keys), value.copy()
+    kind = rng.randrange(6)
+    if kind == 0:
+        del out[key]
+    elif kind == 1 and isinstance(value, list):
+        out.insert(key, out[key])
+    elif kind == 2 and isinstance(value, list):
+        other = rng.choice(keys)
+        out[key], out[other] = out[other], out[key]
+    else:
+        out[key] = mutate_json(rng, out[key])
+    return out
+
+
+def mutate(rng: random.Random, blob: bytes) -> bytes:
+    version, head, streams = split(blob)
+    kind = rng.randrange(8)
+    if kind == 0:
+        return mutate_bytes(rng, blob)
+    if kind == 1:
+        return blob[: rng.choice([rng.randrange(30), rng.randrange(len(blob))])]
+    if kind == 2:
+        return forge(rng.choice([0, 1, 2, 3, 65535]), head, streams)
+    if kind == 3:
+        return forge(version, mutate_bytes(rng, head), streams)
+    if kind == 4:
+        return forge(version, head, mutate_bytes(rng, streams))
+    if kind == 5:  # bytes move, sizes stay
+        damaged = mutate_bytes(rng, streams)
+        return forge(version, head, (damaged + bytes(len(streams)))[: len(streams)])
+    header = json.loads(brotli.decompress(head))
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        header = mutate_json(rng, header)
+    text = json.dumps(header).encode()
+    return forge(version, brotli.compress(mutate_bytes(rng, text) if kind == 7 else text, quality=1), streams)
+
+
+def outcome(blob: bytes) -> str:
+    """ "tensors" or the refusal; any other exception is a finding."""
+    cfg = model()
+    try:
+        stored = tg.unpack(cfg, blob)
+        tg.bytes_by_part(blob)
+    except tg.ArtifactError as e:
+        return str(e)
+    shapes = tg.tensor_shapes(cfg)
+    assert list(stored) == list(shapes)
+    for s in stored.values():
+        for (codec, part), t in s.parts.items():
+            assert t.dtype == {"i1": torch.int8, "i2": torch.int16, "f2": torch.float16}[tg.CODEC_PARTS[codec][part]]
+    return "tensors"
+
+
+def load(blob: bytes, folder: Path, world) -> None:
+    """The same through `load_artifact`, which decodes what `unpack` returned."""
+    (folder / "artifact").write_bytes(blob)
+    try:
+        model_ = tg.load_artifact(model(), world, folder / "artifact")
+    except tg.ArtifactError:
+        return
+    assert [p.shape for p in model_.state_dict().values()] == [p.shape for p in tg.GPT(model()).state_dict().values()]
+
+
+def test_mutations(tmp_path, world):
+    rng, base, seen = random.Random(0), [b for b in seeds() if tg.read_header(b).compressor != "pergroup"], []
+    for i in range(1500):
+        blob = mutate(rng, rng.choice(base))
+        seen.append(outcome(blob))
+        if seen[-1] == "tensors" and i % 10 == 0:
+            load(blob, tmp_path, world)
+    refusals = {"no artifact", "damaged artifact", "artifact version", "the header of this", "this artifact makes", "the artifact belongs"}
+    assert refusals | {"tensors"} <= {r if r == "tensors" else next((x for x in refusals if r.startswith(x)), r) for r in seen}
+
+
+BOMB, LIMIT = 160 << 20, 80 << 20
+
+
+@cache
+def bomb(name: str) -> bytes:
+    """A small artifact that claims, or expands to, far more than the model."""
+    zeros = bytes(BOMB)
+    if name == "header":
+        return forge(2, brotli.compress(zeros, quality=1), b"")
+    coder = name.split()[0]
+    version, head, streams = split(seeds()[2 + COMPRESSORS.index(coder)])
+    header = json.loads(brotli.decompress(head))
+    if coder == "range":
+        q, size = ["gptq", "q", [-1, -2]], ["gptq", "hi_size", [1]]
+        kinds = dict(large=[["low_rank", "A", [2**16, 2**16]]], many=[q] * 10**5, twice=[size] * 2)
+        header[3:] = [[kinds[name.split()[1]]], [0] * len(header[4])]
+    else:
+        streams = brotli.compress(zeros, quality=1) if coder == "brotli" else lzma.compress(zeros, preset=0)
+        header[2] = [len(streams)] + [0] * (len(tg.STREAMS) - 1)
+    return forge(version, brotli.compress(json.dumps(header).encode(), quality=1), streams)
+
+
+BOMBS = ("header", "brotli stream", "lzma stream", "range large", "range many", "range twice")
+MEASURE = f"""
+import resource, sys
+sys.path[:0] = {[str(DATA.parent), str(DATA.parents[1])]!r}
+import test_artifact_fuzz as t
+t.outcome(t.seeds()[0])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    print(t.outcome(t.Path(path).read_bytes()))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
+"""
+
+
+def test_bombs_are_refused_in_little_memory(tmp_path):
+    for i, name in enumerate(BOMBS):
+        (tmp_path / str(i)).write_bytes(bomb(name))
+    done = subprocess.run([sys.executable, "-c", MEASURE, *(tmp_path / str(i) for i in range(len(BOMBS)))], capture_output=True, text=True)
+    *refusals, grown = done.stdout.splitlines()
+    known = "this artifact makes no sense|the header of this artifact|streams of the artifact"
+    assert len(refusals) == len(BOMBS) and all(re.match(known, r) for r in refusals), done.stderr
+    assert int(grown) < LIMIT
+
+
+def test_bombs_are_bombs():
+    """The check above can fail: what it refuses would have been more than it allows."""
+    sizes = [len(brotli.decompress(bomb("header")[26:])), len(brotli.decompress(split(bomb("brotli stream"))[2]))]
+    assert [*sizes, len(lzma.decompress(split(bomb("lzma stream"))[2]))] == [BOMB] * 3 and BOMB > LIMIT
+
+
+@pytest.mark.parametrize("part, value", [("scale", np.inf), ("w", np.nan)])
+def test_numbers_that_are_none(part, value):
+    """No packer of ours writes them; forged from a version-1 artifact, whose streams are plain bytes."""
+    version, head, streams = split(seeds()[0])
+    header = json.loads(brotli.decompress(head))
+    *others, (_, _, size, _), (name, *_) = header["streams"]
+    assert others and name == "row_order"
+    raw = bytearray(brotli.decompress(streams[-size:]))
+    at = 0
+    for _, _, own, dtype, shape, stream in header["arrays"]:
+        if stream == len(header["streams"]) - 2:
+            count = int(np.prod(shape))
+            if own == part:
+                planes = np.frombuffer(np.full(count, value, "<f2").tobytes(), np.uint8).reshape(count, 2).T
+                raw[at : at + 2 * count] = planes.tobytes()
+                break
+            at += count * int(dtype[1])
+    rest = brotli.compress(bytes(raw))
+    header["streams"][-2][2] = len(rest)
+    blob = forge(version, brotli.compress(json.dumps(header).encode()), streams[:-size] + rest)
+    assert "not all finite" in outcome(blob)
+
+
+def main(count: int) -> int:
+    """Fuzz `count` times; print findings, outcomes and the worst second and megabyte. Returns the exit code."""
+    rng, base, tally, findings, worst = random.Random(1), seeds(), {}, 0, 0.0
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i in range(count):
+        blob = rng.choice(base[:-1]) if "pergroup" in COMPRESSORS and rng.random() < 0.99 else rng.choice(base)
+        blob, begin = mutate(rng, blob), time.perf_counter()
+        try:
+            result = outcome(blob)[:20]
+        except Exception as e:  # a finding: anything but ArtifactError
+            result, findings = f"{type(e).__name__}: {e}"[:100], findings + 1
+            Path(f"/tmp/finding_{i}.bin").write_bytes(blob)
+        tally[result] = tally.get(result, 0) + 1
+        if (took := time.perf_counter() - begin) > worst:
+            worst = took
+            print(f"{i}: {took:.2f}s {result}", flush=True)
+    print(json.dumps(tally, indent=1))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024
+    print(f"{count} mutations, {findings} findings, worst {worst:.2f} s, memory grew by {grown:.0f} MB")
+    return bool(findings)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000))
