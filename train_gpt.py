@@ -961,8 +961,7 @@ def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path,
         raise RunError(f"{folder}: the data was made with a vocabulary of {manifest['vocab_size']}, but VOCAB_SIZE={cfg.vocab_size}")
     transform = "caseops" if cfg.caseops_enabled else "none"
     if manifest.get("transform", transform) != transform:
-        raise RunError(f"{folder}: the data was made with transform {manifest['transform']!r}, but CASEOPS_ENABLED="
-                       f"{cfg.caseops_enabled:d} counts the bytes of {transform!r}")
+        raise RunError(f"{folder}: the data was made with transform {manifest['transform']!r}, but CASEOPS_ENABLED={cfg.caseops_enabled:d}")
     listed = {s["file"]: s for split in splits.values() for s in (*split.get("shards", ()), *split.get("sidecar", ()))}
     for path in paths:
         if path.name not in listed:
@@ -1025,8 +1024,6 @@ class TrainLoader:
     """
 
     def __init__(self, shards: tuple[Path, ...], row_tokens: int, rows: int, vocab_size: int, position: tuple[int, int] | None = None):
-        if not shards:
-            raise RunError("there is no training data to read: evaluation, which has begun, must not")
         self.shards, self.span, self.rows, self.vocab_size = shards, row_tokens + 1, rows, vocab_size
         self.pool = ThreadPoolExecutor(1)
         self.position = position or (0, -1)  # offset -1: at the first BOS
@@ -1035,7 +1032,7 @@ class TrainLoader:
     def _read(self, position: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
         """Tokens (rows, span) at a position, and the position after them."""
         file, offset = position
-        for _ in range(len(self.shards) + 1):
+        for _ in range(len(self.shards) + bool(self.shards)):
             path = self.shards[file % len(self.shards)]
             tokens = read_shard(path)
             if offset < 0:
@@ -4209,8 +4206,7 @@ class Run:
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
         self.data, self.train_shards = ValData.load(cfg, self.files), len(self.files.train)
         self.result: dict[str, Any] = {}
-        self.findings: dict[str, Finding] = {}
-        self.warm_ups, self.weight_hashes, self.scored_pass = [], [], ""
+        self.findings, self.warm_ups, self.weight_hashes, self.scored_pass = {}, [], [], ""
 
     def door(self, name: str) -> ValDoor:
         """A pass over the validation tokens that the ledger keeps account of."""

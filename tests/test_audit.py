@@ -438,8 +438,8 @@ def test_v19_warm_up_that_learns(random_model, findings, tmp_path):
 @kind(20, "calibration outside the clock, or training data read while scoring", "P7, P11, closed training files")
 def test_v20_calibration_outside_the_clock(findings, dataset):
     assert findings(result=dict(calib_seconds=11.0))[1]["R2"][0] == "FAIL"
-    with pytest.raises(tg.RunError, match="no training data"):
-        tg.TrainLoader((), 16, 1, 64)
+    with pytest.raises(tg.RunError, match="no training shard"):
+        tg.TrainLoader((), 16, 1, 64).next_step()
     with pytest.raises(tg.RunError, match="no training shard"):
         tg.calibration_windows((), 16, 1)
     watch, train = tg.open_watch(), dataset / "fineweb_train_000000.bin"
