@@ -10,6 +10,7 @@ A method that this script or machine lacks is skipped, with the reason. --keep: 
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import sys
@@ -42,7 +43,7 @@ METHODS = {  # method: the variables of its points; TARGET_BYTES in percent of t
     "s05": [S05 | dict(N_INT6_LAYERS=n) for n in (10, 0, 20, 999)],
     "s05+range": [S05 | dict(N_INT6_LAYERS=n, COMPRESSOR="range") for n in (10, 0, 20, 999)],
     "s05 pruned": [S05 | dict(N_INT6_LAYERS=n, TARGET_BYTES=t) for n, t in ((999, "100%"), (10, "90%"), (10, "80%"))],
-    "rd": [dict(QUANT="rd", COMPRESSOR="range", TARGET_BYTES=t) for t in ("100%", "115%", "90%", "80%", "70%")],
+    "rd": [dict(QUANT="rd", COMPRESSOR="range", RD_LOSS=1e-6, TARGET_BYTES=t) for t in ("100%", "90%", "80%", "70%", "60%")],
 }
 COLOURS = dict(zip(METHODS, ("#9aa1ab", "#4a8fbd", "#2f6690", "#e0a35c", "#d9822b", "#b04a2f", "#7a5195"), strict=True))
 STANDARD = "s14+brotli"  # what the others are compared with, at its first point
@@ -75,7 +76,7 @@ class Checkpoint:
         return self.scores[digest]
 
     def calibration(self, cfg: tg.Config) -> tg.Hessians:
-        key = cfg.gptq_calibration, cfg.gptq_calibration_batches
+        key = cfg.gptq_calibration, cfg.gptq_calibration_batches, cfg.quant == "rd"  # which wants gradients as well
         if key not in self.hessians:
             self.model.load_state_dict(self.state)
             self.hessians[key] = tg.collect_hessians(cfg, self.world, self.model, self.files, lambda line: None)
@@ -112,9 +113,9 @@ class Checkpoint:
                     encode_seconds=round(encode_seconds, 2), decode_seconds=round(decode_seconds, 2))
 
     def error(self, cfg: tg.Config, stored: dict[str, tg.Stored]) -> float:
-        """tr(E H E^T) / tr(W H W^T), the share of the output's energy that is error: mean over the matrices."""
-        shares = []
-        for task in tg.gptq_tasks(self.cfg, tg.unbank(self.cfg, self.state)):
+        """tr(E H E^T) / tr(W H W^T), the share of the output's energy that is error: mean over the matrices. Every method with one H."""
+        shares, cfg = [], dataclasses.replace(cfg, quant="s14")
+        for task in tg.gptq_tasks(cfg, tg.unbank(cfg, self.state)):
             if task.site is not None:
                 H, E = self.calibration(cfg).H[task.site], task.W - stored[task.name].decode()
                 shares.append(float(((E @ H) * E).sum() / ((task.W @ H) * task.W).sum()))
