@@ -351,7 +351,7 @@ class Config:
     quant: str = knob("s14", "steps by standard deviation; s05 = by percentile, mixed bits, int8 embedding", choices=("s14", "s05"))
     matrix_bits: int = knob(6, "bits of the matrices; with QUANT=s05 of the chosen ones, the others have one less", lo=2, hi=8)
     n_int6_layers: int = knob(10, "matrices that keep MATRIX_BITS with QUANT=s05: those with the largest Hessian trace", lo=0)
-    target_bytes: int = knob(0, "prune the cheapest +-1 until the artifact has at most this many bytes, QUANT=s05; 0 = off", lo=0)
+    target_bytes: int = knob(16_000_000, "QUANT=s05: most bytes of artifact and running script, by pruning; 0 = no pruning", lo=0)
     embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8)
     matrix_clip_sigmas: float = knob(12.85, "clip of matrices that are neither attention, MLP nor embedding (the untied head)", lo=0.1)
     embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row", lo=0.1)
@@ -3792,11 +3792,11 @@ def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
     return ARTIFACT_MAGIC + prefix + hashlib.blake2b(prefix + body, digest_size=16).digest() + body
 
 
-def pack_to_fit(cfg: Config, stored: dict[str, Stored], log: Log) -> tuple[dict[str, Stored], bytes]:
-    """`pack`; with QUANT=s05 pruned until the artifact has at most TARGET_BYTES. Its size is nearly linear in the entropy of the
+def pack_to_fit(cfg: Config, stored: dict[str, Stored], code_bytes: int, log: Log) -> tuple[dict[str, Stored], bytes]:
+    """`pack`; with QUANT=s05 pruned until artifact and script have at most TARGET_BYTES. Size is nearly linear in the entropy of the
     integers, so at most three more packs come within 0.05 % (COMPRESSOR=range) or 0.5 %. Raises RunError naming the smallest size."""
-    blob, target, packs, fit = pack(cfg, stored), cfg.target_bytes, 0, None
-    if cfg.quant != "s05" or not target or len(blob) <= target:
+    blob, target, packs, fit = pack(cfg, stored), cfg.target_bytes - code_bytes, 0, None
+    if cfg.quant != "s05" or not cfg.target_bytes or len(blob) <= target:
         return stored, blob
     pruning = Pruning(stored)
     over, under = (pruning.code_bits(0), len(blob)), None  # (bits of the integers, bytes): the points nearest to the target so far
@@ -3805,11 +3805,12 @@ def pack_to_fit(cfg: Config, stored: dict[str, Stored], log: Log) -> tuple[dict[
         count = pruning.zeros_for(over[0] - (over[1] - 0.9998 * target) * bits_per_byte)
         tried, packs = pruning.apply(count), packs + 1
         blob = pack(cfg, tried)
-        log(f"prune: {count} of {len(pruning.order)} integers +-1 to zero, {len(blob)} bytes, TARGET_BYTES {target}")
+        log(f"prune: {count} of {len(pruning.order)} integers +-1 to zero, {len(blob)} bytes of {target} beside the script")
         if len(blob) <= target:
             under, fit = (pruning.code_bits(count), len(blob)), (tried, blob)
         elif count == len(pruning.order):
-            raise RunError(f"TARGET_BYTES={target}: the smallest size is {len(blob)}, with every +-1 at zero; lower MATRIX_BITS")
+            raise RunError(f"TARGET_BYTES={cfg.target_bytes}: every +-1 at zero leaves {len(blob) + code_bytes} bytes, {code_bytes} "
+                           "of them the script: lower MATRIX_BITS, or ship the packed script (tools/pack_code.py)")
         else:
             over = pruning.code_bits(count), len(blob)
     return fit
@@ -4935,7 +4936,7 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
         clock.phase("pack")
         start = time.perf_counter()
         log(f"Serialized model: {run.weights.stat().st_size} bytes")
-        stored, blob = pack_to_fit(cfg, stored, log)
+        stored, blob = pack_to_fit(cfg, stored, Path(__file__).stat().st_size, log)
         log(f"Serialize: {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
         write_atomic(run.artifact, blob)
         clock.phase("unpack")

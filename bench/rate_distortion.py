@@ -10,6 +10,7 @@ A method that this script or machine lacks is skipped, with the reason. --keep: 
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import sys
@@ -26,7 +27,7 @@ from size import run_result
 import train_gpt as tg
 
 S14_CLIPS = dict(MLP_CLIP_SIGMAS=11.5, ATTN_CLIP_SIGMAS=13.0, EMBED_CLIP_SIGMAS=14.0)
-S05 = dict(QUANT="s05", AWQ_LITE_ENABLED=0, LQER_ENABLED=0, COMPRESSOR="brotli")
+S05 = dict(QUANT="s05", AWQ_LITE_ENABLED=0, LQER_ENABLED=0, COMPRESSOR="brotli", TARGET_BYTES=0)
 
 
 def s14(compressor: str) -> list[dict]:
@@ -42,7 +43,7 @@ METHODS = {  # method: the variables of its points; TARGET_BYTES in percent of t
     "s05": [S05 | dict(N_INT6_LAYERS=n) for n in (10, 0, 20, 999)],
     "s05+range": [S05 | dict(N_INT6_LAYERS=n, COMPRESSOR="range") for n in (10, 0, 20, 999)],
     "s05 pruned": [S05 | dict(N_INT6_LAYERS=n, TARGET_BYTES=t) for n, t in ((999, "100%"), (10, "90%"), (10, "80%"))],
-    "rd": [dict(QUANT="rd", COMPRESSOR="range", TARGET_BYTES=t) for t in ("100%", "115%", "90%", "80%", "70%")],
+    "rd": [dict(QUANT="rd", COMPRESSOR="range", RD_LOSS=1e-6, TARGET_BYTES=t) for t in ("100%", "90%", "80%", "70%", "60%")],
 }
 COLOURS = dict(zip(METHODS, ("#9aa1ab", "#4a8fbd", "#2f6690", "#e0a35c", "#d9822b", "#b04a2f", "#7a5195"), strict=True))
 STANDARD = "s14+brotli"  # what the others are compared with, at its first point
@@ -75,43 +76,46 @@ class Checkpoint:
         return self.scores[digest]
 
     def calibration(self, cfg: tg.Config) -> tg.Hessians:
-        key = cfg.gptq_calibration, cfg.gptq_calibration_batches
+        key = cfg.gptq_calibration, cfg.gptq_calibration_batches, cfg.quant == "rd"  # which wants gradients as well
         if key not in self.hessians:
             self.model.load_state_dict(self.state)
             self.hessians[key] = tg.collect_hessians(cfg, self.world, self.model, self.files, lambda line: None)
         return self.hessians[key]
 
-    def quantized(self, cfg: tg.Config, variables: dict) -> tuple[dict[str, tg.Stored], float]:
-        """The tensors as stored, and the seconds that took; settings that differ in the coder alone share them."""
+    def squeeze(self, cfg: tg.Config, variables: dict) -> tuple[dict[str, tg.Stored], bytes, float, float]:
+        """Tensors and artifact, and the seconds for either; settings that differ in the coder or the target alone share the former.
+        The search of QUANT=rd has packing inside: its seconds are for all of that, and for the last pack again."""
+        hessians, start = self.calibration(cfg), time.perf_counter()
+        if cfg.quant == "rd":
+            (stored, _), searched = tg.quantize_to_fit(cfg, self.state, hessians, 0, lambda line: None), time.perf_counter()
+            return stored, tg.pack(cfg, stored), searched - start, time.perf_counter() - searched
         key = json.dumps({k: v for k, v in variables.items() if k not in ("COMPRESSOR", "TARGET_BYTES")})
-        if key not in self.stored or cfg.quant == "rd":
-            hessians, start = self.calibration(cfg), time.perf_counter()
+        if key not in self.stored:
             self.stored[key] = tg.quantize(cfg, self.state, hessians, lambda line: None), time.perf_counter() - start
-        return self.stored[key]
+        stored, seconds = self.stored[key]
+        start = time.perf_counter()
+        return *tg.pack_to_fit(cfg, stored, 0, lambda line: None), seconds, time.perf_counter() - start
 
     def point(self, method: str, variables: dict) -> dict:
         """One configuration: quantize, pack, write nothing, unpack, compare, score."""
         given = {k: str(round(float(v[:-1]) / 100 * self.standard_bytes) if str(v).endswith("%") else v) for k, v in variables.items()}
         cfg = tg.config_from_env(self.env | given)
-        stored, quantize_seconds = self.quantized(cfg, variables)
+        stored, blob, quantize_seconds, encode_seconds = self.squeeze(cfg, variables)
         start = time.perf_counter()
-        stored, blob = tg.pack_to_fit(cfg, stored, lambda line: None)
-        encoded = time.perf_counter()
         state = tg.dequantized_state(cfg, tg.unpack(cfg, blob))
-        decode_seconds = time.perf_counter() - encoded
-        for name, t in tg.dequantized_state(cfg, stored).items():
-            if not torch.equal(t, state[name]):
-                raise tg.RunError(f"{method} {given}: {name} does not survive packing")
+        decode_seconds = time.perf_counter() - start
+        if broken := [name for name, t in tg.dequantized_state(cfg, stored).items() if not torch.equal(t, state[name])]:
+            raise tg.RunError(f"{method} {given}: {', '.join(broken)} do not survive packing")
         self.standard_bytes = self.standard_bytes or len(blob)
         return dict(method=method, seed=self.seed, variables=variables, bytes=len(blob),
                     bits_per_weight=8 * len(blob) / sum(t.numel() for t in state.values()), error=self.error(cfg, stored),
                     val_bpb_before=self.before, val_bpb=self.score(state), quantize_seconds=round(quantize_seconds, 2),
-                    encode_seconds=round(encoded - start, 2), decode_seconds=round(decode_seconds, 2))
+                    encode_seconds=round(encode_seconds, 2), decode_seconds=round(decode_seconds, 2))
 
     def error(self, cfg: tg.Config, stored: dict[str, tg.Stored]) -> float:
-        """tr(E H E^T) / tr(W H W^T), the share of the output's energy that is error: mean over the matrices."""
-        shares = []
-        for task in tg.gptq_tasks(self.cfg, tg.unbank(self.cfg, self.state)):
+        """tr(E H E^T) / tr(W H W^T), the share of the output's energy that is error: mean over the matrices. Every method with one H."""
+        shares, cfg = [], dataclasses.replace(cfg, quant="s14")
+        for task in tg.gptq_tasks(cfg, tg.unbank(cfg, self.state)):
             if task.site is not None:
                 H, E = self.calibration(cfg).H[task.site], task.W - stored[task.name].decode()
                 shares.append(float(((E @ H) * E).sum() / ((task.W @ H) * task.W).sum()))
@@ -157,7 +161,8 @@ def table(curves: dict[str, list[dict]]) -> list[str]:
              f"{'enc s':>7}{'dec s':>7}{'seeds':>7}  variables"]
     for method, rows in curves.items():
         for r in rows:
-            told = " ".join(f"{k}={v}" for k, v in r["variables"].items() if k[:5] not in ("QUANT", "COMPR", "AWQ_L", "LQER_"))
+            told = " ".join(f"{k}={v}" for k, v in r["variables"].items() if k[:5] not in ("QUANT", "COMPR", "AWQ_L", "LQER_")
+                            and (k, v) != ("TARGET_BYTES", 0))
             lines.append(f"{method:<14}{r['bytes']:>11,.0f}{r['bits_per_weight']:>8.3f}{r['error']:>10.6f}{r['val_bpb_before']:>10.5f}"
                          f"{r['val_bpb']:>10.5f}{r['tax']:>10.5f}{r['spread']:>9.5f}{r['quantize_seconds']:>9.1f}{r['encode_seconds']:>7.1f}"
                          f"{r['decode_seconds']:>7.1f}{r['seeds']:>7}  {told}")

@@ -32,7 +32,7 @@ def test_points_are_those_of_the_pipeline(runs, tmp_path, capsys, dataset, world
     points = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and len(points) == 2 * 3 * 2
     text = capsys.readouterr().out
-    assert "against s14+brotli" in text and "N_INT6_LAYERS=999 TARGET_BYTES=100%" in text
+    assert "against s14+brotli" in text and "TARGET_BYTES=100% N_INT6_LAYERS=999" in text
     by = {(p["method"], p["seed"], json.dumps(p["variables"])): p for p in points}
     first, finer = (by["s14+brotli", 1, json.dumps(rd.METHODS["s14+brotli"][i])] for i in range(2))
     assert finer["bytes"] > first["bytes"] and finer["error"] < first["error"] and first["bits_per_weight"] > 3
