@@ -975,8 +975,7 @@ def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path,
         raise RunError(f"{folder}: the data was made with a vocabulary of {manifest['vocab_size']}, but VOCAB_SIZE={cfg.vocab_size}")
     transform = "caseops" if cfg.caseops_enabled else "none"
     if manifest.get("transform", transform) != transform:
-        raise RunError(f"{folder}: the data was made with transform {manifest['transform']!r}, but CASEOPS_ENABLED="
-                       f"{cfg.caseops_enabled:d} counts the bytes of {transform!r}")
+        raise RunError(f"{folder}: the data was made with transform {manifest['transform']!r}, but CASEOPS_ENABLED={cfg.caseops_enabled:d}")
     listed = {s["file"]: s for split in splits.values() for s in (*split.get("shards", ()), *split.get("sidecar", ()))}
     for path in paths:
         if path.name not in listed:
@@ -1039,8 +1038,6 @@ class TrainLoader:
     """
 
     def __init__(self, shards: tuple[Path, ...], row_tokens: int, rows: int, vocab_size: int, position: tuple[int, int] | None = None):
-        if not shards:
-            raise RunError("there is no training data to read: evaluation, which has begun, must not")
         self.shards, self.span, self.rows, self.vocab_size = shards, row_tokens + 1, rows, vocab_size
         self.pool = ThreadPoolExecutor(1)
         self.position = position or (0, -1)  # offset -1: at the first BOS
@@ -1049,7 +1046,7 @@ class TrainLoader:
     def _read(self, position: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
         """Tokens (rows, span) at a position, and the position after them."""
         file, offset = position
-        for _ in range(len(self.shards) + 1):
+        for _ in range(len(self.shards) + bool(self.shards)):
             path = self.shards[file % len(self.shards)]
             tokens = read_shard(path)
             if offset < 0:
@@ -3478,10 +3475,8 @@ def upstream_code_bytes() -> int | None:
 # ==================================================================================================
 
 class Ledger:
-    """Append-only account of a run: a line {"n", "prev", "kind", ..., "hash"} carries the hash of the one before, an edit breaks the chain.
-
-    A later stage or evaluation in the same folder goes on where the last one ended. Without a path (ranks but the first) nothing is kept.
-    """
+    """Append-only account of a run. A line {"n", "prev", "kind", .., "hash"} names the hash of the one before: an edit breaks the chain.
+    A later stage in the same folder goes on behind the last line. Without a path (ranks but the first) nothing is kept."""
 
     def __init__(self, path: Path | None):
         self.path, self.lines, self.last = path, 0, ""
@@ -3513,15 +3508,9 @@ class Ledger:
 
 def state_hash(*states: Any) -> str:
     """blake2b-128, in hex, of nested states: every tensor's bytes, every other value as text."""
-    h, pending = hashlib.blake2b(digest_size=16), list(states[::-1])
-    while pending:
-        x = pending.pop()
-        if isinstance(x, dict):
-            pending += [part for k in reversed(x) for part in (x[k], str(k))]
-        elif isinstance(x, (list, tuple)):
-            pending += reversed(x)
-        else:
-            h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if isinstance(x, Tensor) else repr(x).encode())
+    h = hashlib.blake2b(digest_size=16)
+    for x in torch.utils._pytree.tree_leaves(states):
+        h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if isinstance(x, Tensor) else repr(x).encode())
     return h.hexdigest()
 
 
@@ -3551,11 +3540,8 @@ def graded(forward, targets: Tensor, hints: Tensor | None, boost: float) -> tupl
 
 
 class ValDoor:
-    """The one way from an evaluation to the validation tokens; target i is token i + 1.
-
-    `score` grades targets, each once; `release` hands out graded ones to learn from; every step of an optimizer needs a release.
-    `sync` lets all ranks learn from what each has graded, and writes the receipts.
-    """
+    """The one way from an evaluation to the validation tokens; target i is token i + 1. `score` grades targets, each once, `release` hands
+    out graded ones to learn from, and `sync` lets all ranks learn from what each has graded, and writes the receipts."""
 
     def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
         self._data, self.world, self.name, self.ledger = data, world, name, ledger
@@ -3579,10 +3565,8 @@ class ValDoor:
         return None if self.hints is None else torch.from_numpy(self.hints[at].astype(np.int64)).to(self.world.device, non_blocking=True)
 
     def score(self, at: np.ndarray, forward) -> Tensor:
-        """Grade. at (B, n): targets, -1 = none; forward(targets (B, n) int64) -> nats (B, n), which come back; as `graded`, they count.
-
-        Raises RunError when one of them has been graded before.
-        """
+        """Grade. at (B, n): targets, none of them graded before (RunError), -1 = none; forward(targets (B, n) int64) -> nats (B, n),
+        which come back; what counts is what `graded` makes of them."""
         flat, device = np.flatnonzero(at >= 0), self.world.device
         index = at.reshape(-1)[flat]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
@@ -3598,9 +3582,7 @@ class ValDoor:
 
     def release(self, at: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
         """Targets to learn from, as for `score`; one step of an optimizer may follow, with what = "base" any number until `score`.
-
-        Raises RunError when one of them has not been graded; `early`, for methods that break the rule, puts that into the ledger instead.
-        """
+        RunError: one has not been graded; `early`, for methods that break this rule, puts that into the ledger instead."""
         index = at[at >= 0]
         ready = bool((self.own[index] | self.graded[index]).all())
         if not ready and not early:
@@ -3618,11 +3600,8 @@ class ValDoor:
                 raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: a bug, please report it")
             self.steps -= 1
 
-        handle = register_optimizer_step_pre_hook(before_step)
-        try:
+        with register_optimizer_step_pre_hook(before_step):
             yield
-        finally:
-            handle.remove()
 
     def sums(self) -> tuple[float, int, int]:
         """Nats, tokens and bytes graded by this rank so far."""
@@ -3658,17 +3637,16 @@ class ValDoor:
     def finish(self) -> Score:
         """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target. Raises RunError when one was left out."""
         self.sync()
-        count = int(self.graded.sum())
-        if count != self.total:
-            raise RunError(f"scored {count} targets instead of {self.total}: a bug, please report it with the log")
         self.world.sum_(self.nats)  # zero where another rank has graded
-        nats, size = self.nats.cpu().numpy(), int(self._data.target_bytes.sum())
+        nats, size, count = self.nats.cpu().numpy(), int(self._data.target_bytes.sum()), int(self.graded.sum())
+        total = float(nats.sum(dtype=np.float64))
+        if count != self.total or not math.isfinite(total):
+            raise RunError(f"scored {count} targets instead of {self.total}, {total:g} nats: a bug, please report it with the log")
         if self.ledger is not None and self.ledger.path is not None:
             buffer, path = io.BytesIO(), self.ledger.path.with_name(f"token_nats_{self.name}.npy")
             np.save(buffer, nats)
             write_atomic(path, buffer.getvalue())
             self.ledger.add("tokens", {"pass": self.name, "file": path.name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
-        total = float(nats.sum(dtype=np.float64))
         return Score(total / count, total / math.log(2) / size, count, size)
 
 
@@ -3691,8 +3669,8 @@ class Watch:
         for event, what in self.seen:
             path = str(Path(os.fsdecode(what)).resolve()) if isinstance(what, (str, bytes, os.PathLike)) else ""
             place = (path.startswith(places) and not path.startswith(f"{data.resolve()}{os.sep}")) or ".cache/" in path
-            near = not isinstance(what, tuple) or what[0] in ("127.0.0.1", "::1", "localhost")
-            fine = {"open": not path or path.startswith(ours) or place, "socket.connect": near}
+            fine = {"open": not path or path.startswith(ours) or place,
+                    "socket.connect": not isinstance(what, tuple) or what[0] in ("127.0.0.1", "::1", "localhost")}
             if not fine.get(event, Path(path).name.startswith(programs)):
                 found[f"{event} {path or what}"] = None
         return list(found)
@@ -3701,20 +3679,9 @@ class Watch:
 open_watch = cache(Watch)
 Finding = tuple[str, str]  # a verdict, and the evidence in one line
 SEVERITY = ("FAIL", "NEEDS-RULING", "NOT-MEASURED", "PASS")
-RULES = (  # rule, what it asks, the findings that decide it
-    ("R1", "artifact and code fit the cap", ("bytes",)),
-    ("R2", "training and evaluation in time", ("P7",)),
-    ("R3", "no validation document in the training data", ("P9",)),
-    ("R4", "every target once, every byte of the text once", ("P4", "P5", "P10")),
-    ("R5", "a distribution over the vocabulary, fixed before its target", ("P2",)),
-    ("R6", "a score depends on its past in its document alone", ("P1", "P3")),
-    ("R7", "scored before learned from, by the artifact's weights", ("order",)),
-    ("R8", "warm-up leaves no trace", ("P6",)),
-    ("R9", "evaluation reads artifact and validation data alone", ("P11",)),
-    ("R10", "seeds declared before the first run", ("P12",)),
-    ("R11", "the score follows from the nats of its tokens", ("sum",)),
-    ("R12", "the artifact alone gives the same score elsewhere", ("P8",)),
-)
+RULES = dict(  # rule -> the findings that decide it; docs/validity.md says what each of them asks
+    R1=("bytes",), R2=("P7",), R3=("P9",), R4=("P4", "P5", "P10"), R5=("P2",), R6=("P1", "P3"), R7=("order",), R8=("P6",), R9=("P11",),
+    R10=("P12",), R11=("sum",), R12=("P8",))
 UNRULED = (  # rule, when, what no maintainer has ruled on
     ("R7", lambda c: c.slot == "causal", "a shift of the hidden states learned from scored targets (SLOT, issue #1336)"),
     ("R4", lambda c: not c.caseops_enabled, "bytes are those of the normalized pieces, not of a sidecar"),
@@ -3734,8 +3701,8 @@ def worst(findings: list[Finding]) -> Finding:
 def verdicts(cfg: Config, findings: dict[str, Finding]) -> dict[str, Finding]:
     """Rule by rule. What nobody looked at is NOT-MEASURED."""
     missing = ("NOT-MEASURED", "AUDIT=off" if cfg.audit == "off" else "no part of this stage")
-    unruled = {rule: [("NEEDS-RULING", why) for r, applies, why in UNRULED if r == rule and applies(cfg)] for rule, *_ in RULES}
-    return {rule: worst([findings.get(name, missing) for name in names] + unruled[rule] * bool(findings)) for rule, _, names in RULES}
+    unruled = {rule: [("NEEDS-RULING", why) for r, applies, why in UNRULED if r == rule and applies(cfg) and findings] for rule in RULES}
+    return {rule: worst([findings.get(name, missing) for name in names] + unruled[rule]) for rule, names in RULES.items()}
 
 
 class ProbeDoor(ValDoor):
@@ -3759,20 +3726,15 @@ def short_stream(data: ValData, count: int, length: int, generator: np.random.Ge
     """The first `length` tokens of `count` random documents that have so many, or of the longest ones."""
     starts, ends = data.documents()
     sizes, count = ends - starts, min(count, len(starts))
-    enough = np.flatnonzero(sizes >= length)
-    picked = generator.choice(enough, count, replace=False) if len(enough) >= count else np.argsort(sizes)[-count:]
+    picked = generator.choice(np.argsort(sizes)[-max(count, (sizes >= length).sum()) :], count, replace=False)
     tokens = np.append(np.concatenate([data.tokens[starts[i] : starts[i] + min(sizes[i], length)] for i in picked]), BOS_ID)
     return ValData(tokens.astype(np.uint16), np.ones(len(tokens) - 1, np.int32))
 
 
-def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, length: int, rounds: int, seed: int,
-                  alone: bool = True) -> dict[str, Finding]:
-    """P1 forged future, P2 sum over the vocabulary, P3 neighbours, on short streams. replay(door): the scored pass, starting afresh.
-
-    A stream is scored as it is, and with one document forged from a random target on. All that comes before it and, if each
-    document is scored `alone`, all others must keep the same bits; so must the distribution at the first forged target, which adds
-    up to one.
-    """
+def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, length: int, rounds: int, seed: int, isolated: bool = True):
+    """P1 forged future, P2 sum over the vocabulary, P3 neighbours (if isolated): {id: finding}. replay(door), the scored pass from
+    a fresh start, scores `count` short documents as they are, and with one forged from a random target on. All before that in
+    the order of scoring, and the other documents, must keep the same bits; so must the distribution at the first forged target."""
     generator, past, others, row, excess = np.random.Generator(np.random.PCG64(seed)), 0.0, 0.0, 0.0, 0.0
     for _ in range(rounds):
         true = short_stream(data, count, length, generator)
@@ -3797,8 +3759,7 @@ def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, l
     return dict(
         P1=holds(past == row == 0, f"a forged future moves the scores before it by {past:.3g}, its own distribution by {row:.3g} nats"),
         P2=holds(excess < 1e-4 and row == 0, f"sums over {vocab} tokens are off by {excess:.2g}"),
-        P3=holds(others == 0 or not alone, f"a forged document moves scores of its {count - 1} neighbours by {others:.3g} nats"
-                 f"{'' if alone else ', who may look back at it'}"))
+        P3=holds(others == 0, f"a forged document moves scores of its {count - 1} neighbours by {others:.3g} nats", isolated))
 
 
 def document_hashes(tokens: np.ndarray, offset: int, length: int) -> np.ndarray:
@@ -4375,8 +4336,7 @@ class Run:
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
         self.data, self.train_shards = ValData.load(cfg, self.files), len(self.files.train)
         self.result: dict[str, Any] = {}
-        self.findings: dict[str, Finding] = {}
-        self.warm_ups, self.weight_hashes, self.scored_pass = [], [], ""
+        self.findings, self.warm_ups, self.weight_hashes, self.scored_pass = {}, [], [], ""
 
     def door(self, name: str) -> ValDoor:
         """A pass over the validation tokens that the ledger keeps account of."""
@@ -4582,11 +4542,11 @@ def eval_stage(run: Run) -> None:
     def replay(door: ValDoor) -> Score:
         return TttRun(mini, alone, model, door, Log(None), ttt).run() if ttt else evaluate(mini, alone, forward, door)
 
-    count, length = (min(3, cfg.ttt_batch_size), 4 * chunk_size(cfg, 2)) if ttt else (3, 128)
     if cfg.eval_method == "sliding":  # windows that a short stream fills
         mini = replace(mini, eval_seq_len=min(cfg.eval_seq_len, 64), eval_stride=min(cfg.eval_stride, 16), val_batch_tokens=8)
-    run.probe(probe_scoring, run.data, alone, cfg.vocab_size, replay, count, length, 16 if cfg.audit == "full" else 1, cfg.seed,
-              not cfg.ngram_tilt_enabled and (ttt is not None or cfg.eval_method == "packed"))
+    count, length, rounds = *((min(3, cfg.ttt_batch_size), 4 * chunk_size(cfg, 2)) if ttt else (3, 128)), 16 if cfg.audit == "full" else 1
+    isolated = (bool(ttt) or cfg.eval_method == "packed") and not cfg.ngram_tilt_enabled
+    run.probe(probe_scoring, run.data, alone, cfg.vocab_size, replay, count, length, rounds, cfg.seed, isolated)
     ours = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *run.files.val, *run.files.sidecar]
     strangers = sorted(set().union(*world.gather(watch.strangers(cfg.shards_path, ours))))
     run.probe(score_findings, run, score, run.scored.early, strangers)
@@ -4607,9 +4567,8 @@ def score_findings(run: Run, score: Score, early: bool, strangers: list[str]) ->
     nats = np.load(run.out / f"token_nats_{run.scored_pass}.npy").sum(dtype=np.float64)
     off = abs(float(nats) / math.log(2) / int(run.data.target_bytes.sum()) - score.bpb)
     declared = [int(seed) for seed in filter(None, cfg.seeds_declared.split(","))]
-    packer = "; unpacking needs the lrzip program" if cfg.compressor == "pergroup" else ""
     return dict(
-        bytes=holds(not result["over_cap"], f"{result['bytes_total']:,} of {ARTIFACT_CAP_BYTES:,} bytes{packer}"),
+        bytes=holds(not result["over_cap"], f"{result['bytes_total']:,} of {ARTIFACT_CAP_BYTES:,} bytes, packed by {cfg.compressor}"),
         order=holds(weights[0] == weights[1] and not early, f"weights {weights[0]} when loaded, {weights[1]} at the first score; learned "
                     f"from {'unscored' if early else 'scored'} targets"),
         P4=("NEEDS-RULING", covered[1]) if lossy else covered, P5=holds(True, f"{score.tokens:,} targets, each once, by the door"),
@@ -4666,10 +4625,7 @@ def summary_table(result: dict) -> list[str]:
     lines += ["", f"{'phase':<28}{'seconds':>10}{'peak MiB':>10}"]
     lines += [f"  {p['name']:<26}{p['seconds']:>10.1f}{p['peak_mib']:>10}" for p in result["phases"]]
     lines += [f"{'wall':<28}{result['wall_seconds']:>10.1f}{result['peak_mem_mib']:>10}", ""]
-    for rule, asks, _ in RULES:
-        verdict, evidence = result["audit"]["verdicts"][rule]
-        lines.append(f"{rule:<4}{verdict:<14}{asks}: {evidence}")
-    return [*lines, ""]
+    return [*lines, *(f"{rule:<4}{verdict:<14}{evidence}" for rule, (verdict, evidence) in result["audit"]["verdicts"].items()), ""]
 
 
 def run_stages(cfg: Config, world: World, env) -> None:

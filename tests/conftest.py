@@ -77,7 +77,7 @@ def write_dataset(folder: Path, train_docs: int = 120, val_docs: int = 15, manif
     if manifest:
         splits = dict(
             train=dict(documents=[val_docs, val_docs + train_docs], tokens=len(train), shards=entries[:2]),
-            val=dict(documents=[0, val_docs], tokens=len(val), shards=entries[2:3], sidecar=entries[3:]))
+            val=dict(documents=[0, val_docs], tokens=len(val), bytes=int(counts.sum()), shards=entries[2:3], sidecar=entries[3:]))
         (folder / "manifest.json").write_text(json.dumps(dict(format=1, transform="caseops", vocab_size=vocab, splits=splits)))
     return folder
 
