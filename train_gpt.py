@@ -4039,8 +4039,8 @@ class ValDoor:
         return None if self.hints is None else torch.from_numpy(self.hints[at].astype(np.int64)).to(self.world.device, non_blocking=True)
 
     def score(self, at: np.ndarray, forward) -> Tensor:
-        """Grade. at (B, n): targets, none of them graded before (RunError), -1 = none; forward(targets (B, n) int64) -> nats (B, n), which
-        come back; what counts is `graded` of them."""
+        """Grade. at (B, n): targets, none of them graded before (RunError), -1 = none; forward(targets (B, n) int64) -> nats (B, n),
+        which come back; what counts is what `graded` makes of them."""
         flat, device = np.flatnonzero(at >= 0), self.world.device
         index = at.reshape(-1)[flat]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
@@ -4207,8 +4207,8 @@ def short_stream(data: ValData, count: int, length: int, generator: np.random.Ge
 
 def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, length: int, rounds: int, seed: int, isolated: bool = True):
     """P1 forged future, P2 sum over the vocabulary, P3 neighbours (if isolated): {id: finding}. replay(door), the scored pass from
-    a fresh start, scores `count` short documents as they are, and with one forged from a random target on. All that comes before and,
-    if isolated, other documents must keep the same bits; so must the distribution at the first forged target."""
+    a fresh start, scores `count` short documents as they are, and with one forged from a random target on. All before that in
+    the order of scoring, and the other documents, must keep the same bits; so must the distribution at the first forged target."""
     generator, past, others, row, excess = np.random.Generator(np.random.PCG64(seed)), 0.0, 0.0, 0.0, 0.0
     for _ in range(rounds):
         true = short_stream(data, count, length, generator)
@@ -5016,10 +5016,10 @@ def eval_stage(run: Run) -> None:
     def replay(door: ValDoor) -> Score:
         return TttRun(mini, alone, model, door, Log(None), ttt).run() if ttt else evaluate(mini, alone, forward, door)
 
-    count, length, rounds = *((min(3, cfg.ttt_batch_size), 4 * chunk_size(cfg, 2)) if ttt else (3, 128)), 16 if cfg.audit == "full" else 1
     if cfg.eval_method == "sliding":  # windows that a short stream fills
         mini = replace(mini, eval_seq_len=min(cfg.eval_seq_len, 64), eval_stride=min(cfg.eval_stride, 16), val_batch_tokens=8)
-    isolated = not cfg.ngram_tilt_enabled and (ttt is not None or cfg.eval_method == "packed")  # else they may look back at each other
+    count, length, rounds = *((min(3, cfg.ttt_batch_size), 4 * chunk_size(cfg, 2)) if ttt else (3, 128)), 16 if cfg.audit == "full" else 1
+    isolated = (bool(ttt) or cfg.eval_method == "packed") and not cfg.ngram_tilt_enabled
     run.probe(probe_scoring, run.data, alone, cfg.vocab_size, replay, count, length, rounds, cfg.seed, isolated)
     ours = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *run.files.val, *run.files.sidecar]
     strangers = sorted(set().union(*world.gather(watch.strangers(cfg.shards_path, ours))))

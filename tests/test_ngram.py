@@ -198,7 +198,7 @@ def probed(cfg, world, model, tilt=None) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         if tilt:
             patch.setattr(tg, "ngram_hints", lambda cfg, tokens, order, device: tilt(tokens))
-        return tg.probe_scoring(some(12), world, cfg.vocab_size, replay, 4, 60, 3, 0, alone=False)
+        return tg.probe_scoring(some(12), world, cfg.vocab_size, replay, 4, 60, 3, 0, isolated=False)
 
 
 PATHS = [dict(ttt_enabled=False), dict(ttt_enabled=False, eval_method="sliding", eval_seq_len=32), dict(ttt_lora_lr=0.02)]

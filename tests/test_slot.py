@@ -146,14 +146,15 @@ def test_the_account_says_who_learned_early(world, random_model, tmp_path):
 def probed(form: str, world, random_model) -> dict:
     cfg, data = slot_config(form), some(8)
     model = random_model(cfg)
-    return tg.probe_scoring(data, world, cfg.vocab_size, lambda door: tg.evaluate(cfg, world, model, door), 3, 60, 3, 0, alone=False)
+    return tg.probe_scoring(data, world, cfg.vocab_size, lambda door: tg.evaluate(cfg, world, model, door), 3, 60, 3, 0, isolated=False)
 
 
 @pytest.mark.parametrize("form, first", [("published", "FAIL"), ("causal", "PASS"), ("off", "PASS")])
 def test_the_audit_tells_the_forms_apart(form, first, world, random_model):
     """P1 through the real evaluation. The published form also moves the distribution at the forged target itself, so P2 fails too."""
     found = probed(form, world, random_model)
-    assert [found[p][0] for p in ("P1", "P2", "P3")] == [first, first, "PASS"], found
+    assert [found[p][0] for p in ("P1", "P2", "P3")] == [first, first, "NOT-MEASURED"], found
     cfg = slot_config(form)
     rules = tg.verdicts(cfg, found | dict(order=tg.holds(form != "published", "as the door says")))
-    assert rules["R6"][0] == first and rules["R7"][0] == dict(published="FAIL", causal="NEEDS-RULING", off="PASS")[form]
+    assert rules["R6"][0] == (first if first == "FAIL" else "NOT-MEASURED"), "windows look across documents, so P3 does not apply"
+    assert rules["R5"][0] == first and rules["R7"][0] == dict(published="FAIL", causal="NEEDS-RULING", off="PASS")[form]
