@@ -72,7 +72,7 @@ class Checkpoint:
         digest = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in state.values())).digest()
         if digest not in self.scores:
             self.model.load_state_dict(state)
-            self.scores[digest] = tg.evaluate(self.cfg, self.world, self.model, self.data).bpb
+            self.scores[digest] = tg.evaluate(self.cfg, self.world, self.model, tg.ValDoor(self.data, self.world)).bpb
         return self.scores[digest]
 
     def calibration(self, cfg: tg.Config) -> tg.Hessians:
