@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -107,7 +108,64 @@ def bench_gptq() -> list[dict]:
                  reference_value=round(1e3 * reference, 1), ratio=round(reference / ours, 2))]
 
 
-BENCHES = dict(caps=bench_caps, attention=bench_attention, gptq=bench_gptq)
+def bench_ngram() -> list[dict]:
+    """Hints of the n-gram tilt, against one pass over a dictionary of contexts."""
+    cfg, rng = tg.Config(token_order=8), np.random.default_rng(0)
+    phrases = [rng.integers(2, 200, rng.integers(3, 12)) for _ in range(2000)]
+    tokens = np.concatenate([[tg.BOS_ID], *(phrases[i] for i in rng.zipf(1.5, 40_000) % 2000)])[:200_000].astype(np.uint16)
+    order, n = np.arange(len(tokens) - 1), cfg.token_order - 1
+
+    def reference() -> list[int]:
+        table, hints, stream = {}, [], tokens.tolist()
+        for i in range(len(stream) - 1):
+            hints.append(-1)
+            if i < n - 1:
+                continue
+            counts, total, best = table.get(context := tuple(stream[i - n + 1 : i + 1]), ({}, 0, None))
+            if total and counts[best] / total >= cfg.token_threshold:
+                hints[-1] = best
+            y = stream[i + 1]
+            counts[y] = counts.get(y, 0) + 1
+            table[context] = (counts, total + 1, y if best is None or counts[y] > counts[best] else best)
+        return hints
+
+    assert tg.ngram_hints(cfg, tokens, order, "cpu").tolist() == reference()
+    ours, slow = (len(tokens) / 1e3 / median_seconds(f, 3) for f in (lambda: tg.ngram_hints(cfg, tokens, order, "cpu"), reference))
+    return [dict(name="n-gram hints", unit="ktok/s", value=round(ours), reference="a dictionary", reference_value=round(slow),
+                 ratio=round(ours / slow, 2))]
+
+
+def bench_ttt() -> list[dict]:
+    """A batch of test-time training, against the same with the head on whole windows, and with ended documents kept as rows."""
+    cfg = tg.config_from_env(dict(PRESET="demo", DATA_PATH="."))
+    world = tg.World(0, 1, torch.device("cpu"), torch.float32)
+    model, rng = tg.build_model(cfg, world).requires_grad_(False), np.random.default_rng(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    docs = [np.concatenate(([tg.BOS_ID], rng.integers(2, cfg.vocab_size, size))) for size in (70, 100, 130, 150, 200, 250)]
+    data = tg.ValData(np.concatenate(docs).astype(np.uint16), np.ones(sum(map(len, docs)) - 1, np.int32))
+
+    def everywhere(inputs, targets, *, positions, **how):
+        whole = torch.zeros_like(inputs).scatter(1, positions, targets)
+        return model(inputs, whole, **how).gather(1, positions)
+
+    def run(forward=model, rows: int = 0) -> torch.Tensor:
+        door = tg.ValDoor(data, world)
+        tg.score_batch(cfg, world, forward, door, tg.document_batches(cfg, door)[0], tg.Lane(cfg, world, len(docs), 0).normal, False, rows)
+        return door.nats
+
+    out, (ours, score) = [], (median_seconds(run, 3), run())
+    for name, reference, kind in (("ttt head on chunk rows", lambda: run(everywhere), "head everywhere"),
+                                  ("ttt ended rows dropped", lambda: run(rows=len(docs)), "all rows kept")):
+        assert (reference() - score).abs().max() < 1e-3  # fp32 in other shapes, through sign-like updates
+        slow = median_seconds(reference, 3)
+        out.append(dict(name=name, unit="ms", value=round(1e3 * ours), reference=kind, reference_value=round(1e3 * slow),
+                        ratio=round(slow / ours, 2)))
+    return out
+
+
+BENCHES = dict(caps=bench_caps, attention=bench_attention, gptq=bench_gptq, ngram=bench_ngram, ttt=bench_ttt)
 
 
 def main(names: list[str]) -> int:
