@@ -135,37 +135,7 @@ def bench_ngram() -> list[dict]:
                  ratio=round(ours / slow, 2))]
 
 
-def bench_ttt() -> list[dict]:
-    """A batch of test-time training, against the same with the head on whole windows, and with ended documents kept as rows."""
-    cfg = tg.config_from_env(dict(PRESET="demo", DATA_PATH="."))
-    world = tg.World(0, 1, torch.device("cpu"), torch.float32)
-    model, rng = tg.build_model(cfg, world).requires_grad_(False), np.random.default_rng(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    docs = [np.concatenate(([tg.BOS_ID], rng.integers(2, cfg.vocab_size, size))) for size in (70, 100, 130, 150, 200, 250)]
-    data = tg.ValData(np.concatenate(docs).astype(np.uint16), np.ones(sum(map(len, docs)) - 1, np.int32))
-
-    def everywhere(inputs, targets, *, positions, **how):
-        whole = torch.zeros_like(inputs).scatter(1, positions, targets)
-        return model(inputs, whole, **how).gather(1, positions)
-
-    def run(forward=model, rows: int = 0) -> torch.Tensor:
-        door = tg.ValDoor(data, world)
-        tg.score_batch(cfg, world, forward, door, tg.document_batches(cfg, door)[0], tg.Lane(cfg, world, len(docs), 0).normal, False, rows)
-        return door.nats
-
-    out, (ours, score) = [], (median_seconds(run, 3), run())
-    for name, reference, kind in (("ttt head on chunk rows", lambda: run(everywhere), "head everywhere"),
-                                  ("ttt ended rows dropped", lambda: run(rows=len(docs)), "all rows kept")):
-        assert (reference() - score).abs().max() < 1e-3  # fp32 in other shapes, through sign-like updates
-        slow = median_seconds(reference, 3)
-        out.append(dict(name=name, unit="ms", value=round(1e3 * ours), reference=kind, reference_value=round(1e3 * slow),
-                        ratio=round(slow / ours, 2)))
-    return out
-
-
-BENCHES = dict(caps=bench_caps, attention=bench_attention, gptq=bench_gptq, ngram=bench_ngram, ttt=bench_ttt)
+BENCHES = dict(caps=bench_caps, attention=bench_attention, gptq=bench_gptq, ngram=bench_ngram)
 
 
 def main(names: list[str]) -> int:
