@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -109,7 +110,34 @@ def bench_gptq() -> list[dict]:
                  reference_value=round(1e3 * reference, 1), ratio=round(reference / ours, 2))]
 
 
-BENCHES = dict(caps=bench_caps, attention=bench_attention, gptq=bench_gptq)
+def bench_ngram() -> list[dict]:
+    """Hints of the n-gram tilt, against one pass over a dictionary of contexts."""
+    cfg, rng = tg.Config(token_order=8), np.random.default_rng(0)
+    phrases = [rng.integers(2, 200, rng.integers(3, 12)) for _ in range(2000)]
+    tokens = np.concatenate([[tg.BOS_ID], *(phrases[i] for i in rng.zipf(1.5, 40_000) % 2000)])[:200_000].astype(np.uint16)
+    order, n = np.arange(len(tokens) - 1), cfg.token_order - 1
+
+    def reference() -> list[int]:
+        table, hints, stream = {}, [], tokens.tolist()
+        for i in range(len(stream) - 1):
+            hints.append(-1)
+            if i < n - 1:
+                continue
+            counts, total, best = table.get(context := tuple(stream[i - n + 1 : i + 1]), ({}, 0, None))
+            if total and counts[best] / total >= cfg.token_threshold:
+                hints[-1] = best
+            y = stream[i + 1]
+            counts[y] = counts.get(y, 0) + 1
+            table[context] = (counts, total + 1, y if best is None or counts[y] > counts[best] else best)
+        return hints
+
+    assert tg.ngram_hints(cfg, tokens, order, "cpu").tolist() == reference()
+    ours, slow = (len(tokens) / 1e3 / median_seconds(f, 3) for f in (lambda: tg.ngram_hints(cfg, tokens, order, "cpu"), reference))
+    return [dict(name="n-gram hints", unit="ktok/s", value=round(ours), reference="a dictionary", reference_value=round(slow),
+                 ratio=round(ours / slow, 2))]
+
+
+BENCHES = dict(caps=bench_caps, attention=bench_attention, gptq=bench_gptq, ngram=bench_ngram)
 
 
 def main(names: list[str]) -> int:
