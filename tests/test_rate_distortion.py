@@ -43,9 +43,9 @@ def test_points_are_those_of_the_pipeline(runs, tmp_path, capsys, dataset, world
     stored = tg.quantize(cfg, model.state_dict(), tg.collect_hessians(cfg, world, model, files, lambda line: None), lambda line: None)
     assert first["bytes"] == len(tg.pack(cfg, stored))
     data = tg.ValData.load(cfg, files)
-    assert first["val_bpb_before"] == pytest.approx(tg.evaluate(cfg, world, model, data).bpb)
+    assert first["val_bpb_before"] == pytest.approx(tg.evaluate(cfg, world, model, tg.ValDoor(data, world)).bpb)
     model.load_state_dict(tg.dequantized_state(cfg, stored))
-    assert first["val_bpb"] == pytest.approx(tg.evaluate(cfg, world, model, data).bpb)
+    assert first["val_bpb"] == pytest.approx(tg.evaluate(cfg, world, model, tg.ValDoor(data, world)).bpb)
 
 
 def test_error_is_the_share_of_the_output_that_is_wrong(runs):

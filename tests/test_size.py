@@ -101,14 +101,14 @@ def test_sensitivity_is_the_change_of_the_score(run_folder, world):
     c = dataclasses.replace(cfg, val_doc_fraction=0.5)
     data = tg.ValData.load(c, tg.Dataset.open(c, need_train=False))
     exact = tg.load_checkpoint_model(c, world, run_folder / "final_model.pt")
-    assert before == pytest.approx(tg.evaluate(c, world, exact, data).bpb)
+    assert before == pytest.approx(tg.evaluate(c, world, exact, tg.ValDoor(data, world)).bpb)
     quantized = tg.load_artifact(c, world, artifact)
-    assert changes["all"] == pytest.approx(tg.evaluate(c, world, quantized, data).bpb - before, abs=1e-9)
+    assert changes["all"] == pytest.approx(tg.evaluate(c, world, quantized, tg.ValDoor(data, world)).bpb - before, abs=1e-9)
     stored = tg.unpack(c, artifact.read_bytes())
     with torch.no_grad():
         for i in range(4):
             exact.mlp_up_bank[i] = stored[f"blocks.{i}.mlp.fc.weight"].decode()
-    assert changes["mlp up"] == pytest.approx(tg.evaluate(c, world, exact, data).bpb - before, abs=1e-9)
+    assert changes["mlp up"] == pytest.approx(tg.evaluate(c, world, exact, tg.ValDoor(data, world)).bpb - before, abs=1e-9)
     assert changes["mlp up"] != 0 and set(changes) == {*size.KINDS, "all"} - {"head"}
 
 

@@ -81,7 +81,8 @@ METHODS = [  # rule, verdict, which logs show it, what it is; a ruling is cited 
     ("R5", RULING, lambda log: knob_on("(byte_)?ppm(_enabled|_mix|_order)?")(log) or says(r"(byte_)?ppm\w*[: ]")(log),
      "a byte-level PPM mixture (#1872 has no ruling)"),
     ("R5", RULING, knob_on(r"ngram_(cache|eval|hash)\w*"), "a hashed n-gram cache (#779 forbids the target in its key; no log shows that)"),
-    ("R6", RULING, lambda log: knob_on("slot(_enabled|_steps)?")(log) or says(r"slot\w*[: ]")(log),
+    ("R6", RULING, lambda log: log.knobs["slot"] != "off" if "slot" in log.knobs  # ours; elsewhere the number of steps switches it on
+     else knob_on("slot(_enabled|_steps)?")(log) or says(r"slot\w*[: ]")(log),
      "SLOT (#1336 has no ruling; on the targets that it scores it fails every flip test, #1240)"),
     ("R6", FAIL, future_gate, "n-gram experts whose gate reads the token that they score (#1420)"),
     ("R6", RULING, knob_on(r"peer_lora\w*(enabled|_k)"), "an ensemble with other documents' final adapters (#2139 has no ruling)"),
