@@ -3023,8 +3023,8 @@ TRELLIS_ERROR = 0.24  # mean squared error of its nearest path, in steps squared
 
 def trellis_values(q: Tensor) -> Tensor:
     """Integers (n, rows) -> what they stand for, in steps."""
-    n, rows = q.shape
-    lanes = F.pad(q.long(), (0, -rows % TRELLIS_SEGMENT)).reshape(-1, TRELLIS_SEGMENT).T
+    (n, rows), height = q.shape, min(max(q.shape[1], 1), TRELLIS_SEGMENT)
+    lanes = F.pad(q.long(), (0, -rows % height)).reshape(-1, height).T
     following = torch.tensor(TRELLIS_NEXT, device=q.device).view(-1)
     second, state = torch.empty_like(lanes), torch.zeros_like(lanes[0])
     for t, k in enumerate(lanes):
@@ -3035,8 +3035,8 @@ def trellis_values(q: Tensor) -> Tensor:
 
 def trellis_path(x: Tensor) -> tuple[Tensor, Tensor]:
     """The integers |k| <= 127 whose values are nearest to x (n, rows) in steps, over whole segments (Viterbi), and those values."""
-    n, rows = x.shape
-    lanes = F.pad(x, (0, -rows % TRELLIS_SEGMENT)).reshape(-1, TRELLIS_SEGMENT).T.contiguous()  # (steps, lanes)
+    (n, rows), height = x.shape, min(max(x.shape[1], 1), TRELLIS_SEGMENT)
+    lanes = F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()  # (steps, lanes)
     a, sign = lanes.abs(), torch.where(lanes < 0, -1.0, 1.0)
     k = torch.stack((  # the nearest integers by quantizer and parity: even and odd of the first, even and odd of the second
         2 * (a / 4).round().clamp_max(63), 2 * ((a - 2) / 4).round().clamp(0, 63) + 1,
@@ -3049,14 +3049,14 @@ def trellis_path(x: Tensor) -> tuple[Tensor, Tensor]:
     branch = branch[:, kind.T]  # (steps, 2, 8, lanes)
     cost = torch.full((8, lanes.shape[1]), math.inf, device=x.device)
     cost[0] = 0
-    second = torch.empty((TRELLIS_SEGMENT, *cost.shape), dtype=torch.bool, device=x.device)
-    for t in range(TRELLIS_SEGMENT):
+    second = torch.empty((height, *cost.shape), dtype=torch.bool, device=x.device)
+    for t in range(height):
         ways = cost[source.T] + branch[t]
         torch.lt(ways[1], ways[0], out=second[t])
         cost = torch.minimum(ways[0], ways[1])
     state, best = cost.argmin(0, keepdim=True), torch.empty_like(lanes, dtype=torch.long)
     way = torch.where(second, into[:, 1, None], into[:, 0, None])  # 2 * state + parity by which each state was reached
-    for t in reversed(range(TRELLIS_SEGMENT)):
+    for t in reversed(range(height)):
         best[t] = reached = way[t].gather(0, state)[0]
         state = reached[None] // 2
     chosen = (best // 2 % 2 * 2 + best % 2)[:, None]
@@ -3876,27 +3876,36 @@ def quantize_to_fit(cfg: Config, state: dict[str, Tensor], hessians: Hessians, c
     if cfg.quant != "rd":
         stored = quantize(cfg, state, hessians, log)
         return stored, pack(cfg, stored)
-    planner, quiet = RateDistortion(gptq_tasks(cfg, unbank(cfg, state)), hessians), lambda line: None
-    target, finest, coarsest = cfg.target_bytes or math.inf, planner.delta(cfg.rd_loss), planner.delta(max(100.0, cfg.rd_loss))
+    tensors, quiet = unbank(cfg, state), lambda line: None
+    plan = RateDistortion(gptq_tasks(cfg, tensors), hessians)
+    target, finest, coarsest = cfg.target_bytes or math.inf, plan.delta(cfg.rd_loss), plan.delta(max(100.0, cfg.rd_loss))
 
     def attempt(matrices: dict[str, Stored]) -> tuple[int, dict[str, Stored], bytes]:
         blob = pack(cfg, quantize(cfg, state, hessians, quiet, matrices))
         return len(blob) + code_bytes, matrices, blob
 
-    over, under, delta, expected = None, None, finest, None
-    for _ in range(10):
-        tried = attempt(planner(delta))
-        log(f"rd: predicted loss {cfg.rd_loss * (delta / finest) ** 2:.5f}, {tried[0]} bytes with the script"
-            + (f", predicted {expected:.0f}" if expected else "") + (f", TARGET_BYTES {target}" if cfg.target_bytes else ""))
+    over, under, delta = None, None, finest
+    # (what the formula gives, size) of the passes so far; the first is a guess: two bytes for every number outside the matrices.
+    known = [(plan.bits(finest), code_bytes + plan.bits(finest) / 8 + 2 * (sum(t.numel() for t in tensors.values()) - plan.weights))]
+    while len(known) < 12:
+        (bits, size), slope = known[-1], 1 / 8
+        if len(known) > 2 and bits != known[-2][0]:
+            slope = min(max((size - known[-2][1]) / (bits - known[-2][0]), 1 / 16), 1 / 4)
+        if size > target or len(known) > 1:
+            delta = min(max(plan.delta_for(bits + (0.99975 * target - size) / slope), finest), coarsest)
+        expected = size + slope * (plan.bits(delta) - bits)
+        tried = attempt(plan(delta))
+        known.append((plan.bits(delta), tried[0]))
+        log(f"rd: predicted loss {cfg.rd_loss * (delta / finest) ** 2:.5f}, {tried[0]} bytes with the script, predicted {expected:.0f}"
+            + (f", TARGET_BYTES {target}" if cfg.target_bytes else ""))
         over, under = (over, tried) if tried[0] <= target else (tried, under)
         if under and (delta == finest or under[0] > 0.9995 * target or (over and over[0] - under[0] < 0.002 * target)):
             break
-        if delta == coarsest:
-            raise RunError(f"TARGET_BYTES={target}: the smallest reachable size is {tried[0]} bytes, {code_bytes} of them the script; "
-                           "make the model smaller, or ship the packed script (tools/pack_code.py)")
-        bits = planner.bits(delta)
-        delta = min(max(planner.delta_for(bits + 8 * (0.99975 * target - tried[0])), finest), coarsest)
-        expected = tried[0] + (planner.bits(delta) - bits) / 8
+        if not under and delta == coarsest:
+            break
+    if not under:
+        raise RunError(f"TARGET_BYTES={target}: the smallest reachable size is {tried[0]} bytes, {code_bytes} of them the script; "
+                       "make the model smaller, or ship the packed script (tools/pack_code.py)")
     fine, coarse, low, high = over and over[1], under[1], 0, len(under[1])  # how many matrices come from the finer pass
     while over and under[0] <= 0.9995 * target and high - low > 1:
         middle = (low + high) // 2
