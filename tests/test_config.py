@@ -423,8 +423,9 @@ def noted(env: dict) -> str:
 @pytest.mark.parametrize("dead, switch", [
     ({"EVAL_STRIDE": "64"}, {"EVAL_METHOD": "sliding"}),
     ({"ROPE_TRAIN_SEQ_LEN": "1024"}, {"ROPE_YARN": "1"}),
-    ({"MATRIX_CLIP_SIGMAS": "3"}, {"TIE_EMBEDDINGS": "0"}),
-    ({"LQER_FACTOR_BITS": "3"}, {"LQER_ASYM_ENABLED": "0"}),
+    ({"MATRIX_CLIP_SIGMAS": "3"}, {"TIE_EMBEDDINGS": "0", "QUANT": "s14"}),
+    ({"LQER_FACTOR_BITS": "3"}, {"LQER_ASYM_ENABLED": "0", "QUANT": "s14"}),
+    ({"MLP_CLIP_SIGMAS": "9"}, {"QUANT": "s14"}),
     ({"TTT_SHORT_LORA_RANK": "3"}, {"TTT_SHORT_LORA_ENABLED": "1"}),
     ({"TTT_SHORT_CHUNK_SIZE": "3"}, {"TTT_SHORT_SCORE_FIRST_STEPS": ""}),
     ({"ATTN_OUT_GATE_SRC": "q"}, {"SPARSE_ATTN_GATE_ENABLED": "0", "ATTN_OUT_GATE_ENABLED": "1"}),

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import train_gpt as tg
 
@@ -97,14 +96,12 @@ def silent(*args, **kwargs) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(dataset, world, tmp_path_factory):
-    """A tiny model after a few steps of training, and what calibration says about it."""
+def calibrated(dataset, world, random_model):
+    """A small model, every tensor of it at random, and what calibration says about it."""
     cfg = tiny_config(data_path=str(dataset), gptq_calibration_batches=8, **SMALL)
-    files = tg.Dataset.open(cfg, need_train=True)
-    trainer = tg.Trainer(cfg, world, files)
-    tg.train(trainer, lambda: tg.Score(1.0, 1.0, 1, 1), silent, tmp_path_factory.mktemp("trained") / "checkpoint.pt")
-    hessians = tg.collect_hessians(cfg, world, trainer.model, files, silent)
-    return cfg, {name: t.detach().clone() for name, t in trainer.model.state_dict().items()}, hessians
+    model = random_model(cfg)
+    hessians = tg.collect_hessians(cfg, world, model, tg.Dataset.open(cfg, need_train=True), silent)
+    return cfg, {name: t.detach().clone() for name, t in model.state_dict().items()}, hessians
 
 
 def plan_of(cfg, state, hessians) -> tg.RateDistortion:
@@ -144,11 +141,11 @@ def test_gradients_are_squared_window_by_window(dataset, world, random_model):
     assert set(got.squares) == {t.name for t in tg.gptq_tasks(cfg, tg.unbank(cfg, model.state_dict()))}
 
 
-def test_steps_follow_the_water_filling(trained):
+def test_steps_follow_the_water_filling(calibrated):
     """Every weight's step is delta / sqrt(g d), to the half octave of its row and that of its column."""
-    cfg, state, hessians = trained
+    cfg, state, hessians = calibrated
     plan = plan_of(cfg, state, hessians)
-    stored = plan(plan.delta(1e-3))
+    stored = plan(plan.delta(0.2))
     for task in tg.gptq_tasks(cfg, tg.unbank(cfg, state)):
         H = hessians.H[task.name if task.name == "tok_emb.weight" else task.site]
         g = (hessians.squares[task.name] / H.diagonal()).mean(1)
@@ -157,24 +154,24 @@ def test_steps_follow_the_water_filling(trained):
         d = torch.empty(len(perm))
         d[perm] = U.diagonal() ** -2
         parts = {part: t for (_, part), t in stored[task.name].parts.items()}
-        off = (tg.Trellis.steps(parts) * (g[:, None] * d).sqrt() / plan.delta(1e-3)).log2()
+        off = (tg.Trellis.steps(parts) * (g[:, None] * d).sqrt() / plan.delta(0.2)).log2()
         assert off.abs().max() < 0.52 and off.mean().abs() < 0.15, task.name
 
 
-def test_all_tensors_sit_on_one_slope(trained):
+def test_all_tensors_sit_on_one_slope(calibrated):
     """Twice the delta: each weight loses a bit, and the loss that each tensor takes for it is in the same proportion to its weights."""
-    cfg, state, hessians = trained
+    cfg, state, hessians = calibrated
     plan = plan_of(cfg, state, hessians)
-    fine, coarse = (plan(plan.delta(loss)) for loss in (1e-5, 4e-5))
+    fine, coarse = (plan(plan.delta(loss)) for loss in (0.2, 0.8))
     low, high = (loss_of(cfg, state, hessians, x) for x in (fine, coarse))
     weights = {t.name: t.W.numel() for t in tg.gptq_tasks(cfg, tg.unbank(cfg, state))}
     slopes = np.array([(high[name] - low[name]) / weights[name] for name in weights])
     assert slopes.min() > 0.5 * slopes.mean() and slopes.max() < 1.6 * slopes.mean()
-    assert sum(low.values()) == pytest.approx(1e-5, rel=0.3) and sum(high.values()) == pytest.approx(4e-5, rel=0.3)
+    assert sum(low.values()) == pytest.approx(0.2, rel=0.3) and sum(high.values()) == pytest.approx(0.8, rel=0.3)
 
 
-def test_less_loss_than_s14_at_as_many_bits(trained):
-    cfg, state, hessians = trained
+def test_less_loss_than_s14_at_as_many_bits(calibrated):
+    cfg, state, hessians = calibrated
     s14 = dataclasses.replace(cfg, quant="s14", matrix_bits=5, embed_bits=6, lqer_enabled=False, awq_lite_enabled=False)
     published = {n: s for n, s in tg.quantize(s14, state, hessians, silent).items() if ("gptq", "q") in s.parts}
     bits, plan = tg.coded_bits(arrays_of(published)).sum(), plan_of(cfg, state, hessians)
@@ -188,8 +185,8 @@ def test_less_loss_than_s14_at_as_many_bits(trained):
 
 
 @pytest.mark.parametrize("outlier", [0.0, 1e3])
-def test_a_weight_that_needs_more_than_eight_bits_gets_a_coarser_step(trained, outlier):
-    cfg, state, hessians = trained
+def test_a_weight_that_needs_more_than_eight_bits_gets_a_coarser_step(calibrated, outlier):
+    cfg, state, hessians = calibrated
     state = dict(state, mlp_up_bank=state["mlp_up_bank"].clone())
     state["mlp_up_bank"][0, 3, 5] += outlier
     plan = plan_of(cfg, state, hessians)
@@ -198,7 +195,7 @@ def test_a_weight_that_needs_more_than_eight_bits_gets_a_coarser_step(trained, o
         if name in stored:
             q = stored[name].parts["trellis", "q"]
             assert q.abs().max() <= 127
-            assert (stored[name].decode() - w).abs().max() < 0.05 * w.abs().max() + 0.1
+            assert (stored[name].decode() - w).norm() < 0.1 * w.norm()
 
 
 # ---- the search
@@ -223,20 +220,20 @@ def test_twenty_random_models_land_just_under_the_target(dataset, world, random_
         assert all(torch.equal(s.decode(), back[name].decode()) for name, s in stored.items())
 
 
-def test_without_a_need_for_more_bytes_the_loss_decides(trained):
-    cfg, state, hessians = trained
+def test_without_a_need_for_more_bytes_the_loss_decides(calibrated):
+    cfg, state, hessians = calibrated
     sizes = []
     for target in (0, 16_000_000):
-        stored, blob = tg.quantize_to_fit(dataclasses.replace(cfg, target_bytes=target, rd_loss=1e-4), state, hessians, 1000, silent)
+        _, blob = tg.quantize_to_fit(dataclasses.replace(cfg, target_bytes=target, rd_loss=1e-4), state, hessians, 1000, silent)
         sizes.append(blob)
     assert sizes[0] == sizes[1]
     assert sizes[0] == tg.pack(cfg, tg.quantize(dataclasses.replace(cfg, rd_loss=1e-4), state, hessians, silent)), "one path"
 
 
-def test_a_target_out_of_reach_is_an_error_naming_the_smallest_size(trained):
-    cfg, state, hessians = trained
+def test_a_target_out_of_reach_is_an_error_naming_the_smallest_size(calibrated):
+    cfg, state, hessians = calibrated
     with pytest.raises(tg.RunError, match=r"smallest reachable size is (\d+) bytes") as e:
         tg.quantize_to_fit(dataclasses.replace(cfg, target_bytes=51_000), state, hessians, 50_000, silent)
     smallest = int(str(e.value).split("size is ")[1].split()[0])
-    stored, blob = tg.quantize_to_fit(dataclasses.replace(cfg, target_bytes=smallest + 100), state, hessians, 50_000, silent)
+    _, blob = tg.quantize_to_fit(dataclasses.replace(cfg, target_bytes=smallest + 100), state, hessians, 50_000, silent)
     assert len(blob) + 50_000 <= smallest + 100
