@@ -3132,15 +3132,15 @@ class Trellis:
     """A trellis of integers down the rows of each column, with a step for each row and each column, in half octaves."""
 
     @staticmethod
-    def encode(q: Tensor, row: Tensor, col: Tensor, step: Tensor) -> dict[str, Tensor]:
-        """q int8 (rows, cols); row and col int8; step int16 (mantissa, exponent), common to all."""
-        return dict(q=q, row=row, col=col, step=step)
+    def encode(q: Tensor, row: Tensor, col: Tensor, step: Tensor, octave: Tensor) -> dict[str, Tensor]:
+        """q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,), common to all."""
+        return dict(q=q, row=row, col=col, step=step, octave=octave)
 
     @staticmethod
     def steps(parts: dict[str, Tensor]) -> Tensor:
         """(rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half octaves from a table."""
-        mantissa, exponent = (int(x) for x in parts["step"])
-        return math.ldexp(mantissa, exponent) * HALF_OCTAVES.to(parts["row"].device)[256 + parts["row"].int()[:, None] + parts["col"].int()]
+        codes = parts["row"].int()[:, None] + parts["col"].int()
+        return math.ldexp(int(parts["step"]), int(parts["octave"])) * HALF_OCTAVES.to(codes.device)[256 + codes]
 
     @staticmethod
     def decode(parts: dict[str, Tensor]) -> Tensor:
@@ -3185,7 +3185,7 @@ class LowRankAsym:
 CODECS = dict(float16=Float16, int8_row=Int8Rows, gptq=Gptq, trellis=Trellis, low_rank=LowRank, low_rank_asym=LowRankAsym)
 CODEC_PARTS = dict(  # what an artifact may hold of each codec, and its dtype
     float16=dict(w="f2"), int8_row=dict(q="i1", scale="f2"), gptq=dict(q="i1", scale="f2", hi_start="i2", hi_size="i2", hi_scale="f2"),
-    trellis=dict(q="i1", row="i1", col="i1", step="i2"), low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
+    trellis=dict(q="i1", row="i1", col="i1", step="i2", octave="i1"), low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
     low_rank_asym=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
 )
 
@@ -3310,7 +3310,8 @@ class RateDistortion:
     def parts(self, W: Tensor, row: Tensor, col: Tensor, level: float, delta: float) -> dict[str, Tensor]:
         """The steps of W. Columns, then rows whose integers would not fit into 8 bits get coarser ones."""
         mantissa, exponent = math.frexp(delta * 2 ** (level / 2))
-        out = dict(row=row, col=col, step=torch.tensor([min(round(mantissa * 2**15), 2**15 - 1), exponent - 15], dtype=torch.int16))
+        step, octave = min(round(mantissa * 2**15), 2**15 - 1), min(max(exponent - 15, -128), 127)
+        out = dict(row=row, col=col, step=torch.tensor([step], dtype=torch.int16), octave=torch.tensor([octave], dtype=torch.int8))
         for part, dim in (("col", 0), ("row", 1)):
             excess = W.abs() / (160 * Trellis.steps(out))
             excess = excess.square().mean(dim).sqrt() * 4 if part == "col" else excess.amax(dim)

@@ -73,7 +73,8 @@ def test_one_decibel_below_nearest_rounding_at_the_same_rate():
 
 def test_steps_are_half_octaves_of_an_exact_number():
     row, col = torch.tensor([-3, 0, 4], dtype=torch.int8), torch.tensor([0, -2, 127, -128], dtype=torch.int8)
-    parts = tg.Trellis.encode(torch.ones(3, 4, dtype=torch.int8), row, col, torch.tensor([20001, -9], dtype=torch.int16))
+    parts = tg.Trellis.encode(torch.ones(3, 4, dtype=torch.int8), row, col, torch.tensor([20001], dtype=torch.int16),
+                              torch.tensor([-9], dtype=torch.int8))
     steps = tg.Trellis.steps(parts)
     for r, a in enumerate(row.tolist()):
         for c, b in enumerate(col.tolist()):
