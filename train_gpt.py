@@ -86,7 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable 
     "s14": {},
     "s55": dict(
         train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, eval_seq_len=2048, qk_gain_init=5.0, asym_logit_rescale=False,
-        awq_lite_enabled=False, gptq_reserve_seconds=0.5, eval_include_tail=False, rope_train_seq_len=2048,
+        awq_lite_enabled=False, gptq_reserve_seconds=0.5, quant="s14", eval_include_tail=False, rope_train_seq_len=2048,
         ttt_eval_seq_len=2048, ttt_batch_size=64, ttt_mask="", ttt_local_lr_mult=1.0, ttt_short_score_first_enabled=False,
         ttt_short_score_first_steps="", phased_ttt_num_phases=3,
     ),
@@ -101,7 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable 
         loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096,
         train_seq_len=512, train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
         eval_seq_len=512, ttt_eval_seq_len=512, rope_train_seq_len=512, eval_stride=256, val_batch_tokens=65536,
-        max_wallclock_seconds=80.0, gptq_reserve_seconds=8.0, gptq_calibration_batches=12, max_eval_seconds=0.0, train_log_every=20,
+        max_wallclock_seconds=80.0, gptq_reserve_seconds=20.0, gptq_calibration_batches=12, max_eval_seconds=0.0, train_log_every=20,
         muon_momentum_warmup_steps=100, ema_decay=0.95, ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
         ttt_batch_size=16, ttt_chunk_size=128, ttt_short_score_first_steps="256:32,512:64", ttt_lanes=1, phased_ttt_prefix_docs=40,
         global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
@@ -121,8 +121,9 @@ FAMILIES = (  # an unknown variable that starts like this is a typo, not somebod
     "ADAM_", "ASYM_", "ATTN_", "AUDIT", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_",
     "FUSED_CE", "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_",
     "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "N_INT6", "PARALLEL_",
-    "PHASED_TTT_", "QK_", "QUANT", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_", "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_", "TARGET_",
-    "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
+    "PHASED_TTT_", "QK_", "QUANT", "RD_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_", "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_",
+    "TARGET_", "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_",
+    "WINDOW_", "XSA_",
 )
 
 
@@ -348,10 +349,12 @@ class Config:
     train_log_every: int = knob(500, "steps between log lines", lo=1)
     val_loss_every: int = knob(0, "steps between validations, clock stopped; 0 = only at the end", lo=0)
     # quantization
-    quant: str = knob("s14", "steps by standard deviation; s05 = by percentile, mixed bits, int8 embedding", choices=("s14", "s05"))
+    quant: str = knob("rd", "rd: every weight at one slope of loss against coded bits; s14: fixed bits and clips; s05: PR #1105",
+                      choices=("rd", "s14", "s05"))
+    target_bytes: int = knob(16_000_000, "QUANT=rd and s05: most bytes of artifact and running script; 0 = no limit", lo=0)
+    rd_loss: float = knob(1e-3, "QUANT=rd: predicted loss of quantization, nats per token, below which no more bytes are spent", lo=1e-7)
     matrix_bits: int = knob(6, "bits of the matrices; with QUANT=s05 of the chosen ones, the others have one less", lo=2, hi=8)
     n_int6_layers: int = knob(10, "matrices that keep MATRIX_BITS with QUANT=s05: those with the largest Hessian trace", lo=0)
-    target_bytes: int = knob(16_000_000, "QUANT=s05: most bytes of artifact and running script, by pruning; 0 = no pruning", lo=0)
     embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8)
     matrix_clip_sigmas: float = knob(12.85, "clip of matrices that are neither attention, MLP nor embedding (the untied head)", lo=0.1)
     embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row", lo=0.1)
@@ -509,6 +512,8 @@ class Config:
         return beside if self.data_path else Path(self.data_dir) / "datasets" / published
 
 
+S14_KNOBS = tuple(name for name in Config.__dataclass_fields__ if name.startswith(("awq_", "lqer_"))
+                  or name.endswith(("_clip_sigmas", "_bits")))
 TTT_KNOBS = tuple(name for name in Config.__dataclass_fields__ if "ttt_" in name and name != "ttt_enabled")
 PHASE_KNOBS = tuple(name for name in TTT_KNOBS if not name.startswith("ttt_") and name != "phased_ttt_enabled")
 
@@ -533,10 +538,13 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("seq_change_warmup_steps",), lambda c: len(c.seq_schedule) == 1, "the context never changes"),
     (("compile_shape_warmup_iters", "compile_shape_warmup_loop_modes"), lambda c: not c.compile_shape_warmup, "COMPILE_SHAPE_WARMUP is 0"),
     (("midrun_cap_log_updates",), lambda c: not c.midrun_cap_schedule, "MIDRUN_CAP_SCHEDULE is blank"),
-    (("n_int6_layers", "target_bytes"), lambda c: c.quant != "s05", "QUANT is not s05"),
     (("embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas"),
      lambda c: c.quant == "s05", "QUANT=s05 has its own steps and an int8 embedding"),
     (("gptq_calibration_batches", "gptq_reserve_seconds"), lambda c: c.gptq_calibration == "self", "GPTQ_CALIBRATION is self"),
+    (S14_KNOBS, lambda c: c.quant == "rd", "QUANT is rd"),
+    (("n_int6_layers",), lambda c: c.quant != "s05", "QUANT is not s05"),
+    (("rd_loss",), lambda c: c.quant != "rd", "QUANT is not rd"),
+    (("target_bytes",), lambda c: c.quant == "s14", "QUANT is s14"),
     (("awq_lite_bits", "awq_lite_group_size", "awq_lite_group_top_k"), lambda c: not c.awq_lite_enabled, "AWQ_LITE_ENABLED is 0"),
     (("lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_asym_enabled", "lqer_asym_group", "lqer_scope", "lqer_gain_select"),
      lambda c: not c.lqer_enabled, "LQER_ENABLED is 0"),
@@ -2951,54 +2959,25 @@ class Hessians:
     def __init__(self):
         self.H: dict[str, Tensor] = {}
         self.count: dict[str, int] = {}
+        self.squares: dict[str, Tensor] = {}  # QUANT=rd: sum of squared gradients of the loss, by matrix (rows, cols)
 
     def __call__(self, site: str, x: Tensor) -> None:
-        x = x.flatten(0, -2).float()
+        x = x.detach().flatten(0, -2).float()
         if site not in self.H:
             self.H[site] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         self.H[site].addmm_(x.T, x)
         self.count[site] = self.count.get(site, 0) + len(x)
 
+    def add_gradients(self, gradients: dict[str, Tensor]) -> None:
+        """Gradients of the summed loss of one window. The embedding is read as input and as head, so its H are its gradients'."""
+        for name, g in gradients.items():
+            self.squares[name] = g.float().square() if name not in self.squares else self.squares[name].addcmul_(g, g)
+            if name == "tok_emb.weight":
+                self(name, g)
+
     def rms(self, site: str) -> Tensor:
         """Root mean square of each input column."""
         return (self.H[site].diagonal() / self.count[site]).sqrt()
-
-
-@torch.no_grad()
-def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, length: int = 2048, temperature: float = 0.8) -> np.ndarray:
-    """Text of the model's own for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences, T = min(length,
-    TRAIN_SEQ_LEN). The first token is uniform, the others are drawn at `temperature`; SEED decides them, on any number of ranks."""
-    size, order = min(length, cfg.train_seq_len) + 1, layer_order(cfg, looping=True)
-    draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))[world.rank :: world.size].to(world.device)
-    tokens, cache = (draws * cfg.vocab_size).long(), Cache(size - 1)
-    for t in range(1, size):
-        odds = (model(tokens[:, t - 1 : t], None, order=order, cache=cache)[:, 0] / temperature).softmax(-1).cumsum(-1)
-        tokens[:, t] = torch.searchsorted(odds, draws[:, t : t + 1] * odds[:, -1:])[:, 0]
-    return tokens.cpu().numpy()
-
-
-@torch.no_grad()
-def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Hessians:
-    """Run calibration windows through the looped network, documents masked as in training, and add H up over the ranks."""
-    hessians, order, start = Hessians(), layer_order(cfg, looping=True), time.perf_counter()
-    if cfg.gptq_calibration == "self":
-        windows = write_sequences(cfg, world, model)
-        log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {time.perf_counter() - start:.1f}s")
-    else:
-        windows = calibration_windows(files.train, cfg.train_microbatch_tokens, cfg.gptq_calibration_batches * cfg.micro_batches)
-        windows = windows[world.rank :: world.size]
-    eta = Eta(len(windows))
-    for tokens in windows:
-        row = packed_row(tokens, cfg.train_seq_len, world.device)
-        model(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len), tap=hessians)
-        eta.add(1)
-        if eta.done == 1 and eta.left > 20:
-            log(f"GPTQ:calibration takes about {eta.left:.0f}s more")
-    world.sum_(*hessians.H.values())
-    counts = torch.tensor(list(hessians.count.values()), device=world.device)
-    world.sum_(counts)
-    hessians.count = dict(zip(hessians.count, counts.tolist(), strict=True))
-    return hessians
 
 
 def kind_of(name: str) -> str:
@@ -3030,6 +3009,49 @@ def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                       mlp_up_bank=stack("mlp.fc"), mlp_down_bank=stack("mlp.proj"))
 
 
+@torch.no_grad()
+def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, length: int = 2048, temperature: float = 0.8) -> np.ndarray:
+    """Text of the model's own for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences, T = min(length,
+    TRAIN_SEQ_LEN). The first token is uniform, the others are drawn at `temperature`; SEED decides them, on any number of ranks."""
+    size, order = min(length, cfg.train_seq_len) + 1, layer_order(cfg, looping=True)
+    draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))[world.rank :: world.size].to(world.device)
+    tokens, cache = (draws * cfg.vocab_size).long(), Cache(size - 1)
+    for t in range(1, size):
+        odds = (model(tokens[:, t - 1 : t], None, order=order, cache=cache)[:, 0] / temperature).softmax(-1).cumsum(-1)
+        tokens[:, t] = torch.searchsorted(odds, draws[:, t : t + 1] * odds[:, -1:])[:, 0]
+    return tokens.cpu().numpy()
+
+
+@torch.no_grad()
+def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Hessians:
+    """Run calibration windows through the looped network, documents masked as in training, and add H up over the ranks."""
+    hessians, order, batches = Hessians(), layer_order(cfg, looping=True), cfg.gptq_calibration_batches * cfg.micro_batches
+    parts = min(8, cfg.train_microbatch_tokens // cfg.train_seq_len) if cfg.quant == "rd" else 1  # gradients: more samples, less memory
+    start = time.perf_counter()
+    if cfg.gptq_calibration == "self":
+        windows = write_sequences(cfg, world, model)
+        log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {time.perf_counter() - start:.1f}s")
+    else:
+        windows = calibration_windows(files.train, cfg.train_microbatch_tokens // parts, batches * parts)[world.rank :: world.size]
+    matrices = {name: p for name, p in model.named_parameters() if name.endswith(("_bank", "tok_emb.weight", "lm_head.weight"))}
+    eta = Eta(len(windows))
+    for tokens in windows:
+        row = packed_row(tokens, cfg.train_seq_len, world.device)
+        with torch.set_grad_enabled(cfg.quant == "rd"):
+            nats = model(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len), tap=hessians)
+            if cfg.quant == "rd":
+                gradients = torch.autograd.grad(nats.sum(), list(matrices.values()))
+                hessians.add_gradients(unbank(cfg, dict(zip(matrices, gradients, strict=True))))
+        eta.add(1)
+        if eta.done == 1 and eta.left > 20:
+            log(f"GPTQ:calibration takes about {eta.left:.0f}s more")
+    world.sum_(*hessians.H.values(), *hessians.squares.values())
+    counts = torch.tensor(list(hessians.count.values()), device=world.device)
+    world.sum_(counts)
+    hessians.count = dict(zip(hessians.count, counts.tolist(), strict=True))
+    return hessians
+
+
 def step_size(clip: Tensor, q_max: float) -> Tensor:
     """fp16 steps that put `clip` on `q_max` steps: fp16 because that is what is stored; never zero, so a zero row decodes to zeros."""
     return (clip / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
@@ -3042,47 +3064,114 @@ def inverse_cholesky(H: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(R, identity, upper=True)
 
 
-def gptq(W: Tensor, H: Tensor, clip: Tensor, bits: int, protected: Tensor, hi_bits: int, block: int = 128):
-    """GPTQ (arXiv:2210.17323) with act-order, one scale per row, for a stack of matrices of one shape.
-
-    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols) bool: columns on the
-    finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and of protected columns.
-    """
-    cols = W.shape[2]
-    q_max, hi_max = 2 ** (bits - 1) - 1, 2 ** (hi_bits - 1) - 1
-    scale, hi_scale = step_size(clip, q_max), step_size(clip, hi_max)
-    H, W = H.clone(), W.clone()
+def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+    """Damped H (n, cols, cols) -> the order in which GPTQ walks the columns, largest diagonal first (n, cols), and `inverse_cholesky`
+    of H in that order. A column that no input uses (dead) counts as 1."""
+    H = H.clone()
     diag = H.diagonal(dim1=-2, dim2=-1)
-    dead = diag == 0
-    diag[dead] = 1
-    diag += 0.01 * diag.mean(-1, keepdim=True)
+    diag[diag == 0] = 1
+    diag += damping * diag.mean(-1, keepdim=True)
     perm = diag.argsort(dim=-1, descending=True, stable=True)  # act-order
-    W[dead[:, None].expand_as(W)] = 0
-    W = W.gather(2, perm[:, None].expand_as(W))
     H = H.gather(1, perm[:, :, None].expand_as(H)).gather(2, perm[:, None].expand_as(H))
-    Hinv = inverse_cholesky(H)
-    protected = protected.gather(1, perm)
-    step = torch.where(protected[:, None], hi_scale.float()[:, :, None], scale.float()[:, :, None])  # (n, rows, cols)
-    limit = torch.where(protected, hi_max, q_max)[:, None].float()
-    Q = torch.empty_like(W)
+    return perm, inverse_cholesky(H)
+
+
+def walk_columns(W: Tensor, perm: Tensor, U: Tensor, step: Tensor, choose, block: int = 128) -> Tensor:
+    """GPTQ (arXiv:2210.17323): quantize column after column, each error passed on to the columns that follow.
+
+    W and step (n, rows, cols), perm and U from `factor`. choose(x, j): column x (n, rows) in steps, from column j (n,) -> its integers
+    and the values they stand for, in steps. Returns the integers, fp32, in the order of W.
+    """
+    cols, index = W.shape[2], perm[:, None].expand_as(W)
+    W, step, Q = W.gather(2, index), step.gather(2, index), torch.empty_like(W)
     for start in range(0, cols, block):
         end = min(start + block, cols)
         err = torch.empty_like(W[:, :, start:end])
         for j in range(start, end):
-            s, top = step[:, :, j], limit[:, :, j]
-            q = (W[:, :, j] / s).round().clamp(-top, top)
-            e = (W[:, :, j] - q * s) / Hinv[:, j, j, None]
-            W[:, :, j:end] -= e[:, :, None] * Hinv[:, j, None, j:end]
-            Q[:, :, j], err[:, :, j - start] = q, e
-        W[:, :, end:] -= err @ Hinv[:, start:end, end:]
-    inverse = perm.argsort(-1)
-    return Q.gather(2, inverse[:, None].expand_as(Q)).to(torch.int8), scale, hi_scale
+            s = step[:, :, j]
+            Q[:, :, j], value = choose(W[:, :, j] / s, perm[:, j])
+            e = (W[:, :, j] - value * s) / U[:, j, j, None]
+            W[:, :, j:end] -= e[:, :, None] * U[:, j, None, j:end]
+            err[:, :, j - start] = e
+        W[:, :, end:] -= err @ U[:, start:end, end:]
+    return Q.gather(2, perm.argsort(-1)[:, None].expand_as(Q))
+
+
+def without_dead_columns(W: Tensor, H: Tensor) -> Tensor:
+    """W (n, rows, cols) with zeros where no input ever is."""
+    return W.masked_fill((H.diagonal(dim1=-2, dim2=-1) == 0)[:, None], 0)
+
+
+def gptq(W: Tensor, H: Tensor, clip: Tensor, bits: int, protected: Tensor, hi_bits: int, block: int = 128):
+    """GPTQ with one scale per row, for a stack of matrices of one shape.
+
+    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols) bool: columns on the
+    finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and of protected columns.
+    """
+    q_max, hi_max = 2 ** (bits - 1) - 1, 2 ** (hi_bits - 1) - 1
+    scale, hi_scale = step_size(clip, q_max), step_size(clip, hi_max)
+    step = torch.where(protected[:, None], hi_scale.float()[:, :, None], scale.float()[:, :, None])
+    limit = torch.where(protected, hi_max, q_max).float()
+
+    def choose(x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        top = limit.gather(1, j[:, None])
+        q = x.round().clamp(-top, top)
+        return q, q
+
+    q = walk_columns(without_dead_columns(W, H), *factor(H), step, choose, block)
+    return q.to(torch.int8), scale, hi_scale
 
 
 # A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state by state and parity);
-# it starts at 0 in every segment, and in odd states the second of two quantizers is active.
+# it starts at 0 in every segment, and in odd states the second of two quantizers is active: k stands for 2 k steps in the first, for
+# 2 k - sign(k) in the second. Together they have every multiple of a step (dependent quantization, as in the VVC video standard).
 TRELLIS_SEGMENT = 128
 TRELLIS_NEXT = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
+TRELLIS_INTO = torch.tensor([[2 * s + p for s in range(8) for p in (0, 1) if TRELLIS_NEXT[s][p] == t] for t in range(8)])  # (8, 2)
+TRELLIS_ERROR = 0.24  # mean squared error of its nearest path, in steps squared
+
+
+def trellis_values(q: Tensor) -> Tensor:
+    """Integers (n, rows) -> what they stand for, in steps."""
+    (n, rows), height = q.shape, min(max(q.shape[1], 1), TRELLIS_SEGMENT)
+    lanes = F.pad(q.long(), (0, -rows % height)).reshape(-1, height).T
+    following = torch.tensor(TRELLIS_NEXT, device=q.device).view(-1)
+    second, state = torch.empty_like(lanes), torch.zeros_like(lanes[0])
+    for t, k in enumerate(lanes):
+        second[t] = state & 1
+        state = following[2 * state + (k & 1)]
+    return (2 * lanes - second * lanes.sign()).T.reshape(n, -1)[:, :rows].float()
+
+
+def trellis_path(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers |k| <= 127 whose values are nearest to x (n, rows) in steps, over whole segments (Viterbi), and those values."""
+    (n, rows), height = x.shape, min(max(x.shape[1], 1), TRELLIS_SEGMENT)
+    lanes = F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()  # (steps, lanes)
+    a, sign = lanes.abs(), torch.where(lanes < 0, -1.0, 1.0)
+    k = torch.stack((  # the nearest integers by quantizer and parity: even and odd of the first, even and odd of the second
+        2 * (a / 4).round().clamp_max(63), 2 * ((a - 2) / 4).round().clamp(0, 63) + 1,
+        torch.where(a < 1.5, 0, 2 * ((a + 1) / 4).round().clamp(1, 63)), 2 * ((a - 1) / 4).round().clamp(0, 63) + 1), 1)
+    value = 2 * k
+    value[:, 2:] -= k[:, 2:].sign()
+    branch = (value - a[:, None]).square()  # (steps, 4, lanes)
+    into = TRELLIS_INTO.to(x.device)
+    source, kind = into // 2, into // 2 % 2 * 2 + into % 2  # state and branch of the two ways into each state (8, 2)
+    branch = branch[:, kind.T]  # (steps, 2, 8, lanes)
+    cost = torch.full((8, lanes.shape[1]), math.inf, device=x.device)
+    cost[0] = 0
+    second = torch.empty((height, *cost.shape), dtype=torch.bool, device=x.device)
+    for t in range(height):
+        ways = cost[source.T] + branch[t]
+        torch.lt(ways[1], ways[0], out=second[t])
+        cost = torch.minimum(ways[0], ways[1])
+    state, best = cost.argmin(0, keepdim=True), torch.empty_like(lanes, dtype=torch.long)
+    way = torch.where(second, into[:, 1, None], into[:, 0, None])  # 2 * state + parity by which each state was reached
+    for t in reversed(range(height)):
+        best[t] = reached = way[t].gather(0, state)[0]
+        state = reached[None] // 2
+    chosen = (best // 2 % 2 * 2 + best % 2)[:, None]
+    k, value = (sign * y.gather(1, chosen)[:, 0] for y in (k, value))
+    return tuple(y.T.reshape(n, -1)[:, :rows] for y in (k, value))
 
 
 class Stored(NamedTuple):
@@ -3146,6 +3235,29 @@ class Gptq:
         return w
 
 
+RD_DAMPING, RD_FLOOR = 0.05, 1e-2
+HALF_OCTAVES = torch.tensor([math.ldexp((1, math.sqrt(2))[n & 1], n >> 1) for n in range(-256, 256)])
+
+
+class Trellis:
+    """A trellis of integers down the rows of each column, with a step for each row and each column, in half octaves."""
+
+    @staticmethod
+    def encode(q: Tensor, row: Tensor, col: Tensor, step: Tensor, octave: Tensor) -> dict[str, Tensor]:
+        """q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,), common to all."""
+        return dict(q=q, row=row, col=col, step=step, octave=octave)
+
+    @staticmethod
+    def steps(parts: dict[str, Tensor]) -> Tensor:
+        """(rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half octaves from a table."""
+        codes = parts["row"].int()[:, None] + parts["col"].int()
+        return math.ldexp(int(parts["step"]), int(parts["octave"])) * HALF_OCTAVES.to(codes.device)[256 + codes]
+
+    @staticmethod
+    def decode(parts: dict[str, Tensor]) -> Tensor:
+        return trellis_values(parts["q"].T).T * Trellis.steps(parts)
+
+
 class LowRank:
     """Low-rank correction with symmetric integer factors, one fp16 scale per row of A and of B (LQER, arXiv:2402.02446)."""
 
@@ -3181,10 +3293,11 @@ class LowRankAsym:
         return (parts["A"].float() * parts["A_scale"].float()) @ B.view_as(parts["B"])
 
 
-CODECS = dict(float16=Float16, int8_row=Int8Rows, gptq=Gptq, low_rank=LowRank, low_rank_asym=LowRankAsym)
+CODECS = dict(float16=Float16, int8_row=Int8Rows, gptq=Gptq, trellis=Trellis, low_rank=LowRank, low_rank_asym=LowRankAsym)
 CODEC_PARTS = dict(  # what an artifact may hold of each codec, and its dtype
     float16=dict(w="f2"), int8_row=dict(q="i1", scale="f2"), gptq=dict(q="i1", scale="f2", hi_start="i2", hi_size="i2", hi_scale="f2"),
-    low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"), low_rank_asym=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
+    trellis=dict(q="i1", row="i1", col="i1", step="i2", octave="i1"), low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
+    low_rank_asym=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
 )
 
 QUANT_RULES = (  # pattern, codec, bits, clip, site of the Hessian; first match wins
@@ -3292,6 +3405,86 @@ def run_gptq(cfg: Config, tasks: list[Task], hessians: Hessians, protected: dict
     return out
 
 
+class RateDistortion:
+    """QUANT=rd: every weight at one slope of predicted loss against coded bits, so that one number, `delta`, sets the size of all.
+
+    The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean squared gradient of the row's
+    output (diagonal Fisher information, with the labels of the text). GPTQ makes it 1/2 sum_rj g_r d_j e_rj^2 with d_j = 1 / U_jj^2 and
+    errors e of the size of the steps; by reverse water-filling (Cover and Thomas, 10.3) the step of weight (r, j) is delta / sqrt(g_r d_j).
+    """
+
+    def __init__(self, tasks: list[Task], hessians: Hessians):
+        self.batches, groups = [], {}
+        self.tokens, self.weights = hessians.count["head"], sum(task.W.numel() for task in tasks)
+        self.histogram = torch.zeros(4096, dtype=torch.float64)  # of the weights' variances, in steps squared at a delta of 1
+        self.ratios = 2 ** (torch.arange(-2048, 2048, dtype=torch.float64) / 16)
+        for task in tasks:
+            groups.setdefault(task.W.shape, []).append(task)
+        for group in groups.values():
+            names, W = [task.name for task in group], torch.stack([task.W for task in group])
+            H = torch.stack([hessians.H[name if name == "tok_emb.weight" else task.site] for name, task in zip(names, group, strict=True)])
+            try:
+                perm, U = factor(H, RD_DAMPING)
+            except torch.linalg.LinAlgError as e:
+                raise RunError(f"GPTQ of {names[0]} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
+            diag, squares = H.diagonal(dim1=-2, dim2=-1), torch.stack([hessians.squares[name] for name in names])
+            g = (squares / diag.clamp_min(1e-9 * diag.amax())[:, None]).mean(-1)
+            g = g.clamp_min(RD_FLOOR * g.mean(-1, keepdim=True)).clamp_min(1e-30)
+            d = U.diagonal(dim1=-2, dim2=-1).square().reciprocal().gather(1, perm.argsort(-1))
+            W = without_dead_columns(W, H)
+            power = W.square()
+            variance = power.mean(2, keepdim=True) * power.mean(1, keepdim=True) / power.mean((1, 2), keepdim=True).clamp_min(1e-30)
+            octaves = (variance * g[:, :, None] * d[:, None]).clamp_min(1e-30).log2().mul(16).round().clamp(-2047, 2047)
+            self.histogram += torch.bincount(octaves.flatten().long().cpu() + 2048, minlength=4096)
+            codes, level = zip(*(self.codes(x) for x in (g, d)), strict=True)
+            self.batches.append((names, W, perm, U, *codes, sum(level)))
+
+    @staticmethod
+    def codes(x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (n, k) -> 1 / sqrt(x) in half octaves, int8 around zero, and the zero of each matrix (n,) in half octaves."""
+        level = -x.log2()
+        zero = level.mean(-1, keepdim=True).round()
+        return (level - zero).round().clamp(-100, 100).to(torch.int8), zero[:, 0]
+
+    def delta(self, loss: float) -> float:
+        """The delta at which the predicted loss is so many nats per token."""
+        return math.sqrt(2 * loss * self.tokens / self.weights / TRELLIS_ERROR)
+
+    def parts(self, W: Tensor, row: Tensor, col: Tensor, level: float, delta: float) -> dict[str, Tensor]:
+        """The steps of W. Columns, then rows whose integers would not fit into 8 bits get coarser ones."""
+        mantissa, exponent = math.frexp(delta * 2 ** (level / 2))
+        step, octave = min(round(mantissa * 2**15), 2**15 - 1), min(max(exponent - 15, -128), 127)
+        out = dict(row=row, col=col, step=torch.tensor([step], dtype=torch.int16), octave=torch.tensor([octave], dtype=torch.int8))
+        for part, dim in (("col", 0), ("row", 1)):
+            excess = W.abs() / (160 * Trellis.steps(out))
+            excess = excess.square().mean(dim).sqrt() * 4 if part == "col" else excess.amax(dim)
+            out[part] = out[part] + (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
+        return out
+
+    def __call__(self, delta: float) -> dict[str, Stored]:
+        """Quantize all matrices."""
+        out = {}
+        for names, W, perm, U, rows, cols, levels in self.batches:
+            parts = [self.parts(*x, delta) for x in zip(W, rows, cols, levels.tolist(), strict=True)]
+            step = torch.stack([Trellis.steps(p) for p in parts])
+            q = walk_columns(W, perm, U, step, lambda x, _: trellis_path(x)).to(torch.int8)
+            for name, k, p in zip(names, q, parts, strict=True):
+                out[name] = Stored({("trellis", part): t for part, t in Trellis.encode(k, **p).items()})
+        return out
+
+    def bits(self, delta: float) -> float:
+        """What the integers should need: of a Gaussian weight, half the logarithm of its variance in steps squared."""
+        return float((self.histogram * (1 + 4.3 * self.ratios / delta**2).log2()).sum() / 2)
+
+    def delta_for(self, bits: float) -> float:
+        """The delta at which `bits` says so, by bisection."""
+        low, high = 1e-12, 1e12
+        for _ in range(100):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self.bits(middle) > bits else (low, middle)
+        return low
+
+
 def low_rank_corrections(cfg: Config, tasks: list[Task], stored: dict[str, Stored]) -> dict[str, Stored]:
     """LQER: rank-r factors of W - W_hat for the tensors with the largest residual, or the largest gain (LQER_GAIN_SELECT)."""
     if not cfg.lqer_enabled:
@@ -3329,14 +3522,19 @@ def full_fp32():
 
 @torch.no_grad()
 @full_fp32()
-def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log: Log) -> dict[str, Stored]:
-    """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`."""
+def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, matrices: dict | None = None) -> dict[str, Stored]:
+    """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`. matrices: what `RateDistortion` made of them, if it did."""
     tensors = unbank(cfg, state)
-    tasks = mixed_bits(cfg, gptq_tasks(cfg, tensors), hessians)
-    protected = protected_groups(cfg, tasks, hessians)
-    stored = run_gptq(cfg, tasks, hessians, protected)
-    for name, extra in low_rank_corrections(cfg, tasks, stored).items():
-        stored[name] = Stored(stored[name].parts | extra.parts)
+    tasks, protected = mixed_bits(cfg, gptq_tasks(cfg, tensors), hessians), {}
+    if cfg.quant == "rd":
+        plan = RateDistortion(tasks, hessians) if matrices is None else None
+        stored = dict(matrices or plan(plan.delta(cfg.rd_loss)))
+        tasks = []
+    else:
+        protected = protected_groups(cfg, tasks, hessians)
+        stored = run_gptq(cfg, tasks, hessians, protected)
+        for name, extra in low_rank_corrections(cfg, tasks, stored).items():
+            stored[name] = Stored(stored[name].parts | extra.parts)
     for name, t in tensors.items():
         if name not in stored:
             codec = first_match(quant_rules(cfg), name)[0]
@@ -3814,6 +4012,58 @@ def pack_to_fit(cfg: Config, stored: dict[str, Stored], code_bytes: int, log: Lo
         else:
             over = pruning.code_bits(count), len(blob)
     return fit
+
+
+@torch.no_grad()
+@full_fp32()
+def quantize_to_fit(cfg: Config, state: dict[str, Tensor], hessians: Hessians, code_bytes: int, log) -> tuple[dict[str, Stored], bytes]:
+    """`quantize` and `pack`. QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs fewer.
+
+    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes within 0.2 % on both sides of
+    the target end the search: the first matrices from the finer pass, the others from the coarser, as many as fit. Raises RunError
+    naming the smallest size when even steps that destroy the model do not fit.
+    """
+    if cfg.quant != "rd":
+        return pack_to_fit(cfg, quantize(cfg, state, hessians, log), code_bytes, log)
+    tensors, quiet = unbank(cfg, state), lambda line: None
+    plan = RateDistortion(gptq_tasks(cfg, tensors), hessians)
+    target, finest, coarsest = cfg.target_bytes or math.inf, plan.delta(cfg.rd_loss), plan.delta(max(100.0, cfg.rd_loss))
+
+    def attempt(matrices: dict[str, Stored]) -> tuple[int, dict[str, Stored], bytes]:
+        blob = pack(cfg, quantize(cfg, state, hessians, quiet, matrices))
+        return len(blob) + code_bytes, matrices, blob
+
+    over, under, delta = None, None, finest
+    # (what the formula gives, size) of the passes so far; the first is a guess: two bytes for every number outside the matrices.
+    known = [(plan.bits(finest), code_bytes + plan.bits(finest) / 8 + 2 * (sum(t.numel() for t in tensors.values()) - plan.weights))]
+    while len(known) < 12:
+        (bits, size), slope = known[-1], 1 / 8
+        if len(known) > 2 and bits != known[-2][0]:
+            slope = min(max((size - known[-2][1]) / (bits - known[-2][0]), 1 / 16), 1 / 4)
+        if size > target or len(known) > 1:
+            delta = min(max(plan.delta_for(bits + (0.99975 * target - size) / slope), finest), coarsest)
+        expected = size + slope * (plan.bits(delta) - bits)
+        tried = attempt(plan(delta))
+        known.append((plan.bits(delta), tried[0]))
+        log(f"rd: predicted loss {cfg.rd_loss * (delta / finest) ** 2:.5f}, {tried[0]} bytes with the script, predicted {expected:.0f}"
+            + (f", TARGET_BYTES {target}" if cfg.target_bytes else ""))
+        over, under = (over, tried) if tried[0] <= target else (tried, under)
+        if under and (delta == finest or under[0] > 0.9995 * target or (over and over[0] - under[0] < 0.002 * target)):
+            break
+        if not under and delta == coarsest:
+            break
+    if not under:
+        raise RunError(f"TARGET_BYTES={target}: the smallest reachable size is {tried[0]} bytes, {code_bytes} of them the script; "
+                       "make the model smaller, or ship the packed script (tools/pack_code.py)")
+    fine, coarse, names = over and over[1], under[1], list(under[1])
+    for turn in range(min(8, len(names)) if over else 0):  # matrices are of unequal size: another order may end closer to the target
+        order, low, high = names[turn:] + names[:turn], 0, len(names)
+        while under[0] <= 0.9995 * target and high - low > 1:
+            middle = (low + high) // 2
+            tried = attempt({name: (fine if name in order[:middle] else coarse)[name] for name in names})
+            low, high = (middle, high) if tried[0] <= target else (low, middle)
+            under = tried if under[0] < tried[0] <= target else under
+    return quantize(cfg, state, hessians, log, under[1]), under[2]
 
 
 class Header(NamedTuple):
@@ -4873,6 +5123,11 @@ def log_start(run: Run, env) -> None:
     log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
     log(f"train_shards: {run.train_shards}")
     log(f"val_tokens: {len(run.data.target_bytes)}")
+    weights = sum(math.prod(shape) for name, shape in tensor_shapes(cfg).items() if first_match(QUANT_RULES, name)[0] == "gptq")
+    bits, code = 8 * (cfg.target_bytes - script.stat().st_size) / weights, script.stat().st_size
+    if cfg.quant == "rd" and cfg.target_bytes and cfg.stage != "eval":
+        verdict = "CANNOT FIT" if bits < 0.2 else "fits, at a loss: 3 are usual" if bits < 2 else "fits"
+        log(f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code}, {bits:.2f} bits each: {verdict}")
     kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel)
     attention, _, trials = choose_attention(cfg.attn_backend, run.world)
     log(f"kernels: attention:{attention} ({trials}) " + " ".join(f"{name}:{kind}" for name, kind in kernels.items()))
@@ -4932,12 +5187,10 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
     log(f"GPTQ:collected {len(hessians.H)} Hessians in {run.result['calib_seconds']:.1f}s")
     clock.phase("quantize")
     if world.main:
-        stored = quantize(cfg, model.state_dict(), hessians, log)
-        clock.phase("pack")
-        start = time.perf_counter()
         log(f"Serialized model: {run.weights.stat().st_size} bytes")
-        stored, blob = pack_to_fit(cfg, stored, Path(__file__).stat().st_size, log)
-        log(f"Serialize: {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
+        start = time.perf_counter()
+        stored, blob = quantize_to_fit(cfg, model.state_dict(), hessians, Path(__file__).stat().st_size, log)
+        log(f"Serialize: {cfg.quant} quantization and {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
         write_atomic(run.artifact, blob)
         clock.phase("unpack")
         back = unpack(cfg, run.artifact.read_bytes())
@@ -4959,7 +5212,7 @@ def count_bytes(run: Run) -> None:
     log(f"Total submission size {kind}: {total} bytes")
     if total > ARTIFACT_CAP_BYTES:
         log(f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; nothing is deleted, the run is "
-            "marked. Ship the packed script (tools/pack_code.py), or raise *_CLIP_SIGMAS, or lower *_BITS")
+            "marked. Ship the packed script (tools/pack_code.py), or set QUANT=rd TARGET_BYTES, or raise *_CLIP_SIGMAS")
     run.result |= dict(
         artifact_file=artifact.name, artifact_bytes=model, artifact_sha256=sha256_file(artifact),
         bytes_by_part=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script),

@@ -28,7 +28,8 @@ TINY = dict(
     train_seq_schedule="32@0.5,64@1.0", seq_change_warmup_steps=2, compile_shape_warmup=False, warmup_steps=0, eval_seq_len=64,
     eval_stride=16, ttt_eval_seq_len=64, val_batch_tokens=2048, iterations=12, max_wallclock_seconds=0.0, train_seq_schedule_mode="step",
     muon_momentum_warmup_steps=4, ema_decay=0.5, train_log_every=1, gptq_calibration_batches=2, awq_lite_group_size=8, lqer_asym_group=16,
-    lqer_rank=2, compressor="brotli", max_eval_seconds=0.0, ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=5e-3, ttt_batch_size=4,
+    lqer_rank=2, quant="s14",
+    compressor="brotli", max_eval_seconds=0.0, ttt_lora_rank=4, ttt_lora_alpha=8.0, ttt_lora_lr=5e-3, ttt_batch_size=4,
     ttt_chunk_size=16, ttt_short_score_first_steps="40:8", ttt_lanes=2, phased_ttt_prefix_docs=6, global_ttt_chunk_tokens=64,
     global_ttt_batch_seqs=2,
 )

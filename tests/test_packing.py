@@ -256,7 +256,8 @@ def any_parts(draw, codec: str, rows: int, cols: int):
     """Every part the codec may have, of any values; sizes as its `encode` makes them."""
     rank, n = draw(st.integers(1, max(1, min(rows, cols)))), draw(st.integers(1, cols))
     shapes = dict(w=(rows, cols), q=(rows, cols), scale=(rows,), hi_start=(n,), hi_size=(1,), hi_scale=(rows,), A=(rows, rank),
-                  B=(rank, cols), A_scale=(1,) if codec == "low_rank_asym" else (rows,), B_scale=(rank,))  # fmt: skip
+                  B=(rank, cols), A_scale=(1,) if codec == "low_rank_asym" else (rows,), B_scale=(rank,), row=(rows,), col=(cols,),
+                  step=(1,), octave=(1,))  # fmt: skip
     return {(codec, part): draw(any_array(dtype, st.just(shapes[part]))) for part, dtype in tg.CODEC_PARTS[codec].items()}
 
 
