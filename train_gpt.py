@@ -21,6 +21,7 @@ import difflib
 import fnmatch
 import hashlib
 import heapq
+import importlib
 import importlib.util
 import inspect
 import json
@@ -119,29 +120,24 @@ def knob(default: Any, doc: str, lo: float = -math.inf, hi: float = math.inf, ch
     return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices))
 
 
-def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], ...]:
-    """'1024@0.1,2048@1' -> ((1024, 0.1), (2048, 1.0)): each context length lasts until its fraction of the run.
-
-    Blank means one stage of `default_len`. Raises ValueError on a malformed stage.
-    """
-    stages = []
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        length, at, end = item.partition("@")
-        if not at or int(length) <= 0 or not 0 < float(end) <= 1:
-            raise ValueError(f"stage {item!r}: expected LENGTH@END_FRACTION with LENGTH > 0 and 0 < END_FRACTION <= 1")
-        stages.append((int(length), float(end)))
-    stages.sort(key=lambda stage: stage[1])
-    if not stages:
-        return ((default_len, 1.0),)
-    return tuple(stages) if stages[-1][1] >= 1 else (*stages, (stages[-1][0], 1.0))
-
-
 def parse_steps(text: str, separator: str) -> tuple[tuple[float, float], ...]:
     """'256:8,2000:24' -> ((256.0, 8.0), (2000.0, 24.0)), sorted by the first number. Raises ValueError."""
     pairs = [item.split(separator) for item in filter(None, (part.strip() for part in text.split(",")))]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{text!r}: expected a comma list of A{separator}B")
     return tuple(sorted((float(a), float(b)) for a, b in pairs))
+
+
+def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], ...]:
+    """'1024@0.1,2048@1' -> ((1024, 0.1), (2048, 1.0)): each context length lasts until its fraction of the run.
+
+    Blank means one stage of `default_len`. Raises ValueError on a malformed stage.
+    """
+    stages = sorted(parse_steps(text, "@"), key=lambda stage: stage[1]) or [(default_len, 1.0)]
+    if not all(n >= 1 and not n % 1 and 0 < end <= 1 for n, end in stages):
+        raise ValueError("expected LENGTH@END_FRACTION with a whole LENGTH > 0 and 0 < END_FRACTION <= 1")
+    stages = [(int(n), end) for n, end in stages]
+    return tuple(stages) if stages[-1][1] >= 1 else (*stages, (stages[-1][0], 1.0))
 
 
 def rule_violations(c: Config):
@@ -716,20 +712,25 @@ PEAK_FLOPS = {  # datasheets: dense bf16 products summed in fp32, per second
 }
 
 
+def quickest(world: World, f, repeats: int = 3) -> float:
+    """Seconds of the quickest of a few f() on the device."""
+    seconds = []
+    for _ in range(repeats):
+        world.synchronize()
+        start = time.perf_counter()
+        f()
+        world.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
 @cache
 def measured_peak(world: World) -> float:
     """FLOP/s of the best square matrix product in the activation dtype on this device, sizes doubled while they are quick."""
     best, generator = 0.0, torch.Generator(world.device).manual_seed(0)
     for n in (256, 512, 1024, 2048, 4096, 8192):
         a = torch.randn(n, n, device=world.device, generator=generator).to(world.dtype)
-        seconds, repeats = math.inf, 4
-        for _ in range(3):
-            world.synchronize()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                a @ a
-            world.synchronize()
-            seconds = min(seconds, (time.perf_counter() - start) / repeats)
+        seconds = quickest(world, lambda a=a: [a @ a for _ in range(4)]) / 4
         best = max(best, 2 * n**3 / max(seconds, 1e-9))
         if seconds > 0.002:
             break
@@ -1223,47 +1224,62 @@ def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Te
                       for start, end in pairwise(bounds) if end > start])
 
 
+def operator(fake, backward=None):
+    """Register a function as one node of compiled graphs: fake(*args) makes tensors of its results' shapes.
+
+    backward(*gradients of the results, *tensors among the arguments) -> gradients of the first arguments; the others have none.
+    """
+
+    def register(body):
+        op = torch.library.custom_op(f"train_gpt::{body.__name__}", body, mutates_args=())
+        op.register_fake(fake)
+
+        def save(ctx, inputs, output):
+            ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+            ctx.inputs = len(inputs)
+
+        def differentiate(ctx, *grads):
+            made = backward(*grads, *ctx.saved_tensors)
+            return *made, *[None] * (ctx.inputs - len(made))
+
+        if backward is not None:
+            op.register_autograd(differentiate, setup_context=save)
+        return op
+
+    return register
+
+
 # On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop, whose trip count
 # depends on data, out of the compiler's sight, and its backward reuses the saved log-sum-exp instead of recomputing.
 
 
-@torch.library.custom_op("train_gpt::document_attention_cpu", mutates_args=())
+def segments(cu_seqlens: Tensor, window: int, *tensors: Tensor):
+    """Of each segment: where it lies, its mask, and its part of the tensors (T, heads, d) as (1, heads, n, d)."""
+    for start, end in pairwise(cu_seqlens.tolist()):
+        if end > start:
+            yield slice(start, end), window_mask(end - start, window, tensors[0]), [t[start:end].transpose(0, 1)[None] for t in tensors]
+
+
+@operator(lambda q, k, v, cu_seqlens, window: (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
 def _document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    bounds = cu_seqlens.tolist()
-    for start, end in pairwise(bounds):
-        if end > start:
-            heads, mask = [t[start:end].transpose(0, 1)[None] for t in (q, k, v)], window_mask(end - start, window, q)
-            o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, mask is None, attn_mask=mask)
-            out[start:end] = o[0].transpose(0, 1)
-            lse[:, start:end] = m.view(q.shape[1], end - start)
+    for at, mask, heads in segments(cu_seqlens, window, q, k, v):
+        o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, mask is None, attn_mask=mask)
+        out[at], lse[:, at] = o[0].transpose(0, 1), m[0]
     return out, lse
 
 
-@_document_attention_cpu.register_fake
-def _(q, k, v, cu_seqlens, window):
-    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("train_gpt::document_attention_cpu_backward", mutates_args=())
+@operator(lambda grad, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
 def _document_attention_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    bounds = cu_seqlens.tolist()
-    for start, end in pairwise(bounds):
-        if end > start:
-            heads, mask = [t[start:end].transpose(0, 1)[None] for t in (grad, q, k, v, out)], window_mask(end - start, window, q)
-            m = lse[:, start:end].contiguous()[None]
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, m, 0.0, mask is None, attn_mask=mask)
-            for whole, part in zip(grads, parts, strict=True):
-                whole[start:end] = part[0].transpose(0, 1)
+    for at, mask, heads in segments(cu_seqlens, window, grad, q, k, v, out):
+        m = lse[:, at].contiguous()[None]
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, m, 0.0, mask is None, attn_mask=mask)
+        for whole, part in zip(grads, parts, strict=True):
+            whole[at] = part[0].transpose(0, 1)
     return grads
-
-
-@_document_attention_cpu_backward.register_fake
-def _(grad, q, k, v, out, lse, cu_seqlens, window):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _document_attention_cpu_setup(ctx, inputs, output):
@@ -1303,32 +1319,21 @@ def varlen_attention():
     return document_attention_varlen
 
 
-def flash_attention_3():
-    """`document_attention_reference` by FlashAttention 3 (Hopper)."""
-    from flash_attn_interface import flash_attn_varlen_func
+def flash_attention(module: str, unlimited: int | None):
+    """`document_attention_reference` by the FlashAttention package that has `module`; unlimited: its word for no window."""
+    flash = importlib.import_module(module).flash_attn_varlen_func
 
-    def document_attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, causal=True, window_size=(window - 1, 0))
+    def document_attention_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
+        out = flash(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len, max_seqlen_k=max_len, causal=True,
+                    window_size=(window - 1 if window else unlimited, 0))
         return out[0] if isinstance(out, tuple) else out
 
-    return document_attention_fa3
-
-
-def flash_attention_4():
-    """`document_attention_reference` by FlashAttention 4 (Hopper and Blackwell, package flash-attn-4)."""
-    from flash_attn.cute import flash_attn_varlen_func
-
-    def document_attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        out = flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len, max_seqlen_k=max_len,
-                                     causal=True, window_size=(window - 1 if window else None, 0))
-        return out[0] if isinstance(out, tuple) else out
-
-    return document_attention_fa4
+    return document_attention_flash
 
 
 ATTENTION_BACKENDS = {  # name: (how to get it, lowest and highest compute capability, module it comes from); half precision only
-    "fa3": (flash_attention_3, (9, 0), (9, 0), "flash_attn_interface"),
-    "fa4": (flash_attention_4, (9, 0), (12, 9), "flash_attn.cute"),
+    "fa3": (partial(flash_attention, "flash_attn_interface", -1), (9, 0), (9, 0), "flash_attn_interface"),
+    "fa4": (partial(flash_attention, "flash_attn.cute", None), (9, 0), (12, 9), "flash_attn.cute"),
     "varlen": (varlen_attention, (8, 0), (99, 0), "torch.nn.attention.varlen"),
 }
 
@@ -1368,11 +1373,7 @@ def attention_trial(attend, world: World, segments: list[int]) -> tuple[float, f
 
     ours = run(attend, world.dtype)
     errors = [(a.float() - b).norm() / b.norm() for a, b in zip(ours, run(document_attention_reference, torch.float32), strict=True)]
-    world.synchronize()
-    start = time.perf_counter()
-    run(attend, world.dtype)
-    world.synchronize()
-    return max(errors).item(), time.perf_counter() - start
+    return max(errors).item(), quickest(world, lambda: run(attend, world.dtype), 1)
 
 
 @cache
@@ -1417,29 +1418,21 @@ def sign_in_lsb(post, negative):
 @jit
 def mlp_epilogue(acc, out, saved, m, n, slope, FORM: tl.constexpr, BACKWARD: tl.constexpr):
     """One half of a tile of products: activate and store it, or multiply it by the activation's derivative."""
+    kept = saved.load([m, n]) if BACKWARD else acc.to(tl.bfloat16)
+    pre = kept.to(tl.float32)
+    derivative = tl.where(pre > 0, 2 * pre, 2 * slope * slope * pre)
     if BACKWARD:
-        kept = saved.load([m, n])
         if FORM == "lsb":
-            root = 2 * tl.sqrt(kept.to(tl.float32))
+            root = 2 * tl.sqrt(pre)
             derivative = tl.where((kept.to(tl.int16, bitcast=True) & 1) == 1, -slope * root, root)
-        elif FORM == "pre_post":
-            pre = kept.to(tl.float32)
-            derivative = tl.where(pre > 0, 2 * pre, 2 * slope * slope * pre)
-        else:
-            derivative = kept.to(tl.float32)
+        elif FORM == "act_grad":
+            derivative = pre
         out.store([m, n], (acc * derivative).to(tl.bfloat16))
     else:
-        pre = acc.to(tl.bfloat16).to(tl.float32)
-        derivative = tl.where(pre > 0, 2 * pre, 2 * slope * slope * pre)
         post = 0.5 * derivative * pre
-        if FORM == "lsb":
-            out.store([m, n], sign_in_lsb(post, pre <= 0))
-        elif FORM == "pre_post":
-            out.store([m, n], post.to(tl.bfloat16))
-            saved.store([m, n], pre.to(tl.bfloat16))
-        else:
-            out.store([m, n], post.to(tl.bfloat16))
-            saved.store([m, n], derivative.to(tl.bfloat16))
+        out.store([m, n], sign_in_lsb(post, pre <= 0) if FORM == "lsb" else post.to(tl.bfloat16))
+        if FORM != "lsb":
+            saved.store([m, n], (pre if FORM == "pre_post" else derivative).to(tl.bfloat16))
 
 
 @jit
@@ -1467,11 +1460,8 @@ def mlp_kernel(
         mlp_epilogue(second, out, saved, m, n + BN // 2, slope, FORM, BACKWARD)
 
 
-MLP_TILES = {  # by major compute capability: BM, BN, BK, stages forward and backward
-    9: (256, 128, 64, (4, 3)),
-    10: (256, 128, 64, (4, 3)),
-    12: (128, 128, 64, (3, 2)),  # 99 KB of shared memory
-}
+# By major compute capability: BM, BN, BK, stages forward and backward. 12 has 99 KB of shared memory.
+MLP_TILES = {9: (256, 128, 64, (4, 3)), 10: (256, 128, 64, (4, 3)), 12: (128, 128, 64, (3, 2))}
 
 
 def mlp_tiles(device: torch.device) -> tuple[tuple, int]:
@@ -1498,28 +1488,23 @@ def launch_mlp(a: Tensor, b: Tensor, slope: float, form: str, saved: Tensor | No
     return out, kept
 
 
-@torch.library.custom_op("train_gpt::mlp_up", mutates_args=())
+def mlp_up_shapes(x: Tensor, up: Tensor, slope: float, form: str) -> tuple[Tensor, Tensor]:
+    """Results of `mlp_up`, without their values."""
+    hidden = x.new_empty(x.shape[0], up.shape[0])
+    return hidden, x.new_empty(0) if form == "lsb" else torch.empty_like(hidden)
+
+
+@operator(mlp_up_shapes)
 def mlp_up(x: Tensor, up: Tensor, slope: float, form: str) -> tuple[Tensor, Tensor]:
     """Hidden layer (R, F) of x (R, D), and what the backward needs besides: nothing in the lsb form."""
     hidden, kept = launch_mlp(x, up, slope, form)
     return hidden, x.new_empty(0) if form == "lsb" else kept
 
 
-@mlp_up.register_fake
-def _(x, up, slope, form):
-    hidden = x.new_empty(x.shape[0], up.shape[0])
-    return hidden, x.new_empty(0) if form == "lsb" else torch.empty_like(hidden)
-
-
-@torch.library.custom_op("train_gpt::mlp_up_grad", mutates_args=())
+@operator(lambda grad, down, saved, slope, form: grad.new_empty(grad.shape[0], down.shape[1]))
 def mlp_up_grad(grad: Tensor, down: Tensor, saved: Tensor, slope: float, form: str) -> Tensor:
     """Gradient (R, F) of the up projection's output from that of the MLP's, grad (R, D)."""
     return launch_mlp(grad, down, slope, form, saved)[0]
-
-
-@mlp_up_grad.register_fake
-def _(grad, down, saved, slope, form):
-    return grad.new_empty(grad.shape[0], down.shape[1])
 
 
 class FusedMlp(torch.autograd.Function):
@@ -1626,23 +1611,7 @@ def split_launch(qkv: Tensor, cos: Tensor, H: int, G: int) -> tuple[tuple[int, i
     return (triton.cdiv(rows, ROWS_PER_PROGRAM), H + G), sizes
 
 
-@torch.library.custom_op("train_gpt::split_heads", mutates_args=())
-def split_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`split_heads` by one kernel."""
-    H, G, qkv = len(gain), kv_heads, qkv.contiguous()
-    grid, sizes = split_launch(qkv, cos, H, G)
-    q, k, v = (qkv.new_empty(*qkv.shape[:-1], heads, sizes["D"]) for heads in (H, G, G))
-    split_heads_kernel[grid](qkv, gain.float(), cos, sin, q, k, v, **sizes)
-    return q, k, v
-
-
-@split_heads_op.register_fake
-def _(qkv, gain, cos, sin, kv_heads):
-    D = qkv.shape[-1] // (len(gain) + 2 * kv_heads)
-    return tuple(qkv.new_empty(*qkv.shape[:-1], heads, D) for heads in (len(gain), kv_heads, kv_heads))
-
-
-@torch.library.custom_op("train_gpt::split_heads_grad", mutates_args=())
+@operator(lambda dq, dk, dv, qkv, gain, cos, sin: (torch.empty_like(qkv), torch.empty_like(gain)))
 def split_heads_grad(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -1654,20 +1623,19 @@ def split_heads_grad(
     return dqkv, dgain[:, :H].sum(0).to(gain.dtype)
 
 
-@split_heads_grad.register_fake
-def _(dq, dk, dv, qkv, gain, cos, sin):
-    return torch.empty_like(qkv), torch.empty_like(gain)
+def empty_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of `split_heads`, without their values."""
+    D = qkv.shape[-1] // (len(gain) + 2 * kv_heads)
+    return tuple(qkv.new_empty(*qkv.shape[:-1], heads, D) for heads in (len(gain), kv_heads, kv_heads))
 
 
-def _split_heads_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _split_heads_backward(ctx, dq, dk, dv):
-    return *split_heads_grad(dq, dk, dv, *ctx.saved_tensors), None, None, None
-
-
-split_heads_op.register_autograd(_split_heads_backward, setup_context=_split_heads_setup)
+@operator(empty_heads, split_heads_grad)
+def split_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_heads` by one kernel."""
+    grid, sizes = split_launch(qkv, cos, len(gain), kv_heads)
+    q, k, v = empty_heads(qkv, gain, cos, sin, kv_heads)
+    split_heads_kernel[grid](qkv.contiguous(), gain.float(), cos, sin, q, k, v, **sizes)
+    return q, k, v
 
 
 @jit
@@ -1716,46 +1684,27 @@ def gate_heads_grad_kernel(
     tl.store(dv + at_v, down.to(dv.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("train_gpt::gate_heads", mutates_args=())
-def gate_heads_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """`gate_heads` by one kernel."""
-    y, (H, D), G, rows = y.contiguous(), y.shape[-2:], v.shape[-2], y.shape[:-2].numel()
-    out = torch.empty_like(y)
-    gate_heads_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM), G)](
-        y, v.contiguous(), gate.contiguous(), out, rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
-    return out
+def gate_launch(y: Tensor, v: Tensor) -> tuple[tuple[int, int], dict]:
+    """Grid and size arguments of the two kernels above."""
+    (H, D), G, rows = y.shape[-2:], v.shape[-2], y.shape[:-2].numel()
+    return (triton.cdiv(rows, ROWS_PER_PROGRAM), G), dict(rows=rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
 
 
-@gate_heads_op.register_fake
-def _(y, v, gate):
-    return y.new_empty(y.shape)
-
-
-@torch.library.custom_op("train_gpt::gate_heads_grad", mutates_args=())
+@operator(lambda dout, y, v, gate: tuple(x.new_empty(x.shape) for x in (y, v, gate)))
 def gate_heads_grad(dout: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `gate_heads` for y, v and gate."""
     dout, y, v, gate = (x.contiguous() for x in (dout, y, v, gate))
-    (H, D), G, rows = y.shape[-2:], v.shape[-2], y.shape[:-2].numel()
-    grads = tuple(torch.empty_like(x) for x in (y, v, gate))
-    gate_heads_grad_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM), G)](
-        dout, y, v, gate, *grads, rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
+    (grid, sizes), grads = gate_launch(y, v), tuple(torch.empty_like(x) for x in (y, v, gate))
+    gate_heads_grad_kernel[grid](dout, y, v, gate, *grads, **sizes)
     return grads
 
 
-@gate_heads_grad.register_fake
-def _(dout, y, v, gate):
-    return tuple(x.new_empty(x.shape) for x in (y, v, gate))
-
-
-def _gate_heads_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _gate_heads_backward(ctx, dout):
-    return gate_heads_grad(dout, *ctx.saved_tensors)
-
-
-gate_heads_op.register_autograd(_gate_heads_backward, setup_context=_gate_heads_setup)
+@operator(lambda y, v, gate: y.new_empty(y.shape), gate_heads_grad)
+def gate_heads_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """`gate_heads` by one kernel."""
+    (grid, sizes), out = gate_launch(y, v), y.new_empty(y.shape)
+    gate_heads_kernel[grid](y.contiguous(), v.contiguous(), gate.contiguous(), out, **sizes)
+    return out
 
 
 @jit
@@ -1775,7 +1724,7 @@ def ce_kernel(logits, targets, nats, grad, cap_pos, cap_neg, weight, V, BLOCK: t
     tl.store(grad + row * V + c, slope.to(grad.dtype.element_ty), mask=c < V)
 
 
-@torch.library.custom_op("train_gpt::weighted_ce", mutates_args=())
+@operator(lambda logits, targets, *rest: (targets.new_empty(targets.shape, dtype=torch.float32), logits.new_empty(logits.shape)))
 def weighted_ce_op(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """Nats per target, and `weight` times their gradient for the logits."""
     logits, V = logits.contiguous(), logits.shape[-1]
@@ -1783,11 +1732,6 @@ def weighted_ce_op(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Te
     ce_kernel[(targets.numel(),)](logits, targets.contiguous(), nats, grad, cap_pos.float(), cap_neg.float(), weight, V,
                                   BLOCK=triton.next_power_of_2(V), num_warps=8)
     return nats, grad
-
-
-@weighted_ce_op.register_fake
-def _(logits, targets, cap_pos, cap_neg, weight):
-    return targets.new_empty(targets.shape, dtype=torch.float32), logits.new_empty(logits.shape)
 
 
 def _weighted_ce_setup(ctx, inputs, output):
@@ -2772,14 +2716,8 @@ def step_profiler(cfg: Config, trainer: Trainer, path: Path):
     if not cfg.profile or not trainer.world.main:
         return None
     device = trainer.world.device
-    source, seconds = torch.ones(1 << 26, device=device), []
-    for _ in range(4):
-        trainer.world.synchronize()
-        start = time.perf_counter()
-        source.clone()
-        trainer.world.synchronize()
-        seconds.append(time.perf_counter() - start)
-    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=2 * source.nbytes / min(seconds))
+    source = torch.ones(1 << 26, device=device)
+    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=2 * source.nbytes / quickest(trainer.world, source.clone))
     write_atomic(path.with_name("profile_speeds.json"), json.dumps(speeds).encode())
     kinds = torch.profiler.ProfilerActivity
     return torch.profiler.profile(
