@@ -218,7 +218,7 @@ class Config:
 
     # run
     preset: str = knob("s14", "table of overrides to start from", choices=tuple(PRESETS))
-    stage: str = knob("all", "which part of the pipeline to run", choices=("all", "train", "quantize", "eval"))
+    stage: str = knob("all", "which part of the pipeline to run", choices=("all", "train", "quantize", "eval", "warm"))
     prequant_only: bool = knob(False, "same as STAGE=train")
     quantize_only: bool = knob(False, "same as STAGE=quantize: start from final_model.pt")
     ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact")
@@ -232,6 +232,8 @@ class Config:
     compile_backend: str = knob("auto", "of torch.compile; auto = inductor on cuda, else none", choices=COMPILE_BACKENDS)
     dynamo_cache_size_limit: int = knob(128, "graphs torch.compile may keep per function", lo=1)
     dynamo_accumulated_cache_size_limit: int = knob(1024, "graphs torch.compile may keep in all", lo=1)
+    compile_allow_recompiles: bool = knob(False, "go on when torch.compile is at work in timed code; 0 = an error that names the reasons")
+    compile_cache_dir: str = knob("", "keep compiled code here for later runs (STAGE=warm makes all of it); blank = torch's own place")
     profile: int = knob(0, "profile this many steps, after the third, for tools/step_profile.py; costs time, so not for records", lo=0)
     # kernels
     attn_backend: str = knob("auto", "attention of packed rows; auto = the fastest one here that is right", choices=ATTN_BACKENDS)
@@ -498,6 +500,7 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
      lambda c: not c.lqer_enabled, "LQER_ENABLED is 0"),
     (("lqer_factor_bits",), lambda c: c.lqer_enabled and c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 1"),
     (("lqer_asym_group",), lambda c: c.lqer_enabled and not c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 0"),
+    (("compile_allow_recompiles",), lambda c: c.compile_backend == "none", "COMPILE_BACKEND is none"),
     (("gptq_reserve_seconds",), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
     (TTT_KNOBS, lambda c: not c.ttt_enabled, "TTT_ENABLED is 0"),
     (PHASE_KNOBS, lambda c: c.ttt_enabled and not c.phased_ttt_enabled, "PHASED_TTT_ENABLED is 0"),
@@ -580,7 +583,7 @@ def without_effect(cfg: Config, env) -> list[str]:
 def config_hash(cfg: Config) -> str:
     """Identity of the recipe: everything but the seed, the stage, the run's name, where files lie and what is logged."""
     skip = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage", "prequant_only",
-            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every"}
+            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "compile_allow_recompiles", "compile_cache_dir"}
     recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in skip}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -707,6 +710,31 @@ def hardware_name(world: World) -> str:
     return f"{world.size}x {world.device.type} ({model}, {os.cpu_count()} cores)"
 
 
+def compile_cache(cfg: Config, world: World) -> dict[str, str]:
+    """Variables that make torch.compile and Triton keep their work below COMPILE_CACHE_DIR, in a folder of its own for each version
+    of this code, torch and Triton, device and choice of kernels; none when it is blank."""
+    if not cfg.compile_cache_dir:
+        return {}
+    flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.endswith(("_kernel", "_backend", "_dtype"))}
+    versions = torch.__version__, triton.__version__ if triton else None, hardware_name(world).split("x ", 1)[1]
+    key = hashlib.sha256(Path(__file__).read_bytes() + json.dumps([flags, versions], sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cfg.compile_cache_dir).resolve() / key
+    return dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"))
+
+
+def compilations() -> list[str]:
+    """What torch.compile has made in this process: function, number of its graph, and why the one before did not fit."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return [f"{m.co_name} {m.compile_id}: {' '.join((m.recompile_reason or 'the first graph').splitlines()[0].split())}"
+            for m in (dynamo.get_compilation_metrics() if dynamo else ()) if m.co_name]
+
+
+def recompile_error(where: str, made: list[str], remedy: str) -> RunError:
+    """What a run says where torch.compile was at work in timed code; made: the latest of `compilations`."""
+    return RunError(f"{where}: torch.compile was at work in timed code ({'; '.join(made) or 'on another rank'}). "
+                    f"COMPILE_ALLOW_RECOMPILES=1 accepts that; {remedy}")
+
+
 PEAK_FLOPS = {  # datasheets: dense bf16 products summed in fp32, per second
     "H200": 989.4e12, "H100": 989.4e12, "B200": 2250e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }
@@ -824,6 +852,7 @@ class Clock:
         self.world, self.name, self.start = world, "setup", time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.peak_mib: dict[str, int] = {}
+        self.compiled: dict[str, list[str]] = {}  # by phase, see `compilations`
 
     def phase(self, name: str) -> None:
         """End the current phase and begin `name`; coming back to a name adds to it."""
@@ -832,12 +861,15 @@ class Clock:
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + now - self.start
         self.peak_mib[self.name] = max(self.peak_mib.get(self.name, 0), peak_memory_mib(self.world.device))
         reset_peak_memory(self.world.device)
+        if made := compilations()[sum(map(len, self.compiled.values())) :]:
+            self.compiled[self.name] = self.compiled.get(self.name, []) + made
         self.name, self.start = name, now
 
     def table(self) -> list[dict]:
-        """Phases so far, the current one included: [{name, seconds, peak_mib}]."""
+        """Phases so far, the current one included: [{name, seconds, peak_mib, compilations}]."""
         self.phase(self.name)
-        return [dict(name=n, seconds=round(s, 3), peak_mib=self.peak_mib[n]) for n, s in self.seconds.items()]
+        return [dict(name=n, seconds=round(s, 3), peak_mib=self.peak_mib[n], compilations=len(self.compiled.get(n, ())))
+                for n, s in self.seconds.items()]
 
 
 class Eta:
@@ -2200,6 +2232,7 @@ def compile_forward(model: GPT, cfg: Config, world: World, dynamic: bool = False
         return model
     torch._dynamo.config.recompile_limit = cfg.dynamo_cache_size_limit
     torch._dynamo.config.accumulated_recompile_limit = cfg.dynamo_accumulated_cache_size_limit
+    torch._dynamo.utils.set_compilation_metrics_limit(1 << 16)  # `compilations` counts all of them
     return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
 
 
@@ -2733,19 +2766,22 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
     is no longer finite; in both cases checkpoint.pt holds the last good state.
     """
     cfg, world, clock = trainer.cfg, trainer.world, trainer.clock
-    budget, checkpointed, tokens_per_step = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens
+    budget, checkpointed, tokens_per_step, compiled = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens, len(compilations())
     profiler = step_profiler(cfg, trainer, checkpoint_path.with_name("profile.json.gz"))
     clock.go_on()
     with StopRequest() as stop, profiler or contextlib.nullcontext():
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
-            elapsed, per_block, requested = world.max(clock.now(), clock.forecast(1), float(stop.requested))
+            made = [] if cfg.compile_allow_recompiles else compilations()[compiled:]
+            elapsed, per_block, requested, recompiled = world.max(clock.now(), clock.forecast(1), float(stop.requested), len(made))
             context, looping, lr = trainer.plan_step(elapsed, log)
             applications = len(layer_order(cfg, looping))
-            if requested:
+            if requested or recompiled:
                 clock.pause()
                 trainer.checkpoint(checkpoint_path)
-                raise Interrupted(f"interrupted after step {trainer.step}; {checkpoint_path} holds it: go on with RESUME=1 and the same "
-                                  f"variables (ARTIFACT_DIR={checkpoint_path.parent})")
+                go_on = f"{checkpoint_path} holds it: go on with RESUME=1 and the same variables (ARTIFACT_DIR={checkpoint_path.parent})"
+                if requested:
+                    raise Interrupted(f"interrupted after step {trainer.step}; {go_on}")
+                raise recompile_error(f"step {trainer.step}", made, f"COMPILE_SHAPE_WARMUP=1 may avoid it. {go_on}")
             if budget and not cfg.force_stop_step and elapsed + per_block * applications > budget:
                 log(f"stopping_early: wallclock_cap train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}")
                 break
@@ -2773,7 +2809,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
                     f"tok/s_now:{tokens_per_step / (now - elapsed):.0f} {trainer.utilization.interval()}")
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 clock.pause()
-                score = validate()
+                score, compiled = validate(), len(compilations())
                 log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
                 clock.go_on()
             if cfg.checkpoint_seconds and (agreed := world.max(now)[0]) - checkpointed >= cfg.checkpoint_seconds:
@@ -3768,6 +3804,11 @@ class TttRun:
         self.reported = {int(n) for n in filter(None, cfg.ttt_eval_batches.split(","))}
         self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
 
+    def warm_up(self) -> None:
+        """Compile what the evaluation will run, if anything is compiled."""
+        if self.static_rows:
+            warm_up_ttt(self.cfg, self.world, self.forward, self.rows, self.log)
+
     def check_budget(self, batch: Batch) -> None:
         """Raises RunError before the batch that would break MAX_EVAL_SECONDS."""
         budget, cost = self.cfg.max_eval_seconds, batch_cost(batch, self.cfg.ttt_eval_seq_len)
@@ -3805,6 +3846,8 @@ class TttRun:
                 self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
                 self.scored_docs += len(batch.sizes)
                 self.report(batch, before, lane.is_short(batch))
+                if not cfg.compile_allow_recompiles and (made := compilations()[self.compiled :]):
+                    raise recompile_error(f"evaluation batch {batch.number + 1}", made, "the artifact exists: go on with STAGE=eval")
 
     def learn_base(self, segments: list[Batch], documents: int) -> None:
         """A global phase over the first `documents` scored documents in the order of ascending length."""
@@ -3828,7 +3871,7 @@ class TttRun:
         prefix = max(boundaries, default=0)
         self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
                  f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{len(self.data.target_bytes)}")
-        self.eta = Eta(self.eta.total)
+        self.eta, self.compiled = Eta(self.eta.total), len(compilations())
         scored: list[Batch] = []
         for phase, (segment, documents) in enumerate(segments):
             self.score_segment(segment, phase)
@@ -3849,7 +3892,7 @@ class Run:
         self.cfg, self.world, self.out, self.clock = cfg, world, out, Clock(world)
         self.log = Log(out / f"{out.name if not cfg.run_id else cfg.run_id}.txt" if world.main else None)
         self.checkpoint, self.weights, self.artifact = out / "checkpoint.pt", out / "final_model.pt", out / "final_model.int6.ptz"
-        if cfg.compressor == "pergroup" and cfg.stage != "train":
+        if cfg.compressor == "pergroup" and cfg.stage not in ("train", "warm"):
             need_lrzip()  # before an hour of training, not after
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
         self.data = ValData.load(cfg, self.files)
@@ -3924,6 +3967,19 @@ def train_stage(run: Run) -> GPT:
     return trainer.model
 
 
+def warm_stage(run: Run) -> None:
+    """Compile everything that training and the scored evaluation will run, on fresh weights; nothing is learned."""
+    cfg, world = run.cfg, run.world
+    run.clock.phase("compile")
+    trainer = Trainer(cfg, world, run.files)
+    trainer.warm_up(run.log)
+    trainer.loader.close()
+    if cfg.ttt_enabled:
+        TttRun(cfg, world, trainer.model.requires_grad_(False), run.data, run.log).warm_up()
+    folder = compile_cache(cfg, world).get("TORCHINDUCTOR_CACHE_DIR", "torch's default folder")
+    run.log(f"warm: {len(compilations())} graphs, kept in {folder}")
+
+
 def quantize_stage(run: Run, model: GPT | None) -> None:
     """Hessians, GPTQ, packing; the artifact is read back and compared before the stage is done."""
     cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
@@ -3992,9 +4048,8 @@ def eval_stage(run: Run) -> None:
         run.result |= dict(eval_seconds=time.perf_counter() - start, ttt_val_loss=None, ttt_val_bpb=None)
         return
     ttt = TttRun(cfg, world, model, run.data, log)
-    if ttt.static_rows:
-        clock.phase("compile")
-        warm_up_ttt(cfg, world, ttt.forward, ttt.rows, log)
+    clock.phase("compile")
+    ttt.warm_up()
     clock.phase("eval")
     log("beginning TTT eval timer")
     start = time.perf_counter()
@@ -4018,7 +4073,8 @@ def finish(run: Run) -> None:
         schema_version=1, run_id=run.out.name if not cfg.run_id else cfg.run_id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
         overrides=overrides(cfg), config_hash=config_hash(cfg), **dict.fromkeys(keys)) | run.result | dict(
         val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]), wall_seconds=sum(p["seconds"] for p in phases),
-        phases=phases, peak_mem_mib=max(p["peak_mib"] for p in phases), world_size=world.size, hardware=hardware_name(world),
+        phases=phases, compilations=run.clock.compiled, peak_mem_mib=max(p["peak_mib"] for p in phases),
+        world_size=world.size, hardware=hardware_name(world),
         python_version=platform.python_version(), torch_version=torch.__version__,
         triton_version=triton.__version__ if triton else None,
         data=dict(manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents["train"],
@@ -4055,6 +4111,8 @@ def run_stages(cfg: Config, world: World, env) -> None:
     run_id = cfg.run_id or world.from_main(datetime.now(UTC).strftime("%Y%m%d_%H%M%S"))
     run = Run(cfg, world, Path(cfg.artifact_dir or f"logs/{run_id}"))
     log_start(run, env)
+    if cfg.stage == "warm":
+        warm_stage(run)
     model = train_stage(run) if cfg.stage in ("all", "train") else None
     if cfg.stage in ("all", "quantize"):
         quantize_stage(run, model)
@@ -4081,6 +4139,7 @@ def main() -> int:
     world = None
     try:
         world = World.init(cfg, launch)
+        os.environ.update(compile_cache(cfg, world))
         run_stages(cfg, world, os.environ)
     except RunError as e:
         print(f"error: {e}", file=sys.stderr)

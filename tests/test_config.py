@@ -478,8 +478,9 @@ def test_overrides_rebuild_any_configuration(preset, tail, lr, batch, mask, floo
 
 
 WHERE_AND_WHO = ("seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage",
-                 "prequant_only", "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every")
-RECIPE = [name for name in list(tg.Config.__dataclass_fields__)[16:] if name not in WHERE_AND_WHO]  # past the group `run`
+                 "prequant_only", "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "compile_allow_recompiles",
+                 "compile_cache_dir")
+RECIPE = [name for name in list(tg.Config.__dataclass_fields__)[18:] if name not in WHERE_AND_WHO]  # past the group `run`
 
 
 def other(name: str):
