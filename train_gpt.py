@@ -665,6 +665,11 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def wide(self) -> torch.dtype:
+        """The widest floating-point type of the device."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
     def sum_(self, *tensors: Tensor) -> None:
         """Add up in place over the ranks."""
         for t in tensors if self.size > 1 else ():
@@ -674,7 +679,7 @@ class World:
         """The largest of each value over the ranks: how the ranks agree on clocks and stop requests."""
         if self.size == 1:
             return list(values)
-        t = torch.tensor(values, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+        t = torch.tensor(values, dtype=self.wide, device=self.device)
         dist.all_reduce(t, dist.ReduceOp.MAX)
         return t.tolist()
 
@@ -698,6 +703,22 @@ class World:
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
+
+
+class Readback:
+    """A number on its way from the device: `read` waits for what led to it, and not for what the device was asked to do since."""
+
+    def __init__(self, t: Tensor):
+        self.host, self.arrived = t, None
+        if t.device.type == "cuda":
+            self.host, self.arrived = torch.empty(t.shape, dtype=t.dtype, pin_memory=True), torch.cuda.Event()
+            self.host.copy_(t, non_blocking=True)
+            self.arrived.record()
+
+    def read(self) -> float:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.host.item()
 
 
 def hardware_name(world: World) -> str:
@@ -2296,7 +2317,7 @@ class Bank:
         self.shard = torch.empty_like(self.momentum)
         padded = (self.per_rank * world.size, *p.shape[1:])
         self.padded = p.new_zeros(padded, dtype=world.dtype) if world.size > 1 else self.shard
-        self.pending = None
+        self.update = self.pending = None
 
     def launch_reduce(self) -> None:
         """Start averaging the gradient over the ranks; each receives its share in `shard`."""
@@ -2306,12 +2327,11 @@ class Bank:
             self.pending = reduce_scatter(self.shard, self.padded, dist.ReduceOp.AVG, async_op=True)
 
     def launch_gather(self, update: Tensor) -> None:
-        """Start collecting every rank's share of the update in `padded`."""
-        if self.world.size == 1:
-            self.padded = update
-            return
-        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        self.pending = all_gather(self.padded, update.contiguous(), async_op=True)
+        """Start collecting every rank's share of the update."""
+        self.update = update
+        if self.world.size > 1:
+            all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            self.update, self.pending = self.padded, all_gather(self.padded, update.contiguous(), async_op=True)
 
     def wait(self) -> None:
         if self.pending is not None:
@@ -2322,9 +2342,8 @@ class Bank:
         """Decay, then move along the gathered update."""
         self.wait()
         lr = self.lr * lr_scale
-        self.p.mul_(1 - lr * self.wd).add_(self.padded[: len(self.p)].to(self.p.dtype), alpha=-lr)
-        if self.world.size == 1:
-            self.padded = self.shard
+        self.p.mul_(1 - lr * self.wd).add_(self.update[: len(self.p)].to(self.p.dtype), alpha=-lr)
+        self.update = None
 
     def full_momentum(self) -> Tensor:
         """Momentum of all matrices, on every rank."""
@@ -2366,25 +2385,30 @@ class TrainOptimizer:
         Raises FloatingPointError, leaving the weights as they were, when the norm is not finite.
         """
         self.reduce()
-        norm = self.grad_norm()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}")
-        clip = self.cfg.grad_clip_norm
-        factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
-        previous = None
-        steps, row_normalize = self.cfg.muon_backend_steps, self.cfg.muon_row_normalize
-        for bank in self.banks:  # the gather of one bank overlaps the orthogonalisation of the next
-            bank.launch_gather(muon_direction(bank.shard.mul_(factor), bank.momentum, momentum, steps, row_normalize))
-            if previous is not None:
-                previous.apply(lr_scale)
-            previous = bank
-        torch._foreach_mul_([p.grad for p in self.replicated], factor)
+        norm, cfg, wide = self.grad_norm(), self.cfg, self.world.wide
+        told, momenta = Readback(norm), [bank.momentum.clone() for bank in self.banks]  # a bad norm must leave no trace in the old ones
+        clip = cfg.grad_clip_norm or math.inf
+        factor = (clip / (norm.to(wide) + 1e-6)).clamp(max=1.0).float()
+        for bank, M in zip(self.banks, momenta, strict=True):  # the gather of one bank overlaps the orthogonalisation of the next
+            clipped = (bank.shard.float() * factor).to(bank.shard.dtype)
+            bank.launch_gather(muon_direction(clipped, M, momentum, cfg.muon_backend_steps, cfg.muon_row_normalize))
+        value = told.read()  # the host waits for the norm alone: the device has the directions to compute meanwhile
+        if not math.isfinite(value):
+            for bank in self.banks:
+                bank.wait()
+            raise FloatingPointError(f"the gradient norm is {value}")
+        grads = [p.grad for p in self.replicated]
+        torch._foreach_mul_([g for g in grads if g.dtype == torch.float32], factor)
+        for g in (g for g in grads if g.dtype != torch.float32):
+            g.copy_(g.float() * factor)  # a factor in bf16 would have 8 bits
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adamw.step()
-        previous.apply(lr_scale)
+        for bank, M in zip(self.banks, momenta, strict=True):
+            bank.momentum = M
+            bank.apply(lr_scale)
         self.zero_grad()
-        return norm
+        return value
 
     def reduce(self) -> None:
         """Average all gradients over the ranks: banks scattered, small tensors in one flat message. Clipping comes after."""
@@ -2405,12 +2429,12 @@ class TrainOptimizer:
         for bank in self.banks:
             bank.wait()
 
-    def grad_norm(self) -> float:
-        """Norm of the averaged gradient: the same number on every rank."""
+    def grad_norm(self) -> Tensor:
+        """Norm of the averaged gradient, on the device: the same number on every rank."""
         squares = torch.stack([bank.shard.float().square().sum() for bank in self.banks]).sum()
         self.world.sum_(squares)
         rest = torch.stack([p.grad.float().square().sum() for p in self.replicated]).sum()
-        return (squares + rest).sqrt().item()
+        return (squares + rest).sqrt()
 
     def zero_grad(self) -> None:
         for p in [*self.replicated, *(bank.p for bank in self.banks)]:
@@ -2626,10 +2650,11 @@ class Trainer:
             loss.backward()
             self.step_flops = self.step_flops.plus(flops_per_token(self.cfg, row.lengths, looping), row.targets.numel())
             total += loss.detach()
+        self.world.sum_(total)
+        mean = Readback(total / self.world.size)
         with torch.profiler.record_function("optimizer"):
             self.optimizer.step(lr, momentum)
-        self.world.sum_(total)
-        return total.item() / self.world.size
+        return mean.read()
 
     def state(self) -> dict:
         """Everything that decides how the run goes on."""
@@ -2817,6 +2842,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
                 checkpointed = agreed
                 trainer.checkpoint(checkpoint_path)
                 clock.go_on()
+        world.synchronize()
         clock.pause()
     trainer.loader.close()
     if not trainer.step:
