@@ -2148,38 +2148,46 @@ class GPT(nn.Module):
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of forward passes; a multiplication and an addition are two. Elementwise work is not counted."""
+    """Floating-point operations of a forward pass; a multiplication and an addition are two. Elementwise work is not counted."""
 
-    matmul: float = 0.0
-    attention: float = 0.0
-
-    def plus(self, other: Flops, times: float = 1.0) -> Flops:
-        return Flops(*(a + times * b for a, b in zip(self, other, strict=True)))
-
-    @property
-    def trained(self) -> float:
-        """Forward and backward as the model defines them: three times the forward."""
-        return 3 * (self.matmul + self.attention)
-
-    @property
-    def executed(self) -> float:
-        """The same as the hardware runs it: the backward of flash attention computes the scores again, 5 products instead of 4."""
-        return 3 * self.matmul + 3.5 * self.attention
+    matmul: float     # with the model's own matrices
+    lora: float       # with those of adapters
+    attention: float
 
 
-def flops_per_token(cfg: Config, lengths: np.ndarray, looping: bool, adapters: Adapters = NO_ADAPTERS) -> Flops:
+def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0) -> Flops:
     """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, gates, logits and
-    adapters, and attention by the causal pairs there really are."""
+    adapters, and attention by the causal pairs there really are. scored: share of the tokens that logits are computed for."""
     order, H, D = layer_order(cfg, looping), cfg.num_heads, cfg.model_dim
     gate = H * dict(none=0, dense=D).get(cfg.attn_gate, cfg.gate_window)
     block = D * (2 * D + 2 * cfg.kv_dim + 2 * cfg.mlp_dim) + gate
     smear = cfg.gate_window if cfg.smear_gate_enabled else 0
-    deltas = sum((lora.A.numel() + lora.B.numel()) / lora.A.shape[-3] for lora in adapters if lora is not None)
-    n, pairs = np.asarray(lengths, dtype=np.float64), 0.0
-    for window in map(cfg.window, order):
+    deltas = sum((lora.A.numel() + lora.B.numel()) / lora.A.shape[-3] * (scored if lora is adapters.head else 1)
+                 for lora in adapters if lora is not None)
+    n, windows, pairs = np.asarray(lengths, dtype=np.float64), [cfg.window(layer) for layer in order], 0.0
+    for window in set(windows):
         full = np.minimum(n, window or np.inf)  # queries whose window the start of the segment cuts short
-        pairs += (full * (full + 1) / 2 + (n - full) * window).sum() / n.sum()
-    return Flops(2 * (len(order) * block + D * cfg.vocab_size + smear + deltas), 4 * D * pairs)
+        pairs += windows.count(window) * (full * (full + 1) / 2 + (n - full) * window).sum() / n.sum()
+    return Flops(2 * (len(order) * block + scored * D * cfg.vocab_size + smear), 2 * deltas, 4 * D * pairs)
+
+
+PASSES = {  # how often the forward's matrix, adapter and attention FLOPs are done: as the model defines it, and as the hardware runs it
+    "score": ((1, 1, 1), (1, 1, 1)),
+    "train": ((3, 3, 3), (3, 3, 3.5)),  # the backward of flash attention computes the scores again: 5 products instead of 4
+    "adapt": ((2, 3, 3), (2, 3, 3.5)),  # frozen matrices have no gradient of their own
+}
+
+
+class Work:
+    """FLOPs of one rank: of the model, as the hardware runs it, and the part of the model's that belongs to scored tokens."""
+
+    def __init__(self):
+        self.model = self.hardware = self.useful = 0.0
+
+    def add(self, flops: Flops, kind: str, tokens: int, scored: float) -> None:
+        """Passes over `tokens` positions, padding and context included, `scored` of which count for the loss."""
+        model, hardware = (tokens * sum(f * times for f, times in zip(flops, passes, strict=True)) for passes in PASSES[kind])
+        self.model, self.hardware, self.useful = self.model + model, self.hardware + hardware, self.useful + model * scored / tokens
 
 
 def init_orthogonal(p: Tensor) -> None:
@@ -2580,17 +2588,12 @@ class Interrupted(RunError):
 
 
 class Utilization:
-    """How busy training keeps the device: FLOPs of the model per second, as a share of what the device could do."""
+    """How busy the device is kept: FLOPs per second as a share of what it could do. seconds: of the work, pauses left out."""
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, work: Work | None = None, seconds: float = 0.0):
         name, self.measured = hardware_name(world), measured_peak(world)
         self.datasheet = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-        self.total, self.seconds = Flops(), 0.0
-        self.marked = self.total, 0.0
-
-    def add(self, flops: Flops, seconds: float) -> None:
-        """One step of this rank."""
-        self.total, self.seconds = self.total.plus(flops), self.seconds + seconds
+        self.work, self.seconds, self.marked, self.marked_at = work or Work(), seconds, (Work(), 0.0), time.perf_counter()
 
     def share(self, flops: float, seconds: float) -> dict[str, float | None]:
         """`flops` in `seconds`, of the datasheet's peak (None where there is none) and of the measured one."""
@@ -2598,18 +2601,25 @@ class Utilization:
         return dict(mfu=rate / self.datasheet if self.datasheet else None, of_measured=rate / self.measured)
 
     def interval(self) -> str:
-        """Since the last call, for the log."""
-        flops, seconds = self.marked
-        shares = self.share(self.total.trained - flops.trained, self.seconds - seconds)
-        self.marked = self.total, self.seconds
+        """Since the last call, for the log: the model's FLOPs, then, of the datasheet's peak or else of the measured one, those of
+        scored tokens, those the hardware ran, and the model's again with validation and checkpoints in the time."""
+        (old, old_seconds), now = self.marked, time.perf_counter()
+        model, useful, hardware = (getattr(self.work, kind) - getattr(old, kind) for kind in ("model", "useful", "hardware"))
+        seconds, wall = self.seconds - old_seconds, max(now - self.marked_at, self.seconds - old_seconds)
+        shares = self.share(model, seconds)
+        for name, flops, time_of in (("useful", useful, seconds), ("hardware", hardware, seconds), ("with_pauses", model, wall)):
+            of_datasheet, of_measured = self.share(flops, time_of).values()
+            shares[name] = of_measured if of_datasheet is None else of_datasheet
+        self.marked, self.marked_at = (copy.copy(self.work), self.seconds), now
         return " ".join(f"{name}:{'n/a' if value is None else format(value, '.4f')}" for name, value in shares.items())
 
     def result(self, wall_seconds: float) -> dict:
-        """Of the whole training: as the model defines it, as the hardware runs it, and with pauses for validation and checkpoints."""
+        """Of all of it: three kinds of FLOPs, each without and with pauses for validation and checkpoints."""
+        kinds = ("model", "useful", "hardware")
         return dict(
-            model=self.share(self.total.trained, self.seconds), hardware=self.share(self.total.executed, self.seconds),
-            model_with_pauses=self.share(self.total.trained, wall_seconds), model_flops=self.total.trained,
-            peak_flops=dict(datasheet=self.datasheet, measured=self.measured))
+            **{kind: self.share(getattr(self.work, kind), self.seconds) for kind in kinds},
+            **{f"{kind}_with_pauses": self.share(getattr(self.work, kind), wall_seconds) for kind in kinds},
+            model_flops=self.work.model, peak_flops=dict(datasheet=self.datasheet, measured=self.measured))
 
 
 class Trainer:
@@ -2622,7 +2632,7 @@ class Trainer:
         self.optimizer = TrainOptimizer(self.model, cfg, world)
         self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
         self.accumulate = cfg.micro_batches // world.size
-        self.utilization, self.step_flops = Utilization(world), Flops()
+        self.utilization = Utilization(world)
         self.loader = self.open_loader()
         self.step, self.clock, self.changed_at, self.stage_len = 0, StepClock(), None, cfg.seq_schedule[0][0]
         self.looping, self.cap, self.losses = False, 1.0, []
@@ -2643,12 +2653,12 @@ class Trainer:
         Raises FloatingPointError before any weight is touched when loss or gradient is not finite.
         """
         order, total = layer_order(self.cfg, looping), torch.zeros((), device=self.world.device)
-        self.step_flops = Flops()
         for tokens in window[self.world.rank * self.accumulate : (self.world.rank + 1) * self.accumulate]:
             row = packed_row(tokens, context, self.world.device)
             loss = self.loss(row, order)
             loss.backward()
-            self.step_flops = self.step_flops.plus(flops_per_token(self.cfg, row.lengths, looping), row.targets.numel())
+            n = row.targets.numel()
+            self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", n, n)
             total += loss.detach()
         self.world.sum_(total)
         mean = Readback(total / self.world.size)
@@ -2710,7 +2720,7 @@ class Trainer:
         self.optimizer.load_state_dict(optimizer)
         self.optimizer.zero_grad()
         self.loader.close()
-        self.loader = self.open_loader()
+        self.loader, self.utilization = self.open_loader(), Utilization(self.world)
         torch.manual_seed(cfg.seed)
 
     def warm_shapes(self, tokens: np.ndarray, log: Log) -> None:
@@ -2824,7 +2834,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
                 trainer.ema.update(trainer.model)
             now = clock.now()
             clock.record(now - elapsed, applications)
-            trainer.utilization.add(trainer.step_flops, now - elapsed)
+            trainer.utilization.seconds += now - elapsed
             if profiler:
                 profiler.step()
             trainer.losses.append((trainer.step, round(now, 3), round(loss, 5)))
@@ -3444,7 +3454,8 @@ class Score(NamedTuple):
 class Tally:
     """Sums over scored tokens, in fp64 on the device; bits per byte = nats / ln 2 / bytes."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, work: Work | None = None):
+        self.work = work or Work()
         self.nats = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self.tokens = self.bytes = 0
 
@@ -3522,14 +3533,16 @@ def sliding_batches(cfg: Config, data: ValData, rank: int, size: int):
 
 
 @torch.no_grad()
-def evaluate(cfg: Config, world: World, forward, data: ValData, looping: bool = True) -> Score:
+def evaluate(cfg: Config, world: World, forward, data: ValData, looping: bool = True, work: Work | None = None) -> Score:
     """Score all of `data` with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
-    tally, order = Tally(world.device), layer_order(cfg, looping)
+    tally, order = Tally(world.device, work), layer_order(cfg, looping)
     batches = packed_batches if cfg.eval_method == "packed" else sliding_batches
     for batch in batches(cfg, data, world.rank, world.size):
         packing = batch.packing and Packing(batch.packing.cu_seqlens.to(world.device), batch.packing.max_len)
         nats = forward(batch.inputs.to(world.device), batch.targets.to(world.device), order=order, packing=packing)
         tally.add(nats, batch.mask, batch.target_bytes)
+        lengths = np.diff(batch.packing.cu_seqlens.numpy()) if batch.packing else np.full(*batch.mask.shape)
+        tally.work.add(flops_per_token(cfg, lengths, looping), "score", batch.mask.numel(), int(batch.mask.sum()))
     return tally.score(world, len(data.target_bytes))
 
 
@@ -3737,7 +3750,12 @@ def score_batch(
         with torch.set_grad_enabled(bool(learn.any())):
             nats = score()
         tally.add(nats, chunk.mask, chunk.target_bytes)
-        for repeat in range(cfg.ttt_grad_steps if learn.any() else 0):
+        width, steps = inputs.shape[1], cfg.ttt_grad_steps if learn.any() else 0
+        flops = flops_per_token(cfg, [width], True, lineage.adapters, batch.chunk / width)
+        tally.work.add(flops, "adapt" if steps else "score", inputs.numel(), int(chunk.mask.sum()))
+        if steps > 1:
+            tally.work.add(flops, "adapt", (steps - 1) * inputs.numel(), 0)
+        for repeat in range(steps):
             loss = ((nats if repeat == 0 else score()).mean(1) * learn.to(device)).sum()
             loss.backward()
             optimizer.step()
@@ -3885,6 +3903,8 @@ class TttRun:
                  f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
         self.world.barrier()
         update_base(self.cfg, self.world, self.model, tokens, self.log)
+        learned, lengths = self.cfg.global_ttt_epochs * len(tokens) / self.world.size, [min(n, self.cfg.eval_seq_len) for _, n in pieces]
+        self.tally.work.add(flops_per_token(self.cfg, lengths, True), "train", learned, 0)
         self.phases_done += 1
         self.log(f"ttpr: phase:{self.phases_done}/{self.cfg.phased_ttt_num_phases} t:{self.eta.elapsed:.1f}s")
 
@@ -3927,9 +3947,11 @@ class Run:
     def diagnostic(self, name: str, key: str, forward) -> Score:
         """Score with fixed weights and log it."""
         self.clock.phase("diagnostic eval")
-        start = time.perf_counter()
-        score = evaluate(self.cfg, self.world, forward, self.data)
-        self.log(f"{name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * (time.perf_counter() - start):.0f}ms")
+        start, work = time.perf_counter(), Work()
+        score = evaluate(self.cfg, self.world, forward, self.data, work=work)
+        seconds = time.perf_counter() - start
+        self.log(f"{name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
+        self.result[f"{key}_mfu"] = Utilization(self.world, work, seconds).result(seconds)
         self.result |= {f"{key}_val_loss": score.loss, f"{key}_val_bpb": score.bpb, "val_loss": score.loss, "val_bpb": score.bpb,
                         "target_tokens": score.tokens, "val_bytes": score.bytes}
         return score
@@ -4084,6 +4106,9 @@ def eval_stage(run: Run) -> None:
     seconds = time.perf_counter() - start
     log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
     log(f"total_eval_time:{seconds:.1f}s")
+    utilization = Utilization(world, ttt.tally.work, seconds)
+    log(f"ttt_utilization: {utilization.interval()}")
+    run.result["ttt_mfu"] = utilization.result(seconds)
     run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb, target_tokens=score.tokens,
                        val_bytes=score.bytes, eval_seconds=seconds)
 

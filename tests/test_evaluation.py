@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import documents, tiny_config
 from hypothesis import given, settings, strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
 
@@ -267,3 +268,18 @@ def test_bytes_are_the_sidecars(method, dataset, world):
     assert score.bytes == int(sidecar[1:].sum(dtype=np.int64))
     assert score.loss == pytest.approx(np.mean(data.tokens[:-1] * 1000.0 + data.tokens[1:]), rel=1e-12)
     assert score.bpb == pytest.approx(score.loss * score.tokens / math.log(2) / score.bytes, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["packed", "sliding"])
+def test_the_work_of_an_evaluation_equals_torchs_counter(method, dataset, world, random_model):
+    """Padding and windows that are read twice are work, but not useful work."""
+    cfg = tiny_config(data_path=str(dataset), eval_method=method, val_doc_fraction=0.4, smear_gate_enabled=False)
+    data, work = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False)), tg.Work()
+    with FlopCounterMode(display=False) as counter:
+        score = tg.evaluate(cfg, world, random_model(cfg), data, work=work)
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    per_token = tg.flops_per_token(cfg, [1], True).matmul
+    positions = counted / per_token
+    assert positions == pytest.approx(round(positions)) and positions > score.tokens  # whole tokens, more than are scored
+    assert counted < work.model == work.hardware < 1.2 * counted  # attention comes on top
+    assert work.useful / work.model == pytest.approx(score.tokens / positions, rel=0.02)

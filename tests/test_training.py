@@ -364,18 +364,27 @@ def test_utilization_is_flops_over_time(world, monkeypatch):
     monkeypatch.setattr(tg, "measured_peak", lambda world: 200.0)
     monkeypatch.setattr(tg, "hardware_name", lambda world: "1x NVIDIA H200")
     monkeypatch.setattr(tg, "PEAK_FLOPS", {"H200": 400.0})
+    now = FakeTime(monkeypatch)
     u = tg.Utilization(world)
-    u.add(tg.Flops(10.0, 10.0), 2.0)
-    assert u.interval() == "mfu:0.0750 of_measured:0.1500"  # 3 x 20 FLOP in 2 s
-    u.add(tg.Flops(40.0, 0.0), 1.0)
-    assert u.interval() == "mfu:0.3000 of_measured:0.6000"
+
+    def step(matmul, attention, seconds, pause, scored):
+        u.work.add(tg.Flops(matmul, 0.0, attention), "train", 1, scored)
+        u.seconds += seconds
+        now.now += seconds + pause
+
+    step(10.0, 10.0, 2.0, 0.0, 0.5)  # 3 x 20 FLOP in 2 s, half of them for scored tokens
+    assert u.interval() == "mfu:0.0750 of_measured:0.1500 useful:0.0375 hardware:0.0813 with_pauses:0.0750"
+    step(40.0, 0.0, 1.0, 3.0, 1.0)
+    assert u.interval() == "mfu:0.3000 of_measured:0.6000 useful:0.3000 hardware:0.3000 with_pauses:0.0750"
     result = u.result(wall_seconds=6.0)
     assert result["model"]["mfu"] == pytest.approx(180 / 3 / 400) and result["model_flops"] == 180
+    assert result["useful"]["mfu"] == pytest.approx(150 / 3 / 400)
     assert result["hardware"]["of_measured"] == pytest.approx((3 * 50 + 3.5 * 10) / 3 / 200)
-    assert result["model_with_pauses"]["mfu"] == pytest.approx(180 / 6 / 400)
+    for kind in ("model", "useful", "hardware"):
+        assert result[f"{kind}_with_pauses"]["mfu"] == pytest.approx(result[kind]["mfu"] / 2)
     monkeypatch.setattr(tg, "PEAK_FLOPS", {})
     unknown = tg.Utilization(world)
-    assert unknown.result(1.0)["model"] == dict(mfu=None, of_measured=0.0) and unknown.interval() == "mfu:n/a of_measured:0.0000"
+    assert unknown.result(1.0)["model"] == dict(mfu=None, of_measured=0.0) and unknown.interval().startswith("mfu:n/a of_measured:0.0000")
 
 
 def test_the_measured_peak_is_work_over_time(world, monkeypatch):
