@@ -110,8 +110,8 @@ FAMILIES = (  # an unknown variable that starts like this is a typo, not somebod
     "ADAM_", "ASYM_", "ATTN_", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_", "FUSED_CE",
     "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_", "MAX_WALL",
     "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "PARALLEL_", "PHASED_TTT_", "QK_", "ROPE_",
-    "SCALAR_", "SEQ_", "SKIP_GATES", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_",
-    "WINDOW_", "XSA_",
+    "RESIDUAL_", "SCALAR_", "SEQ_", "SKIP_GATES", "SMEAR_", "SPARSE_ATTN_", "TIED_", "TIE_EMB", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_",
+    "WARMUP_", "WINDOW_", "XSA_",
 )
 
 
@@ -240,6 +240,7 @@ class Config:
     mlp_kernel: str = knob("eager", "GEMMs with the activation inside, by what they store for the backward", choices=MLP_KERNELS)
     qk_kernel: str = knob("eager", "one kernel from merged projection to normed, rotated heads", choices=("eager", "triton"))
     xsa_kernel: str = knob("eager", "one kernel for XSA and head gate", choices=("eager", "triton"))
+    residual_kernel: str = knob("eager", "one kernel for a weighted sum of residual streams and its norm", choices=("eager", "triton"))
     fused_ce_kernel: str = knob("eager", "loss and its gradient in one pass over the logits", choices=("eager", "triton"))
     # data
     data_dir: str = knob("./data/", "root of the default data paths")
@@ -1217,6 +1218,19 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
 
 
+def add_streams(weights: Tensor | None, *streams: Tensor) -> Tensor:
+    """Residual streams (B, T, D), each times its row of weights (n, D) or (n, 1), added up. weights None: a plain sum."""
+    w = weights if weights is None else weights.to(streams[0].dtype)
+    first, *rest = streams if w is None else (factor * x for factor, x in zip(w, streams, strict=True))
+    return sum(rest, first)
+
+
+def add_norm(weights: Tensor | None, *streams: Tensor) -> tuple[Tensor, Tensor]:
+    """Two or three residual streams added up by `add_streams`, and that sum normed."""
+    total = add_streams(weights, *streams)
+    return total, rms_norm(total)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Partial rotary embedding, half-split: x (B, T, heads, d), the first 2 n of d dimensions turn, n = cos.shape[-1]."""
     n = cos.shape[-1]
@@ -1761,6 +1775,94 @@ def gate_heads_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 
 @jit
+def add_norm_kernel(
+    weights, x0, x1, x2, total, normed, rows, eps, D: tl.constexpr, THREE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """One program: STEPS times BT rows."""
+    c = tl.arange(0, BD)
+    for step in range(STEPS):
+        t = (tl.program_id(0) * STEPS + step) * BT + tl.arange(0, BT)
+        at, inside = t[:, None].to(tl.int64) * D + c[None, :], (t < rows)[:, None] & (c < D)[None, :]
+        s = tl.load(weights + c, mask=c < D, other=0.0) * tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
+        s += tl.load(weights + D + c, mask=c < D, other=0.0) * tl.load(x1 + at, mask=inside, other=0.0).to(tl.float32)
+        if THREE:
+            s += tl.load(weights + 2 * D + c, mask=c < D, other=0.0) * tl.load(x2 + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total + at, s.to(total.dtype.element_ty), mask=inside)
+        n = s * tl.rsqrt(tl.sum(s * s, 1) / D + eps)[:, None]
+        tl.store(normed + at, n.to(normed.dtype.element_ty), mask=inside)
+
+
+@jit
+def add_norm_grad_kernel(
+    dtotal, dnormed, weights, x0, x1, x2, dweights, dx0, dx1, dx2, rows, eps,
+    D: tl.constexpr, THREE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
+):
+    """With n = s / rms(s) and d its gradient: g = dtotal + (d - n mean(d n)) / rms, dx = w g, dw = sum of g x over the rows."""
+    c, COUNT = tl.arange(0, BD), 2 + THREE
+    w0, w1 = tl.load(weights + c, mask=c < D, other=0.0), tl.load(weights + D + c, mask=c < D, other=0.0)
+    w2 = tl.load(weights + (COUNT - 1) * D + c, mask=c < D, other=0.0)
+    dw0, dw1, dw2 = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
+    for step in range(STEPS):
+        t = (tl.program_id(0) * STEPS + step) * BT + tl.arange(0, BT)
+        at, inside = t[:, None].to(tl.int64) * D + c[None, :], (t < rows)[:, None] & (c < D)[None, :]
+        a, b = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32), tl.load(x1 + at, mask=inside, other=0.0).to(tl.float32)
+        s = w0 * a + w1 * b
+        if THREE:
+            e = tl.load(x2 + at, mask=inside, other=0.0).to(tl.float32)
+            s += w2 * e
+        inverse_rms = tl.rsqrt(tl.sum(s * s, 1) / D + eps)[:, None]
+        n, d = s * inverse_rms, tl.load(dnormed + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32) + inverse_rms * (d - n * (tl.sum(d * n, 1) / D)[:, None])
+        tl.store(dx0 + at, (w0 * g).to(dx0.dtype.element_ty), mask=inside)
+        tl.store(dx1 + at, (w1 * g).to(dx1.dtype.element_ty), mask=inside)
+        dw0, dw1 = dw0 + tl.sum(g * a, 0), dw1 + tl.sum(g * b, 0)
+        if THREE:
+            tl.store(dx2 + at, (w2 * g).to(dx2.dtype.element_ty), mask=inside)
+            dw2 += tl.sum(g * e, 0)
+    mine = dweights + tl.program_id(0) * COUNT * D + c
+    tl.store(mine, dw0, mask=c < D)
+    tl.store(mine + D, dw1, mask=c < D)
+    if THREE:
+        tl.store(mine + 2 * D, dw2, mask=c < D)
+
+
+def add_norm_launch(x: Tensor, three: bool) -> tuple[tuple[int], dict]:
+    """Grid and size arguments of the two kernels above."""
+    rows, D, (BT, STEPS) = x.shape[:-1].numel(), x.shape[-1], (32, 2) if INTERPRETED else (2, 32)
+    return (triton.cdiv(rows, BT * STEPS),), dict(
+        rows=rows, eps=torch.finfo(x.dtype).eps, D=D, THREE=three, BT=BT, BD=triton.next_power_of_2(D), STEPS=STEPS)
+
+
+@operator(lambda dtotal, dnormed, weights, *streams: [x.new_empty(x.shape) for x in (weights, *streams) if x is not None])
+def add_norm_grad(dtotal: Tensor, dnormed: Tensor, weights: Tensor, x0: Tensor, x1: Tensor, x2: Tensor | None = None) -> list[Tensor]:
+    """Gradients of `add_norm` for the weights and the streams."""
+    streams = [x.contiguous() for x in (x0, x1, x2) if x is not None]
+    (grid, sizes), dx = add_norm_launch(x0, len(streams) == 3), [torch.empty_like(x) for x in streams]
+    dweights = weights.new_empty(*grid, *weights.shape)
+    pad = 3 - len(streams)  # a pointer that is not followed
+    add_norm_grad_kernel[grid](dtotal.contiguous(), dnormed.contiguous(), weights.contiguous(), *streams, *streams[:pad], dweights,
+                               *dx, *dx[:pad], **sizes)
+    return [dweights.sum(0), *dx]
+
+
+@operator(lambda weights, x0, x1, x2=None: (x0.new_empty(x0.shape), x0.new_empty(x0.shape)), add_norm_grad)
+def add_norm_op(weights: Tensor, x0: Tensor, x1: Tensor, x2: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`add_norm` by one kernel, weights (n, D) fp32."""
+    x0, x1, x2 = (x0 if x is None else x.contiguous() for x in (x0, x1, x2))
+    (grid, sizes), (total, normed) = add_norm_launch(x0, len(weights) == 3), (x0.new_empty(x0.shape) for _ in range(2))
+    add_norm_kernel[grid](weights.contiguous(), x0, x1, x2, total, normed, **sizes)
+    return total, normed
+
+
+def fused_add_norm(weights: Tensor | None, *streams: Tensor) -> tuple[Tensor, Tensor]:
+    """`add_norm` by `add_norm_op`."""
+    n, x = len(streams), streams[0]
+    w = torch.ones(n, 1, device=x.device) if weights is None else weights.float()
+    return add_norm_op(w.expand(n, x.shape[-1]), *streams)
+
+
+@jit
 def ce_kernel(logits, targets, nats, grad, cap_pos, cap_neg, weight, V, BLOCK: tl.constexpr):
     """One program, one row, all of it in registers: its loss and, times `weight`, its gradient. tanh(u) = 2 sigmoid(2 u) - 1."""
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -1812,6 +1914,7 @@ class Kernels(NamedTuple):
     mlp: Any = leaky_mlp
     split_heads: Any = split_heads
     gate_heads: Any = gate_heads
+    add_norm: Any = add_norm
     weighted_ce: Any = None  # None: the loss and its gradient by `softcapped_ce` and autograd
 
 
@@ -1820,7 +1923,7 @@ DEFINITIONS = Kernels()
 
 def choose_kernels(cfg: Config, world: World) -> Kernels:
     """The attention this device has, and the kernels that *_KERNEL ask for. Raises RunError where they can not run."""
-    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel")}
+    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "residual_kernel", "fused_ce_kernel")}
     asked = " ".join(f"{name.upper()}={value}" for name, value in knobs.items() if value != "eager")
     on_gpu = world.device.type == "cuda"
     if asked and not (triton and (on_gpu or INTERPRETED)):
@@ -1835,6 +1938,7 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
         leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel),
         split_heads if cfg.qk_kernel == "eager" else split_heads_op,
         gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
+        add_norm if cfg.residual_kernel == "eager" else fused_add_norm,
         None if cfg.fused_ce_kernel == "eager" else weighted_ce)
 
 
@@ -2003,20 +2107,13 @@ class Block(nn.Module):
         up, down = self.norm_scale * up, self.mlp_scale[:, None] * down
         return Weights(*(matrix.to(dtype) for matrix in (qkv, o, up, down)))
 
-    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The residual stream with its share of the embedding, per channel."""
-        m = self.resid_mix.to(x.dtype)
-        return m[0] * x + m[1] * x0
-
-    def attention(self, u: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, tap) -> Tensor:
-        """What attention adds to the residual stream u (B, T, D)."""
-        n = rms_norm(u)
+    def attention(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, tap) -> Tensor:
+        """What attention adds to the residual stream, from that stream normed, n (B, T, D)."""
         out = self.attn(n, w, lora, rope, kernels, packing, tap, self.name)
         return out if lora.o is None else out + self.attn_scale.to(n.dtype) * lora_delta(n, lora.o)
 
-    def mlp(self, x: Tensor, w: Weights, lora: Adapters, kernels: Kernels, tap) -> Tensor:
-        """What the MLP adds to the residual stream x (B, T, D)."""
-        n = rms_norm(x)
+    def mlp(self, n: Tensor, w: Weights, lora: Adapters, kernels: Kernels, tap) -> Tensor:
+        """What the MLP adds to the residual stream, from that stream normed, n (B, T, D)."""
         if tap is None:
             out = kernels.mlp(n, w.up, w.down, self.cfg.mlp_slope)
         else:
@@ -2086,7 +2183,7 @@ class GPT(nn.Module):
         From the first decoder slot with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
         the first, the MLP reads the second, and both sublayers write to both.
         """
-        cfg = self.cfg
+        cfg, add_norm = self.cfg, self.kernels.add_norm
         x0 = lane = self.embed(tokens)
         mlp_lane = None
         context = packing.max_len if packing is not None else tokens.shape[1]
@@ -2096,18 +2193,19 @@ class GPT(nn.Module):
         for slot, layer in enumerate(order):
             block, w, lora, j = self.blocks[layer], weights[layer], loras[slot], slot - half
             if j >= 0 and cfg.parallel_start_layer and layer >= cfg.parallel_start_layer and mlp_lane is None:
-                mlp_lane = lane
+                mlp_lane, mlp_in = lane, rms_norm(lane)
             if j >= 0 and skips:
                 lane = self.skip(lane, skips.pop(), j)
-            u = block.mix(lane, x0)
-            a = block.attention(u, w, lora, rope, self.kernels, packing, tap)
+            u, n = add_norm(block.resid_mix, lane, x0)  # the stream with its share of the embedding, per channel
+            a = block.attention(n, w, lora, rope, self.kernels, packing, tap)
             if mlp_lane is None:
-                lane = u + a
-                lane = lane + block.mlp(lane, w, lora, self.kernels, tap)
+                lane, n = add_norm(None, u, a)
+                lane = lane + block.mlp(n, w, lora, self.kernels, tap)
             else:
-                m = block.mlp(mlp_lane, w, lora, self.kernels, tap)
-                post, resid = self.parallel_post_lambdas[layer].to(a.dtype), self.parallel_resid_lambdas[layer].to(a.dtype)
-                lane, mlp_lane = (resid[i] * old + post[i, 0] * a + post[i, 1] * m for i, old in enumerate((lane, mlp_lane)))
+                m = block.mlp(mlp_in, w, lora, self.kernels, tap)
+                post, resid = self.parallel_post_lambdas[layer], self.parallel_resid_lambdas[layer, :, None]
+                mixes = torch.cat((resid, post), dim=1)[..., None]  # (2 lanes, 3 streams, 1)
+                lane, (mlp_lane, mlp_in) = add_streams(mixes[0], lane, a, m), add_norm(mixes[1], mlp_lane, a, m)
             if j < 0:
                 skips.append(lane)
         if mlp_lane is not None:
@@ -3972,7 +4070,7 @@ def log_start(run: Run, env) -> None:
     log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
     log(f"train_shards: {len(run.files.train)}")
     log(f"val_tokens: {len(run.data.target_bytes)}")
-    kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel)
+    kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, residual=cfg.residual_kernel, ce=cfg.fused_ce_kernel)
     attention, _, trials = choose_attention(cfg.attn_backend, run.world)
     log(f"kernels: attention:{attention} ({trials}) " + " ".join(f"{name}:{kind}" for name, kind in kernels.items()))
 
