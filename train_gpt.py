@@ -76,7 +76,7 @@ class RunError(Exception):
 
 S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
 COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
-ATTN_BACKENDS = ("auto", "fa3", "fa4", "varlen", "cpu", "sdpa")
+ATTN_BACKENDS = ("auto", "fa3", "fa4", "varlen", "flex", "cpu", "sdpa")
 MLP_KERNELS = ("eager", "pre_post", "act_grad", "lsb")
 
 PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable set by hand wins
@@ -1398,10 +1398,34 @@ def flash_attention(module: str, unlimited: int | None):
     return document_attention_flash
 
 
+def flex_attention():
+    """`document_attention_reference` by FlexAttention, which compiles a kernel for the mask and passes over blocks it hides.
+
+    What a query sees starts at its document or at its window and ends at itself, and both starts only grow: of the blocks of
+    keys, those from the start of the first query of a block of queries to that block.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention as attend
+
+    attend = torch.compile(attend, dynamic=False)
+
+    def document_attention_flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
+        n, at, side = len(q), torch.arange(len(q), device=q.device), 128
+        first = cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]
+        first = torch.maximum(first, at - window + 1) if window else first
+        lowest, blocks = first[::side] // side, at[: -(-n // side)]
+        kept = torch.minimum(lowest[:, None] + blocks, blocks[-1]).int()  # of each row, the first blocks - lowest + 1 count
+        mask = BlockMask.from_kv_blocks((blocks - lowest + 1).int()[None, None], kept[None, None], BLOCK_SIZE=side, seq_lengths=(n, n),
+                                        mask_mod=lambda b, h, query, key: (key <= query) & (key >= first[query]))
+        return attend(*(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    return document_attention_flex
+
+
 ATTENTION_BACKENDS = {  # name: (how to get it, lowest and highest compute capability, module it comes from); half precision only
     "fa3": (partial(flash_attention, "flash_attn_interface", -1), (9, 0), (9, 0), "flash_attn_interface"),
     "fa4": (partial(flash_attention, "flash_attn.cute", None), (9, 0), (12, 9), "flash_attn.cute"),
     "varlen": (varlen_attention, (8, 0), (99, 0), "torch.nn.attention.varlen"),
+    "flex": (flex_attention, (7, 5), (99, 0), "torch.nn.attention.flex_attention"),
 }
 
 
@@ -1455,8 +1479,8 @@ def choose_attention(wanted: str, world: World) -> tuple[str, Any, str]:
                        "install what is missing, or set ATTN_BACKEND=auto")
     trials = {}
     for name in found if wanted == "auto" else (wanted,):
-        if name == "sdpa" and trials:
-            break  # a loop on the host: only for want of anything else
+        if name in ("flex", "sdpa") and trials:
+            break  # minutes of compiling, a loop on the host: only for want of anything else
         error, seconds = attention_trial(found[name], world, segments)
         if error < 0.02:  # a few roundings of bf16
             trials[name] = seconds

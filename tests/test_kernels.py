@@ -101,6 +101,31 @@ def test_cpu_attention_equals_the_reference(sizes, kv_heads, window):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=5e-6)  # two summation orders in fp32 over <= 64 tokens
 
 
+@pytest.mark.parametrize("window", [0, 1, 5, 200])
+@pytest.mark.parametrize("sizes", [*SEGMENTS, [300, 40, 0, 0], [1, 127, 128, 129]], ids=str)
+def test_flex_attention_equals_the_reference(sizes, window, monkeypatch):
+    """Values alone, not compiled: FlexAttention has no backward on a CPU. Blocks are 128 wide, so the longer rows leave some out."""
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    bounds, inputs = cu_seqlens(sizes), [t.detach() for t in qkv(sum(sizes), 4, 2, 16)]
+    out = tg.flex_attention()(*inputs, bounds, max(sizes), window)
+    torch.testing.assert_close(out, tg.document_attention_reference(*inputs, bounds, max(sizes), window), rtol=1e-5, atol=5e-6)
+
+
+def test_flex_attention_is_one_graph_and_reads_the_blocks_it_needs():
+    from torch.nn.attention.flex_attention import BlockMask
+
+    seen, make = [], BlockMask.from_kv_blocks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda f, **options: f)
+        attend = tg.flex_attention()
+        patch.setattr(BlockMask, "from_kv_blocks", lambda *a, **k: seen.append(make(*a, **k)) or seen[-1])
+        bounds, inputs = cu_seqlens([300, 84, 256]), [t.detach() for t in qkv(640, 4, 2, 16)]
+        expected = attend(*inputs, bounds, 300)
+    assert seen[0].kv_num_blocks.tolist() == [[[1, 2, 3, 1, 2]]]  # blocks 0..2 and 2 hold the first document's end, 3 and 4 the last
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs, bounds, 300), expected, rtol=1e-5, atol=5e-6)
+
+
 def test_cpu_attention_in_bf16_is_as_good_as_the_reference():
     sizes = [19, 1, 44]
     q, k, v = qkv(64, 4, 2, 16, torch.bfloat16)
@@ -184,7 +209,7 @@ def test_the_fastest_right_attention_is_chosen(monkeypatch):
 
 
 def test_backends_of_a_gpu_depend_on_its_age_and_on_what_is_installed(monkeypatch):
-    made = {name: (lambda name=name: name, *rest[1:]) for name, rest in tg.ATTENTION_BACKENDS.items()}
+    made = {name: (lambda name=name: name, *rest[1:]) for name, rest in tg.ATTENTION_BACKENDS.items() if name != "flex"}
     monkeypatch.setattr(tg, "ATTENTION_BACKENDS", made)
     for installed, capability, dtype, expected in (
             ({"flash_attn_interface", "torch.nn.attention.varlen"}, (9, 0), torch.bfloat16, ["fa3", "varlen", "sdpa"]),
