@@ -137,6 +137,19 @@ def ceilings():
     yield line("copy 8.6 GB", milliseconds(lambda: target.copy_(source)), gb=8.6)
 
 
+def gemms():
+    """B1: every product of a block and the head, forward and gradient of the weight, against the time its bytes or FLOPs need."""
+    side, source = 64 if DRY else 8192, torch.randn(1 << (10 if DRY else 28), device=DEVICE)
+    a, target = randn(side, side), torch.empty_like(source)
+    flops_per_ms = 2 * side**3 / milliseconds(lambda: a @ a)
+    bytes_per_ms = 2 * source.nbytes / milliseconds(lambda: target.copy_(source))
+    for K, M in ((D, (H + 2 * G) * HEAD), (D, D), (D, HIDDEN), (HIDDEN, D), ((H + 2 * G) * HEAD, D), (D, V), (V, D)):
+        x, w, y = randn(N, K), randn(K, M), randn(N, M)
+        for name, f in (("forward", lambda x=x, w=w: x @ w), ("weight gradient", lambda x=x, y=y: x.T @ y)):
+            roof = max(2 * N * K * M / flops_per_ms, 2 * (N * K + K * M + N * M) / bytes_per_ms)
+            yield line(f"gemm {K}->{M} {name}", milliseconds(f), "roof of this device", roof, tf=2 * N * K * M / 1e12)
+
+
 def correctness():
     """Every kernel at full size against its definition in fp32, values and gradients of a random direction; NaN in fresh memory."""
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -289,8 +302,20 @@ def train_step():
             reference.setdefault(shape, ms)
             what = f"micro-batch {name} loop:{int(looping)} context:{context}"
             yield line(what, ms, "definitions", reference[shape], target_ms=target) | dict(
-                tokens_per_s=round(N / ms * 1e3), mfu=round(flops.trained * N / ms * 1e3 / 989.4e12, 4),
+                tokens_per_s=round(N / ms * 1e3), mfu=round(3 * sum(flops) * N / ms * 1e3 / 989.4e12, 4),
                 compile_seconds=round(compile_seconds, 1), peak_mib=tg.peak_memory_mib(world.device))
+
+
+def evaluation():
+    """B11: the scoring forward, without gradients, in the longest context."""
+    world, context = make_world(), 3072
+    model = tg.build_model(CFG, world)
+    forward, order, bounds = tg.compile_forward(model, CFG, world), tg.layer_order(CFG, True), packed_bounds(context)
+    tokens, packing = torch.randint(8, V, (1, N + 1), device=DEVICE), tg.Packing(bounds, context)
+    with torch.no_grad():
+        ms = milliseconds(lambda: forward(tokens[:, :-1], tokens[:, 1:], order=order, packing=packing), 10)
+    flops = tg.flops_per_token(CFG, bounds.diff()[bounds.diff() > 0].cpu().numpy(), True)
+    yield line("scoring forward", ms, tf=N * sum(flops) / 1e12) | dict(tokens_per_s=round(N / ms * 1e3))
 
 
 def learning_step(cfg, world, rows: int, width: int, chunk: int):
@@ -341,9 +366,9 @@ def gptq():
     yield line("GPTQ of all matrices", milliseconds(lambda: tg.run_gptq(CFG, tasks, hessians, {}), 2), target_ms=200.0)
 
 
-SECTIONS = dict(ceilings=(ceilings, 40), correctness=(correctness, 90), mlp=(mlp, 60), heads=(heads, 60), residual=(residual, 40),
-                cross_entropy=(cross_entropy, 40), attention=(attention, 40), muon=(muon, 40), train_step=(train_step, 300),
-                gptq=(gptq, 60), ttt=(ttt, 180))
+SECTIONS = dict(ceilings=(ceilings, 40), correctness=(correctness, 90), gemms=(gemms, 30), mlp=(mlp, 60), heads=(heads, 60),
+                residual=(residual, 40), cross_entropy=(cross_entropy, 40), attention=(attention, 40), muon=(muon, 40),
+                train_step=(train_step, 300), evaluation=(evaluation, 90), gptq=(gptq, 60), ttt=(ttt, 180))
 
 
 def table(lines: list[dict]) -> str:
