@@ -22,6 +22,7 @@ import difflib
 import fnmatch
 import hashlib
 import heapq
+import importlib
 import importlib.util
 import inspect
 import io
@@ -78,7 +79,7 @@ class RunError(Exception):
 
 S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
 COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
-ATTN_BACKENDS = ("auto", "fa3", "fa4", "varlen", "cpu", "sdpa")
+ATTN_BACKENDS = ("auto", "fa3", "fa4", "varlen", "flex", "cpu", "sdpa")
 MLP_KERNELS = ("eager", "pre_post", "act_grad", "lsb")
 COMPRESSORS = ("range", "pergroup", "brotli", "lzma")
 
@@ -121,9 +122,9 @@ FAMILIES = (  # an unknown variable that starts like this is a typo, not somebod
     "ADAM_", "ASYM_", "ATTN_", "AUDIT", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_",
     "FUSED_CE", "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_",
     "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "N_INT6", "PARALLEL_",
-    "PHASED_TTT_", "QK_", "QUANT", "RD_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_", "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_",
-    "TARGET_", "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_",
-    "WINDOW_", "XSA_",
+    "PHASED_TTT_", "QK_", "QUANT", "RD_", "RESIDUAL_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_", "SKIP_GATES", "SLOT_", "SMEAR_",
+    "SPARSE_ATTN_", "TARGET_", "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_",
+    "WARMUP_", "WINDOW_", "XSA_",
 )
 
 
@@ -132,29 +133,24 @@ def knob(default: Any, doc: str, lo: float = -math.inf, hi: float = math.inf, ch
     return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices))
 
 
-def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], ...]:
-    """'1024@0.1,2048@1' -> ((1024, 0.1), (2048, 1.0)): each context length lasts until its fraction of the run.
-
-    Blank means one stage of `default_len`. Raises ValueError on a malformed stage.
-    """
-    stages = []
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        length, at, end = item.partition("@")
-        if not at or int(length) <= 0 or not 0 < float(end) <= 1:
-            raise ValueError(f"stage {item!r}: expected LENGTH@END_FRACTION with LENGTH > 0 and 0 < END_FRACTION <= 1")
-        stages.append((int(length), float(end)))
-    stages.sort(key=lambda stage: stage[1])
-    if not stages:
-        return ((default_len, 1.0),)
-    return tuple(stages) if stages[-1][1] >= 1 else (*stages, (stages[-1][0], 1.0))
-
-
 def parse_steps(text: str, separator: str) -> tuple[tuple[float, float], ...]:
     """'256:8,2000:24' -> ((256.0, 8.0), (2000.0, 24.0)), sorted by the first number. Raises ValueError."""
     pairs = [item.split(separator) for item in filter(None, (part.strip() for part in text.split(",")))]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{text!r}: expected a comma list of A{separator}B")
     return tuple(sorted((float(a), float(b)) for a, b in pairs))
+
+
+def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], ...]:
+    """'1024@0.1,2048@1' -> ((1024, 0.1), (2048, 1.0)): each context length lasts until its fraction of the run.
+
+    Blank means one stage of `default_len`. Raises ValueError on a malformed stage.
+    """
+    stages = sorted(parse_steps(text, "@"), key=lambda stage: stage[1]) or [(default_len, 1.0)]
+    if not all(n >= 1 and not n % 1 and 0 < end <= 1 for n, end in stages):
+        raise ValueError("expected LENGTH@END_FRACTION with a whole LENGTH > 0 and 0 < END_FRACTION <= 1")
+    stages = [(int(n), end) for n, end in stages]
+    return tuple(stages) if stages[-1][1] >= 1 else (*stages, (stages[-1][0], 1.0))
 
 
 def rule_violations(c: Config):
@@ -241,7 +237,7 @@ class Config:
 
     # run
     preset: str = knob("s14", "table of overrides to start from", choices=tuple(PRESETS))
-    stage: str = knob("all", "which part of the pipeline to run", choices=("all", "train", "quantize", "eval"))
+    stage: str = knob("all", "which part of the pipeline to run", choices=("all", "train", "quantize", "eval", "warm"))
     prequant_only: bool = knob(False, "same as STAGE=train")
     quantize_only: bool = knob(False, "same as STAGE=quantize: start from final_model.pt")
     ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact")
@@ -257,12 +253,15 @@ class Config:
     compile_backend: str = knob("auto", "of torch.compile; auto = inductor on cuda, else none", choices=COMPILE_BACKENDS)
     dynamo_cache_size_limit: int = knob(128, "graphs torch.compile may keep per function", lo=1)
     dynamo_accumulated_cache_size_limit: int = knob(1024, "graphs torch.compile may keep in all", lo=1)
+    compile_allow_recompiles: bool = knob(False, "go on when torch.compile is at work in timed code; 0 = an error that names the reasons")
+    compile_cache_dir: str = knob("", "keep compiled code here for later runs (STAGE=warm makes all of it); blank = torch's own place")
     profile: int = knob(0, "profile this many steps, after the third, for tools/step_profile.py; costs time, so not for records", lo=0)
     # kernels
     attn_backend: str = knob("auto", "attention of packed rows; auto = the fastest one here that is right", choices=ATTN_BACKENDS)
     mlp_kernel: str = knob("eager", "GEMMs with the activation inside, by what they store for the backward", choices=MLP_KERNELS)
     qk_kernel: str = knob("eager", "one kernel from merged projection to normed, rotated heads", choices=("eager", "triton"))
     xsa_kernel: str = knob("eager", "one kernel for XSA and head gate", choices=("eager", "triton"))
+    residual_kernel: str = knob("eager", "one kernel for a weighted sum of residual streams and its norm", choices=("eager", "triton"))
     fused_ce_kernel: str = knob("eager", "loss and its gradient in one pass over the logits", choices=("eager", "triton"))
     # data
     data_dir: str = knob("./data/", "root of the default data paths")
@@ -550,6 +549,7 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
      lambda c: not c.lqer_enabled, "LQER_ENABLED is 0"),
     (("lqer_factor_bits",), lambda c: c.lqer_enabled and c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 1"),
     (("lqer_asym_group",), lambda c: c.lqer_enabled and not c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 0"),
+    (("compile_allow_recompiles",), lambda c: c.compile_backend == "none", "COMPILE_BACKEND is none"),
     (("gptq_reserve_seconds",), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
     (TTT_KNOBS, lambda c: not c.ttt_enabled, "TTT_ENABLED is 0"),
     (PHASE_KNOBS, lambda c: c.ttt_enabled and not c.phased_ttt_enabled, "PHASED_TTT_ENABLED is 0"),
@@ -632,7 +632,8 @@ def without_effect(cfg: Config, env) -> list[str]:
 def config_hash(cfg: Config) -> str:
     """Identity of the recipe: everything but the seed, the stage, the run's name, where files lie and what is logged."""
     skip = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage", "prequant_only",
-            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "audit", "seeds_declared"}
+            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "audit", "seeds_declared",
+            "compile_allow_recompiles", "compile_cache_dir"}
     recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in skip}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -714,6 +715,11 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def wide(self) -> torch.dtype:
+        """The widest floating-point type of the device."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
     def sum_(self, *tensors: Tensor) -> None:
         """Add up in place over the ranks."""
         for t in tensors if self.size > 1 else ():
@@ -723,7 +729,7 @@ class World:
         """The largest of each value over the ranks: how the ranks agree on clocks and stop requests."""
         if self.size == 1:
             return list(values)
-        t = torch.tensor(values, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+        t = torch.tensor(values, dtype=self.wide, device=self.device)
         dist.all_reduce(t, dist.ReduceOp.MAX)
         return t.tolist()
 
@@ -756,6 +762,22 @@ class World:
             dist.destroy_process_group()
 
 
+class Readback:
+    """A number on its way from the device: `read` waits for what led to it, and not for what the device was asked to do since."""
+
+    def __init__(self, t: Tensor):
+        self.host, self.arrived = t, None
+        if t.device.type == "cuda":
+            self.host, self.arrived = torch.empty(t.shape, dtype=t.dtype, pin_memory=True), torch.cuda.Event()
+            self.host.copy_(t, non_blocking=True)
+            self.arrived.record()
+
+    def read(self) -> float:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.host.item()
+
+
 def hardware_name(world: World) -> str:
     """Device, number of ranks and, on a CPU, its cores."""
     if world.device.type == "cuda":
@@ -766,9 +788,46 @@ def hardware_name(world: World) -> str:
     return f"{world.size}x {world.device.type} ({model}, {os.cpu_count()} cores)"
 
 
+def compile_cache(cfg: Config, world: World) -> dict[str, str]:
+    """Variables that make torch.compile and Triton keep their work below COMPILE_CACHE_DIR, in a folder of its own for each version
+    of this code, torch and Triton, device and choice of kernels; none when it is blank."""
+    if not cfg.compile_cache_dir:
+        return {}
+    flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.endswith(("_kernel", "_backend", "_dtype"))}
+    versions = torch.__version__, triton.__version__ if triton else None, hardware_name(world).split("x ", 1)[1]
+    key = hashlib.sha256(Path(__file__).read_bytes() + json.dumps([flags, versions], sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cfg.compile_cache_dir).resolve() / key
+    return dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"))
+
+
+def compilations() -> list[str]:
+    """What torch.compile has made in this process: function, number of its graph, and why the one before did not fit."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return [f"{m.co_name} {m.compile_id}: {' '.join((m.recompile_reason or 'the first graph').splitlines()[0].split())}"
+            for m in (dynamo.get_compilation_metrics() if dynamo else ()) if m.co_name]
+
+
+def recompile_error(where: str, made: list[str], remedy: str) -> RunError:
+    """What a run says where torch.compile was at work in timed code; made: the latest of `compilations`."""
+    return RunError(f"{where}: torch.compile was at work in timed code ({'; '.join(made) or 'on another rank'}). "
+                    f"COMPILE_ALLOW_RECOMPILES=1 accepts that; {remedy}")
+
+
 PEAK_FLOPS = {  # datasheets: dense bf16 products summed in fp32, per second
     "H200": 989.4e12, "H100": 989.4e12, "B200": 2250e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }
+
+
+def quickest(world: World, f, repeats: int = 3) -> float:
+    """Seconds of the quickest of a few f() on the device."""
+    seconds = []
+    for _ in range(repeats):
+        world.synchronize()
+        start = time.perf_counter()
+        f()
+        world.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 @cache
@@ -777,14 +836,7 @@ def measured_peak(world: World) -> float:
     best, generator = 0.0, torch.Generator(world.device).manual_seed(0)
     for n in (256, 512, 1024, 2048, 4096, 8192):
         a = torch.randn(n, n, device=world.device, generator=generator).to(world.dtype)
-        seconds, repeats = math.inf, 4
-        for _ in range(3):
-            world.synchronize()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                a @ a
-            world.synchronize()
-            seconds = min(seconds, (time.perf_counter() - start) / repeats)
+        seconds = quickest(world, lambda a=a: [a @ a for _ in range(4)]) / 4
         best = max(best, 2 * n**3 / max(seconds, 1e-9))
         if seconds > 0.002:
             break
@@ -881,6 +933,7 @@ class Clock:
         self.world, self.ended, self.name, self.start = world, ended, "setup", time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.peak_mib: dict[str, int] = {}
+        self.compiled: dict[str, list[str]] = {}  # by phase, see `compilations`
 
     def phase(self, name: str) -> None:
         """End the current phase and begin `name`; coming back to a name adds to it."""
@@ -890,12 +943,15 @@ class Clock:
         self.ended(self.name, now - self.start)
         self.peak_mib[self.name] = max(self.peak_mib.get(self.name, 0), peak_memory_mib(self.world.device))
         reset_peak_memory(self.world.device)
+        if made := compilations()[sum(map(len, self.compiled.values())) :]:
+            self.compiled[self.name] = self.compiled.get(self.name, []) + made
         self.name, self.start = name, now
 
     def table(self) -> list[dict]:
-        """Phases so far, the current one included: [{name, seconds, peak_mib}]."""
+        """Phases so far, the current one included: [{name, seconds, peak_mib, compilations}]."""
         self.phase(self.name)
-        return [dict(name=n, seconds=round(s, 3), peak_mib=self.peak_mib[n]) for n, s in self.seconds.items()]
+        return [dict(name=n, seconds=round(s, 3), peak_mib=self.peak_mib[n], compilations=len(self.compiled.get(n, ())))
+                for n, s in self.seconds.items()]
 
 
 class Eta:
@@ -1235,6 +1291,19 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
 
 
+def add_streams(weights: Tensor | None, *streams: Tensor) -> Tensor:
+    """Residual streams (B, T, D), each times its row of weights (n, D) or (n, 1), added up. weights None: a plain sum."""
+    w = weights if weights is None else weights.to(streams[0].dtype)
+    first, *rest = streams if w is None else (factor * x for factor, x in zip(w, streams, strict=True))
+    return sum(rest, first)
+
+
+def add_norm(weights: Tensor | None, *streams: Tensor) -> tuple[Tensor, Tensor]:
+    """Two or three residual streams added up by `add_streams`, and that sum normed."""
+    total = add_streams(weights, *streams)
+    return total, rms_norm(total)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Partial rotary embedding, half-split: x (B, T, heads, d), the first 2 n of d dimensions turn, n = cos.shape[-1]."""
     n = cos.shape[-1]
@@ -1296,47 +1365,62 @@ def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Te
                       for start, end in pairwise(bounds) if end > start])
 
 
+def operator(fake, backward=None):
+    """Register a function as one node of compiled graphs: fake(*args) makes tensors of its results' shapes.
+
+    backward(*gradients of the results, *tensors among the arguments) -> gradients of the first arguments; the others have none.
+    """
+
+    def register(body):
+        op = torch.library.custom_op(f"train_gpt::{body.__name__}", body, mutates_args=())
+        op.register_fake(fake)
+
+        def save(ctx, inputs, output):
+            ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+            ctx.inputs = len(inputs)
+
+        def differentiate(ctx, *grads):
+            made = backward(*grads, *ctx.saved_tensors)
+            return *made, *[None] * (ctx.inputs - len(made))
+
+        if backward is not None:
+            op.register_autograd(differentiate, setup_context=save)
+        return op
+
+    return register
+
+
 # On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop, whose trip count
 # depends on data, out of the compiler's sight, and its backward reuses the saved log-sum-exp instead of recomputing.
 
 
-@torch.library.custom_op("train_gpt::document_attention_cpu", mutates_args=())
+def segments(cu_seqlens: Tensor, window: int, *tensors: Tensor):
+    """Of each segment: where it lies, its mask, and its part of the tensors (T, heads, d) as (1, heads, n, d)."""
+    for start, end in pairwise(cu_seqlens.tolist()):
+        if end > start:
+            yield slice(start, end), window_mask(end - start, window, tensors[0]), [t[start:end].transpose(0, 1)[None] for t in tensors]
+
+
+@operator(lambda q, k, v, cu_seqlens, window: (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
 def _document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    bounds = cu_seqlens.tolist()
-    for start, end in pairwise(bounds):
-        if end > start:
-            heads, mask = [t[start:end].transpose(0, 1)[None] for t in (q, k, v)], window_mask(end - start, window, q)
-            o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, mask is None, attn_mask=mask)
-            out[start:end] = o[0].transpose(0, 1)
-            lse[:, start:end] = m.view(q.shape[1], end - start)
+    for at, mask, heads in segments(cu_seqlens, window, q, k, v):
+        o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, mask is None, attn_mask=mask)
+        out[at], lse[:, at] = o[0].transpose(0, 1), m[0]
     return out, lse
 
 
-@_document_attention_cpu.register_fake
-def _(q, k, v, cu_seqlens, window):
-    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("train_gpt::document_attention_cpu_backward", mutates_args=())
+@operator(lambda grad, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
 def _document_attention_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    bounds = cu_seqlens.tolist()
-    for start, end in pairwise(bounds):
-        if end > start:
-            heads, mask = [t[start:end].transpose(0, 1)[None] for t in (grad, q, k, v, out)], window_mask(end - start, window, q)
-            m = lse[:, start:end].contiguous()[None]
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, m, 0.0, mask is None, attn_mask=mask)
-            for whole, part in zip(grads, parts, strict=True):
-                whole[start:end] = part[0].transpose(0, 1)
+    for at, mask, heads in segments(cu_seqlens, window, grad, q, k, v, out):
+        m = lse[:, at].contiguous()[None]
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, m, 0.0, mask is None, attn_mask=mask)
+        for whole, part in zip(grads, parts, strict=True):
+            whole[at] = part[0].transpose(0, 1)
     return grads
-
-
-@_document_attention_cpu_backward.register_fake
-def _(grad, q, k, v, out, lse, cu_seqlens, window):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _document_attention_cpu_setup(ctx, inputs, output):
@@ -1376,33 +1460,46 @@ def varlen_attention():
     return document_attention_varlen
 
 
-def flash_attention_3():
-    """`document_attention_reference` by FlashAttention 3 (Hopper)."""
-    from flash_attn_interface import flash_attn_varlen_func
+def flash_attention(module: str, unlimited: int | None):
+    """`document_attention_reference` by the FlashAttention package that has `module`; unlimited: its word for no window."""
+    flash = importlib.import_module(module).flash_attn_varlen_func
 
-    def document_attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, causal=True, window_size=(window - 1, 0))
+    def document_attention_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
+        out = flash(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len, max_seqlen_k=max_len, causal=True,
+                    window_size=(window - 1 if window else unlimited, 0))
         return out[0] if isinstance(out, tuple) else out
 
-    return document_attention_fa3
+    return document_attention_flash
 
 
-def flash_attention_4():
-    """`document_attention_reference` by FlashAttention 4 (Hopper and Blackwell, package flash-attn-4)."""
-    from flash_attn.cute import flash_attn_varlen_func
+def flex_attention():
+    """`document_attention_reference` by FlexAttention, which compiles a kernel for the mask and passes over blocks it hides.
 
-    def document_attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        out = flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len, max_seqlen_k=max_len,
-                                     causal=True, window_size=(window - 1 if window else None, 0))
-        return out[0] if isinstance(out, tuple) else out
+    What a query sees starts at its document or at its window and ends at itself, and both starts only grow: of the blocks of
+    keys, those from the start of the first query of a block of queries to that block.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention as attend
 
-    return document_attention_fa4
+    attend = torch.compile(attend, dynamic=False)
+
+    def document_attention_flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
+        n, at, side = len(q), torch.arange(len(q), device=q.device), 128
+        first = cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]
+        first = torch.maximum(first, at - window + 1) if window else first
+        lowest, blocks = first[::side] // side, at[: -(-n // side)]
+        kept = torch.minimum(lowest[:, None] + blocks, blocks[-1]).int()  # of each row, the first blocks - lowest + 1 count
+        mask = BlockMask.from_kv_blocks((blocks - lowest + 1).int()[None, None], kept[None, None], BLOCK_SIZE=side, seq_lengths=(n, n),
+                                        mask_mod=lambda b, h, query, key: (key <= query) & (key >= first[query]))
+        return attend(*(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    return document_attention_flex
 
 
 ATTENTION_BACKENDS = {  # name: (how to get it, lowest and highest compute capability, module it comes from); half precision only
-    "fa3": (flash_attention_3, (9, 0), (9, 0), "flash_attn_interface"),
-    "fa4": (flash_attention_4, (9, 0), (12, 9), "flash_attn.cute"),
+    "fa3": (partial(flash_attention, "flash_attn_interface", -1), (9, 0), (9, 0), "flash_attn_interface"),
+    "fa4": (partial(flash_attention, "flash_attn.cute", None), (9, 0), (12, 9), "flash_attn.cute"),
     "varlen": (varlen_attention, (8, 0), (99, 0), "torch.nn.attention.varlen"),
+    "flex": (flex_attention, (7, 5), (99, 0), "torch.nn.attention.flex_attention"),
 }
 
 
@@ -1441,11 +1538,7 @@ def attention_trial(attend, world: World, segments: list[int]) -> tuple[float, f
 
     ours = run(attend, world.dtype)
     errors = [(a.float() - b).norm() / b.norm() for a, b in zip(ours, run(document_attention_reference, torch.float32), strict=True)]
-    world.synchronize()
-    start = time.perf_counter()
-    run(attend, world.dtype)
-    world.synchronize()
-    return max(errors).item(), time.perf_counter() - start
+    return max(errors).item(), quickest(world, lambda: run(attend, world.dtype), 1)
 
 
 @cache
@@ -1460,8 +1553,8 @@ def choose_attention(wanted: str, world: World) -> tuple[str, Any, str]:
                        "install what is missing, or set ATTN_BACKEND=auto")
     trials = {}
     for name in found if wanted == "auto" else (wanted,):
-        if name == "sdpa" and trials:
-            break  # a loop on the host: only for want of anything else
+        if name in ("flex", "sdpa") and trials:
+            break  # minutes of compiling, a loop on the host: only for want of anything else
         error, seconds = attention_trial(found[name], world, segments)
         if error < 0.02:  # a few roundings of bf16
             trials[name] = seconds
@@ -1490,29 +1583,21 @@ def sign_in_lsb(post, negative):
 @jit
 def mlp_epilogue(acc, out, saved, m, n, slope, FORM: tl.constexpr, BACKWARD: tl.constexpr):
     """One half of a tile of products: activate and store it, or multiply it by the activation's derivative."""
+    kept = saved.load([m, n]) if BACKWARD else acc.to(tl.bfloat16)
+    pre = kept.to(tl.float32)
+    derivative = tl.where(pre > 0, 2 * pre, 2 * slope * slope * pre)
     if BACKWARD:
-        kept = saved.load([m, n])
         if FORM == "lsb":
-            root = 2 * tl.sqrt(kept.to(tl.float32))
+            root = 2 * tl.sqrt(pre)
             derivative = tl.where((kept.to(tl.int16, bitcast=True) & 1) == 1, -slope * root, root)
-        elif FORM == "pre_post":
-            pre = kept.to(tl.float32)
-            derivative = tl.where(pre > 0, 2 * pre, 2 * slope * slope * pre)
-        else:
-            derivative = kept.to(tl.float32)
+        elif FORM == "act_grad":
+            derivative = pre
         out.store([m, n], (acc * derivative).to(tl.bfloat16))
     else:
-        pre = acc.to(tl.bfloat16).to(tl.float32)
-        derivative = tl.where(pre > 0, 2 * pre, 2 * slope * slope * pre)
         post = 0.5 * derivative * pre
-        if FORM == "lsb":
-            out.store([m, n], sign_in_lsb(post, pre <= 0))
-        elif FORM == "pre_post":
-            out.store([m, n], post.to(tl.bfloat16))
-            saved.store([m, n], pre.to(tl.bfloat16))
-        else:
-            out.store([m, n], post.to(tl.bfloat16))
-            saved.store([m, n], derivative.to(tl.bfloat16))
+        out.store([m, n], sign_in_lsb(post, pre <= 0) if FORM == "lsb" else post.to(tl.bfloat16))
+        if FORM != "lsb":
+            saved.store([m, n], (pre if FORM == "pre_post" else derivative).to(tl.bfloat16))
 
 
 @jit
@@ -1540,11 +1625,8 @@ def mlp_kernel(
         mlp_epilogue(second, out, saved, m, n + BN // 2, slope, FORM, BACKWARD)
 
 
-MLP_TILES = {  # by major compute capability: BM, BN, BK, stages forward and backward
-    9: (256, 128, 64, (4, 3)),
-    10: (256, 128, 64, (4, 3)),
-    12: (128, 128, 64, (3, 2)),  # 99 KB of shared memory
-}
+# By major compute capability: BM, BN, BK, stages forward and backward. 12 has 99 KB of shared memory.
+MLP_TILES = {9: (256, 128, 64, (4, 3)), 10: (256, 128, 64, (4, 3)), 12: (128, 128, 64, (3, 2))}
 
 
 def mlp_tiles(device: torch.device) -> tuple[tuple, int]:
@@ -1571,28 +1653,23 @@ def launch_mlp(a: Tensor, b: Tensor, slope: float, form: str, saved: Tensor | No
     return out, kept
 
 
-@torch.library.custom_op("train_gpt::mlp_up", mutates_args=())
+def mlp_up_shapes(x: Tensor, up: Tensor, slope: float, form: str) -> tuple[Tensor, Tensor]:
+    """Results of `mlp_up`, without their values."""
+    hidden = x.new_empty(x.shape[0], up.shape[0])
+    return hidden, x.new_empty(0) if form == "lsb" else torch.empty_like(hidden)
+
+
+@operator(mlp_up_shapes)
 def mlp_up(x: Tensor, up: Tensor, slope: float, form: str) -> tuple[Tensor, Tensor]:
     """Hidden layer (R, F) of x (R, D), and what the backward needs besides: nothing in the lsb form."""
     hidden, kept = launch_mlp(x, up, slope, form)
     return hidden, x.new_empty(0) if form == "lsb" else kept
 
 
-@mlp_up.register_fake
-def _(x, up, slope, form):
-    hidden = x.new_empty(x.shape[0], up.shape[0])
-    return hidden, x.new_empty(0) if form == "lsb" else torch.empty_like(hidden)
-
-
-@torch.library.custom_op("train_gpt::mlp_up_grad", mutates_args=())
+@operator(lambda grad, down, saved, slope, form: grad.new_empty(grad.shape[0], down.shape[1]))
 def mlp_up_grad(grad: Tensor, down: Tensor, saved: Tensor, slope: float, form: str) -> Tensor:
     """Gradient (R, F) of the up projection's output from that of the MLP's, grad (R, D)."""
     return launch_mlp(grad, down, slope, form, saved)[0]
-
-
-@mlp_up_grad.register_fake
-def _(grad, down, saved, slope, form):
-    return grad.new_empty(grad.shape[0], down.shape[1])
 
 
 class FusedMlp(torch.autograd.Function):
@@ -1699,23 +1776,7 @@ def split_launch(qkv: Tensor, cos: Tensor, H: int, G: int) -> tuple[tuple[int, i
     return (triton.cdiv(rows, ROWS_PER_PROGRAM), H + G), sizes
 
 
-@torch.library.custom_op("train_gpt::split_heads", mutates_args=())
-def split_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`split_heads` by one kernel."""
-    H, G, qkv = len(gain), kv_heads, qkv.contiguous()
-    grid, sizes = split_launch(qkv, cos, H, G)
-    q, k, v = (qkv.new_empty(*qkv.shape[:-1], heads, sizes["D"]) for heads in (H, G, G))
-    split_heads_kernel[grid](qkv, gain.float(), cos, sin, q, k, v, **sizes)
-    return q, k, v
-
-
-@split_heads_op.register_fake
-def _(qkv, gain, cos, sin, kv_heads):
-    D = qkv.shape[-1] // (len(gain) + 2 * kv_heads)
-    return tuple(qkv.new_empty(*qkv.shape[:-1], heads, D) for heads in (len(gain), kv_heads, kv_heads))
-
-
-@torch.library.custom_op("train_gpt::split_heads_grad", mutates_args=())
+@operator(lambda dq, dk, dv, qkv, gain, cos, sin: (torch.empty_like(qkv), torch.empty_like(gain)))
 def split_heads_grad(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -1727,20 +1788,19 @@ def split_heads_grad(
     return dqkv, dgain[:, :H].sum(0).to(gain.dtype)
 
 
-@split_heads_grad.register_fake
-def _(dq, dk, dv, qkv, gain, cos, sin):
-    return torch.empty_like(qkv), torch.empty_like(gain)
+def empty_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of `split_heads`, without their values."""
+    D = qkv.shape[-1] // (len(gain) + 2 * kv_heads)
+    return tuple(qkv.new_empty(*qkv.shape[:-1], heads, D) for heads in (len(gain), kv_heads, kv_heads))
 
 
-def _split_heads_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _split_heads_backward(ctx, dq, dk, dv):
-    return *split_heads_grad(dq, dk, dv, *ctx.saved_tensors), None, None, None
-
-
-split_heads_op.register_autograd(_split_heads_backward, setup_context=_split_heads_setup)
+@operator(empty_heads, split_heads_grad)
+def split_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_heads` by one kernel."""
+    grid, sizes = split_launch(qkv, cos, len(gain), kv_heads)
+    q, k, v = empty_heads(qkv, gain, cos, sin, kv_heads)
+    split_heads_kernel[grid](qkv.contiguous(), gain.float(), cos, sin, q, k, v, **sizes)
+    return q, k, v
 
 
 @jit
@@ -1789,46 +1849,115 @@ def gate_heads_grad_kernel(
     tl.store(dv + at_v, down.to(dv.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("train_gpt::gate_heads", mutates_args=())
-def gate_heads_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """`gate_heads` by one kernel."""
-    y, (H, D), G, rows = y.contiguous(), y.shape[-2:], v.shape[-2], y.shape[:-2].numel()
-    out = torch.empty_like(y)
-    gate_heads_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM), G)](
-        y, v.contiguous(), gate.contiguous(), out, rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
-    return out
+def gate_launch(y: Tensor, v: Tensor) -> tuple[tuple[int, int], dict]:
+    """Grid and size arguments of the two kernels above."""
+    (H, D), G, rows = y.shape[-2:], v.shape[-2], y.shape[:-2].numel()
+    return (triton.cdiv(rows, ROWS_PER_PROGRAM), G), dict(rows=rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
 
 
-@gate_heads_op.register_fake
-def _(y, v, gate):
-    return y.new_empty(y.shape)
-
-
-@torch.library.custom_op("train_gpt::gate_heads_grad", mutates_args=())
+@operator(lambda dout, y, v, gate: tuple(x.new_empty(x.shape) for x in (y, v, gate)))
 def gate_heads_grad(dout: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `gate_heads` for y, v and gate."""
     dout, y, v, gate = (x.contiguous() for x in (dout, y, v, gate))
-    (H, D), G, rows = y.shape[-2:], v.shape[-2], y.shape[:-2].numel()
-    grads = tuple(torch.empty_like(x) for x in (y, v, gate))
-    gate_heads_grad_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM), G)](
-        dout, y, v, gate, *grads, rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
+    (grid, sizes), grads = gate_launch(y, v), tuple(torch.empty_like(x) for x in (y, v, gate))
+    gate_heads_grad_kernel[grid](dout, y, v, gate, *grads, **sizes)
     return grads
 
 
-@gate_heads_grad.register_fake
-def _(dout, y, v, gate):
-    return tuple(x.new_empty(x.shape) for x in (y, v, gate))
+@operator(lambda y, v, gate: y.new_empty(y.shape), gate_heads_grad)
+def gate_heads_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """`gate_heads` by one kernel."""
+    (grid, sizes), out = gate_launch(y, v), y.new_empty(y.shape)
+    gate_heads_kernel[grid](y.contiguous(), v.contiguous(), gate.contiguous(), out, **sizes)
+    return out
 
 
-def _gate_heads_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+@jit
+def add_norm_kernel(
+    weights, x0, x1, x2, total, normed, rows, eps, D: tl.constexpr, THREE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """One program: STEPS times BT rows."""
+    c = tl.arange(0, BD)
+    for step in range(STEPS):
+        t = (tl.program_id(0) * STEPS + step) * BT + tl.arange(0, BT)
+        at, inside = t[:, None].to(tl.int64) * D + c[None, :], (t < rows)[:, None] & (c < D)[None, :]
+        s = tl.load(weights + c, mask=c < D, other=0.0) * tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
+        s += tl.load(weights + D + c, mask=c < D, other=0.0) * tl.load(x1 + at, mask=inside, other=0.0).to(tl.float32)
+        if THREE:
+            s += tl.load(weights + 2 * D + c, mask=c < D, other=0.0) * tl.load(x2 + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total + at, s.to(total.dtype.element_ty), mask=inside)
+        n = s * tl.rsqrt(tl.sum(s * s, 1) / D + eps)[:, None]
+        tl.store(normed + at, n.to(normed.dtype.element_ty), mask=inside)
 
 
-def _gate_heads_backward(ctx, dout):
-    return gate_heads_grad(dout, *ctx.saved_tensors)
+@jit
+def add_norm_grad_kernel(
+    dtotal, dnormed, weights, x0, x1, x2, dweights, dx0, dx1, dx2, rows, eps,
+    D: tl.constexpr, THREE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
+):
+    """With n = s / rms(s) and d its gradient: g = dtotal + (d - n mean(d n)) / rms, dx = w g, dw = sum of g x over the rows."""
+    c, COUNT = tl.arange(0, BD), 2 + THREE
+    w0, w1 = tl.load(weights + c, mask=c < D, other=0.0), tl.load(weights + D + c, mask=c < D, other=0.0)
+    w2 = tl.load(weights + (COUNT - 1) * D + c, mask=c < D, other=0.0)
+    dw0, dw1, dw2 = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
+    for step in range(STEPS):
+        t = (tl.program_id(0) * STEPS + step) * BT + tl.arange(0, BT)
+        at, inside = t[:, None].to(tl.int64) * D + c[None, :], (t < rows)[:, None] & (c < D)[None, :]
+        a, b = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32), tl.load(x1 + at, mask=inside, other=0.0).to(tl.float32)
+        s = w0 * a + w1 * b
+        if THREE:
+            e = tl.load(x2 + at, mask=inside, other=0.0).to(tl.float32)
+            s += w2 * e
+        inverse_rms = tl.rsqrt(tl.sum(s * s, 1) / D + eps)[:, None]
+        n, d = s * inverse_rms, tl.load(dnormed + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32) + inverse_rms * (d - n * (tl.sum(d * n, 1) / D)[:, None])
+        tl.store(dx0 + at, (w0 * g).to(dx0.dtype.element_ty), mask=inside)
+        tl.store(dx1 + at, (w1 * g).to(dx1.dtype.element_ty), mask=inside)
+        dw0, dw1 = dw0 + tl.sum(g * a, 0), dw1 + tl.sum(g * b, 0)
+        if THREE:
+            tl.store(dx2 + at, (w2 * g).to(dx2.dtype.element_ty), mask=inside)
+            dw2 += tl.sum(g * e, 0)
+    mine = dweights + tl.program_id(0) * COUNT * D + c
+    tl.store(mine, dw0, mask=c < D)
+    tl.store(mine + D, dw1, mask=c < D)
+    if THREE:
+        tl.store(mine + 2 * D, dw2, mask=c < D)
 
 
-gate_heads_op.register_autograd(_gate_heads_backward, setup_context=_gate_heads_setup)
+def add_norm_launch(x: Tensor, three: bool) -> tuple[tuple[int], dict]:
+    """Grid and size arguments of the two kernels above."""
+    rows, D, (BT, STEPS) = x.shape[:-1].numel(), x.shape[-1], (32, 2) if INTERPRETED else (2, 32)
+    return (triton.cdiv(rows, BT * STEPS),), dict(
+        rows=rows, eps=torch.finfo(x.dtype).eps, D=D, THREE=three, BT=BT, BD=triton.next_power_of_2(D), STEPS=STEPS)
+
+
+@operator(lambda dtotal, dnormed, weights, *streams: [x.new_empty(x.shape) for x in (weights, *streams) if x is not None])
+def add_norm_grad(dtotal: Tensor, dnormed: Tensor, weights: Tensor, x0: Tensor, x1: Tensor, x2: Tensor | None = None) -> list[Tensor]:
+    """Gradients of `add_norm` for the weights and the streams."""
+    streams = [x.contiguous() for x in (x0, x1, x2) if x is not None]
+    (grid, sizes), dx = add_norm_launch(x0, len(streams) == 3), [torch.empty_like(x) for x in streams]
+    dweights = weights.new_empty(*grid, *weights.shape)
+    pad = 3 - len(streams)  # a pointer that is not followed
+    add_norm_grad_kernel[grid](dtotal.contiguous(), dnormed.contiguous(), weights.contiguous(), *streams, *streams[:pad], dweights,
+                               *dx, *dx[:pad], **sizes)
+    return [dweights.sum(0), *dx]
+
+
+@operator(lambda weights, x0, x1, x2=None: (x0.new_empty(x0.shape), x0.new_empty(x0.shape)), add_norm_grad)
+def add_norm_op(weights: Tensor, x0: Tensor, x1: Tensor, x2: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`add_norm` by one kernel, weights (n, D) fp32."""
+    x0, x1, x2 = (x0 if x is None else x.contiguous() for x in (x0, x1, x2))
+    (grid, sizes), (total, normed) = add_norm_launch(x0, len(weights) == 3), (x0.new_empty(x0.shape) for _ in range(2))
+    add_norm_kernel[grid](weights.contiguous(), x0, x1, x2, total, normed, **sizes)
+    return total, normed
+
+
+def fused_add_norm(weights: Tensor | None, *streams: Tensor) -> tuple[Tensor, Tensor]:
+    """`add_norm` by `add_norm_op`."""
+    n, x = len(streams), streams[0]
+    w = torch.ones(n, 1, device=x.device) if weights is None else weights.float()
+    return add_norm_op(w.expand(n, x.shape[-1]), *streams)
 
 
 @jit
@@ -1848,7 +1977,7 @@ def ce_kernel(logits, targets, nats, grad, cap_pos, cap_neg, weight, V, BLOCK: t
     tl.store(grad + row * V + c, slope.to(grad.dtype.element_ty), mask=c < V)
 
 
-@torch.library.custom_op("train_gpt::weighted_ce", mutates_args=())
+@operator(lambda logits, targets, *rest: (targets.new_empty(targets.shape, dtype=torch.float32), logits.new_empty(logits.shape)))
 def weighted_ce_op(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """Nats per target, and `weight` times their gradient for the logits."""
     logits, V = logits.contiguous(), logits.shape[-1]
@@ -1856,11 +1985,6 @@ def weighted_ce_op(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Te
     ce_kernel[(targets.numel(),)](logits, targets.contiguous(), nats, grad, cap_pos.float(), cap_neg.float(), weight, V,
                                   BLOCK=triton.next_power_of_2(V), num_warps=8)
     return nats, grad
-
-
-@weighted_ce_op.register_fake
-def _(logits, targets, cap_pos, cap_neg, weight):
-    return targets.new_empty(targets.shape, dtype=torch.float32), logits.new_empty(logits.shape)
 
 
 def _weighted_ce_setup(ctx, inputs, output):
@@ -1888,6 +2012,7 @@ class Kernels(NamedTuple):
     mlp: Any = leaky_mlp
     split_heads: Any = split_heads
     gate_heads: Any = gate_heads
+    add_norm: Any = add_norm
     weighted_ce: Any = None  # None: the loss and its gradient by `softcapped_ce` and autograd
 
 
@@ -1896,7 +2021,7 @@ DEFINITIONS = Kernels()
 
 def choose_kernels(cfg: Config, world: World) -> Kernels:
     """The attention this device has, and the kernels that *_KERNEL ask for. Raises RunError where they can not run."""
-    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel")}
+    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "residual_kernel", "fused_ce_kernel")}
     asked = " ".join(f"{name.upper()}={value}" for name, value in knobs.items() if value != "eager")
     on_gpu = world.device.type == "cuda"
     if asked and not (triton and (on_gpu or INTERPRETED)):
@@ -1911,6 +2036,7 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
         leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel),
         split_heads if cfg.qk_kernel == "eager" else split_heads_op,
         gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
+        add_norm if cfg.residual_kernel == "eager" else fused_add_norm,
         None if cfg.fused_ce_kernel == "eager" else weighted_ce)
 
 
@@ -2095,20 +2221,13 @@ class Block(nn.Module):
         up, down = self.norm_scale * up, self.mlp_scale[:, None] * down
         return Weights(*(matrix.to(dtype) for matrix in (qkv, o, up, down)))
 
-    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The residual stream with its share of the embedding, per channel."""
-        m = self.resid_mix.to(x.dtype)
-        return m[0] * x + m[1] * x0
-
-    def attention(self, u: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, past, tap) -> Tensor:
-        """What attention adds to the residual stream u (B, T, D)."""
-        n = rms_norm(u)
+    def attention(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, past, tap) -> Tensor:
+        """What attention adds to the residual stream, from that stream normed, n (B, T, D)."""
         out = self.attn(n, w, lora, rope, kernels, packing, past, tap, self.name)
         return out if lora.o is None else out + self.attn_scale.to(n.dtype) * lora_delta(n, lora.o)
 
-    def mlp(self, x: Tensor, w: Weights, lora: Adapters, kernels: Kernels, tap) -> Tensor:
-        """What the MLP adds to the residual stream x (B, T, D)."""
-        n = rms_norm(x)
+    def mlp(self, n: Tensor, w: Weights, lora: Adapters, kernels: Kernels, tap) -> Tensor:
+        """What the MLP adds to the residual stream, from that stream normed, n (B, T, D)."""
         if tap is None:
             out = kernels.mlp(n, w.up, w.down, self.cfg.mlp_slope)
         else:
@@ -2178,7 +2297,7 @@ class GPT(nn.Module):
         From the first decoder slot with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
         the first, the MLP reads the second, and both sublayers write to both.
         """
-        cfg, T, start, mlp_lane = self.cfg, tokens.shape[1], 0 if cache is None else cache.length, None
+        cfg, add_norm, T, start, mlp_lane = self.cfg, self.kernels.add_norm, tokens.shape[1], 0 if cache is None else cache.length, None
         x0 = lane = self.embed(torch.cat((cache.last, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
         context = next((c.max_len for c in (packing, cache) if c is not None), T)
         rope = tuple(table[start:] for table in rotary_tables(cfg, start + T, context, tokens.device))
@@ -2187,19 +2306,20 @@ class GPT(nn.Module):
         for slot, layer in enumerate(order):
             block, w, lora, j = self.blocks[layer], weights[layer], loras[slot], slot - half
             if j >= 0 and cfg.parallel_start_layer and layer >= cfg.parallel_start_layer and mlp_lane is None:
-                mlp_lane = lane
+                mlp_lane, mlp_in = lane, rms_norm(lane)
             if j >= 0 and skips:
                 lane = self.skip(lane, skips.pop(), j)
-            u = block.mix(lane, x0)
             past = None if cache is None else partial(cache.extend, slot)
-            a = block.attention(u, w, lora, rope, self.kernels, packing, past, tap)
+            u, n = add_norm(block.resid_mix, lane, x0)  # the stream with its share of the embedding, per channel
+            a = block.attention(n, w, lora, rope, self.kernels, packing, past, tap)
             if mlp_lane is None:
-                lane = u + a
-                lane = lane + block.mlp(lane, w, lora, self.kernels, tap)
+                lane, n = add_norm(None, u, a)
+                lane = lane + block.mlp(n, w, lora, self.kernels, tap)
             else:
-                m = block.mlp(mlp_lane, w, lora, self.kernels, tap)
-                post, resid = self.parallel_post_lambdas[layer].to(a.dtype), self.parallel_resid_lambdas[layer].to(a.dtype)
-                lane, mlp_lane = (resid[i] * old + post[i, 0] * a + post[i, 1] * m for i, old in enumerate((lane, mlp_lane)))
+                m = block.mlp(mlp_in, w, lora, self.kernels, tap)
+                post, resid = self.parallel_post_lambdas[layer], self.parallel_resid_lambdas[layer, :, None]
+                mixes = torch.cat((resid, post), dim=1)[..., None]  # (2 lanes, 3 streams, 1)
+                lane, (mlp_lane, mlp_in) = add_streams(mixes[0], lane, a, m), add_norm(mixes[1], mlp_lane, a, m)
             if j < 0:
                 skips.append(lane)
         if cache is not None:
@@ -2249,38 +2369,46 @@ class GPT(nn.Module):
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of forward passes; a multiplication and an addition are two. Elementwise work is not counted."""
+    """Floating-point operations of a forward pass; a multiplication and an addition are two. Elementwise work is not counted."""
 
-    matmul: float = 0.0
-    attention: float = 0.0
-
-    def plus(self, other: Flops, times: float = 1.0) -> Flops:
-        return Flops(*(a + times * b for a, b in zip(self, other, strict=True)))
-
-    @property
-    def trained(self) -> float:
-        """Forward and backward as the model defines them: three times the forward."""
-        return 3 * (self.matmul + self.attention)
-
-    @property
-    def executed(self) -> float:
-        """The same as the hardware runs it: the backward of flash attention computes the scores again, 5 products instead of 4."""
-        return 3 * self.matmul + 3.5 * self.attention
+    matmul: float     # with the model's own matrices
+    lora: float       # with those of adapters
+    attention: float
 
 
-def flops_per_token(cfg: Config, lengths: np.ndarray, looping: bool, adapters: Adapters = NO_ADAPTERS) -> Flops:
+def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0) -> Flops:
     """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, gates, logits and
-    adapters, and attention by the causal pairs there really are."""
+    adapters, and attention by the causal pairs there really are. scored: share of the tokens that logits are computed for."""
     order, H, D = layer_order(cfg, looping), cfg.num_heads, cfg.model_dim
     gate = H * dict(none=0, dense=D).get(cfg.attn_gate, cfg.gate_window)
     block = D * (2 * D + 2 * cfg.kv_dim + 2 * cfg.mlp_dim) + gate
     smear = cfg.gate_window if cfg.smear_gate_enabled else 0
-    deltas = sum((lora.A.numel() + lora.B.numel()) / lora.A.shape[-3] for lora in adapters if lora is not None)
-    n, pairs = np.asarray(lengths, dtype=np.float64), 0.0
-    for window in map(cfg.window, order):
+    deltas = sum((lora.A.numel() + lora.B.numel()) / lora.A.shape[-3] * (scored if lora is adapters.head else 1)
+                 for lora in adapters if lora is not None)
+    n, windows, pairs = np.asarray(lengths, dtype=np.float64), [cfg.window(layer) for layer in order], 0.0
+    for window in set(windows):
         full = np.minimum(n, window or np.inf)  # queries whose window the start of the segment cuts short
-        pairs += (full * (full + 1) / 2 + (n - full) * window).sum() / n.sum()
-    return Flops(2 * (len(order) * block + D * cfg.vocab_size + smear + deltas), 4 * D * pairs)
+        pairs += windows.count(window) * (full * (full + 1) / 2 + (n - full) * window).sum() / n.sum()
+    return Flops(2 * (len(order) * block + scored * D * cfg.vocab_size + smear), 2 * deltas, 4 * D * pairs)
+
+
+PASSES = {  # how often the forward's matrix, adapter and attention FLOPs are done: as the model defines it, and as the hardware runs it
+    "score": ((1, 1, 1), (1, 1, 1)),
+    "train": ((3, 3, 3), (3, 3, 3.5)),  # the backward of flash attention computes the scores again: 5 products instead of 4
+    "adapt": ((2, 3, 3), (2, 3, 3.5)),  # frozen matrices have no gradient of their own
+}
+
+
+class Work:
+    """FLOPs of one rank: of the model, as the hardware runs it, and the part of the model's that belongs to scored tokens."""
+
+    def __init__(self):
+        self.model = self.hardware = self.useful = 0.0
+
+    def add(self, flops: Flops, kind: str, tokens: int, scored: float) -> None:
+        """Passes over `tokens` positions, padding and context included, `scored` of which count for the loss."""
+        model, hardware = (tokens * sum(f * times for f, times in zip(flops, passes, strict=True)) for passes in PASSES[kind])
+        self.model, self.hardware, self.useful = self.model + model, self.hardware + hardware, self.useful + model * scored / tokens
 
 
 def init_orthogonal(p: Tensor) -> None:
@@ -2354,6 +2482,7 @@ def compile_forward(model: GPT, cfg: Config, world: World, dynamic: bool = False
         return model
     torch._dynamo.config.recompile_limit = cfg.dynamo_cache_size_limit
     torch._dynamo.config.accumulated_recompile_limit = cfg.dynamo_accumulated_cache_size_limit
+    torch._dynamo.utils.set_compilation_metrics_limit(1 << 16)  # `compilations` counts all of them
     return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
 
 
@@ -2417,7 +2546,7 @@ class Bank:
         self.shard = torch.empty_like(self.momentum)
         padded = (self.per_rank * world.size, *p.shape[1:])
         self.padded = p.new_zeros(padded, dtype=world.dtype) if world.size > 1 else self.shard
-        self.pending = None
+        self.update = self.pending = None
 
     def launch_reduce(self) -> None:
         """Start averaging the gradient over the ranks; each receives its share in `shard`."""
@@ -2427,12 +2556,11 @@ class Bank:
             self.pending = reduce_scatter(self.shard, self.padded, dist.ReduceOp.AVG, async_op=True)
 
     def launch_gather(self, update: Tensor) -> None:
-        """Start collecting every rank's share of the update in `padded`."""
-        if self.world.size == 1:
-            self.padded = update
-            return
-        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        self.pending = all_gather(self.padded, update.contiguous(), async_op=True)
+        """Start collecting every rank's share of the update."""
+        self.update = update
+        if self.world.size > 1:
+            all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            self.update, self.pending = self.padded, all_gather(self.padded, update.contiguous(), async_op=True)
 
     def wait(self) -> None:
         if self.pending is not None:
@@ -2443,9 +2571,8 @@ class Bank:
         """Decay, then move along the gathered update."""
         self.wait()
         lr = self.lr * lr_scale
-        self.p.mul_(1 - lr * self.wd).add_(self.padded[: len(self.p)].to(self.p.dtype), alpha=-lr)
-        if self.world.size == 1:
-            self.padded = self.shard
+        self.p.mul_(1 - lr * self.wd).add_(self.update[: len(self.p)].to(self.p.dtype), alpha=-lr)
+        self.update = None
 
     def full_momentum(self) -> Tensor:
         """Momentum of all matrices, on every rank."""
@@ -2487,25 +2614,30 @@ class TrainOptimizer:
         Raises FloatingPointError, leaving the weights as they were, when the norm is not finite.
         """
         self.reduce()
-        norm = self.grad_norm()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}")
-        clip = self.cfg.grad_clip_norm
-        factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
-        previous = None
-        steps, row_normalize = self.cfg.muon_backend_steps, self.cfg.muon_row_normalize
-        for bank in self.banks:  # the gather of one bank overlaps the orthogonalisation of the next
-            bank.launch_gather(muon_direction(bank.shard.mul_(factor), bank.momentum, momentum, steps, row_normalize))
-            if previous is not None:
-                previous.apply(lr_scale)
-            previous = bank
-        torch._foreach_mul_([p.grad for p in self.replicated], factor)
+        norm, cfg, wide = self.grad_norm(), self.cfg, self.world.wide
+        told, momenta = Readback(norm), [bank.momentum.clone() for bank in self.banks]  # a bad norm must leave no trace in the old ones
+        clip = cfg.grad_clip_norm or math.inf
+        factor = (clip / (norm.to(wide) + 1e-6)).clamp(max=1.0).float()
+        for bank, M in zip(self.banks, momenta, strict=True):  # the gather of one bank overlaps the orthogonalisation of the next
+            clipped = (bank.shard.float() * factor).to(bank.shard.dtype)
+            bank.launch_gather(muon_direction(clipped, M, momentum, cfg.muon_backend_steps, cfg.muon_row_normalize))
+        value = told.read()  # the host waits for the norm alone: the device has the directions to compute meanwhile
+        if not math.isfinite(value):
+            for bank in self.banks:
+                bank.wait()
+            raise FloatingPointError(f"the gradient norm is {value}")
+        grads = [p.grad for p in self.replicated]
+        torch._foreach_mul_([g for g in grads if g.dtype == torch.float32], factor)
+        for g in (g for g in grads if g.dtype != torch.float32):
+            g.copy_(g.float() * factor)  # a factor in bf16 would have 8 bits
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adamw.step()
-        previous.apply(lr_scale)
+        for bank, M in zip(self.banks, momenta, strict=True):
+            bank.momentum = M
+            bank.apply(lr_scale)
         self.zero_grad()
-        return norm
+        return value
 
     def reduce(self) -> None:
         """Average all gradients over the ranks: banks scattered, small tensors in one flat message. Clipping comes after."""
@@ -2526,12 +2658,12 @@ class TrainOptimizer:
         for bank in self.banks:
             bank.wait()
 
-    def grad_norm(self) -> float:
-        """Norm of the averaged gradient: the same number on every rank."""
+    def grad_norm(self) -> Tensor:
+        """Norm of the averaged gradient, on the device: the same number on every rank."""
         squares = torch.stack([bank.shard.float().square().sum() for bank in self.banks]).sum()
         self.world.sum_(squares)
         rest = torch.stack([p.grad.float().square().sum() for p in self.replicated]).sum()
-        return (squares + rest).sqrt().item()
+        return (squares + rest).sqrt()
 
     def zero_grad(self) -> None:
         for p in [*self.replicated, *(bank.p for bank in self.banks)]:
@@ -2677,17 +2809,12 @@ class Interrupted(RunError):
 
 
 class Utilization:
-    """How busy training keeps the device: FLOPs of the model per second, as a share of what the device could do."""
+    """How busy the device is kept: FLOPs per second as a share of what it could do. seconds: of the work, pauses left out."""
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, work: Work | None = None, seconds: float = 0.0):
         name, self.measured = hardware_name(world), measured_peak(world)
         self.datasheet = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-        self.total, self.seconds = Flops(), 0.0
-        self.marked = self.total, 0.0
-
-    def add(self, flops: Flops, seconds: float) -> None:
-        """One step of this rank."""
-        self.total, self.seconds = self.total.plus(flops), self.seconds + seconds
+        self.work, self.seconds, self.marked, self.marked_at = work or Work(), seconds, (Work(), 0.0), time.perf_counter()
 
     def share(self, flops: float, seconds: float) -> dict[str, float | None]:
         """`flops` in `seconds`, of the datasheet's peak (None where there is none) and of the measured one."""
@@ -2695,18 +2822,25 @@ class Utilization:
         return dict(mfu=rate / self.datasheet if self.datasheet else None, of_measured=rate / self.measured)
 
     def interval(self) -> str:
-        """Since the last call, for the log."""
-        flops, seconds = self.marked
-        shares = self.share(self.total.trained - flops.trained, self.seconds - seconds)
-        self.marked = self.total, self.seconds
+        """Since the last call, for the log: the model's FLOPs, then, of the datasheet's peak or else of the measured one, those of
+        scored tokens, those the hardware ran, and the model's again with validation and checkpoints in the time."""
+        (old, old_seconds), now = self.marked, time.perf_counter()
+        model, useful, hardware = (getattr(self.work, kind) - getattr(old, kind) for kind in ("model", "useful", "hardware"))
+        seconds, wall = self.seconds - old_seconds, max(now - self.marked_at, self.seconds - old_seconds)
+        shares = self.share(model, seconds)
+        for name, flops, time_of in (("useful", useful, seconds), ("hardware", hardware, seconds), ("with_pauses", model, wall)):
+            of_datasheet, of_measured = self.share(flops, time_of).values()
+            shares[name] = of_measured if of_datasheet is None else of_datasheet
+        self.marked, self.marked_at = (copy.copy(self.work), self.seconds), now
         return " ".join(f"{name}:{'n/a' if value is None else format(value, '.4f')}" for name, value in shares.items())
 
     def result(self, wall_seconds: float) -> dict:
-        """Of the whole training: as the model defines it, as the hardware runs it, and with pauses for validation and checkpoints."""
+        """Of all of it: three kinds of FLOPs, each without and with pauses for validation and checkpoints."""
+        kinds = ("model", "useful", "hardware")
         return dict(
-            model=self.share(self.total.trained, self.seconds), hardware=self.share(self.total.executed, self.seconds),
-            model_with_pauses=self.share(self.total.trained, wall_seconds), model_flops=self.total.trained,
-            peak_flops=dict(datasheet=self.datasheet, measured=self.measured))
+            **{kind: self.share(getattr(self.work, kind), self.seconds) for kind in kinds},
+            **{f"{kind}_with_pauses": self.share(getattr(self.work, kind), wall_seconds) for kind in kinds},
+            model_flops=self.work.model, peak_flops=dict(datasheet=self.datasheet, measured=self.measured))
 
 
 class Trainer:
@@ -2719,7 +2853,7 @@ class Trainer:
         self.optimizer = TrainOptimizer(self.model, cfg, world)
         self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
         self.accumulate = cfg.micro_batches // world.size
-        self.utilization, self.step_flops = Utilization(world), Flops()
+        self.utilization = Utilization(world)
         self.loader = self.open_loader()
         self.step, self.clock, self.changed_at, self.stage_len = 0, StepClock(), None, cfg.seq_schedule[0][0]
         self.looping, self.cap, self.losses = False, 1.0, []
@@ -2740,17 +2874,18 @@ class Trainer:
         Raises FloatingPointError before any weight is touched when loss or gradient is not finite.
         """
         order, total = layer_order(self.cfg, looping), torch.zeros((), device=self.world.device)
-        self.step_flops = Flops()
         for tokens in window[self.world.rank * self.accumulate : (self.world.rank + 1) * self.accumulate]:
             row = packed_row(tokens, context, self.world.device)
             loss = self.loss(row, order)
             loss.backward()
-            self.step_flops = self.step_flops.plus(flops_per_token(self.cfg, row.lengths, looping), row.targets.numel())
+            n = row.targets.numel()
+            self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", n, n)
             total += loss.detach()
+        self.world.sum_(total)
+        mean = Readback(total / self.world.size)
         with torch.profiler.record_function("optimizer"):
             self.optimizer.step(lr, momentum)
-        self.world.sum_(total)
-        return total.item() / self.world.size
+        return mean.read()
 
     def state(self) -> dict:
         """Everything that decides how the run goes on."""
@@ -2806,7 +2941,7 @@ class Trainer:
         self.optimizer.load_state_dict(optimizer)
         self.optimizer.zero_grad()
         self.loader.close()
-        self.loader = self.open_loader()
+        self.loader, self.utilization = self.open_loader(), Utilization(self.world)
         torch.set_rng_state(generator)
 
     def warm_shapes(self, tokens: np.ndarray, log: Log) -> None:
@@ -2870,14 +3005,8 @@ def step_profiler(cfg: Config, trainer: Trainer, path: Path):
     if not cfg.profile or not trainer.world.main:
         return None
     device = trainer.world.device
-    source, seconds = torch.ones(1 << 26, device=device), []
-    for _ in range(4):
-        trainer.world.synchronize()
-        start = time.perf_counter()
-        source.clone()
-        trainer.world.synchronize()
-        seconds.append(time.perf_counter() - start)
-    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=2 * source.nbytes / min(seconds))
+    source = torch.ones(1 << 26, device=device)
+    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=2 * source.nbytes / quickest(trainer.world, source.clone))
     write_atomic(path.with_name("profile_speeds.json"), json.dumps(speeds).encode())
     kinds = torch.profiler.ProfilerActivity
     return torch.profiler.profile(
@@ -2893,19 +3022,22 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
     is no longer finite; in both cases checkpoint.pt holds the last good state.
     """
     cfg, world, clock = trainer.cfg, trainer.world, trainer.clock
-    budget, checkpointed, tokens_per_step = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens
+    budget, checkpointed, tokens_per_step, compiled = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens, len(compilations())
     profiler = step_profiler(cfg, trainer, checkpoint_path.with_name("profile.json.gz"))
     clock.go_on()
     with StopRequest() as stop, profiler or contextlib.nullcontext():
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
-            elapsed, per_block, requested = world.max(clock.now(), clock.forecast(1), float(stop.requested))
+            made = [] if cfg.compile_allow_recompiles else compilations()[compiled:]
+            elapsed, per_block, requested, recompiled = world.max(clock.now(), clock.forecast(1), float(stop.requested), len(made))
             context, looping, lr = trainer.plan_step(elapsed, log)
             applications = len(layer_order(cfg, looping))
-            if requested:
+            if requested or recompiled:
                 clock.pause()
                 trainer.checkpoint(checkpoint_path)
-                raise Interrupted(f"interrupted after step {trainer.step}; {checkpoint_path} holds it: go on with RESUME=1 and the same "
-                                  f"variables (ARTIFACT_DIR={checkpoint_path.parent})")
+                go_on = f"{checkpoint_path} holds it: go on with RESUME=1 and the same variables (ARTIFACT_DIR={checkpoint_path.parent})"
+                if requested:
+                    raise Interrupted(f"interrupted after step {trainer.step}; {go_on}")
+                raise recompile_error(f"step {trainer.step}", made, f"COMPILE_SHAPE_WARMUP=1 may avoid it. {go_on}")
             if budget and not cfg.force_stop_step and elapsed + per_block * applications > budget:
                 log(f"stopping_early: wallclock_cap train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}")
                 break
@@ -2923,7 +3055,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
                 trainer.ema.update(trainer.model)
             now = clock.now()
             clock.record(now - elapsed, applications)
-            trainer.utilization.add(trainer.step_flops, now - elapsed)
+            trainer.utilization.seconds += now - elapsed
             if profiler:
                 profiler.step()
             trainer.losses.append((trainer.step, round(now, 3), round(loss, 5)))
@@ -2933,7 +3065,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
                     f"tok/s_now:{tokens_per_step / (now - elapsed):.0f} {trainer.utilization.interval()}")
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 clock.pause()
-                score = validate()
+                score, compiled = validate(), len(compilations())
                 log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
                 clock.go_on()
             if cfg.checkpoint_seconds and (agreed := world.max(now)[0]) - checkpointed >= cfg.checkpoint_seconds:
@@ -2941,6 +3073,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
                 checkpointed = agreed
                 trainer.checkpoint(checkpoint_path)
                 clock.go_on()
+        world.synchronize()
         clock.pause()
     trainer.loader.close()
     if not trainer.step:
@@ -4273,7 +4406,7 @@ class ValDoor:
         self.own, self.graded = np.zeros(self.total, np.uint8), np.zeros(self.total, bool)  # by this rank; by any, at the last sync
         self.nats = torch.zeros(self.total, device=world.device)
         self.sum = torch.zeros((), dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
-        self.tokens, self.bytes, self.steps, self.early = 0, 0, 0, False
+        self.tokens, self.bytes, self.steps, self.early, self.work = 0, 0, 0, False, Work()
         self.hints, self.boost, self.order = None, 0.0, np.arange(self.total)  # see `graded`, `ngram_hints`
         self.fresh: dict[str, list[np.ndarray]] = {}      # graded and released since the last receipt
         self.receipts: list[tuple[str, np.ndarray]] = []  # since the last sync
@@ -4662,6 +4795,8 @@ def evaluate(cfg: Config, world: World, forward, door: ValDoor, looping: bool = 
                 door.receipt()  # what is learned now comes after what was scored up to here
                 score = partial(score, shift=slot_shift(cfg, door, score, batch.learn))
             door.score(batch.at, score)
+            lengths = np.diff(batch.packing.cu_seqlens.numpy()) if batch.packing else np.full(*batch.at.shape)
+            door.work.add(flops_per_token(cfg, lengths, looping), "score", batch.at.size, int((batch.at >= 0).sum()))
         return door.finish()
 
 
@@ -4874,7 +5009,12 @@ def score_batch(
         score = partial(forward, inputs, order=order, adapters=lineage.adapters.rows(first, first + rows), positions=positions)
         with torch.set_grad_enabled(bool(learn.any())):
             nats = door.score(chunk.at, score)
-        for repeat in range(cfg.ttt_grad_steps if learn.any() else 0):
+        width, steps = inputs.shape[1], cfg.ttt_grad_steps if learn.any() else 0
+        flops = flops_per_token(cfg, [width], True, lineage.adapters, batch.chunk / width)
+        door.work.add(flops, "adapt" if steps else "score", inputs.numel(), int((chunk.at >= 0).sum()))
+        if steps > 1:
+            door.work.add(flops, "adapt", (steps - 1) * inputs.numel(), 0)
+        for repeat in range(steps):
             targets = door.release(np.where(learn.bool()[:, None], chunk.at, -1))
             loss = ((nats if repeat == 0 else score(targets)).mean(1) * learn.to(device)).sum()
             loss.backward()
@@ -4970,6 +5110,11 @@ class TttRun:
         self.reported = {int(n) for n in filter(None, cfg.ttt_eval_batches.split(","))}
         self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
 
+    def warm_up(self) -> None:
+        """Compile what the evaluation will run, if anything is compiled."""
+        if self.static_rows:
+            warm_up_ttt(self.cfg, self.world, self.forward, self.rows, self.log)
+
     def check_budget(self, batch: Batch) -> None:
         """Raises RunError before the batch that would break MAX_EVAL_SECONDS."""
         budget, cost = self.cfg.max_eval_seconds, batch_cost(batch, self.cfg.ttt_eval_seq_len)
@@ -5007,6 +5152,8 @@ class TttRun:
                 self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
                 self.scored_docs += len(batch.sizes)
                 self.report(batch, before, lane.is_short(batch))
+                if not cfg.compile_allow_recompiles and (made := compilations()[self.compiled :]):
+                    raise recompile_error(f"evaluation batch {batch.number + 1}", made, "the artifact exists: go on with STAGE=eval")
 
     def learn_base(self, segments: list[Batch], documents: int) -> None:
         """A global phase over the first `documents` scored documents in the order of ascending length."""
@@ -5018,6 +5165,8 @@ class TttRun:
                  f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
         self.world.barrier()
         update_base(self.cfg, self.world, self.model, tokens, self.log)
+        learned, lengths = self.cfg.global_ttt_epochs * len(tokens) / self.world.size, [min(n, self.cfg.eval_seq_len) for _, n in pieces]
+        self.door.work.add(flops_per_token(self.cfg, lengths, True), "train", learned, 0)
         self.phases_done += 1
         self.log(f"ttpr: phase:{self.phases_done}/{self.cfg.phased_ttt_num_phases} t:{self.eta.elapsed:.1f}s")
 
@@ -5030,7 +5179,7 @@ class TttRun:
         prefix = max(boundaries, default=0)
         self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
                  f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.door.total}")
-        self.eta = Eta(self.eta.total)
+        self.eta, self.compiled = Eta(self.eta.total), len(compilations())
         scored: list[Batch] = []
         with prepare(cfg, self.door, scoring_order(cfg, segments)).guard():
             for phase, (segment, documents) in enumerate(segments):
@@ -5055,7 +5204,7 @@ class Run:
         self.ledger = Ledger(out / "ledger.jsonl" if world.main else None)
         self.clock = Clock(world, lambda name, seconds: self.ledger.add("phase", dict(name=name, seconds=seconds)))
         self.checkpoint, self.weights, self.artifact = out / "checkpoint.pt", out / "final_model.pt", out / "final_model.int6.ptz"
-        if cfg.stage != "train":
+        if cfg.stage not in ("train", "warm"):
             {"pergroup": need_lrzip, "range": need_constriction}.get(cfg.compressor, str)()  # before an hour of training, not after
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
         self.data, self.train_shards = ValData.load(cfg, self.files), len(self.files.train)
@@ -5088,9 +5237,11 @@ class Run:
     def diagnostic(self, name: str, key: str, forward) -> Score:
         """Score with fixed weights and log it."""
         self.clock.phase("diagnostic eval")
-        start = time.perf_counter()
-        score = evaluate(self.cfg, self.world, forward, self.door(key))
-        self.log(f"{name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * (time.perf_counter() - start):.0f}ms")
+        start, door = time.perf_counter(), self.door(key)
+        score = evaluate(self.cfg, self.world, forward, door)
+        seconds = time.perf_counter() - start
+        self.log(f"{name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
+        self.result[f"{key}_mfu"] = Utilization(self.world, door.work, seconds).result(seconds)
         self.result |= {f"{key}_val_loss": score.loss, f"{key}_val_bpb": score.bpb, "val_loss": score.loss, "val_bpb": score.bpb,
                         "target_tokens": score.tokens, "val_bytes": score.bytes}
         return score
@@ -5128,7 +5279,7 @@ def log_start(run: Run, env) -> None:
     if cfg.quant == "rd" and cfg.target_bytes and cfg.stage != "eval":
         verdict = "CANNOT FIT" if bits < 0.2 else "fits, at a loss: 3 are usual" if bits < 2 else "fits"
         log(f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code}, {bits:.2f} bits each: {verdict}")
-    kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel)
+    kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, residual=cfg.residual_kernel, ce=cfg.fused_ce_kernel)
     attention, _, trials = choose_attention(cfg.attn_backend, run.world)
     log(f"kernels: attention:{attention} ({trials}) " + " ".join(f"{name}:{kind}" for name, kind in kernels.items()))
 
@@ -5170,6 +5321,19 @@ def train_stage(run: Run) -> GPT:
         run.checkpoint.unlink(missing_ok=True)
     run.diagnostic("diagnostic pre-quantization post-ema", "pre_quant", trainer.forward)
     return trainer.model
+
+
+def warm_stage(run: Run) -> None:
+    """Compile everything that training and the scored evaluation will run, on fresh weights; nothing is learned."""
+    cfg, world = run.cfg, run.world
+    run.clock.phase("compile")
+    trainer = Trainer(cfg, world, run.files)
+    trainer.warm_up(run.log)
+    trainer.loader.close()
+    if cfg.ttt_enabled:
+        TttRun(cfg, world, trainer.model.requires_grad_(False), ValDoor(run.data, world), run.log).warm_up()
+    folder = compile_cache(cfg, world).get("TORCHINDUCTOR_CACHE_DIR", "torch's default folder")
+    run.log(f"warm: {len(compilations())} graphs, kept in {folder}")
 
 
 def quantize_stage(run: Run, model: GPT | None) -> None:
@@ -5250,7 +5414,7 @@ def eval_stage(run: Run) -> None:
         if ttt.static_rows:
             clock.phase("compile")
             with run.unchanged(model.state_dict):
-                warm_up_ttt(cfg, world, ttt.forward, ttt.rows, log)
+                ttt.warm_up()
         note_weights(run, model, "first_score")
         clock.phase("eval")
         log("beginning TTT eval timer")
@@ -5260,11 +5424,15 @@ def eval_stage(run: Run) -> None:
         seconds = time.perf_counter() - start
         log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
         log(f"total_eval_time:{seconds:.1f}s")
+        utilization = Utilization(world, ttt.door.work, seconds)
+        log(f"ttt_utilization: {utilization.interval()}")
+        run.result["ttt_mfu"] = utilization.result(seconds)
         run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb,
                            target_tokens=score.tokens, val_bytes=score.bytes, eval_seconds=seconds)
     watch.on = False
     clock.phase("audit")
-    alone, mini = World(0, 1, world.device, world.dtype), replace(cfg, phased_ttt_enabled=False, max_eval_seconds=0.0, ttt_eval_batches="")
+    alone = World(0, 1, world.device, world.dtype)
+    mini = replace(cfg, phased_ttt_enabled=False, max_eval_seconds=0.0, ttt_eval_batches="", compile_allow_recompiles=True)
 
     def replay(door: ValDoor) -> Score:
         return TttRun(mini, alone, model, door, Log(None), ttt).run() if ttt else evaluate(mini, alone, forward, door)
@@ -5319,7 +5487,7 @@ def finish(run: Run) -> None:
         schema_version=1, run_id=run.out.name if not cfg.run_id else cfg.run_id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
         overrides=overrides(cfg), config_hash=config_hash(cfg), **dict.fromkeys(keys)) | run.result | dict(
         val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]), wall_seconds=sum(p["seconds"] for p in phases),
-        phases=phases, peak_mem_mib=max(p["peak_mib"] for p in phases), **environment(world),
+        phases=phases, compilations=run.clock.compiled, peak_mem_mib=max(p["peak_mib"] for p in phases), **environment(world),
         data=dict(manifest_sha256=files.manifest_sha256, train_shards=run.train_shards, docs_train=documents["train"],
                   train_tokens=manifest.get("train", {}).get("tokens"), docs_val=documents["val"],
                   tokenizer_sha256=files.manifest.get("tokenizer_sha256")),
@@ -5360,6 +5528,8 @@ def run_stages(cfg: Config, world: World, env) -> None:
     run_id = cfg.run_id or world.from_main(datetime.now(UTC).strftime("%Y%m%d_%H%M%S"))
     run = Run(cfg, world, Path(cfg.artifact_dir or f"logs/{run_id}"))
     log_start(run, env)
+    if cfg.stage == "warm":
+        warm_stage(run)
     if run.files.train:
         run.clock.phase("audit")
         run.probe(probe_overlap, run.files.train, run.data.tokens, math.inf if cfg.audit == "full" else 6.0)
@@ -5389,6 +5559,7 @@ def main() -> int:
     world = None
     try:
         world = World.init(cfg, launch)
+        os.environ.update(compile_cache(cfg, world))
         run_stages(cfg, world, os.environ)
     except RunError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -137,7 +137,38 @@ def bench_ngram() -> list[dict]:
                  ratio=round(ours / slow, 2))]
 
 
-BENCHES = dict(caps=bench_caps, attention=bench_attention, gptq=bench_gptq, ngram=bench_ngram)
+def bench_polar() -> list[dict]:
+    """Orthogonalisation of a bank of matrices at once, against one at a time (B8)."""
+    G = torch.randn(8, 256, 128, generator=torch.Generator().manual_seed(0))
+    ours = tg.polar_express(G, 5)
+    assert (torch.linalg.svdvals(ours) - 1).abs().max() < 0.2
+    torch.testing.assert_close(ours, torch.cat([tg.polar_express(g, 5) for g in G.split(1)]), rtol=1e-3, atol=1e-4)
+    batched = median_seconds(lambda: tg.polar_express(G, 5))
+    single = median_seconds(lambda: [tg.polar_express(g, 5) for g in G.split(1)])
+    return [dict(name="polar express 8x256x128", unit="ms", value=round(1e3 * batched, 2), reference="one at a time",
+                 reference_value=round(1e3 * single, 2), ratio=round(single / batched, 2))]
+
+
+def bench_pack() -> list[dict]:
+    """Coders on a million Gaussian symbols of 6 bits (clip 12.85 sigma): bits per symbol against their entropy, and MB per second (B14)."""
+    symbols = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 31 / 12.85).round().clamp(-31, 31).to(torch.int8).numpy()
+    counts = torch.bincount(torch.from_numpy(symbols).int() + 31).double()
+    share = counts[counts > 0] / counts.sum()
+    entropy, raw, rows = -(share * share.log2()).sum().item(), symbols.tobytes(), []
+    for coder in ("brotli", "lzma"):
+        encode, decode = tg.CODERS[coder]
+        packed = encode(raw)
+        assert decode(packed, len(raw)) == raw
+        bits = 8 * len(packed) / len(symbols)
+        rows.append(dict(name=f"{coder} of 6-bit symbols", unit="bits", value=round(bits, 4), reference="their entropy",
+                         reference_value=round(entropy, 4), ratio=round(entropy / bits, 4)))
+        seconds, back = median_seconds(lambda e=encode: e(raw), 1), median_seconds(lambda d=decode, p=packed: d(p, len(raw)), 3)
+        rows.append(dict(name=f"{coder} decode", unit="MB/s", value=round(len(raw) / back / 1e6, 2), reference="encode",
+                         reference_value=round(len(raw) / seconds / 1e6, 2), ratio=round(seconds / back, 2)))
+    return rows
+
+
+BENCHES = dict(caps=bench_caps, attention=bench_attention, gptq=bench_gptq, polar=bench_polar, pack=bench_pack, ngram=bench_ngram)
 
 
 def main(names: list[str]) -> int:

@@ -29,7 +29,7 @@ CFG = tg.Config(**SMALL)
 N = 256 if DRY else 98_304  # tokens of a micro-batch of S14
 DEVICE = "cpu" if DRY else "cuda"
 D, H, G, HEAD, HIDDEN, V = CFG.model_dim, CFG.num_heads, CFG.num_kv_heads, CFG.head_dim, CFG.mlp_dim, CFG.vocab_size
-ALL_KERNELS = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", fused_ce_kernel="triton")
+ALL_KERNELS = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", residual_kernel="triton", fused_ce_kernel="triton")
 # Document lengths in tokens of FineWeb's validation part at these percentiles (50,000 documents, CaseOps, 8,192 pieces).
 PERCENTILES = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.9, 100)
 LENGTHS = (26, 104, 142, 179, 251, 334, 440, 566, 722, 936, 1259, 1873, 2769, 4618, 6625, 9624, 22379, 93646)
@@ -106,6 +106,12 @@ def gate_inputs(grad: bool = False):
     return randn(1, N, H, HEAD, grad=grad), randn(1, N, G, HEAD, grad=grad), gate
 
 
+def residual_inputs(grad: bool = False, streams: int = 2):
+    """Weights per channel and two streams (a block's input), or weights per lane and three (a lane after both sublayers)."""
+    weights = randn(streams, D if streams == 2 else 1, dtype=torch.float32, grad=grad)
+    return weights, *(randn(1, N, D, grad=grad) for _ in range(streams))
+
+
 def mlp_inputs(grad: bool = False):
     return randn(1, N, D, grad=grad), randn(HIDDEN, D, grad=grad, scale=D**-0.5), randn(D, HIDDEN, grad=grad, scale=HIDDEN**-0.5)
 
@@ -131,13 +137,28 @@ def ceilings():
     yield line("copy 8.6 GB", milliseconds(lambda: target.copy_(source)), gb=8.6)
 
 
+def gemms():
+    """B1: every product of a block and the head, forward and gradient of the weight, against the time its bytes or FLOPs need."""
+    side, source = 64 if DRY else 8192, torch.randn(1 << (10 if DRY else 28), device=DEVICE)
+    a, target = randn(side, side), torch.empty_like(source)
+    flops_per_ms = 2 * side**3 / milliseconds(lambda: a @ a)
+    bytes_per_ms = 2 * source.nbytes / milliseconds(lambda: target.copy_(source))
+    for K, M in ((D, (H + 2 * G) * HEAD), (D, D), (D, HIDDEN), (HIDDEN, D), ((H + 2 * G) * HEAD, D), (D, V), (V, D)):
+        x, w, y = randn(N, K), randn(K, M), randn(N, M)
+        for name, f in (("forward", lambda x=x, w=w: x @ w), ("weight gradient", lambda x=x, y=y: x.T @ y)):
+            roof = max(2 * N * K * M / flops_per_ms, 2 * (N * K + K * M + N * M) / bytes_per_ms)
+            yield line(f"gemm {K}->{M} {name}", milliseconds(f), "roof of this device", roof, tf=2 * N * K * M / 1e12)
+
+
 def correctness():
     """Every kernel at full size against its definition in fp32, values and gradients of a random direction; NaN in fresh memory."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     pairs = {f"mlp {form}": (tg.fused_mlp(form), tg.leaky_mlp, lambda: (*mlp_inputs(True), 0.5), 0.012) for form in tg.MLP_KERNELS[1:]}
     pairs |= {"split_heads": (tg.split_heads_op, tg.split_heads, lambda: split_inputs(True), 0.008),
-              "gate_heads": (tg.gate_heads_op, tg.gate_heads, lambda: gate_inputs(True), 0.008)}
+              "gate_heads": (tg.gate_heads_op, tg.gate_heads, lambda: gate_inputs(True), 0.008),
+              "add_norm 2": (tg.fused_add_norm, tg.add_norm, lambda: residual_inputs(True), 0.008),
+              "add_norm 3": (tg.fused_add_norm, tg.add_norm, lambda: residual_inputs(True, 3), 0.008)}
     for name, (fused, definition, make, tolerance) in pairs.items():
         inputs, tolerance = make(), tolerance * (1 + DRY)  # the interpreter cuts to bf16 instead of rounding
         wide = [t.detach().float().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in inputs]
@@ -190,6 +211,14 @@ def heads():
     U = N * 512 * 2 / 1e9
     yield from against_compiled("split_heads", tg.split_heads_op, tg.split_heads, split_inputs, gb=(4 * U, 10 * U), targets=(0.08, 0.20))
     yield from against_compiled("gate_heads", tg.gate_heads_op, tg.gate_heads, gate_inputs, gb=(2.5 * U, 6.5 * U), targets=(0.07, 0.18))
+
+
+def residual():
+    """B5: residual streams added up and normed, of a block and of a lane."""
+    U = N * 512 * 2 / 1e9
+    for streams, gb in ((2, (4 * U, 10 * U)), (3, (5 * U, 13 * U))):
+        yield from against_compiled(f"add_norm {streams}", tg.fused_add_norm, tg.add_norm, partial(residual_inputs, streams=streams), gb=gb,
+                                    targets=(0.13, 0.28))
 
 
 def cross_entropy():
@@ -273,8 +302,20 @@ def train_step():
             reference.setdefault(shape, ms)
             what = f"micro-batch {name} loop:{int(looping)} context:{context}"
             yield line(what, ms, "definitions", reference[shape], target_ms=target) | dict(
-                tokens_per_s=round(N / ms * 1e3), mfu=round(flops.trained * N / ms * 1e3 / 989.4e12, 4),
+                tokens_per_s=round(N / ms * 1e3), mfu=round(3 * sum(flops) * N / ms * 1e3 / 989.4e12, 4),
                 compile_seconds=round(compile_seconds, 1), peak_mib=tg.peak_memory_mib(world.device))
+
+
+def evaluation():
+    """B11: the scoring forward, without gradients, in the longest context."""
+    world, context = make_world(), 3072
+    model = tg.build_model(CFG, world)
+    forward, order, bounds = tg.compile_forward(model, CFG, world), tg.layer_order(CFG, True), packed_bounds(context)
+    tokens, packing = torch.randint(8, V, (1, N + 1), device=DEVICE), tg.Packing(bounds, context)
+    with torch.no_grad():
+        ms = milliseconds(lambda: forward(tokens[:, :-1], tokens[:, 1:], order=order, packing=packing), 10)
+    flops = tg.flops_per_token(CFG, bounds.diff()[bounds.diff() > 0].cpu().numpy(), True)
+    yield line("scoring forward", ms, tf=N * sum(flops) / 1e12) | dict(tokens_per_s=round(N / ms * 1e3))
 
 
 def learning_step(cfg, world, rows: int, width: int, chunk: int):
@@ -325,8 +366,9 @@ def gptq():
     yield line("GPTQ of all matrices", milliseconds(lambda: tg.run_gptq(CFG, tasks, hessians, {}), 2), target_ms=200.0)
 
 
-SECTIONS = dict(ceilings=(ceilings, 40), correctness=(correctness, 90), mlp=(mlp, 60), heads=(heads, 60), cross_entropy=(cross_entropy, 40),
-                attention=(attention, 40), muon=(muon, 40), train_step=(train_step, 300), gptq=(gptq, 60), ttt=(ttt, 180))
+SECTIONS = dict(ceilings=(ceilings, 40), correctness=(correctness, 90), gemms=(gemms, 30), mlp=(mlp, 60), heads=(heads, 60),
+                residual=(residual, 40), cross_entropy=(cross_entropy, 40), attention=(attention, 40), muon=(muon, 40),
+                train_step=(train_step, 300), evaluation=(evaluation, 90), gptq=(gptq, 60), ttt=(ttt, 180))
 
 
 def table(lines: list[dict]) -> str:

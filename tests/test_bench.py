@@ -15,6 +15,7 @@ import train_gpt as tg
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 import gpu_suite
 import step_profile
+import traffic
 
 
 def run(*command, **env):
@@ -26,10 +27,10 @@ def run(*command, **env):
 
 def test_the_suite_runs_on_a_cpu_with_tiny_sizes(tmp_path):
     out = tmp_path / "results" / "dry.jsonl"
-    done = run(ROOT / "bench" / "gpu_suite.py", "--dry-run", "--out", out, "ceilings", "muon", "gptq", "ttt")
+    done = run(ROOT / "bench" / "gpu_suite.py", "--dry-run", "--out", out, "ceilings", "muon", "gptq", "ttt", "evaluation")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(text) for text in out.read_text().splitlines()]
-    assert lines[0]["section"] == "machine" and {x["section"] for x in lines[1:]} == {"ceilings", "muon", "gptq", "ttt"}
+    assert lines[0]["section"] == "machine" and {x["section"] for x in lines[1:]} == {"ceilings", "muon", "gptq", "ttt", "evaluation"}
     (ttt,) = [x for x in lines if x["section"] == "ttt"]
     assert ttt["loss_difference"] < 0.05 and ttt["ratio"] == pytest.approx(ttt["reference_ms"] / ttt["ms"], abs=2e-3)
     again = run(ROOT / "bench" / "gpu_suite.py", "--table", out)
@@ -57,6 +58,20 @@ def test_document_lengths_have_the_mean_of_the_validation_part(monkeypatch):
     lengths = bounds.diff()
     assert 800 < lengths[lengths > 0].float().mean() < 1200
     assert gpu_suite.packed_bounds(1024).diff().max() == 1024
+
+
+# ---- bytes of a compiled micro-batch, counted without running it
+
+
+def test_a_micro_batch_moves_no_more_bytes_than_before():
+    """Two blocks at their real sizes. Growth is a regression or, for a reason, a new file by `python bench/traffic.py --write`."""
+    committed = json.loads(traffic.COMMITTED.read_text())
+    if committed["torch"].split("+")[0] != torch.__version__.split("+")[0]:
+        pytest.skip(f"counted with torch {committed['torch']}: other versions fuse otherwise")
+    found = traffic.micro_batch(2)
+    assert found["gigabytes"] <= 1.005 * committed["two_blocks_gigabytes"] and found["kernels"] <= committed["two_blocks_kernels"] + 2
+    # The counter sees what it is for: the head alone writes and reads its logits at least twice, bf16.
+    assert found["gigabytes"] > 4 * traffic.TOKENS * tg.Config().vocab_size * 2 / 1e9
 
 
 # ---- the profile of a training step

@@ -370,7 +370,8 @@ def test_two_stage_aliases_are_refused():
     (dict(train_seq_schedule="", train_seq_len=100), "must be a multiple of every context length, not of [100]"),
     (dict(train_seq_schedule="48@0.5,64@1"), "must be a multiple of every context length, not of [48]"),
     (dict(train_seq_schedule="32@0.5"), "TRAIN_SEQ_LEN=64 must be the longest context"),
-    (dict(train_seq_schedule="32-0.5"), "expected LENGTH@END_FRACTION"),
+    (dict(train_seq_schedule="32-0.5"), "expected a comma list of A@B"),
+    (dict(train_seq_schedule="32.5@0.5"), "expected LENGTH@END_FRACTION"),
     (dict(max_wallclock_seconds=3.0, gptq_reserve_seconds=4.0), "GPTQ_RESERVE_SECONDS=4 leaves nothing"),
     (dict(train_seq_schedule_mode="wallclock", iterations=0), "needs ITERATIONS > 0"),
     (dict(eval_method="sliding", eval_stride=65), "EVAL_STRIDE=65 must be at most EVAL_SEQ_LEN=64"),
@@ -484,8 +485,9 @@ def test_overrides_rebuild_any_configuration(preset, tail, lr, batch, mask, floo
 
 
 WHERE_AND_WHO = ("seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage",
-                 "prequant_only", "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every")
-RECIPE = [name for name in list(tg.Config.__dataclass_fields__)[16:] if name not in WHERE_AND_WHO]  # past the group `run`
+                 "prequant_only", "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "compile_allow_recompiles",
+                 "compile_cache_dir")
+RECIPE = [name for name in list(tg.Config.__dataclass_fields__)[18:] if name not in WHERE_AND_WHO]  # past the group `run`
 
 
 def other(name: str):

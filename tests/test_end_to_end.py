@@ -12,6 +12,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, tiny_config, tiny_env
 
 import train_gpt as tg
@@ -80,6 +81,19 @@ def test_files(whole):
         "whole.txt", "final_model.pt", ARTIFACT, "result.json", "loss_curve.json", "ledger.jsonl",
         "token_nats_pre_quant.npy", "token_nats_quantized.npy", "token_nats_ttt.npy"}
     assert not whole.errors
+
+
+def test_the_warm_stage_compiles_what_a_run_needs_and_nothing_else(run_main, tmp_path):
+    """Training shapes and those of test-time training, no step, no artifact; a run after it would compile in no timed phase."""
+    shallow = dict(num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1, compile_backend="eager", compile_shape_warmup=True)
+    torch._dynamo.reset()
+    code, out, err = run_main(tmp_path / "warm", stage="warm", **shallow)
+    result = result_of(tmp_path / "warm")
+    assert code == 0 and not err and re.search(r"warm: \d+ graphs, kept in torch's default folder", out)
+    phases = {p["name"]: p["compilations"] for p in result["phases"]}
+    assert phases == dict(setup=0, compile=len(result["compilations"]["compile"])) and phases["compile"] >= 10
+    assert result["steps"] is None and {p.name for p in (tmp_path / "warm").iterdir()} == {"warm.txt", "result.json"}
+    torch._dynamo.reset()
 
 
 N = r"-?\d+\.\d+"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import documents, tiny_config
 from hypothesis import given, settings, strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
 
@@ -281,3 +282,18 @@ def test_scores_round_the_softcap_only_when_asked(random_model, monkeypatch):
     assert 1e-4 < (nats[True, True] - nats[False, True]).abs().max() < 0.5
     found = tg.probe_scoring(data, bf16, 64, lambda door: tg.evaluate(cfg, bf16, model, door), 3, 40, 1, 0)
     assert {name: verdict for name, (verdict, _) in found.items()} == dict(P1="PASS", P2="PASS", P3="PASS")
+
+
+@pytest.mark.parametrize("method", ["packed", "sliding"])
+def test_the_work_of_an_evaluation_equals_torchs_counter(method, dataset, world, random_model):
+    """Padding and windows that are read twice are work, but not useful work."""
+    cfg = tiny_config(data_path=str(dataset), eval_method=method, val_doc_fraction=0.4, smear_gate_enabled=False)
+    door = tg.ValDoor(tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False)), world)
+    with FlopCounterMode(display=False) as counter:
+        score = tg.evaluate(cfg, world, random_model(cfg), door)
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    per_token = tg.flops_per_token(cfg, [1], True).matmul
+    positions = counted / per_token
+    assert positions == pytest.approx(round(positions)) and positions > score.tokens  # whole tokens, more than are scored
+    assert counted < door.work.model == door.work.hardware < 1.2 * counted  # attention comes on top
+    assert door.work.useful / door.work.model == pytest.approx(score.tokens / positions, rel=0.02)

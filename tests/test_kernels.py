@@ -101,6 +101,31 @@ def test_cpu_attention_equals_the_reference(sizes, kv_heads, window):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=5e-6)  # two summation orders in fp32 over <= 64 tokens
 
 
+@pytest.mark.parametrize("window", [0, 1, 5, 200])
+@pytest.mark.parametrize("sizes", [*SEGMENTS, [300, 40, 0, 0], [1, 127, 128, 129]], ids=str)
+def test_flex_attention_equals_the_reference(sizes, window, monkeypatch):
+    """Values alone, not compiled: FlexAttention has no backward on a CPU. Blocks are 128 wide, so the longer rows leave some out."""
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    bounds, inputs = cu_seqlens(sizes), [t.detach() for t in qkv(sum(sizes), 4, 2, 16)]
+    out = tg.flex_attention()(*inputs, bounds, max(sizes), window)
+    torch.testing.assert_close(out, tg.document_attention_reference(*inputs, bounds, max(sizes), window), rtol=1e-5, atol=5e-6)
+
+
+def test_flex_attention_is_one_graph_and_reads_the_blocks_it_needs():
+    from torch.nn.attention.flex_attention import BlockMask
+
+    seen, make = [], BlockMask.from_kv_blocks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda f, **options: f)
+        attend = tg.flex_attention()
+        patch.setattr(BlockMask, "from_kv_blocks", lambda *a, **k: seen.append(make(*a, **k)) or seen[-1])
+        bounds, inputs = cu_seqlens([300, 84, 256]), [t.detach() for t in qkv(640, 4, 2, 16)]
+        expected = attend(*inputs, bounds, 300)
+    assert seen[0].kv_num_blocks.tolist() == [[[1, 2, 3, 1, 2]]]  # blocks 0..2 and 2 hold the first document's end, 3 and 4 the last
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs, bounds, 300), expected, rtol=1e-5, atol=5e-6)
+
+
 def test_cpu_attention_in_bf16_is_as_good_as_the_reference():
     sizes = [19, 1, 44]
     q, k, v = qkv(64, 4, 2, 16, torch.bfloat16)
@@ -184,7 +209,7 @@ def test_the_fastest_right_attention_is_chosen(monkeypatch):
 
 
 def test_backends_of_a_gpu_depend_on_its_age_and_on_what_is_installed(monkeypatch):
-    made = {name: (lambda name=name: name, *rest[1:]) for name, rest in tg.ATTENTION_BACKENDS.items()}
+    made = {name: (lambda name=name: name, *rest[1:]) for name, rest in tg.ATTENTION_BACKENDS.items() if name != "flex"}
     monkeypatch.setattr(tg, "ATTENTION_BACKENDS", made)
     for installed, capability, dtype, expected in (
             ({"flash_attn_interface", "torch.nn.attention.varlen"}, (9, 0), torch.bfloat16, ["fa3", "varlen", "sdpa"]),
@@ -305,6 +330,21 @@ def test_gate_heads_kernel_survives_a_value_of_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("batch", "length", "width", "streams", "weights"), [
+    (1, 70, 16, 2, "channels"), (3, 47, 12, 2, "none"), (1, 1, 8, 3, "scalars"), (2, 67, 24, 3, "channels")])
+def test_add_norm_kernel_equals_its_definition(poison, batch, length, width, streams, weights, dtype):
+    """One lane: stream and embedding, or stream and sublayer; two lanes: a lane and both sublayers."""
+    inputs = [randn(batch, length, width, dtype=dtype, seed=k) for k in range(streams)]
+    if weights != "none":
+        inputs.append(randn(streams, width if weights == "channels" else 1, seed=9))
+
+    def put_first(f):
+        return lambda *args: f(*(args[-1:] if weights != "none" else (None,)), *args[:streams])
+
+    compare(put_first(tg.fused_add_norm), put_first(tg.add_norm), inputs, tolerance=1e-5 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("vocab", "pos", "neg"), [(64, 30.0, 30.0), (41, 30.0, 12.0), (300, 5.0, 30.0)])
 def test_weighted_ce_equals_its_definition(poison, vocab, pos, neg, dtype):
     g = torch.Generator().manual_seed(0)
@@ -330,13 +370,16 @@ def test_triton_operators_are_well_formed():
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")  # its gradient keeps a promise that opcheck does not make
     logits, targets = randn(1, 5, 9).requires_grad_(), torch.zeros(1, 5, dtype=torch.int64)
     torch.library.opcheck(tg.weighted_ce_op, (logits, targets, cap, cap, 0.2), test_utils=tests)
+    streams = [randn(1, 5, 8, seed=k).requires_grad_() for k in range(3)]
+    torch.library.opcheck(tg.add_norm_op, (randn(3, 8, seed=4).requires_grad_(), *streams))
+    torch.library.opcheck(tg.add_norm_op, (randn(2, 8, seed=4).requires_grad_(), *streams[:2]))
     x, up = randn(5, 16, dtype=torch.bfloat16), randn(8, 16, dtype=torch.bfloat16)
     for form in tg.MLP_KERNELS[1:]:
         torch.library.opcheck(tg.mlp_up, (x, up, 0.5, form))
         torch.library.opcheck(tg.mlp_up_grad, (x, randn(16, 8, dtype=torch.bfloat16), x[:, :8].abs(), 0.5, form))
 
 
-@pytest.mark.parametrize("knob", ["mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel"])
+@pytest.mark.parametrize("knob", ["mlp_kernel", "qk_kernel", "xsa_kernel", "residual_kernel", "fused_ce_kernel"])
 def test_kernels_that_can_not_run_are_refused(knob, monkeypatch):
     cfg = tiny_config(**{knob: tg.Config.__dataclass_fields__[knob].metadata["choices"][-1]})
     cpu = tg.World(0, 1, torch.device("cpu"), torch.float32)
@@ -354,7 +397,7 @@ def test_training_with_all_kernels_follows_the_definitions(tmp_path):
     """Eight steps on one row, two blocks, bf16, plain and looped: the losses differ by less than those of two seeds do."""
     small = dict(data_path=str(write_dataset(tmp_path / "data")), num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1,
                  xsa_last_n=2, train_batch_tokens=64, train_microbatch_tokens=64, train_seq_len=32, train_seq_schedule="")
-    fused = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", fused_ce_kernel="triton")
+    fused = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", residual_kernel="triton", fused_ce_kernel="triton")
     world, curves = tg.World(0, 1, torch.device("cpu"), torch.bfloat16), {}
     for name, changes in dict(definitions={}, kernels=fused, other_seed=dict(seed=2)).items():
         cfg = tiny_config(**small, **changes)
@@ -370,7 +413,7 @@ def test_training_with_all_kernels_follows_the_definitions(tmp_path):
 def test_kernels_compile_into_whole_graphs():
     """Forward and backward of a network with all kernels, no graph break, and the same numbers as without the compiler."""
     cfg = tiny_config(num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1, xsa_last_n=2, mlp_kernel="lsb", qk_kernel="triton",
-                      xsa_kernel="triton", fused_ce_kernel="triton")
+                      xsa_kernel="triton", residual_kernel="triton", fused_ce_kernel="triton")
     world = tg.World(0, 1, torch.device("cpu"), torch.bfloat16)
     model = tg.build_model(cfg, world)
     with torch.no_grad():
@@ -394,7 +437,7 @@ def test_every_kernel_compiles_for_hopper_without_spilling():
     done = subprocess.run([sys.executable, ROOT / "bench" / "cubin.py"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     made = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(made) == 2 * (len(tg.MLP_KERNELS) - 1) + 5
+    assert len(made) == 2 * (len(tg.MLP_KERNELS) - 1) + 7
     for line in made:
         assert line["stack_bytes"] == line["spills"] == 0 and line["shared_bytes"] <= 232_448 and line["registers"] <= 255
         assert not line["name"].startswith("mlp_") or (line["wgmma"] and line["tma_loads"])

@@ -435,7 +435,7 @@ def test_flops_of_matrices_equal_torchs_counter(random_model, looping, sites, ga
     with FlopCounterMode(display=False) as counter:
         nats = model(tokens[None, :-1], tokens[None, 1:], order=tg.layer_order(cfg, looping), packing=packing, adapters=adapters)
     flops = tg.flops_per_token(cfg, [T], looping, adapters)
-    forward = T * flops.matmul - 2 * cfg.gate_window
+    forward = T * (flops.matmul + flops.lora) - 2 * cfg.gate_window
     assert counted(counter) == forward
     with FlopCounterMode(display=False) as counter:
         nats.sum().backward()
@@ -455,7 +455,10 @@ def test_flops_of_attention_are_its_causal_pairs():
     assert ours == pytest.approx(seen * cfg.num_heads * cfg.head_dim * 2 * 2)
     record = tg.flops_per_token(tg.Config(), [2048], True)  # spec/performance 1.1: 106.43 MFLOP/token without attention, 17 applications
     assert record.matmul / 1e6 == pytest.approx(106.43, abs=0.01)
-    assert record.trained == 3 * (record.matmul + record.attention) and record.executed == record.trained + record.attention / 2
+    work = tg.Work()
+    work.add(record, "train", 100, 60)
+    assert work.model == pytest.approx(300 * (record.matmul + record.attention)) and work.useful == pytest.approx(0.6 * work.model)
+    assert work.hardware == pytest.approx(work.model + 100 * record.attention / 2)
 
 
 @pytest.mark.parametrize("sites", [SITES, *((site,) for site in SITES)], ids=lambda s: "+".join(s))

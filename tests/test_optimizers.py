@@ -235,6 +235,60 @@ def test_a_bad_gradient_touches_nothing(poison, value, random_model, world):
     assert np.isfinite(optimizer.step(1.0, 0.9))
 
 
+@pytest.mark.parametrize("clip", [0.3, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_clipping_on_the_device_equals_clipping_on_the_host_to_the_bit(random_model, dtype, clip):
+    """The same step with the factor as a Python number, in the order norm, check, clip, update."""
+    cfg, world = tiny_config(grad_clip_norm=clip), tg.World(0, 1, torch.device("cpu"), dtype)
+    twins = [tg.GPT(cfg, dtype) for _ in range(2)]
+    for model in twins:
+        model.load_state_dict(random_model(cfg).state_dict())
+    ours, host = (tg.TrainOptimizer(model, cfg, world) for model in twins)
+    for k, size in enumerate((1.0, 1e-5, 0.03)):
+        for model in twins:
+            with_gradients(model, k, size)
+        norm = ours.step(0.7, 0.9)
+        host.reduce()
+        assert host.grad_norm().item() == norm
+        factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+        with torch.no_grad():
+            for bank in host.banks:
+                bank.launch_gather(tg.muon_direction(bank.shard.mul_(factor), bank.momentum, 0.9, 5, True))
+            for p in host.replicated:
+                p.grad.mul_(factor)
+            for group in host.adamw.param_groups:
+                group["lr"] = group["base_lr"] * 0.7
+            host.adamw.step()
+            for bank in host.banks:
+                bank.apply(0.7)
+        host.zero_grad()
+        for (name, a), b in zip(twins[0].state_dict().items(), twins[1].state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+        assert all(torch.equal(a.momentum, b.momentum) for a, b in zip(ours.banks, host.banks, strict=True))
+
+
+def test_the_host_reads_one_number_and_only_after_the_directions(random_model, world, monkeypatch):
+    """Everything that the device has to compute before the update is asked of it before the host waits for the norm."""
+    cfg, order = tiny_config(), []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            order.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    model = random_model(cfg)
+    optimizer = tg.TrainOptimizer(model, cfg, world)
+    with_gradients(model)
+    optimizer.step(1.0, 0.9)  # makes Adam's state
+    with_gradients(model)
+    with Spy():
+        optimizer.step(1.0, 0.9)
+    reads = [i for i, op in enumerate(order) if op == torch.ops.aten._local_scalar_dense]
+    products = [i for i, op in enumerate(order) if op in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)]
+    assert len(reads) == 1 and len(products) == 4 * 5 * 3 and reads[0] > max(products)
+    assert torch.ops.aten._fused_adamw_ in order[reads[0] :] and torch.ops.aten._fused_adamw_ not in order[: reads[0]]
+
+
 def test_state_round_trip_continues_to_the_bit(random_model, world, tmp_path):
     cfg = tiny_config()
     model = random_model(cfg)

@@ -1,6 +1,8 @@
 """RUNTIME: files never lie half written, clocks add up, ranks agree, and a stop request is honoured once."""
 
+import dataclasses
 import errno
+import json
 import mmap
 import os
 import re
@@ -282,3 +284,53 @@ def test_two_ranks_agree():
     finally:
         for rank in ranks:
             rank.kill()
+
+
+# ---- the compiler
+
+
+def test_compiled_code_is_kept_apart_by_everything_it_depends_on(world, monkeypatch, tmp_path):
+    assert tg.compile_cache(tiny_config(), world) == {}
+    cfg = tiny_config(compile_cache_dir=str(tmp_path))
+    first = tg.compile_cache(cfg, world)
+    assert all(Path(folder).is_relative_to(tmp_path) for folder in first.values()) and first == tg.compile_cache(cfg, world)
+    same = dataclasses.replace(cfg, ttt_lora_lr=0.5, seed=3)
+    assert tg.compile_cache(same, world) == first
+    others = [tg.compile_cache(dataclasses.replace(cfg, **change), world) for change in (
+        dict(compile_backend="inductor"), dict(qk_kernel="triton"), dict(activation_dtype="bf16"), dict(attn_backend="sdpa"))]
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    others.append(tg.compile_cache(cfg, world))
+    monkeypatch.setattr(tg, "hardware_name", lambda world: "8x NVIDIA H100")
+    others.append(tg.compile_cache(cfg, world))
+    monkeypatch.setattr(tg, "hardware_name", lambda world: "1x NVIDIA H100")
+    assert tg.compile_cache(cfg, world) == others[-1]  # what one rank has compiled serves eight
+    (tmp_path / "script.py").write_text("# other code")
+    monkeypatch.setattr(tg, "__file__", str(tmp_path / "script.py"))
+    others.append(tg.compile_cache(cfg, world))
+    assert len({json.dumps(folders) for folders in (first, *others)}) == 1 + len(others)
+
+
+def test_the_compilers_look_where_the_cache_is(world, monkeypatch, tmp_path):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "elsewhere")  # and put back what was there
+    monkeypatch.setenv("COMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
+    seen = []
+    monkeypatch.setattr(tg, "run_stages", lambda *args: seen.extend([cache_dir(), tg.triton.knobs.cache.dir]))
+    assert tg.main() == 0
+    assert seen == list(tg.compile_cache(tg.Config(compile_cache_dir=str(tmp_path)), world).values())
+
+
+def test_a_clock_says_what_was_compiled_in_each_phase(world, monkeypatch):
+    made = []
+    monkeypatch.setattr(tg, "compilations", lambda: made)
+    clock = tg.Clock(world)
+    made += ["a", "b"]
+    clock.phase("train")
+    clock.phase("eval")
+    made += ["c"]
+    table = clock.table()
+    assert [(p["name"], p["compilations"]) for p in table] == [("setup", 2), ("train", 0), ("eval", 1)]
+    assert clock.compiled == dict(setup=["a", "b"], eval=["c"])

@@ -105,8 +105,8 @@ def test_nothing_reads_a_later_name_while_importing_or_in_a_signature():
 
 
 def test_length():
-    """3,000, the audit, and room for the Triton kernels, of which those that lose on a GPU will go."""
-    assert sum(bool(line.strip()) for line in LINES) <= 3930
+    """The aim is 3,000. Above it lie audit, quantizers, range coder, and Triton kernels, of which those that lose on a GPU will go."""
+    assert sum(bool(line.strip()) for line in LINES) <= 4720
 
 
 def test_no_long_function():

@@ -253,7 +253,8 @@ def test_accumulation_is_the_mean_of_its_micro_batches(cfg, world):
 @pytest.mark.parametrize("backend", ["none", "eager"])
 def test_warm_up_leaves_no_trace(cfg, world, tmp_path, backend):
     with clean_compiler():
-        cfg = dataclasses.replace(cfg, **SHALLOW, compile_backend=backend, compile_shape_warmup=backend != "none", iterations=8)
+        cfg = dataclasses.replace(cfg, **SHALLOW, compile_backend=backend, compile_shape_warmup=backend != "none", iterations=8,
+                                  compile_allow_recompiles=True)
         plain = run(cfg, world, tmp_path)
         warmed, lines = make_trainer(dataclasses.replace(cfg, warmup_steps=3), world), []
         before, position = fingerprint(warmed), warmed.loader.position
@@ -350,7 +351,7 @@ def test_the_ranks_stop_together(cfg, world, tmp_path, monkeypatch):
     def max_over_ranks(self, *values):
         if len(values) > 1:
             agreed.append(values)
-            values = (values[0], max(values[1], 8.0 / 4 if len(agreed) == 4 else 0), values[2])  # the other rank took 8 s
+            values = (values[0], max(values[1], 8.0 / 4 if len(agreed) == 4 else 0), *values[2:])  # the other rank took 8 s
         return list(values)
 
     monkeypatch.setattr(tg.World, "max", max_over_ranks)
@@ -363,18 +364,27 @@ def test_utilization_is_flops_over_time(world, monkeypatch):
     monkeypatch.setattr(tg, "measured_peak", lambda world: 200.0)
     monkeypatch.setattr(tg, "hardware_name", lambda world: "1x NVIDIA H200")
     monkeypatch.setattr(tg, "PEAK_FLOPS", {"H200": 400.0})
+    now = FakeTime(monkeypatch)
     u = tg.Utilization(world)
-    u.add(tg.Flops(10.0, 10.0), 2.0)
-    assert u.interval() == "mfu:0.0750 of_measured:0.1500"  # 3 x 20 FLOP in 2 s
-    u.add(tg.Flops(40.0, 0.0), 1.0)
-    assert u.interval() == "mfu:0.3000 of_measured:0.6000"
+
+    def step(matmul, attention, seconds, pause, scored):
+        u.work.add(tg.Flops(matmul, 0.0, attention), "train", 1, scored)
+        u.seconds += seconds
+        now.now += seconds + pause
+
+    step(10.0, 10.0, 2.0, 0.0, 0.5)  # 3 x 20 FLOP in 2 s, half of them for scored tokens
+    assert u.interval() == "mfu:0.0750 of_measured:0.1500 useful:0.0375 hardware:0.0813 with_pauses:0.0750"
+    step(40.0, 0.0, 1.0, 3.0, 1.0)
+    assert u.interval() == "mfu:0.3000 of_measured:0.6000 useful:0.3000 hardware:0.3000 with_pauses:0.0750"
     result = u.result(wall_seconds=6.0)
     assert result["model"]["mfu"] == pytest.approx(180 / 3 / 400) and result["model_flops"] == 180
+    assert result["useful"]["mfu"] == pytest.approx(150 / 3 / 400)
     assert result["hardware"]["of_measured"] == pytest.approx((3 * 50 + 3.5 * 10) / 3 / 200)
-    assert result["model_with_pauses"]["mfu"] == pytest.approx(180 / 6 / 400)
+    for kind in ("model", "useful", "hardware"):
+        assert result[f"{kind}_with_pauses"]["mfu"] == pytest.approx(result[kind]["mfu"] / 2)
     monkeypatch.setattr(tg, "PEAK_FLOPS", {})
     unknown = tg.Utilization(world)
-    assert unknown.result(1.0)["model"] == dict(mfu=None, of_measured=0.0) and unknown.interval() == "mfu:n/a of_measured:0.0000"
+    assert unknown.result(1.0)["model"] == dict(mfu=None, of_measured=0.0) and unknown.interval().startswith("mfu:n/a of_measured:0.0000")
 
 
 def test_the_measured_peak_is_work_over_time(world, monkeypatch):
@@ -566,7 +576,7 @@ def test_training_and_scoring_compile_into_few_whole_graphs(cfg, world, tmp_path
     """fullgraph=True raises at a graph break. Training: one graph per loop mode (the attention of a CPU ignores the longest segment, so
     the context makes no graph of its own); scoring: one more per shape of rows; same losses as eager."""
     cfg = dataclasses.replace(cfg, **SHALLOW, iterations=8)
-    compiled_cfg = dataclasses.replace(cfg, compile_backend="aot_eager")
+    compiled_cfg = dataclasses.replace(cfg, compile_backend="aot_eager", compile_allow_recompiles=True)
     eager = run(cfg, world, tmp_path)
     data = tg.ValData.load(dataclasses.replace(cfg, val_doc_fraction=0.4), eager.files)
     with clean_compiler():
@@ -594,10 +604,63 @@ def test_test_time_training_compiles_into_few_whole_graphs(cfg, world, random_mo
     expected = tg.TttRun(cfg, world, model, tg.ValDoor(data, world), quiet).run()
     with clean_compiler():
         before = count_graphs()
-        ours = tg.TttRun(dataclasses.replace(cfg, compile_backend="aot_eager"), world, model, tg.ValDoor(data, world), quiet).run()
+        ttt = tg.TttRun(dataclasses.replace(cfg, compile_backend="aot_eager"), world, model, tg.ValDoor(data, world), quiet)
+        ttt.warm_up()
+        ours = ttt.run()  # an error if anything were compiled here
         graphs = count_graphs() - before
     assert (ours.tokens, ours.bytes) == (expected.tokens, expected.bytes)
     assert ours.loss == pytest.approx(
         expected.loss, abs=1e-3
     )  # padded rows: other kernels, and AdamW turns noise in tiny gradients into steps
     assert graphs <= 4  # with and without gradients; dynamic widths and chunk sizes may cost one more each
+
+
+def test_a_compilation_in_timed_training_is_an_error_that_names_its_reason(cfg, world, tmp_path):
+    """Without a warm-up the first step compiles. The checkpoint keeps what was learned, and the knob accepts it."""
+    cfg = dataclasses.replace(cfg, **SHALLOW, iterations=8, compile_backend="eager")
+    with clean_compiler():
+        cold = make_trainer(cfg, world)
+        with pytest.raises(tg.RunError, match=r"step 1: torch.compile was at work in timed code \(forward 0/0: the first graph\)"):
+            tg.train(cold, no_score, quiet, tmp_path / "checkpoint.pt")
+        assert tg.load_tensors(tmp_path / "checkpoint.pt", "cpu")["step"] == 1
+        allowed = dataclasses.replace(cfg, compile_allow_recompiles=True)
+        assert tg.config_hash(allowed) == tg.config_hash(cfg)  # so that the checkpoint may go on with it
+        trainer = make_trainer(allowed, world)
+        trainer.load_state(tg.load_tensors(tmp_path / "checkpoint.pt", "cpu"))
+        assert run(allowed, world, tmp_path, trainer=trainer).step == 8
+
+
+def test_a_shape_that_the_warm_up_missed_is_named(cfg, world, tmp_path, monkeypatch):
+    cfg = dataclasses.replace(cfg, **SHALLOW, iterations=8, compile_backend="eager")
+    with clean_compiler():
+        trainer = make_trainer(cfg, world)
+        trainer.warm_up(quiet)
+        made = len(tg.compilations())
+        run(cfg, world, tmp_path, trainer=trainer)  # every shape of a run is warm
+        assert len(tg.compilations()) == made and made >= 2
+        trainer = make_trainer(cfg, world)
+        trainer.warm_up(quiet)
+        monkeypatch.setattr(tg, "CU_SEQLENS_BUCKET", 63)
+        monkeypatch.setattr(tg.document_cu_seqlens, "__defaults__", (63,))
+        with pytest.raises(tg.RunError, match=r"torch.compile was at work in timed code \(forward 0/\d+: 0/\d+: "):
+            run(cfg, world, tmp_path, trainer=trainer)
+
+
+def test_validation_may_compile(cfg, world, tmp_path):
+    cfg = dataclasses.replace(cfg, **SHALLOW, iterations=4, val_loss_every=2, compile_backend="eager")
+    with clean_compiler():
+        trainer = make_trainer(cfg, world)
+        trainer.warm_up(quiet)
+        data, made = tg.ValData.load(dataclasses.replace(cfg, val_doc_fraction=0.4), trainer.files), len(tg.compilations())
+        tg.train(trainer, lambda: tg.evaluate(cfg, world, trainer.forward, data, trainer.looping), quiet, tmp_path / "checkpoint.pt")
+        assert trainer.step == 4 and len(tg.compilations()) > made
+
+
+def test_a_compilation_in_the_scored_evaluation_is_an_error(cfg, world, random_model):
+    cfg = dataclasses.replace(cfg, **SHALLOW, phased_ttt_enabled=False, val_doc_fraction=0.4, compile_backend="eager")
+    data = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False))
+    model = random_model(cfg).requires_grad_(False)
+    with clean_compiler(), pytest.raises(tg.RunError, match="evaluation batch [0-9]+: torch.compile was at work in timed code.*STAGE=eval"):
+        tg.TttRun(cfg, world, model, data, quiet).run()
+    with clean_compiler():
+        assert tg.TttRun(dataclasses.replace(cfg, compile_allow_recompiles=True), world, model, data, quiet).run().tokens

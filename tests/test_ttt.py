@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import documents, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import train_gpt as tg
 
@@ -712,3 +714,44 @@ def test_compile_warm_up_touches_neither_weights_nor_randomness(world, random_mo
     before, state = digest(model), torch.get_rng_state()
     tg.warm_up_ttt(cfg, world, model, 2, lambda line: None)
     assert digest(model) == before and torch.equal(torch.get_rng_state(), state)
+
+
+# ---- work
+
+
+class Products(TorchDispatchMode):
+    """FLOPs of matrix products by torch's formulas (FlopCounterMode itself trips over views of adapters)."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if (op := func.overloadpacket) in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.total += flop_registry[op](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_the_work_of_a_batch_equals_torchs_counter(steps, world, random_model, monkeypatch):
+    """Forward and backward of every chunk, adapters included; the first slot's merged projection hands no gradient on."""
+    cfg = tiny_config(ttt_grad_steps=max(1, steps), ttt_train_max_doc_len=0 if steps else 1, ttt_mask="")
+    data, model = some(4), ready(random_model(cfg))
+    (batch,) = tg.document_batches(cfg, data)[:1]
+    lineage = tg.Lineage(cfg, world, len(batch.sizes), 4, 0.01, 0.0, 0.99, seed=0)
+    door = tg.ValDoor(data, world)
+    matrices = {kind: tuple((*p[:2], 0) for p in passes) for kind, passes in tg.PASSES.items()}
+    monkeypatch.setattr(tg, "PASSES", matrices)  # the counter sees no attention here
+    with Products() as counter:
+        tg.score_batch(cfg, world, model, door, batch, lineage, False)
+    assert door.work.model == pytest.approx(counter.total, rel=0.02 if steps else 0.002)
+    assert door.work.useful < 0.7 * door.work.model and door.work.hardware == door.work.model
+
+
+def test_a_global_phase_is_work_that_scores_nothing(world, random_model):
+    cfg, data = tiny_config(phased_ttt_num_phases=1, phased_ttt_prefix_docs=9), some(16)
+    runs = [tg.TttRun(c, world, ready(random_model(c)), tg.ValDoor(data, world), lambda line: None)
+            for c in (cfg, dataclasses.replace(cfg, phased_ttt_enabled=False))]
+    for run in runs:
+        run.run()
+    phased, plain = (run.door.work for run in runs)
+    assert phased.model > 1.01 * plain.model and phased.useful == pytest.approx(plain.useful, rel=0.05)

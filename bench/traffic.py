@@ -1,0 +1,81 @@
+"""Bytes that a compiled micro-batch moves, counted without running it: `python bench/traffic.py`.
+
+Dynamo, AOTAutograd and Inductor's scheduler see the S14 network at its real sizes (98,304 tokens, bf16) as tensors without data;
+each kernel Inductor would emit is charged what it reads and writes. Its rules for the CPU decide what is fused here, so the
+numbers are not those of a GPU; they are a price for changes of the graph: tests/test_bench.py holds them below bench/traffic.json.
+`--write` replaces that file.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch._inductor import compile_fx
+from torch._inductor.debug import DebugContext
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses import FakeTensorMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train_gpt as tg
+
+COMMITTED = Path(__file__).with_name("traffic.json")
+TOKENS = 98_304
+
+
+class Counter:
+    """A backend for torch.compile that adds up bytes and runs the graph as it is."""
+
+    def __init__(self):
+        self.bytes = self.kernels = 0
+
+    def inner(self, gm, example_inputs, **options):
+        mode = compile_fx.fake_tensor_prop(gm, example_inputs)
+        compile_fx.record_original_output_strides(gm)
+        with V.set_fake_mode(mode):
+            compile_fx._recursive_post_grad_passes(gm, options.get("is_inference", False))
+            graph = GraphLowering(gm, shape_env=mode.shape_env)
+            with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
+                graph.run(*example_inputs)
+                graph.init_wrapper_code()
+                graph._update_scheduler()
+                moved = [node.get_read_write_buffers_sizes() for node in graph.scheduler.nodes]
+        self.bytes, self.kernels = self.bytes + sum(moved), self.kernels + sum(size > 0 for size in moved)
+        return compile_fx.make_boxed_func(gm.forward)
+
+    def __call__(self, gm, example_inputs):
+        return compile_fx.compile_fx(gm, example_inputs, inner_compile=self.inner)
+
+
+def micro_batch(layers: int) -> dict:
+    """Bytes and kernels of forward and backward of a network of so many blocks, one half of them with two lanes."""
+    cfg = tg.Config(num_layers=layers, num_loops=0, parallel_start_layer=layers - layers // 2, xsa_last_n=layers)
+    torch._dynamo.reset()
+    counter = Counter()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = tg.GPT(cfg, torch.bfloat16, tg.DEFINITIONS._replace(attend=tg.document_attention_cpu))
+        tokens = torch.zeros(1, TOKENS, dtype=torch.int64)
+        packing = tg.Packing(torch.zeros(192, dtype=torch.int32), 2048)
+        forward = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+        forward(tokens, tokens, order=tg.layer_order(cfg, False), packing=packing).sum().backward()
+    return dict(gigabytes=counter.bytes / 1e9, kernels=counter.kernels)
+
+
+def measure() -> dict:
+    """What the whole costs with two blocks, and each further pair of blocks."""
+    two, four = micro_batch(2), micro_batch(4)
+    return {f"{what}_{name}": round(value, 2) for name in two
+            for what, value in (("two_blocks", two[name]), ("two_more_blocks", four[name] - two[name]))} | dict(torch=torch.__version__)
+
+
+def main() -> int:
+    found = measure()
+    print(json.dumps(found))
+    if "--write" in sys.argv:
+        COMMITTED.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
