@@ -4536,7 +4536,7 @@ class Watch:
 open_watch = cache(Watch)
 Finding = tuple[str, str]  # a verdict, and the evidence in one line
 SEVERITY = ("FAIL", "NEEDS-RULING", "NOT-MEASURED", "PASS")
-RULES = dict(  # rule -> the findings that decide it; docs/validity.md says what each of them asks
+RULES = dict(  # rule -> the findings that decide it; tools/validity.md says what each of them asks
     R1=("bytes",), R2=("P7",), R3=("P9",), R4=("P4", "P5", "P10"), R5=("P2",), R6=("P1", "P3"), R7=("order",), R8=("P6",), R9=("P11",),
     R10=("P12",), R11=("sum",), R12=("P8",))
 UNRULED = (  # rule, when, what no maintainer has ruled on
@@ -5342,6 +5342,8 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
     if model is None:
         model = load_checkpoint_model(cfg, world, run.weights)
         run.diagnostic("diagnostic pre-quantization post-ema", "pre_quant", model)
+    if world.main:
+        log(f"Serialized model: {run.weights.stat().st_size} bytes")
     clock.phase("calibrate")
     start = time.perf_counter()
     log("GPTQ:collecting Hessians from calibration data...")
@@ -5351,7 +5353,6 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
     log(f"GPTQ:collected {len(hessians.H)} Hessians in {run.result['calib_seconds']:.1f}s")
     clock.phase("quantize")
     if world.main:
-        log(f"Serialized model: {run.weights.stat().st_size} bytes")
         start = time.perf_counter()
         stored, blob = quantize_to_fit(cfg, model.state_dict(), hessians, Path(__file__).stat().st_size, log)
         log(f"Serialize: {cfg.quant} quantization and {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
@@ -5455,7 +5456,7 @@ def score_findings(run: Run, score: Score, early: bool, strangers: list[str]) ->
     good, lossy = score.tokens == total and score.bytes == said, said is not None and score.tokens == total and score.bytes < said
     covered = holds(good, f"{score.tokens} of {total} targets, {score.bytes} of {said or '?'} bytes", bool(said) or score.tokens != total)
     trained = (result.get("train_seconds") or math.nan) + result.get("calib_seconds", 0) * (cfg.gptq_calibration == "train")
-    clocks = ((trained, cfg.max_wallclock_seconds, ("train", "calibrate", "quantize", "pack")),
+    clocks = ((trained, cfg.max_wallclock_seconds, ("train", "calibrate", "quantize")),
               (result["eval_seconds"], cfg.max_eval_seconds, ("unpack", "diagnostic eval", "eval")))
     late = any(budget and spent > budget for spent, budget, _ in clocks)
     times = [f"{spent:.1f} of {budget:g} s (strict {sum(seconds.get(p, 0) for p in phases):.1f})" for spent, budget, phases in clocks]
@@ -5530,7 +5531,7 @@ def run_stages(cfg: Config, world: World, env) -> None:
     log_start(run, env)
     if cfg.stage == "warm":
         warm_stage(run)
-    if run.files.train:
+    if run.files.train and cfg.stage != "warm":
         run.clock.phase("audit")
         run.probe(probe_overlap, run.files.train, run.data.tokens, math.inf if cfg.audit == "full" else 6.0)
     model = train_stage(run) if cfg.stage in ("all", "train") else None

@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[str, str, str]] = {}
 
 
 def kind(number: int, planted: str, caught_by: str):
-    """Mark the test of a kind of violation; docs/validity.md lists them."""
+    """Mark the test of a kind of violation; tools/validity.md lists them."""
 
     def mark(test):
         KINDS[f"V{number}"] = (planted, caught_by, test.__name__)
@@ -543,7 +543,7 @@ def test_all_28_kinds_are_planted_and_listed():
     assert sorted(KINDS, key=lambda k: int(k[1:])) == [f"V{n}" for n in range(1, 29)]
     rows = ["| kind | planted | caught by | test |", "|---|---|---|---|"]
     rows += [f"| {k} | {planted} | {by} | `{test}` |" for k, (planted, by, test) in sorted(KINDS.items(), key=lambda i: int(i[0][1:]))]
-    assert "\n".join(rows) in (ROOT / "docs/validity.md").read_text(), "\n" + "\n".join(rows)
+    assert "\n".join(rows) in (ROOT / "tools/validity.md").read_text(), "\n" + "\n".join(rows)
 
 
 # ---------------------------------------------------------------------------------------------------- clean runs
@@ -751,7 +751,7 @@ def test_a_whole_run(run_main, tmp_path, dataset, capsys):
         ("R2", "R4", "R12"), "NOT-MEASURED")  # no budget, no text, no clean room
     for rule, (verdict, evidence) in verdicts.items():
         assert f"\n{rule:<4}{verdict:<14}{evidence}\n" in console
-    documented = (ROOT / "docs/validity.md").read_text()
+    documented = (ROOT / "tools/validity.md").read_text()
     assert all(f"| {rule} | " in documented for rule in tg.RULES)
     lines = lines_of(tmp_path / "ledger.jsonl")
     assert (len(lines), lines[-1]["hash"]) == (result["audit"]["lines"], result["audit"]["last_hash"])

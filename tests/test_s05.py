@@ -252,7 +252,7 @@ def test_the_preset_and_what_it_refuses():
         tg.config_from_env({"QUANT": "s05", "MATRIX_BITS": "2"})
     notes = tg.without_effect(cfg, dict.fromkeys(("EMBED_BITS", "MLP_CLIP_SIGMAS", "GPTQ_RESERVE_SECONDS", "N_INT6_LAYERS"), "1"))
     assert len(notes) == 3 and not any("N_INT6" in note for note in notes)
-    assert len(tg.without_effect(tg.Config(), {"N_INT6_LAYERS": "1", "TARGET_BYTES": "1"})) == 2
+    assert len(tg.without_effect(tg.Config(quant="s14"), {"N_INT6_LAYERS": "1", "TARGET_BYTES": "1"})) == 2
 
 
 def test_uncorrelated_inputs_make_the_choice_plain():

@@ -652,7 +652,8 @@ def test_validation_may_compile(cfg, world, tmp_path):
         trainer = make_trainer(cfg, world)
         trainer.warm_up(quiet)
         data, made = tg.ValData.load(dataclasses.replace(cfg, val_doc_fraction=0.4), trainer.files), len(tg.compilations())
-        tg.train(trainer, lambda: tg.evaluate(cfg, world, trainer.forward, data, trainer.looping), quiet, tmp_path / "checkpoint.pt")
+        validate = lambda: tg.evaluate(cfg, world, trainer.forward, tg.ValDoor(data, world), trainer.looping)  # noqa: E731
+        tg.train(trainer, validate, quiet, tmp_path / "checkpoint.pt")
         assert trainer.step == 4 and len(tg.compilations()) > made
 
 
@@ -661,6 +662,6 @@ def test_a_compilation_in_the_scored_evaluation_is_an_error(cfg, world, random_m
     data = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False))
     model = random_model(cfg).requires_grad_(False)
     with clean_compiler(), pytest.raises(tg.RunError, match="evaluation batch [0-9]+: torch.compile was at work in timed code.*STAGE=eval"):
-        tg.TttRun(cfg, world, model, data, quiet).run()
+        tg.TttRun(cfg, world, model, tg.ValDoor(data, world), quiet).run()
     with clean_compiler():
-        assert tg.TttRun(dataclasses.replace(cfg, compile_allow_recompiles=True), world, model, data, quiet).run().tokens
+        assert tg.TttRun(dataclasses.replace(cfg, compile_allow_recompiles=True), world, model, tg.ValDoor(data, world), quiet).run().tokens

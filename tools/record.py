@@ -387,7 +387,7 @@ def render_readme(submission: dict, runs: list[Run]) -> str:
         "## Coverage", table(["data", "value"], [[key, value] for key, value in data.items()], ":--"),
         "## Size", size_table(s, runs), "## Time and memory", phase_table(runs),
         "## Compliance", table(["rule", "measured", "holds"], [[asks, m, words[v]] for _, asks, m, v in rules], ":--"),
-        *["## Audit", "What the runs found out about themselves, the gravest of all seeds; docs/validity.md says what each rule asks.",
+        *["## Audit", "What the runs found out about themselves, the gravest of all seeds; tools/validity.md says what each rule asks.",
           judged][: 3 * ("audit" in s)],
         "## Caveats", "\n".join(caveats) or "None of the rules above fails.",
     ]) + "\n"
