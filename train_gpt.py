@@ -3015,15 +3015,16 @@ def step_profiler(cfg: Config, trainer: Trainer, path: Path):
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
 
 
-def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
+def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=None) -> None:
     """The timed loop. Stops at ITERATIONS, at FORCE_STOP_STEP, or before the step that would overrun the budget.
 
-    validate(): scores the model as it stands, clock stopped. Raises Interrupted on Ctrl-C and RunError when loss or gradient
-    is no longer finite; in both cases checkpoint.pt holds the last good state.
+    validate(): scores the model as it stands, clock stopped. forecast(tokens): what the main rank's log says of the artifact so far,
+    clock running, only where that takes less than 1 % of the time since it last did. Raises Interrupted on Ctrl-C and RunError when
+    loss or gradient is no longer finite; in both cases checkpoint.pt holds the last good state.
     """
     cfg, world, clock = trainer.cfg, trainer.world, trainer.clock
     budget, checkpointed, tokens_per_step, compiled = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens, len(compilations())
-    profiler = step_profiler(cfg, trainer, checkpoint_path.with_name("profile.json.gz"))
+    profiler, asked, cost = step_profiler(cfg, trainer, checkpoint_path.with_name("profile.json.gz")), 0.0, 0.0
     clock.go_on()
     with StopRequest() as stop, profiler or contextlib.nullcontext():
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
@@ -3041,9 +3042,9 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
             if budget and not cfg.force_stop_step and elapsed + per_block * applications > budget:
                 log(f"stopping_early: wallclock_cap train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}")
                 break
-            position = trainer.loader.position
+            position, window = trainer.loader.position, trainer.loader.next_step()
             try:
-                loss = trainer.train_step(trainer.loader.next_step(), context, looping, lr, muon_momentum(cfg, trainer.step))
+                loss = trainer.train_step(window, context, looping, lr, muon_momentum(cfg, trainer.step))
             except FloatingPointError as e:
                 trainer.loader.position = position
                 trainer.optimizer.zero_grad()
@@ -3063,6 +3064,11 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
                 log(f"{trainer.step}/{cfg.iterations} train_loss: {loss:.4f} train_time: {now / 60:.1f}m "
                     f"tok/s: {trainer.step * tokens_per_step / now:.0f} seconds:{now:.2f} lr_scale:{lr:.4f} "
                     f"tok/s_now:{tokens_per_step / (now - elapsed):.0f} {trainer.utilization.interval()}")
+                cost = cost or now - elapsed  # until it is known: as much as a step
+                if forecast and world.main and now - asked > 100 * cost and (not budget or now + 2 * cost < budget):
+                    log(f"{trainer.step}/{cfg.iterations} {forecast(window[0])}")
+                    asked, compiled = clock.now(), len(compilations())
+                    cost = asked - now
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 clock.pause()
                 score, compiled = validate(), len(compilations())
@@ -3155,26 +3161,37 @@ def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, leng
     return tokens.cpu().numpy()
 
 
+def calibration_parts(cfg: Config) -> int:
+    """Windows per micro-batch of calibration: gradients want more samples and less memory."""
+    return min(8, cfg.train_microbatch_tokens // cfg.train_seq_len) if cfg.quant == "rd" else 1
+
+
+def calibrate(cfg: Config, world: World, model: GPT, weights: dict[str, Tensor], tokens: np.ndarray, hessians: Hessians) -> None:
+    """Add one window to `hessians`, run through the looped network with documents masked as in training; its gradients with QUANT=rd.
+    weights: parameters by name, which take the place of the model's own."""
+    row, banks = packed_row(tokens, cfg.train_seq_len, world.device), ("_bank", "tok_emb.weight", "lm_head.weight")
+    matrices = {name: t for name, t in weights.items() if name.endswith(banks)}
+    how = dict(order=layer_order(cfg, looping=True), packing=Packing(row.cu_seqlens, row.max_len), tap=hessians)
+    with torch.set_grad_enabled(cfg.quant == "rd"):
+        nats = torch.func.functional_call(model, weights, (row.inputs, row.targets), how)
+        if cfg.quant == "rd":
+            gradients = torch.autograd.grad(nats.sum(), list(matrices.values()))
+            hessians.add_gradients(unbank(cfg, dict(zip(matrices, gradients, strict=True))))
+
+
 @torch.no_grad()
 def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Hessians:
-    """Run calibration windows through the looped network, documents masked as in training, and add H up over the ranks."""
-    hessians, order, batches = Hessians(), layer_order(cfg, looping=True), cfg.gptq_calibration_batches * cfg.micro_batches
-    parts = min(8, cfg.train_microbatch_tokens // cfg.train_seq_len) if cfg.quant == "rd" else 1  # gradients: more samples, less memory
+    """Calibrate on windows of training data or on text of the model's own, and add up over the ranks."""
+    hessians, batches, parts = Hessians(), cfg.gptq_calibration_batches * cfg.micro_batches, calibration_parts(cfg)
     start = time.perf_counter()
     if cfg.gptq_calibration == "self":
         windows = write_sequences(cfg, world, model)
         log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {time.perf_counter() - start:.1f}s")
     else:
         windows = calibration_windows(files.train, cfg.train_microbatch_tokens // parts, batches * parts)[world.rank :: world.size]
-    matrices = {name: p for name, p in model.named_parameters() if name.endswith(("_bank", "tok_emb.weight", "lm_head.weight"))}
-    eta = Eta(len(windows))
+    eta, weights = Eta(len(windows)), dict(model.named_parameters())
     for tokens in windows:
-        row = packed_row(tokens, cfg.train_seq_len, world.device)
-        with torch.set_grad_enabled(cfg.quant == "rd"):
-            nats = model(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len), tap=hessians)
-            if cfg.quant == "rd":
-                gradients = torch.autograd.grad(nats.sum(), list(matrices.values()))
-                hessians.add_gradients(unbank(cfg, dict(zip(matrices, gradients, strict=True))))
+        calibrate(cfg, world, model, weights, tokens, hessians)
         eta.add(1)
         if eta.done == 1 and eta.left > 20:
             log(f"GPTQ:calibration takes about {eta.left:.0f}s more")
@@ -3609,6 +3626,10 @@ class RateDistortion:
         """What the integers should need: of a Gaussian weight, half the logarithm of its variance in steps squared."""
         return float((self.histogram * (1 + 4.3 * self.ratios / delta**2).log2()).sum() / 2)
 
+    def size(self, delta: float, numbers: int) -> float:
+        """A guess at the bytes of an artifact: two for every number outside the matrices."""
+        return self.bits(delta) / 8 + 2 * (numbers - self.weights)
+
     def delta_for(self, bits: float) -> float:
         """The delta at which `bits` says so, by bisection."""
         low, high = 1e-12, 1e12
@@ -3656,10 +3677,10 @@ def full_fp32():
 @torch.no_grad()
 @full_fp32()
 def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, matrices: dict | None = None) -> dict[str, Stored]:
-    """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`. matrices: what `RateDistortion` made of them, if it did."""
+    """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`. matrices: those that are quantized already."""
     tensors = unbank(cfg, state)
     tasks, protected = mixed_bits(cfg, gptq_tasks(cfg, tensors), hessians), {}
-    if cfg.quant == "rd":
+    if matrices is not None or cfg.quant == "rd":
         plan = RateDistortion(tasks, hessians) if matrices is None else None
         stored = dict(matrices or plan(plan.delta(cfg.rd_loss)))
         tasks = []
@@ -4168,7 +4189,7 @@ def quantize_to_fit(cfg: Config, state: dict[str, Tensor], hessians: Hessians, c
 
     over, under, delta = None, None, finest
     # (what the formula gives, size) of the passes so far; the first is a guess: two bytes for every number outside the matrices.
-    known = [(plan.bits(finest), code_bytes + plan.bits(finest) / 8 + 2 * (sum(t.numel() for t in tensors.values()) - plan.weights))]
+    known = [(plan.bits(finest), code_bytes + plan.size(finest, sum(t.numel() for t in tensors.values())))]
     while len(known) < 12:
         (bits, size), slope = known[-1], 1 / 8
         if len(known) > 2 and bits != known[-2][0]:
@@ -4197,6 +4218,36 @@ def quantize_to_fit(cfg: Config, state: dict[str, Tensor], hessians: Hessians, c
             low, high = (middle, high) if tried[0] <= target else (low, middle)
             under = tried if under[0] < tried[0] <= target else under
     return quantize(cfg, state, hessians, log, under[1]), under[2]
+
+
+@torch.no_grad()
+@full_fp32()
+def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor], tokens: np.ndarray, code_bytes: int) -> str:
+    """The size that an artifact of these weights would have, with the script, from one window of text and without coding anything.
+
+    QUANT=rd: by the formula that starts `quantize_to_fit`. Else the code length of weights that are rounded, not by GPTQ, before
+    low-rank corrections and pruning. Changes neither the model nor any random generator.
+    """
+    live, hessians = dict(model.named_parameters()), Hessians()
+    weights = {name: t.detach().to(live[name].dtype).clone().requires_grad_() for name, t in state.items()}
+    calibrate(cfg, world, model, weights, tokens[: (len(tokens) - 1) // calibration_parts(cfg) + 1], hessians)
+    tasks, target, rounded = mixed_bits(cfg, gptq_tasks(cfg, unbank(cfg, weights)), hessians), cfg.target_bytes, {}
+    if cfg.quant == "rd":
+        plan, numbers = RateDistortion(tasks, hessians), sum(t.numel() for t in weights.values())
+        size = code_bytes + plan.size(finest := plan.delta(cfg.rd_loss), numbers)
+        text = f"predicted_size: {size:.0f} bytes with the script for RD_LOSS {cfg.rd_loss:g}"
+        if 0 < target < size:
+            delta = plan.delta_for(plan.bits(finest) + 8 * (target - size))
+            text += f"; at TARGET_BYTES {target} the predicted loss is {cfg.rd_loss * (delta / finest) ** 2:.5f}"
+        return text
+    for task in tasks:
+        top, clip = 2 ** (task.bits - 1) - 1, clip_candidates(cfg, task.W[None], task.clip_sigmas)[0, 0]
+        scale = step_size(clip, top)
+        q = (task.W / scale.float()[:, None]).round().clamp(-top, top).to(torch.int8)
+        rounded[task.name] = Stored({("gptq", part): t for part, t in Gptq.encode(q, scale, scale, [], 0).items()})
+    stored = quantize(cfg, weights, hessians, lambda line: None, rounded)
+    bits = coded_bits({f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()})
+    return f"predicted_size: {code_bytes + bits.sum() / 8:.0f} bytes with the script"
 
 
 class Header(NamedTuple):
@@ -5304,9 +5355,13 @@ def train_stage(run: Run) -> GPT:
         clock.phase("train")
         return score
 
+    def forecast(tokens: np.ndarray) -> str:
+        averaged = trainer.ema.shadow if trainer.ema else trainer.model.state_dict()
+        return forecast_size(cfg, world, trainer.model, averaged, tokens, Path(__file__).stat().st_size)
+
     clock.phase("train")
     start = time.perf_counter()
-    train(trainer, validate, log, run.checkpoint)
+    train(trainer, validate, log, run.checkpoint, forecast)
     run.result["mfu"] = trainer.utilization.result(time.perf_counter() - start)
     peak = max(peak_memory_mib(world.device), clock.peak_mib.get("train", 0))
     reserved = torch.cuda.max_memory_reserved() >> 20 if world.device.type == "cuda" else peak
