@@ -3064,7 +3064,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
                 log(f"{trainer.step}/{cfg.iterations} train_loss: {loss:.4f} train_time: {now / 60:.1f}m "
                     f"tok/s: {trainer.step * tokens_per_step / now:.0f} seconds:{now:.2f} lr_scale:{lr:.4f} "
                     f"tok/s_now:{tokens_per_step / (now - elapsed):.0f} {trainer.utilization.interval()}")
-                cost = cost or now - elapsed  # until it is known: as much as a step
+                cost = cost or 3 * (now - elapsed)  # until it is known: as much as three steps
                 if forecast and world.main and now - asked > 100 * cost and (not budget or now + 2 * cost < budget):
                     log(f"{trainer.step}/{cfg.iterations} {forecast(window[0])}")
                     asked, compiled = clock.now(), len(compilations())
@@ -3611,13 +3611,13 @@ class RateDistortion:
             out[part] = out[part] + (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
         return out
 
-    def __call__(self, delta: float) -> dict[str, Stored]:
+    def __call__(self, delta: float, choose=lambda x, _: trellis_path(x)) -> dict[str, Stored]:
         """Quantize all matrices."""
         out = {}
         for names, W, perm, U, rows, cols, levels in self.batches:
             parts = [self.parts(*x, delta) for x in zip(W, rows, cols, levels.tolist(), strict=True)]
             step = torch.stack([Trellis.steps(p) for p in parts])
-            q = walk_columns(W, perm, U, step, lambda x, _: trellis_path(x)).to(torch.int8)
+            q = walk_columns(W, perm, U, step, choose).to(torch.int8)
             for name, k, p in zip(names, q, parts, strict=True):
                 out[name] = Stored({("trellis", part): t for part, t in Trellis.encode(k, **p).items()})
         return out
@@ -3625,10 +3625,6 @@ class RateDistortion:
     def bits(self, delta: float) -> float:
         """What the integers should need: of a Gaussian weight, half the logarithm of its variance in steps squared."""
         return float((self.histogram * (1 + 4.3 * self.ratios / delta**2).log2()).sum() / 2)
-
-    def size(self, delta: float, numbers: int) -> float:
-        """A guess at the bytes of an artifact: two for every number outside the matrices."""
-        return self.bits(delta) / 8 + 2 * (numbers - self.weights)
 
     def delta_for(self, bits: float) -> float:
         """The delta at which `bits` says so, by bisection."""
@@ -3677,10 +3673,10 @@ def full_fp32():
 @torch.no_grad()
 @full_fp32()
 def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, matrices: dict | None = None) -> dict[str, Stored]:
-    """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`. matrices: those that are quantized already."""
+    """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`. matrices: what `RateDistortion` made of them, if it did."""
     tensors = unbank(cfg, state)
     tasks, protected = mixed_bits(cfg, gptq_tasks(cfg, tensors), hessians), {}
-    if matrices is not None or cfg.quant == "rd":
+    if cfg.quant == "rd":
         plan = RateDistortion(tasks, hessians) if matrices is None else None
         stored = dict(matrices or plan(plan.delta(cfg.rd_loss)))
         tasks = []
@@ -4189,7 +4185,7 @@ def quantize_to_fit(cfg: Config, state: dict[str, Tensor], hessians: Hessians, c
 
     over, under, delta = None, None, finest
     # (what the formula gives, size) of the passes so far; the first is a guess: two bytes for every number outside the matrices.
-    known = [(plan.bits(finest), code_bytes + plan.size(finest, sum(t.numel() for t in tensors.values())))]
+    known = [(plan.bits(finest), code_bytes + plan.bits(finest) / 8 + 2 * (sum(t.numel() for t in tensors.values()) - plan.weights))]
     while len(known) < 12:
         (bits, size), slope = known[-1], 1 / 8
         if len(known) > 2 and bits != known[-2][0]:
@@ -4223,31 +4219,24 @@ def quantize_to_fit(cfg: Config, state: dict[str, Tensor], hessians: Hessians, c
 @torch.no_grad()
 @full_fp32()
 def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor], tokens: np.ndarray, code_bytes: int) -> str:
-    """The size that an artifact of these weights would have, with the script, from one window of text and without coding anything.
-
-    QUANT=rd: by the formula that starts `quantize_to_fit`. Else the code length of weights that are rounded, not by GPTQ, before
-    low-rank corrections and pruning. Changes neither the model nor any random generator.
-    """
-    live, hessians = dict(model.named_parameters()), Hessians()
+    """The size that an artifact of these weights would have, with the script: calibrated on one micro-batch, measured by `coded_bits`.
+    QUANT=rd without the trellis, on steps that err as much. Changes neither the model nor a random generator."""
+    live, hessians, parts, quiet = dict(model.named_parameters()), Hessians(), calibration_parts(cfg), lambda line: None
     weights = {name: t.detach().to(live[name].dtype).clone().requires_grad_() for name, t in state.items()}
-    calibrate(cfg, world, model, weights, tokens[: (len(tokens) - 1) // calibration_parts(cfg) + 1], hessians)
-    tasks, target, rounded = mixed_bits(cfg, gptq_tasks(cfg, unbank(cfg, weights)), hessians), cfg.target_bytes, {}
+    for k in range(parts):
+        n = (len(tokens) - 1) // parts
+        calibrate(cfg, world, model, weights, tokens[k * n : (k + 1) * n + 1], hessians)
+    plan = matrices = None
     if cfg.quant == "rd":
-        plan, numbers = RateDistortion(tasks, hessians), sum(t.numel() for t in weights.values())
-        size = code_bytes + plan.size(finest := plan.delta(cfg.rd_loss), numbers)
-        text = f"predicted_size: {size:.0f} bytes with the script for RD_LOSS {cfg.rd_loss:g}"
-        if 0 < target < size:
-            delta = plan.delta_for(plan.bits(finest) + 8 * (target - size))
-            text += f"; at TARGET_BYTES {target} the predicted loss is {cfg.rd_loss * (delta / finest) ** 2:.5f}"
-        return text
-    for task in tasks:
-        top, clip = 2 ** (task.bits - 1) - 1, clip_candidates(cfg, task.W[None], task.clip_sigmas)[0, 0]
-        scale = step_size(clip, top)
-        q = (task.W / scale.float()[:, None]).round().clamp(-top, top).to(torch.int8)
-        rounded[task.name] = Stored({("gptq", part): t for part, t in Gptq.encode(q, scale, scale, [], 0).items()})
-    stored = quantize(cfg, weights, hessians, lambda line: None, rounded)
+        plan, wide = RateDistortion(gptq_tasks(cfg, unbank(cfg, weights)), hessians), math.sqrt(12 * TRELLIS_ERROR)
+        matrices = plan(finest := plan.delta(cfg.rd_loss), lambda x, _: ((q := (x / wide).round().clamp(-127, 127)), q * wide))
+    stored = quantize(cfg, weights, hessians, quiet, matrices)
     bits = coded_bits({f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()})
-    return f"predicted_size: {code_bytes + bits.sum() / 8:.0f} bytes with the script"
+    size, text = code_bytes + bits.sum() / 8, f" for RD_LOSS {cfg.rd_loss:g}" if plan else ""
+    if plan and 0 < cfg.target_bytes < size:
+        delta = plan.delta_for(plan.bits(finest) + 8 * (cfg.target_bytes - size))
+        text += f"; at TARGET_BYTES {cfg.target_bytes} the predicted loss is {cfg.rd_loss * (delta / finest) ** 2:.5f}"
+    return f"predicted_size: {size:.0f} bytes with the script{text}"
 
 
 class Header(NamedTuple):
