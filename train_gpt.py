@@ -210,7 +210,7 @@ def rule_violations(c: Config):
         yield ("seeds_declared",), f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
     if c.max_wallclock_seconds and not c.train_budget_seconds:
         yield ("max_wallclock_seconds", "gptq_reserve_seconds"), (
-            f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
+            f"GPTQ_RESERVE_SECONDS={c.reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
     if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
         yield ("max_wallclock_seconds", "iterations"), "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
     if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
@@ -362,7 +362,8 @@ class Config:
     gated_attn_quant_gate: bool = knob(True, "attention gates as int8 rows; 0 = fp16")
     gptq_calibration: str = knob("train", "data of the Hessians: training windows, or the model's own text", choices=("train", "self"))
     gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians", lo=1)
-    gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians", lo=0)
+    gptq_reserve_seconds: float = knob(-1.0, "part of the training budget kept for calibration; -1 = 4 as published, 10 with QUANT=rd, "
+                                       "which runs a backward too", lo=-1)
     awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most")
     awq_lite_bits: int = knob(8, "bits of those groups; tensors with as many bits are no candidates", lo=3, hi=8)
     awq_lite_group_size: int = knob(64, "columns per group", lo=1)
@@ -477,8 +478,13 @@ class Config:
     @property
     def train_budget_seconds(self) -> float:
         """Seconds for the training loop; 0 = no limit."""
-        reserve = self.gptq_reserve_seconds if self.gptq_calibration == "train" else 0.0  # the model's own text is no training data
-        return max(self.max_wallclock_seconds - reserve, 0.0)
+        return max(self.max_wallclock_seconds - self.reserve_seconds, 0.0)
+
+    @property
+    def reserve_seconds(self) -> float:
+        """Seconds of the training budget that calibration gets; on the model's own text it reads no training data and needs none."""
+        given = self.gptq_reserve_seconds if self.gptq_reserve_seconds >= 0 else 10.0 if self.quant == "rd" else 4.0
+        return given if self.gptq_calibration == "train" else 0.0
 
     @property
     def seq_schedule(self) -> tuple[tuple[int, float], ...]:
@@ -2997,7 +3003,7 @@ def log_training_start(cfg: Config, trainer: Trainer, log: Log) -> None:
         log(f"midrun_cap_schedule:{cfg.midrun_cap_schedule}")
     log(f"local_microbatch_tokens:{cfg.train_microbatch_tokens}")
     log(f"growth_stage:seq_len:{cfg.seq_schedule[0][0]} progress:0.000")
-    log(f"gptq:reserving {cfg.gptq_reserve_seconds:.0f}s, effective={cfg.train_budget_seconds * 1000:.0f}ms")
+    log(f"gptq:reserving {cfg.reserve_seconds:.0f}s, effective={cfg.train_budget_seconds * 1000:.0f}ms")
 
 
 def step_profiler(cfg: Config, trainer: Trainer, path: Path):
