@@ -102,8 +102,8 @@ PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable 
         loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096,
         train_seq_len=512, train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
         eval_seq_len=512, ttt_eval_seq_len=512, rope_train_seq_len=512, eval_stride=256, val_batch_tokens=65536,
-        max_wallclock_seconds=80.0, gptq_reserve_seconds=20.0, gptq_calibration_batches=12, max_eval_seconds=0.0, train_log_every=20,
-        muon_momentum_warmup_steps=100, ema_decay=0.95, ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
+        max_wallclock_seconds=80.0, gptq_reserve_seconds=20.0, rd_reserve_seconds=0.0, gptq_calibration_batches=12, max_eval_seconds=0.0,
+        train_log_every=20, muon_momentum_warmup_steps=100, ema_decay=0.95, ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
         ttt_batch_size=16, ttt_chunk_size=128, ttt_short_score_first_steps="256:32,512:64", ttt_lanes=1, phased_ttt_prefix_docs=40,
         global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
     ),
@@ -209,8 +209,9 @@ def rule_violations(c: Config):
     if not all(item.strip().isdigit() for item in filter(None, c.seeds_declared.split(","))):
         yield ("seeds_declared",), f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
     if c.max_wallclock_seconds and not c.train_budget_seconds:
-        yield ("max_wallclock_seconds", "gptq_reserve_seconds"), (
-            f"GPTQ_RESERVE_SECONDS={c.reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
+        yield ("max_wallclock_seconds", "gptq_reserve_seconds", "rd_reserve_seconds"), (
+            f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
+            + f", RD_RESERVE_SECONDS={c.rd_reserve_seconds:g} being kept too" * (c.quant == "rd"))
     if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
         yield ("max_wallclock_seconds", "iterations"), "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
     if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
@@ -362,8 +363,8 @@ class Config:
     gated_attn_quant_gate: bool = knob(True, "attention gates as int8 rows; 0 = fp16")
     gptq_calibration: str = knob("train", "data of the Hessians: training windows, or the model's own text", choices=("train", "self"))
     gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians", lo=1)
-    gptq_reserve_seconds: float = knob(-1.0, "part of the training budget kept for calibration; -1 = 4 as published, 10 with QUANT=rd, "
-                                       "which runs a backward too", lo=-1)
+    gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians", lo=0)
+    rd_reserve_seconds: float = knob(6.0, "QUANT=rd: another part of it, for the gradients", lo=0)
     awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most")
     awq_lite_bits: int = knob(8, "bits of those groups; tensors with as many bits are no candidates", lo=3, hi=8)
     awq_lite_group_size: int = knob(64, "columns per group", lo=1)
@@ -483,8 +484,8 @@ class Config:
     @property
     def reserve_seconds(self) -> float:
         """Seconds of the training budget that calibration gets; on the model's own text it reads no training data and needs none."""
-        given = self.gptq_reserve_seconds if self.gptq_reserve_seconds >= 0 else 10.0 if self.quant == "rd" else 4.0
-        return given if self.gptq_calibration == "train" else 0.0
+        gradients = self.rd_reserve_seconds if self.quant == "rd" else 0.0
+        return self.gptq_reserve_seconds + gradients if self.gptq_calibration == "train" else 0.0
 
     @property
     def seq_schedule(self) -> tuple[tuple[int, float], ...]:
@@ -545,10 +546,11 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("midrun_cap_log_updates",), lambda c: not c.midrun_cap_schedule, "MIDRUN_CAP_SCHEDULE is blank"),
     (("embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas"),
      lambda c: c.quant == "s05", "QUANT=s05 has its own steps and an int8 embedding"),
-    (("gptq_calibration_batches", "gptq_reserve_seconds"), lambda c: c.gptq_calibration == "self", "GPTQ_CALIBRATION is self"),
+    (("gptq_calibration_batches", "gptq_reserve_seconds", "rd_reserve_seconds"),
+     lambda c: c.gptq_calibration == "self", "GPTQ_CALIBRATION is self"),
     (S14_KNOBS, lambda c: c.quant == "rd", "QUANT is rd"),
     (("n_int6_layers",), lambda c: c.quant != "s05", "QUANT is not s05"),
-    (("rd_loss",), lambda c: c.quant != "rd", "QUANT is not rd"),
+    (("rd_loss", "rd_reserve_seconds"), lambda c: c.quant != "rd", "QUANT is not rd"),
     (("target_bytes",), lambda c: c.quant == "s14", "QUANT is s14"),
     (("awq_lite_bits", "awq_lite_group_size", "awq_lite_group_top_k"), lambda c: not c.awq_lite_enabled, "AWQ_LITE_ENABLED is 0"),
     (("lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_asym_enabled", "lqer_asym_group", "lqer_scope", "lqer_gain_select"),
@@ -556,7 +558,7 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("lqer_factor_bits",), lambda c: c.lqer_enabled and c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 1"),
     (("lqer_asym_group",), lambda c: c.lqer_enabled and not c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 0"),
     (("compile_allow_recompiles",), lambda c: c.compile_backend == "none", "COMPILE_BACKEND is none"),
-    (("gptq_reserve_seconds",), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
+    (("gptq_reserve_seconds", "rd_reserve_seconds"), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
     (TTT_KNOBS, lambda c: not c.ttt_enabled, "TTT_ENABLED is 0"),
     (PHASE_KNOBS, lambda c: c.ttt_enabled and not c.phased_ttt_enabled, "PHASED_TTT_ENABLED is 0"),
     (("ttt_short_chunk_size", "ttt_short_score_first_steps"),
