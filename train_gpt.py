@@ -102,8 +102,8 @@ PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable 
         loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096,
         train_seq_len=512, train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
         eval_seq_len=512, ttt_eval_seq_len=512, rope_train_seq_len=512, eval_stride=256, val_batch_tokens=65536,
-        max_wallclock_seconds=80.0, gptq_reserve_seconds=20.0, gptq_calibration_batches=12, max_eval_seconds=0.0, train_log_every=20,
-        muon_momentum_warmup_steps=100, ema_decay=0.95, ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
+        max_wallclock_seconds=80.0, gptq_reserve_seconds=20.0, rd_reserve_seconds=0.0, gptq_calibration_batches=12, max_eval_seconds=0.0,
+        train_log_every=20, muon_momentum_warmup_steps=100, ema_decay=0.95, ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
         ttt_batch_size=16, ttt_chunk_size=128, ttt_short_score_first_steps="256:32,512:64", ttt_lanes=1, phased_ttt_prefix_docs=40,
         global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
     ),
@@ -209,8 +209,9 @@ def rule_violations(c: Config):
     if not all(item.strip().isdigit() for item in filter(None, c.seeds_declared.split(","))):
         yield ("seeds_declared",), f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
     if c.max_wallclock_seconds and not c.train_budget_seconds:
-        yield ("max_wallclock_seconds", "gptq_reserve_seconds"), (
-            f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}")
+        yield ("max_wallclock_seconds", "gptq_reserve_seconds", "rd_reserve_seconds"), (
+            f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
+            + f", RD_RESERVE_SECONDS={c.rd_reserve_seconds:g} being kept too" * (c.quant == "rd"))
     if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
         yield ("max_wallclock_seconds", "iterations"), "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
     if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
@@ -363,6 +364,7 @@ class Config:
     gptq_calibration: str = knob("train", "data of the Hessians: training windows, or the model's own text", choices=("train", "self"))
     gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians", lo=1)
     gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians", lo=0)
+    rd_reserve_seconds: float = knob(6.0, "QUANT=rd: another part of it, for the gradients", lo=0)
     awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most")
     awq_lite_bits: int = knob(8, "bits of those groups; tensors with as many bits are no candidates", lo=3, hi=8)
     awq_lite_group_size: int = knob(64, "columns per group", lo=1)
@@ -477,8 +479,13 @@ class Config:
     @property
     def train_budget_seconds(self) -> float:
         """Seconds for the training loop; 0 = no limit."""
-        reserve = self.gptq_reserve_seconds if self.gptq_calibration == "train" else 0.0  # the model's own text is no training data
-        return max(self.max_wallclock_seconds - reserve, 0.0)
+        return max(self.max_wallclock_seconds - self.reserve_seconds, 0.0)
+
+    @property
+    def reserve_seconds(self) -> float:
+        """Seconds of the training budget that calibration gets; on the model's own text it reads no training data and needs none."""
+        gradients = self.rd_reserve_seconds if self.quant == "rd" else 0.0
+        return self.gptq_reserve_seconds + gradients if self.gptq_calibration == "train" else 0.0
 
     @property
     def seq_schedule(self) -> tuple[tuple[int, float], ...]:
@@ -539,10 +546,11 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("midrun_cap_log_updates",), lambda c: not c.midrun_cap_schedule, "MIDRUN_CAP_SCHEDULE is blank"),
     (("embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas"),
      lambda c: c.quant == "s05", "QUANT=s05 has its own steps and an int8 embedding"),
-    (("gptq_calibration_batches", "gptq_reserve_seconds"), lambda c: c.gptq_calibration == "self", "GPTQ_CALIBRATION is self"),
+    (("gptq_calibration_batches", "gptq_reserve_seconds", "rd_reserve_seconds"),
+     lambda c: c.gptq_calibration == "self", "GPTQ_CALIBRATION is self"),
     (S14_KNOBS, lambda c: c.quant == "rd", "QUANT is rd"),
     (("n_int6_layers",), lambda c: c.quant != "s05", "QUANT is not s05"),
-    (("rd_loss",), lambda c: c.quant != "rd", "QUANT is not rd"),
+    (("rd_loss", "rd_reserve_seconds"), lambda c: c.quant != "rd", "QUANT is not rd"),
     (("target_bytes",), lambda c: c.quant == "s14", "QUANT is s14"),
     (("awq_lite_bits", "awq_lite_group_size", "awq_lite_group_top_k"), lambda c: not c.awq_lite_enabled, "AWQ_LITE_ENABLED is 0"),
     (("lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_asym_enabled", "lqer_asym_group", "lqer_scope", "lqer_gain_select"),
@@ -550,7 +558,7 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("lqer_factor_bits",), lambda c: c.lqer_enabled and c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 1"),
     (("lqer_asym_group",), lambda c: c.lqer_enabled and not c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 0"),
     (("compile_allow_recompiles",), lambda c: c.compile_backend == "none", "COMPILE_BACKEND is none"),
-    (("gptq_reserve_seconds",), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
+    (("gptq_reserve_seconds", "rd_reserve_seconds"), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
     (TTT_KNOBS, lambda c: not c.ttt_enabled, "TTT_ENABLED is 0"),
     (PHASE_KNOBS, lambda c: c.ttt_enabled and not c.phased_ttt_enabled, "PHASED_TTT_ENABLED is 0"),
     (("ttt_short_chunk_size", "ttt_short_score_first_steps"),
@@ -2997,7 +3005,7 @@ def log_training_start(cfg: Config, trainer: Trainer, log: Log) -> None:
         log(f"midrun_cap_schedule:{cfg.midrun_cap_schedule}")
     log(f"local_microbatch_tokens:{cfg.train_microbatch_tokens}")
     log(f"growth_stage:seq_len:{cfg.seq_schedule[0][0]} progress:0.000")
-    log(f"gptq:reserving {cfg.gptq_reserve_seconds:.0f}s, effective={cfg.train_budget_seconds * 1000:.0f}ms")
+    log(f"gptq:reserving {cfg.reserve_seconds:.0f}s, effective={cfg.train_budget_seconds * 1000:.0f}ms")
 
 
 def step_profiler(cfg: Config, trainer: Trainer, path: Path):
@@ -3015,15 +3023,16 @@ def step_profiler(cfg: Config, trainer: Trainer, path: Path):
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
 
 
-def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
+def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=None) -> None:
     """The timed loop. Stops at ITERATIONS, at FORCE_STOP_STEP, or before the step that would overrun the budget.
 
-    validate(): scores the model as it stands, clock stopped. Raises Interrupted on Ctrl-C and RunError when loss or gradient
-    is no longer finite; in both cases checkpoint.pt holds the last good state.
+    validate(): scores the model as it stands, clock stopped. forecast(tokens): what the main rank's log says of the artifact so far,
+    clock running, only where that takes less than 1 % of the time since it last did. Raises Interrupted on Ctrl-C and RunError when
+    loss or gradient is no longer finite; in both cases checkpoint.pt holds the last good state.
     """
     cfg, world, clock = trainer.cfg, trainer.world, trainer.clock
     budget, checkpointed, tokens_per_step, compiled = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens, len(compilations())
-    profiler = step_profiler(cfg, trainer, checkpoint_path.with_name("profile.json.gz"))
+    profiler, asked, cost = step_profiler(cfg, trainer, checkpoint_path.with_name("profile.json.gz")), 0.0, 0.0
     clock.go_on()
     with StopRequest() as stop, profiler or contextlib.nullcontext():
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
@@ -3041,9 +3050,9 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
             if budget and not cfg.force_stop_step and elapsed + per_block * applications > budget:
                 log(f"stopping_early: wallclock_cap train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}")
                 break
-            position = trainer.loader.position
+            position, window = trainer.loader.position, trainer.loader.next_step()
             try:
-                loss = trainer.train_step(trainer.loader.next_step(), context, looping, lr, muon_momentum(cfg, trainer.step))
+                loss = trainer.train_step(window, context, looping, lr, muon_momentum(cfg, trainer.step))
             except FloatingPointError as e:
                 trainer.loader.position = position
                 trainer.optimizer.zero_grad()
@@ -3063,6 +3072,11 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path) -> None:
                 log(f"{trainer.step}/{cfg.iterations} train_loss: {loss:.4f} train_time: {now / 60:.1f}m "
                     f"tok/s: {trainer.step * tokens_per_step / now:.0f} seconds:{now:.2f} lr_scale:{lr:.4f} "
                     f"tok/s_now:{tokens_per_step / (now - elapsed):.0f} {trainer.utilization.interval()}")
+                cost = cost or 3 * (now - elapsed)  # until it is known: as much as three steps
+                if forecast and world.main and now - asked > 100 * cost and (not budget or now + 2 * cost < budget):
+                    log(f"{trainer.step}/{cfg.iterations} {forecast(window[0])}")
+                    asked, compiled = clock.now(), len(compilations())
+                    cost = asked - now
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 clock.pause()
                 score, compiled = validate(), len(compilations())
@@ -3155,26 +3169,37 @@ def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, leng
     return tokens.cpu().numpy()
 
 
+def calibration_parts(cfg: Config) -> int:
+    """Windows per micro-batch of calibration: gradients want more samples and less memory."""
+    return min(8, cfg.train_microbatch_tokens // cfg.train_seq_len) if cfg.quant == "rd" else 1
+
+
+def calibrate(cfg: Config, world: World, model: GPT, weights: dict[str, Tensor], tokens: np.ndarray, hessians: Hessians) -> None:
+    """Add one window to `hessians`, run through the looped network with documents masked as in training; its gradients with QUANT=rd.
+    weights: parameters by name, which take the place of the model's own."""
+    row, banks = packed_row(tokens, cfg.train_seq_len, world.device), ("_bank", "tok_emb.weight", "lm_head.weight")
+    matrices = {name: t for name, t in weights.items() if name.endswith(banks)}
+    how = dict(order=layer_order(cfg, looping=True), packing=Packing(row.cu_seqlens, row.max_len), tap=hessians)
+    with torch.set_grad_enabled(cfg.quant == "rd"):
+        nats = torch.func.functional_call(model, weights, (row.inputs, row.targets), how)
+        if cfg.quant == "rd":
+            gradients = torch.autograd.grad(nats.sum(), list(matrices.values()))
+            hessians.add_gradients(unbank(cfg, dict(zip(matrices, gradients, strict=True))))
+
+
 @torch.no_grad()
 def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Hessians:
-    """Run calibration windows through the looped network, documents masked as in training, and add H up over the ranks."""
-    hessians, order, batches = Hessians(), layer_order(cfg, looping=True), cfg.gptq_calibration_batches * cfg.micro_batches
-    parts = min(8, cfg.train_microbatch_tokens // cfg.train_seq_len) if cfg.quant == "rd" else 1  # gradients: more samples, less memory
+    """Calibrate on windows of training data or on text of the model's own, and add up over the ranks."""
+    hessians, batches, parts = Hessians(), cfg.gptq_calibration_batches * cfg.micro_batches, calibration_parts(cfg)
     start = time.perf_counter()
     if cfg.gptq_calibration == "self":
         windows = write_sequences(cfg, world, model)
         log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {time.perf_counter() - start:.1f}s")
     else:
         windows = calibration_windows(files.train, cfg.train_microbatch_tokens // parts, batches * parts)[world.rank :: world.size]
-    matrices = {name: p for name, p in model.named_parameters() if name.endswith(("_bank", "tok_emb.weight", "lm_head.weight"))}
-    eta = Eta(len(windows))
+    eta, weights = Eta(len(windows)), dict(model.named_parameters())
     for tokens in windows:
-        row = packed_row(tokens, cfg.train_seq_len, world.device)
-        with torch.set_grad_enabled(cfg.quant == "rd"):
-            nats = model(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len), tap=hessians)
-            if cfg.quant == "rd":
-                gradients = torch.autograd.grad(nats.sum(), list(matrices.values()))
-                hessians.add_gradients(unbank(cfg, dict(zip(matrices, gradients, strict=True))))
+        calibrate(cfg, world, model, weights, tokens, hessians)
         eta.add(1)
         if eta.done == 1 and eta.left > 20:
             log(f"GPTQ:calibration takes about {eta.left:.0f}s more")
@@ -3594,13 +3619,13 @@ class RateDistortion:
             out[part] = out[part] + (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
         return out
 
-    def __call__(self, delta: float) -> dict[str, Stored]:
+    def __call__(self, delta: float, choose=lambda x, _: trellis_path(x)) -> dict[str, Stored]:
         """Quantize all matrices."""
         out = {}
         for names, W, perm, U, rows, cols, levels in self.batches:
             parts = [self.parts(*x, delta) for x in zip(W, rows, cols, levels.tolist(), strict=True)]
             step = torch.stack([Trellis.steps(p) for p in parts])
-            q = walk_columns(W, perm, U, step, lambda x, _: trellis_path(x)).to(torch.int8)
+            q = walk_columns(W, perm, U, step, choose).to(torch.int8)
             for name, k, p in zip(names, q, parts, strict=True):
                 out[name] = Stored({("trellis", part): t for part, t in Trellis.encode(k, **p).items()})
         return out
@@ -4197,6 +4222,29 @@ def quantize_to_fit(cfg: Config, state: dict[str, Tensor], hessians: Hessians, c
             low, high = (middle, high) if tried[0] <= target else (low, middle)
             under = tried if under[0] < tried[0] <= target else under
     return quantize(cfg, state, hessians, log, under[1]), under[2]
+
+
+@torch.no_grad()
+@full_fp32()
+def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor], tokens: np.ndarray, code_bytes: int) -> str:
+    """The size that an artifact of these weights would have, with the script: calibrated on one micro-batch, measured by `coded_bits`.
+    QUANT=rd without the trellis, on steps that err as much. Changes neither the model nor a random generator."""
+    live, hessians, parts, quiet = dict(model.named_parameters()), Hessians(), calibration_parts(cfg), lambda line: None
+    weights = {name: t.detach().to(live[name].dtype).clone().requires_grad_() for name, t in state.items()}
+    for k in range(parts):
+        n = (len(tokens) - 1) // parts
+        calibrate(cfg, world, model, weights, tokens[k * n : (k + 1) * n + 1], hessians)
+    plan = matrices = None
+    if cfg.quant == "rd":
+        plan, wide = RateDistortion(gptq_tasks(cfg, unbank(cfg, weights)), hessians), math.sqrt(12 * TRELLIS_ERROR)
+        matrices = plan(finest := plan.delta(cfg.rd_loss), lambda x, _: ((q := (x / wide).round().clamp(-127, 127)), q * wide))
+    stored = quantize(cfg, weights, hessians, quiet, matrices)
+    bits = coded_bits({f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()})
+    size, text = code_bytes + bits.sum() / 8, f" for RD_LOSS {cfg.rd_loss:g}" if plan else ""
+    if plan and 0 < cfg.target_bytes < size:
+        delta = plan.delta_for(plan.bits(finest) + 8 * (cfg.target_bytes - size))
+        text += f"; at TARGET_BYTES {cfg.target_bytes} the predicted loss is {cfg.rd_loss * (delta / finest) ** 2:.5f}"
+    return f"predicted_size: {size:.0f} bytes with the script{text}"
 
 
 class Header(NamedTuple):
@@ -5304,9 +5352,13 @@ def train_stage(run: Run) -> GPT:
         clock.phase("train")
         return score
 
+    def forecast(tokens: np.ndarray) -> str:
+        averaged = trainer.ema.shadow if trainer.ema else trainer.model.state_dict()
+        return forecast_size(cfg, world, trainer.model, averaged, tokens, Path(__file__).stat().st_size)
+
     clock.phase("train")
     start = time.perf_counter()
-    train(trainer, validate, log, run.checkpoint)
+    train(trainer, validate, log, run.checkpoint, forecast)
     run.result["mfu"] = trainer.utilization.result(time.perf_counter() - start)
     peak = max(peak_memory_mib(world.device), clock.peak_mib.get("train", 0))
     reserved = torch.cuda.max_memory_reserved() >> 20 if world.device.type == "cuda" else peak

@@ -546,3 +546,11 @@ def test_launch_comes_from_torchrun():
 
 def test_tiny_fixture_is_one_configuration_in_two_spellings():
     assert tg.config_from_env(tiny_env()) == tiny_config() == tg.Config(**TINY)
+
+
+@pytest.mark.parametrize("given, seconds", [({}, 10), (dict(quant="s14"), 4), (dict(gptq_reserve_seconds=0.5), 6.5),
+                                            (dict(gptq_reserve_seconds=0.0, rd_reserve_seconds=0.0), 0),
+                                            (dict(quant="s05", gptq_calibration="self"), 0)])
+def test_a_calibration_with_gradients_gets_more_time(given, seconds):
+    cfg = tg.Config(**given)
+    assert cfg.reserve_seconds == seconds and cfg.train_budget_seconds == 600 - seconds

@@ -238,3 +238,26 @@ def test_a_target_out_of_reach_is_an_error_naming_the_smallest_size(calibrated):
     smallest = int(str(e.value).split("size is ")[1].split()[0])
     _, blob = tg.quantize_to_fit(dataclasses.replace(cfg, target_bytes=smallest + 100), state, hessians, 50_000, silent)
     assert len(blob) + 50_000 <= smallest + 100
+
+
+@pytest.mark.parametrize("quant, near", [("rd", 0.15), ("s14", 0.02), ("s05", 0.03)])
+def test_the_size_predicted_from_one_micro_batch(calibrated, world, random_model, quant, near):
+    cfg, state, hessians = calibrated
+    cfg = dataclasses.replace(cfg, quant=quant, target_bytes=0)
+    model, tokens = random_model(cfg, seed=1), np.array(tg.read_shard(tg.Dataset.open(cfg, need_train=True).train[0])[:257])
+    line = tg.forecast_size(cfg, world, model, state, tokens, 5_000)
+    size = int(line.split("predicted_size: ")[1].split()[0])
+    _, blob = tg.quantize_to_fit(cfg, state, hessians, 5_000, silent)
+    header = tg.bytes_by_part(blob)["header"]
+    assert size == pytest.approx(len(blob) - header + 5_000, rel=near), line
+
+
+def test_a_predicted_size_over_the_target_names_the_loss(calibrated, world, random_model):
+    cfg, state, _ = calibrated
+    model, tokens = random_model(cfg, seed=1), np.array(tg.read_shard(tg.Dataset.open(cfg, need_train=True).train[0])[:257])
+
+    def loss(target: int) -> float:
+        tight = dataclasses.replace(cfg, target_bytes=target)
+        return float(tg.forecast_size(tight, world, model, state, tokens, 5_000).split("predicted loss is ")[1])
+
+    assert cfg.rd_loss < loss(8_500) < loss(8_000) < loss(7_500)

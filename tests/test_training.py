@@ -428,6 +428,46 @@ def test_validation_and_checkpoints_pause_the_clock(cfg, world, tmp_path, monkey
     assert trainer.clock.seconds == 6 and [s for _, s, _ in trainer.losses] == [1, 2, 3, 4, 5, 6]
 
 
+# ---- the size of the artifact so far
+
+
+@pytest.mark.parametrize("quant", ["rd", "s14", "s05"])
+def test_a_predicted_size_does_not_touch_training(cfg, world, tmp_path, monkeypatch, whole, quant):
+    trainer, fake, lines = make_trainer(dataclasses.replace(cfg, quant=quant), world), FakeTime(monkeypatch), []
+    slow_steps(trainer, fake, lambda k, looping: 1.0 if k else 1e-4)
+
+    def forecast(tokens):
+        fake.now += 1e-4
+        return tg.forecast_size(trainer.cfg, world, trainer.model, trainer.ema.shadow, tokens, 1000)
+
+    tg.train(trainer, no_score, lines.append, tmp_path / "checkpoint.pt", forecast)
+    assert sum("predicted_size: " in line for line in lines) == 11, "all but the first step"
+    assert loss_values(trainer) == whole[0]
+    assert_same(fingerprint(trainer), whole[1])
+
+
+def test_a_predicted_size_costs_one_percent_and_never_the_budget(cfg, world, tmp_path, monkeypatch):
+    cfg = dataclasses.replace(cfg, iterations=1000, max_wallclock_seconds=600.0, gptq_reserve_seconds=0.0)
+    fake, trainer, asked = FakeTime(monkeypatch), make_trainer(cfg, world), []
+    trainer.train_step = lambda *a: 4.0
+    slow_steps(trainer, fake, lambda k, looping: 1.0)
+
+    def ask(tokens):
+        asked.append(fake.now - 1000)
+        fake.now += 2.0
+        return "predicted_size: 1"
+
+    tg.train(trainer, no_score, quiet, tmp_path / "checkpoint.pt", ask)
+    assert asked == [301, 504] and trainer.clock.seconds <= 600
+    other = make_trainer(dataclasses.replace(cfg, max_wallclock_seconds=304.0), world)
+    asked.clear()
+    other.train_step = lambda *a: 4.0
+    start = fake.now = 1000.0
+    slow_steps(other, fake, lambda k, looping: 1.0)
+    tg.train(other, no_score, quiet, tmp_path / "checkpoint.pt", ask)
+    assert not asked and fake.now - start <= 304, "three steps' time, twice, is not left"
+
+
 # ---- checkpoints
 
 
