@@ -102,7 +102,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable 
         loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096,
         train_seq_len=512, train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
         eval_seq_len=512, ttt_eval_seq_len=512, rope_train_seq_len=512, eval_stride=256, val_batch_tokens=65536,
-        max_wallclock_seconds=80.0, gptq_reserve_seconds=20.0, rd_reserve_seconds=0.0, gptq_calibration_batches=12, max_eval_seconds=0.0,
+        max_wallclock_seconds=80.0, gptq_reserve_seconds=24.0, rd_reserve_seconds=0.0, gptq_calibration_batches=8, max_eval_seconds=0.0,
         train_log_every=20, muon_momentum_warmup_steps=100, ema_decay=0.95, ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
         ttt_batch_size=16, ttt_chunk_size=128, ttt_short_score_first_steps="256:32,512:64", ttt_lanes=1, phased_ttt_prefix_docs=40,
         global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
