@@ -13,7 +13,7 @@ from conftest import tiny_config
 
 import train_gpt as tg
 
-S14 = tg.Config()
+S14 = tg.Config(quant="s14")
 # Compiling costs seconds per block: two of them still have a loop, a skip, two lanes and one block without XSA.
 SHALLOW = dict(num_layers=2, loop_start=0, loop_end=0, parallel_start_layer=1, xsa_last_n=1)
 
