@@ -434,10 +434,10 @@ def test_validation_and_checkpoints_pause_the_clock(cfg, world, tmp_path, monkey
 @pytest.mark.parametrize("quant", ["rd", "s14", "s05"])
 def test_a_predicted_size_does_not_touch_training(cfg, world, tmp_path, monkeypatch, whole, quant):
     trainer, fake, lines = make_trainer(dataclasses.replace(cfg, quant=quant), world), FakeTime(monkeypatch), []
-    slow_steps(trainer, fake, lambda k, looping: 1.0 if k else 1e-4)
+    slow_steps(trainer, fake, lambda k, looping: 1e-4 if k else 1.0)
 
     def forecast(tokens):
-        fake.now += 1e-4
+        fake.now += 1e-7
         return tg.forecast_size(trainer.cfg, world, trainer.model, trainer.ema.shadow, tokens, 1000)
 
     tg.train(trainer, no_score, lines.append, tmp_path / "checkpoint.pt", forecast)
