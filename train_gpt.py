@@ -3072,8 +3072,8 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
                 log(f"{trainer.step}/{cfg.iterations} train_loss: {loss:.4f} train_time: {now / 60:.1f}m "
                     f"tok/s: {trainer.step * tokens_per_step / now:.0f} seconds:{now:.2f} lr_scale:{lr:.4f} "
                     f"tok/s_now:{tokens_per_step / (now - elapsed):.0f} {trainer.utilization.interval()}")
-                cost = cost or 3 * (now - elapsed)  # until it is known: as much as three steps
-                if forecast and world.main and now - asked > 100 * cost and (not budget or now + 2 * cost < budget):
+                price = cost or 3 * (now - elapsed)  # until it is known: as much as three steps
+                if forecast and world.main and now - asked > 100 * price and (not budget or now + 2 * price < budget):
                     log(f"{trainer.step}/{cfg.iterations} {forecast(window[0])}")
                     asked, compiled = clock.now(), len(compilations())
                     cost = asked - now
