@@ -1,8 +1,9 @@
 """Quantization and packing at full size: S14's network, 35.9M weights, without training. `python bench/full_size.py [s14] [rd] [search]`
 
 Weights are drawn (Gaussian, rows and columns of different scale), calibration is 4,096 random tokens, so only seconds, bytes and
-memory mean anything here; seconds are by the clock and of the processor. One JSON line a part, each in a process of its own so that the peak memory is its own:
-s14 and rd: calibration, one pass, pack, unpack with COMPRESSOR=range, and whether the tensors come back; search: TARGET_BYTES=16000000.
+memory mean anything here; seconds are by the clock and of the processor. One JSON line a part, each in a process of its own so that
+the peak memory is its own: s14 and rd: calibration, one pass, pack and unpack with COMPRESSOR=range, and whether the tensors come
+back; search: TARGET_BYTES=16000000.
 """
 
 import json
@@ -35,8 +36,8 @@ def drawn_model(cfg: tg.Config, world: tg.World) -> tg.GPT:
     return model
 
 
-def random_tokens(cfg: tg.Config, folder: Path) -> tg.Dataset:
-    """A training shard of random words, each starting a document now and then."""
+def random_tokens(cfg: tg.Config, folder: Path) -> Path:
+    """A training shard of random tokens."""
     tokens = np.random.default_rng(cfg.seed).integers(2, cfg.vocab_size, 16384).astype("<u2")
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(tokens)
@@ -70,9 +71,10 @@ def measure(part: str) -> dict:
     if any(not torch.equal(t, back[name].parts[key]) for name, s in stored.items() for key, t in s.parts.items()):
         raise SystemExit(f"{part}: tensors do not survive packing")
     weights = sum(p.numel() for p in model.parameters())
-    return dict(part=part, weights=weights, bytes=len(blob), with_script=len(blob) + code, bits_per_weight=round(8 * len(blob) / weights, 4),
-                seconds=seconds, peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2), threads=torch.get_num_threads(),
-                passes=[line for line in passes if line.startswith("rd:")])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return dict(part=part, weights=weights, bytes=len(blob), with_script=len(blob) + code,
+                bits_per_weight=round(8 * len(blob) / weights, 4), seconds=seconds, peak_gib=round(peak, 2),
+                threads=torch.get_num_threads(), passes=[p for p in passes if p.startswith("rd:")])
 
 
 if __name__ == "__main__":

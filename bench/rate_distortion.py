@@ -111,8 +111,9 @@ class Checkpoint:
         self.standard_bytes, score = self.standard_bytes or len(blob), self.score(state)
         return dict(method=method, seed=self.seed, variables=variables, bytes=len(blob),
                     bits_per_weight=8 * len(blob) / sum(t.numel() for t in state.values()), error=self.error(cfg, stored),
-                    val_bpb_before=self.before.bpb, val_bpb=score.bpb, loss_rise=score.loss - self.before.loss, quantize_seconds=round(quantize_seconds, 2),
-                    encode_seconds=round(encode_seconds, 2), decode_seconds=round(decode_seconds, 2))
+                    val_bpb_before=self.before.bpb, val_bpb=score.bpb, loss_rise=score.loss - self.before.loss,
+                    quantize_seconds=round(quantize_seconds, 2), encode_seconds=round(encode_seconds, 2),
+                    decode_seconds=round(decode_seconds, 2))
 
     def error(self, cfg: tg.Config, stored: dict[str, tg.Stored]) -> float:
         """tr(E H E^T) / tr(W H W^T), the share of the output's energy that is error: mean over the matrices. Every method with one H."""
@@ -148,7 +149,7 @@ def means(points: list[dict]) -> dict[str, list[dict]]:
     for (method, variables), group in groups.items():
         mean = {key: float(np.mean([p[key] for p in group])) for key in numbers}
         shares = [at(curves[p["seed"]], "bytes", "loss_rise", p["bytes"]) / p["loss_rise"] for p in group] if method != "rd" else [math.nan]
-        out[method].append(mean | dict(variables=json.loads(variables), seeds=len(group), rd=(min(shares), max(shares)),
+        out[method].append(mean | dict(variables=json.loads(variables), seeds=len(group), rd=(float(np.min(shares)), float(np.max(shares))),
                                        spread=float(np.std([p["loss_rise"] for p in group]))))
     return {method: sorted(rows, key=lambda r: r["bytes"]) for method, rows in out.items()}
 
@@ -187,7 +188,8 @@ def table(curves: dict[str, list[dict]]) -> list[str]:
     lines.insert(1, "|" + "|".join("-" * (n + 2) if i < 2 else "-" * (n + 1) + ":" for i, n in enumerate(wide)) + "|")
     standard = next((r for r in curves.get(STANDARD, ()) if r["variables"] == METHODS[STANDARD][0]), None)
     if standard:
-        lines += ["", f"against {STANDARD} with S14's clips ({standard['bytes']:,.0f} bytes, {standard['loss_rise']:.5f} nats), on mean curves:", ""]
+        told = f"{standard['bytes']:,.0f} bytes, {standard['loss_rise']:.5f} nats"
+        lines += ["", f"against {STANDARD} with S14's clips ({told}), on mean curves:", ""]
         for method, rows in curves.items():
             cost, size = at(rows, "bytes", "loss_rise", standard["bytes"]), at(rows, "loss_rise", "bytes", standard["loss_rise"])
             told = (f"loss at equal bytes {100 * (cost / standard['loss_rise'] - 1):>+8.1f} %" if cost == cost else "sizes do not reach it",
