@@ -2,10 +2,11 @@
 
     python bench/rate_distortion.py logs/SEED1 logs/SEED2 ... --out bench/results/rd      # rd.jsonl and rd.png
     python bench/rate_distortion.py logs/SEED1 --methods s14+brotli,s05 --docs 0.25
+    python bench/rate_distortion.py --keep --out bench/results/rd                         # table and picture of the points there are
 
 A checkpoint is the folder of a run (result.json, final_model.pt); seeds of one configuration. Each point is quantized, packed,
-read back and compared, and what was read back is scored without test-time training. One JSON line a point, then a table and the
-picture: bytes of the artifact against bits per byte, and against what quantization costs. Hessians are collected once a seed.
+read back and compared, and what was read back is scored without test-time training. One JSON line a point, then a table (Markdown)
+and the picture: bytes of the artifact against bits per byte, and against what quantization costs. Hessians are collected once a seed.
 A method that this script or machine lacks is skipped, with the reason. --keep: points already in the file are not done again.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import time
 from collections import defaultdict
@@ -33,7 +35,7 @@ S05 = dict(QUANT="s05", AWQ_LITE_ENABLED=0, LQER_ENABLED=0, COMPRESSOR="brotli",
 def s14(compressor: str) -> list[dict]:
     """S14 with its clips, and with all of them times a factor: coarser steps, fewer bytes."""
     return [dict(QUANT="s14", COMPRESSOR=compressor) | {name: round(f * clip, 3) for name, clip in S14_CLIPS.items()}
-            for f in (1.0, 0.8, 1.25, 1.6, 2.0)]
+            for f in (1.0, 0.8, 1.4, 2.0, 3.0)]
 
 
 METHODS = {  # method: the variables of its points; TARGET_BYTES in percent of the seed's first s14 point
@@ -43,7 +45,7 @@ METHODS = {  # method: the variables of its points; TARGET_BYTES in percent of t
     "s05": [S05 | dict(N_INT6_LAYERS=n) for n in (10, 0, 20, 999)],
     "s05+range": [S05 | dict(N_INT6_LAYERS=n, COMPRESSOR="range") for n in (10, 0, 20, 999)],
     "s05 pruned": [S05 | dict(N_INT6_LAYERS=n, TARGET_BYTES=t) for n, t in ((999, "100%"), (10, "90%"), (10, "80%"))],
-    "rd": [dict(QUANT="rd", COMPRESSOR="range", RD_LOSS=1e-6, TARGET_BYTES=t) for t in ("100%", "90%", "80%", "70%", "60%")],
+    "rd": [dict(QUANT="rd", COMPRESSOR="range", RD_LOSS=1e-6, TARGET_BYTES=t) for t in ("100%", "85%", "70%", "55%", "115%")],
 }
 COLOURS = dict(zip(METHODS, ("#9aa1ab", "#4a8fbd", "#2f6690", "#e0a35c", "#d9822b", "#b04a2f", "#7a5195"), strict=True))
 STANDARD = "s14+brotli"  # what the others are compared with, at its first point
@@ -67,12 +69,12 @@ class Checkpoint:
         self.hessians, self.stored, self.scores = {}, {}, {}
         self.before, self.standard_bytes = self.score(self.state), 0
 
-    def score(self, state: dict) -> float:
-        """val_bpb of these weights; equal weights are scored once."""
+    def score(self, state: dict) -> tg.Score:
+        """Score of these weights; equal weights are scored once."""
         digest = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in state.values())).digest()
         if digest not in self.scores:
             self.model.load_state_dict(state)
-            self.scores[digest] = tg.evaluate(self.cfg, self.world, self.model, tg.ValDoor(self.data, self.world)).bpb
+            self.scores[digest] = tg.evaluate(self.cfg, self.world, self.model, tg.ValDoor(self.data, self.world))
         return self.scores[digest]
 
     def calibration(self, cfg: tg.Config) -> tg.Hessians:
@@ -106,11 +108,12 @@ class Checkpoint:
         decode_seconds = time.perf_counter() - start
         if broken := [name for name, t in tg.dequantized_state(cfg, stored).items() if not torch.equal(t, state[name])]:
             raise tg.RunError(f"{method} {given}: {', '.join(broken)} do not survive packing")
-        self.standard_bytes = self.standard_bytes or len(blob)
+        self.standard_bytes, score = self.standard_bytes or len(blob), self.score(state)
         return dict(method=method, seed=self.seed, variables=variables, bytes=len(blob),
                     bits_per_weight=8 * len(blob) / sum(t.numel() for t in state.values()), error=self.error(cfg, stored),
-                    val_bpb_before=self.before, val_bpb=self.score(state), quantize_seconds=round(quantize_seconds, 2),
-                    encode_seconds=round(encode_seconds, 2), decode_seconds=round(decode_seconds, 2))
+                    val_bpb_before=self.before.bpb, val_bpb=score.bpb, loss_rise=score.loss - self.before.loss,
+                    quantize_seconds=round(quantize_seconds, 2), encode_seconds=round(encode_seconds, 2),
+                    decode_seconds=round(decode_seconds, 2))
 
     def error(self, cfg: tg.Config, stored: dict[str, tg.Stored]) -> float:
         """tr(E H E^T) / tr(W H W^T), the share of the output's energy that is error: mean over the matrices. Every method with one H."""
@@ -134,79 +137,107 @@ def unavailable(checkpoint: Checkpoint, method: str) -> str:
 
 
 def means(points: list[dict]) -> dict[str, list[dict]]:
-    """By method, each of its points averaged over the seeds, in the order of their bytes."""
-    groups = defaultdict(list)
+    """By method, each of its points averaged over the seeds, in the order of their bytes. rd: at those bytes, the loss that QUANT=rd
+    costs as a share of what this point costs, smallest and largest over the seeds; blank where a seed's rd points do not reach."""
+    groups, curves, out = defaultdict(list), defaultdict(list), defaultdict(list)
     for p in points:
-        groups[p["method"], json.dumps(p["variables"])].append(p | dict(tax=p["val_bpb"] - p["val_bpb_before"]))
-    out = defaultdict(list)
-    numbers = ("bytes", "bits_per_weight", "error", "val_bpb_before", "val_bpb", "tax", "quantize_seconds", "encode_seconds",
+        groups[p["method"], json.dumps(p["variables"])].append(p)
+        if p["method"] == "rd":
+            curves[p["seed"]].append(p)
+    numbers = ("bytes", "bits_per_weight", "error", "val_bpb_before", "val_bpb", "loss_rise", "quantize_seconds", "encode_seconds",
                "decode_seconds")
     for (method, variables), group in groups.items():
         mean = {key: float(np.mean([p[key] for p in group])) for key in numbers}
-        out[method].append(mean | dict(variables=json.loads(variables), seeds=len(group), spread=float(np.std([p["tax"] for p in group]))))
+        shares = [at(curves[p["seed"]], "bytes", "loss_rise", p["bytes"]) / p["loss_rise"] for p in group] if method != "rd" else [math.nan]
+        out[method].append(mean | dict(variables=json.loads(variables), seeds=len(group), rd=(float(np.min(shares)), float(np.max(shares))),
+                                       spread=float(np.std([p["loss_rise"] for p in group]))))
     return {method: sorted(rows, key=lambda r: r["bytes"]) for method, rows in out.items()}
 
 
 def at(rows: list[dict], x: str, y: str, value: float) -> float:
-    """y of a mean curve where x has this value, linear in their logarithms; NaN outside the curve."""
+    """y of a curve where x has this value, linear in their logarithms between points; NaN outside the curve."""
     pairs = sorted((r[x], r[y]) for r in rows if r[x] > 0 and r[y] > 0)
     if len(pairs) < 2 or not pairs[0][0] <= value <= pairs[-1][0]:
-        return float("nan")
+        return math.nan
     return float(np.exp(np.interp(np.log(value), *np.log(np.array(pairs)).T)))
 
 
+def setting(variables: dict) -> str:
+    """What tells a point from the others of its method."""
+    if "MLP_CLIP_SIGMAS" in variables:
+        return f"clips times {variables['MLP_CLIP_SIGMAS'] / S14_CLIPS['MLP_CLIP_SIGMAS']:g}"
+    return ", ".join(f"{k}={v}" for k, v in variables.items() if k == "N_INT6_LAYERS" or (k == "TARGET_BYTES" and v))
+
+
 def table(curves: dict[str, list[dict]]) -> list[str]:
-    """Lines for a terminal: the points, then each method against the standard one."""
-    lines = [f"{'method':<14}{'bytes':>11}{'bits/w':>8}{'error':>10}{'before':>10}{'after':>10}{'cost':>10}{'+-':>9}{'quant s':>9}"
-             f"{'enc s':>7}{'dec s':>7}{'seeds':>7}  variables"]
+    """Markdown: the points, means over the seeds, then each method against the standard one."""
+    heads = ("method", "setting", "bytes", "bits a weight", "error", "bpb before", "after", "loss rise, nats", "+-", "rd at these bytes",
+             "quantize s", "encode s", "decode s")
+    cells = []
     for method, rows in curves.items():
         for r in rows:
-            told = " ".join(f"{k}={v}" for k, v in r["variables"].items() if k[:5] not in ("QUANT", "COMPR", "AWQ_L", "LQER_")
-                            and (k, v) != ("TARGET_BYTES", 0))
-            lines.append(f"{method:<14}{r['bytes']:>11,.0f}{r['bits_per_weight']:>8.3f}{r['error']:>10.6f}{r['val_bpb_before']:>10.5f}"
-                         f"{r['val_bpb']:>10.5f}{r['tax']:>10.5f}{r['spread']:>9.5f}{r['quantize_seconds']:>9.1f}{r['encode_seconds']:>7.1f}"
-                         f"{r['decode_seconds']:>7.1f}{r['seeds']:>7}  {told}")
+            low, high = (100 * share for share in r["rd"])
+            cells.append((
+                method, setting(r["variables"]), f"{r['bytes']:,.0f}", f"{r['bits_per_weight']:.3f}", f"{r['error']:.5f}",
+                f"{r['val_bpb_before']:.5f}", f"{r['val_bpb']:.5f}", f"{r['loss_rise']:.5f}", f"{r['spread']:.5f}",
+                f"{low:.0f} to {high:.0f} %" if high == high else "", f"{r['quantize_seconds']:.1f}", f"{r['encode_seconds']:.1f}",
+                f"{r['decode_seconds']:.2f}"))
+    wide = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(n) if i < 2 else c.rjust(n) for i, (c, n) in enumerate(zip(row, wide, strict=True))) + " |"
+             for row in (heads, *cells)]
+    lines.insert(1, "|" + "|".join("-" * (n + 2) if i < 2 else "-" * (n + 1) + ":" for i, n in enumerate(wide)) + "|")
     standard = next((r for r in curves.get(STANDARD, ()) if r["variables"] == METHODS[STANDARD][0]), None)
     if standard:
-        lines += ["", f"against {STANDARD} with S14's clips ({standard['bytes']:,.0f} bytes, cost {standard['tax']:.5f}), on mean curves:"]
+        told = f"{standard['bytes']:,.0f} bytes, {standard['loss_rise']:.5f} nats"
+        lines += ["", f"against {STANDARD} with S14's clips ({told}), on mean curves:", ""]
         for method, rows in curves.items():
-            cost, size = at(rows, "bytes", "tax", standard["bytes"]), at(rows, "tax", "bytes", standard["tax"])
-            told = (f"cost at equal bytes {100 * (cost / standard['tax'] - 1):>+8.1f} %" if cost == cost else "sizes do not reach it",
-                    f"bytes at equal cost {100 * (size / standard['bytes'] - 1):>+8.2f} %" if size == size else "costs do not reach it")
-            lines.append(f"  {method:<14}{told[0]:<32}{told[1]}")
+            cost, size = at(rows, "bytes", "loss_rise", standard["bytes"]), at(rows, "loss_rise", "bytes", standard["loss_rise"])
+            told = (f"loss at equal bytes {100 * (cost / standard['loss_rise'] - 1):>+8.1f} %" if cost == cost else "sizes do not reach it",
+                    f"bytes at equal loss {100 * (size / standard['bytes'] - 1):>+8.2f} %" if size == size else "losses do not reach it")
+            lines.append(f"    {method:<14}{told[0]:<32}{told[1]}")
     return lines
 
 
 def draw(points: list[dict], path: Path) -> None:
-    """Bits per byte and the cost of quantization over bytes: a seed a dot, the mean a line."""
+    """Score and loss of quantization over bytes: a seed a dot, the mean a line."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    figure, curves = Figure(figsize=(13, 6), facecolor="white", layout="constrained"), means(points)
     left, right = figure.subplots(1, 2)
-    for method, rows in means(points).items():
-        colour, own = COLOURS[method], [p for p in points if p["method"] == method]
-        for axes, key, of in ((left, "val_bpb", lambda p: p["val_bpb"]), (right, "tax", lambda p: p["val_bpb"] - p["val_bpb_before"])):
-            axes.plot([r["bytes"] for r in rows], [r[key] for r in rows], color=colour, linewidth=1.8, label=method)
-            axes.scatter([p["bytes"] for p in own], [of(p) for p in own], color=colour, s=14, alpha=0.55, linewidth=0)
-    left.axhline(np.mean([p["val_bpb_before"] for p in points]), color="#555b65", linewidth=1, linestyle=":", label="before quantization")
-    left.set(ylabel="bits per byte of the reloaded artifact", title="score")
-    scale = "log" if all(p["val_bpb"] > p["val_bpb_before"] for p in points) else "linear"
-    right.set(ylabel="bits per byte lost", title="cost of quantization", yscale=scale)
+    for method, rows in curves.items():
+        style = dict(color=COLOURS[method], zorder=4 if method == "rd" else 3)
+        for axes, key in ((left, "val_bpb"), (right, "loss_rise")):
+            own = [p for p in points if p["method"] == method]
+            axes.scatter([p["bytes"] for p in own], [p[key] for p in own], s=13, alpha=0.4, linewidth=0, **style)
+            axes.plot([r["bytes"] for r in rows], [r[key] for r in rows], linewidth=3 if method == "rd" else 1.7, marker="o",
+                      markersize=5, markeredgecolor="white", markeredgewidth=0.8, label=method, **style)
+    left.axhline(np.mean([p["val_bpb_before"] for p in points]), color="#555b65", linewidth=1.1, linestyle=(0, (1, 2)), zorder=2,
+                 label="before quantization")
+    left.set_title("Score of the artifact, bits per byte", loc="left", weight="bold", size=12)
+    right.set_title("What quantization costs, nats per token", loc="left", weight="bold", size=12)
+    if all(p["loss_rise"] > 0 for p in points):
+        right.set_yscale("log")
+        for which in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+            which(FuncFormatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "125" else ""))
     for axes in (left, right):
-        axes.set_xlabel("artifact, kB")
+        axes.set_xlabel("artifact without script, kB", color="#3a3f47")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:,.0f}"))
-        axes.grid(alpha=0.25, which="both")
-        axes.spines[["top", "right"]].set_visible(False)
-    for which in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
-        which(FuncFormatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "125" else ""))
-    left.legend(frameon=False)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+        axes.xaxis.set_major_locator(MaxNLocator(8))
+        axes.grid(color="#e4e7eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors="#3a3f47", length=0, which="both")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color("#b9bec6")
+    left.legend(frameon=False, fontsize=10.5, labelcolor="#20242a")
+    seeds = len({p["seed"] for p in points})
+    figure.supxlabel(f"dots: seeds ({seeds}), lines: their means", size=9, color="#6b7280", x=0.99, ha="right")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN_DIR")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"comma list of {', '.join(METHODS)}")
     parser.add_argument("--points", type=int, help="only the first so many points of a method")
     parser.add_argument("--docs", type=float, default=1.0, help="share of the validation documents that are scored")

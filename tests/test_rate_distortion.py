@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import pytest
@@ -32,7 +33,7 @@ def test_points_are_those_of_the_pipeline(runs, tmp_path, capsys, dataset, world
     points = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and len(points) == 2 * 3 * 2
     text = capsys.readouterr().out
-    assert "against s14+brotli" in text and "TARGET_BYTES=100% N_INT6_LAYERS=999" in text
+    assert "against s14+brotli" in text and "TARGET_BYTES=100%, N_INT6_LAYERS=999" in text
     by = {(p["method"], p["seed"], json.dumps(p["variables"])): p for p in points}
     first, finer = (by["s14+brotli", 1, json.dumps(rd.METHODS["s14+brotli"][i])] for i in range(2))
     assert finer["bytes"] > first["bytes"] and finer["error"] < first["error"] and first["bits_per_weight"] > 3
@@ -80,6 +81,22 @@ def test_points_of_an_earlier_call_are_kept(runs, tmp_path, capsys):
     rd.main([*common, "--methods", "s14+brotli,s05", "--points", "1", "--keep"])
     lines = out.with_suffix(".jsonl").read_text().splitlines(keepends=True)
     assert lines[0] == first and len(lines) == 2 and json.loads(lines[1])["method"] == "s05"
+
+
+def test_rd_is_compared_at_equal_bytes_by_seed():
+    def point(method, seed, size, rise, **variables):
+        return dict(method=method, seed=seed, variables=variables, bytes=size, bits_per_weight=1.0, error=0.1, val_bpb_before=2.0,
+                    val_bpb=2 + rise, loss_rise=rise, quantize_seconds=1.0, encode_seconds=1.0, decode_seconds=1.0)
+
+    points = [point("s14+range", seed, 200, 0.1, N_INT6_LAYERS=0) for seed in (1, 2)]
+    points += [point("s05", 1, 200, 0.1), point("s05", 2, 900, 0.1)]
+    for seed in (1, 2):
+        points += [point("rd", seed, size, 0.01 * seed * 100 / size, TARGET_BYTES=size) for size in (100, 400)]
+    curves = rd.means(points)
+    assert curves["s14+range"][0]["rd"] == pytest.approx((0.05, 0.1)) and curves["s14+range"][0]["seeds"] == 2
+    assert all(map(math.isnan, curves["s05"][0]["rd"])), "900 bytes are beyond one seed's curve: NaN"
+    text = rd.table(curves)
+    assert len({len(line) for line in text}) == 1 and "5 to 10 %" in text[2] and "N_INT6_LAYERS=0 " in text[2]
 
 
 def test_curves_are_read_between_their_points():
