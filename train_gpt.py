@@ -942,6 +942,7 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self.peak_mib: dict[str, int] = {}
         self.compiled: dict[str, list[str]] = {}  # by phase, see `compilations`
+        self.graphs = len(compilations())
 
     def phase(self, name: str) -> None:
         """End the current phase and begin `name`; coming back to a name adds to it."""
@@ -951,8 +952,8 @@ class Clock:
         self.ended(self.name, now - self.start)
         self.peak_mib[self.name] = max(self.peak_mib.get(self.name, 0), peak_memory_mib(self.world.device))
         reset_peak_memory(self.world.device)
-        if made := compilations()[sum(map(len, self.compiled.values())) :]:
-            self.compiled[self.name] = self.compiled.get(self.name, []) + made
+        if made := compilations()[self.graphs :]:
+            self.compiled[self.name], self.graphs = self.compiled.get(self.name, []) + made, self.graphs + len(made)
         self.name, self.start = name, now
 
     def table(self) -> list[dict]:
