@@ -5493,7 +5493,7 @@ def eval_stage(run: Run) -> None:
 
     if cfg.eval_method == "sliding":  # windows that a short stream fills
         mini = replace(mini, eval_seq_len=min(cfg.eval_seq_len, 64), eval_stride=min(cfg.eval_stride, 16), val_batch_tokens=8)
-    count, length, rounds = *((min(3, cfg.ttt_batch_size), 4 * chunk_size(cfg, 2)) if ttt else (3, 128)), 16 if cfg.audit == "full" else 1
+    count, length, rounds = *((min(3, cfg.ttt_batch_size), 3 * chunk_size(cfg, 2)) if ttt else (3, 128)), 16 if cfg.audit == "full" else 1
     isolated = (bool(ttt) or cfg.eval_method == "packed") and not cfg.ngram_tilt_enabled
     run.probe(probe_scoring, run.data, alone, cfg.vocab_size, replay, count, length, rounds, cfg.seed, isolated)
     ours = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *run.files.val, *run.files.sidecar]
