@@ -4595,6 +4595,7 @@ UNRULED = (  # rule, when, what no maintainer has ruled on
 
 
 def holds(good: bool, evidence: str, known: bool = True) -> Finding:
+    """PASS or FAIL, or NOT-MEASURED where nobody could know."""
     return ("PASS" if good else "FAIL") if known else "NOT-MEASURED", evidence
 
 
