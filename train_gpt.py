@@ -1162,7 +1162,7 @@ class TrainLoader:
         return window
 
     def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
 
 
 def calibration_windows(shards: tuple[Path, ...], row_tokens: int, count: int, seed: int = 0) -> list[np.ndarray]:
@@ -4446,8 +4446,8 @@ def graded(forward, targets: Tensor, hints: Tensor | None, boost: float) -> tupl
 
 
 class ValDoor:
-    """The one way from an evaluation to the validation tokens; target i is token i + 1. `score` grades targets, each once, `release` hands
-    out graded ones to learn from, and `sync` lets all ranks learn from what each has graded, and writes the receipts."""
+    """The one way from an evaluation to the validation tokens; target i is token i + 1. `prefix` shows what comes before targets, `score`
+    grades them, each once, `release` hands out graded ones to learn from, `sync` merges the ranks and writes the receipts."""
 
     def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
         self._data, self.world, self.name, self.ledger = data, world, name, ledger
@@ -4456,13 +4456,21 @@ class ValDoor:
         self.nats = torch.zeros(self.total, device=world.device)
         self.sum = torch.zeros((), dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
         self.tokens, self.bytes, self.steps, self.early, self.work = 0, 0, 0, False, Work()
-        self.hints, self.boost, self.order = None, 0.0, np.arange(self.total)  # see `graded`, `ngram_hints`
+        self.hints, self.boost, self.order = None, 0.0, np.arange(self.total)  # see `graded`, `foresee`
+        self.due: list[np.ndarray] = []                   # targets whose prefix is out, to be graded next
         self.fresh: dict[str, list[np.ndarray]] = {}      # graded and released since the last receipt
         self.receipts: list[tuple[str, np.ndarray]] = []  # since the last sync
 
-    def read(self, start: int, end: int) -> np.ndarray:
-        """Tokens [start, end), to be inputs."""
-        return self._data.tokens[start:end]
+    def prefix(self, start: int, at: np.ndarray) -> np.ndarray:
+        """Inputs for the targets `at`, -1 = none: tokens from `start` to the one before the last of them. The next `score` must grade
+        them all: nothing is seen that is not scored."""
+        self.due.append(at[at >= 0])
+        return self._data.tokens[start : self.due[-1].max(initial=-1) + 1]
+
+    def foresee(self, order: np.ndarray, guess, boost: float) -> None:
+        """Hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. It alone is shown the stream at once,
+        before the pass and only to return one guess a target; that none comes from behind its target is what P1 replays."""
+        self.hints, self.boost = guess(self._data.tokens, order), boost
 
     def _targets(self, at: np.ndarray) -> Tensor:
         return torch.from_numpy(self._data.tokens[at + 1].astype(np.int64)).to(self.world.device, non_blocking=True)
@@ -4477,6 +4485,9 @@ class ValDoor:
         index = at.reshape(-1)[flat]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
             raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
+        seen, self.due = np.concatenate([*self.due, index[:0]]), []
+        if not np.isin(seen, index).all():
+            raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are scored: a bug, please report it")
         self.steps, (nats, counted) = 0, graded(forward, self._targets(at), self._hints(at), self.boost)
         counted = counted.detach().reshape(-1)[torch.from_numpy(flat).to(device, non_blocking=True)].float()
         self.nats[torch.from_numpy(index).to(device, non_blocking=True)] = counted
@@ -4557,7 +4568,8 @@ class ValDoor:
 
 
 class Watch:
-    """What Python opens, connects to and starts while `on`: an audit hook. It cannot be removed, so `open_watch` makes one."""
+    """What Python opens, connects to and starts within `with`: an audit hook. It cannot be removed, so `open_watch` makes one. Training
+    data that is opened then is a RunError."""
 
     def __init__(self):
         self.on, self.seen = False, []
@@ -4565,7 +4577,16 @@ class Watch:
 
     def __call__(self, event: str, args: tuple) -> None:
         if self.on and event in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
-            self.seen.append((event, args[1] if event == "socket.connect" else args[0]))
+            self.seen.append((event, what := args[1] if event == "socket.connect" else args[0]))
+            if event == "open" and not isinstance(what, int) and Path(os.fsdecode(what)).name.startswith("fineweb_train_"):
+                raise RunError(f"{os.fsdecode(what)}: training data was about to be read in an evaluation: a bug, please report it")
+
+    def __enter__(self) -> Watch:
+        self.on, self.seen = True, []
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.on = False
 
     def strangers(self, data: Path, ours: list[Path]) -> list[str]:
         """What an evaluation has no business with: data but `ours`, files of neither Python, the system nor the run, other machines."""
@@ -4756,7 +4777,7 @@ def prepare(cfg: Config, door: ValDoor, order: np.ndarray) -> ValDoor:
     door.order = order
     if cfg.ngram_tilt_enabled:
         device = door.world.device if door.world.device.type == "cuda" else "cpu"
-        door.hints, door.boost = ngram_hints(cfg, door.read(0, door.total + 1), order, device), cfg.token_boost
+        door.foresee(order, partial(ngram_hints, cfg, device=device), cfg.token_boost)
     return door
 
 
@@ -4787,7 +4808,8 @@ def packed_batches(cfg: Config, door: ValDoor, rank: int, size: int):
     for start, end in packed_rows(door, context, row_tokens)[rank::size]:
         n = end - start
         inputs, at = np.zeros((1, row_tokens), np.int64), np.full((1, row_tokens), -1)
-        inputs[0, :n], at[0, :n] = door.read(start, end), np.arange(start, end)
+        at[0, :n] = np.arange(start, end)
+        inputs[0, :n] = door.prefix(start, at)
         starts = np.flatnonzero(inputs[0, :n] == BOS_ID)
         cu_seqlens = document_cu_seqlens(np.append(starts, n) if n < row_tokens else starts, row_tokens, context)
         yield EvalBatch(torch.from_numpy(inputs), at, Packing(torch.from_numpy(cu_seqlens), context))
@@ -4798,7 +4820,7 @@ def sliding_batches(cfg: Config, door: ValDoor, rank: int, size: int):
 
     Each row walks through a stretch of its own: most of what its window shows has been scored by the same row in earlier batches.
     """
-    seq, stride, tokens = cfg.eval_seq_len, cfg.eval_stride, door.read(0, door.total)
+    seq, stride = cfg.eval_seq_len, cfg.eval_stride
     starts = np.arange(0, max(1, door.total - (seq - stride)), stride)
     per_batch = max(1, cfg.val_batch_tokens // 8 // seq)
     steps = -(-len(starts) // (size * per_batch))
@@ -4808,11 +4830,14 @@ def sliding_batches(cfg: Config, door: ValDoor, rank: int, size: int):
         if not len(window):
             continue
         at = starts[window][:, None] + np.arange(seq)
-        inputs = np.where(at < door.total, tokens[np.minimum(at, door.total - 1)], 0).astype(np.int64)
         at = np.where(at < door.total, at, -1)
         first, fresh = (np.where(starts[w] == 0, 0, starts[w] + seq - stride)[:, None] for w in (window - step, window))
         learn = at if cfg.slot == "published" else np.where((at >= first) & (at < fresh), at, -1)
-        yield EvalBatch(torch.from_numpy(inputs), np.where(at >= fresh, at, -1), None, learn)
+        at, inputs = np.where(at >= fresh, at, -1), np.zeros(at.shape, np.int64)
+        for row, targets in enumerate(at):
+            seen = door.prefix(starts[window[row]], targets)
+            inputs[row, : len(seen)] = seen
+        yield EvalBatch(torch.from_numpy(inputs), at, None, learn)
 
 
 @torch.enable_grad()
@@ -5029,9 +5054,9 @@ def build_chunk(door: ValDoor, batch: Batch, first: int, rows: int, index: int, 
         window, start, end = chunk_window(size, c, index, context)
         if start >= size:
             continue
-        inputs[row, : end - window] = door.read(origin + window, origin + end)
-        positions[row] = np.minimum(start - window + np.arange(c), width - 1)
         at[row, : end - start] = np.arange(origin + start, origin + end)
+        inputs[row, : end - window] = door.prefix(origin + window, at[row])
+        positions[row] = np.minimum(start - window + np.arange(c), width - 1)
     return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), at)
 
 
@@ -5446,12 +5471,11 @@ def note_weights(run: Run, model: GPT, when: str) -> None:
     run.ledger.add("weights", dict(when=when, sha256=run.weight_hashes[-1]))
 
 
-def eval_stage(run: Run) -> None:
-    """Load the artifact from its bytes, score it as it is, then with test-time training, and look at how that was done."""
+def score_artifact(run: Run) -> tuple[GPT, Any, TttRun | None, Score]:
+    """Load the artifact from its bytes, score it as it is, then with test-time training. -> model, its forward, the run that adapted it
+    and the score that counts."""
     cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
     clock.phase("unpack")
-    run.files, watch = replace(run.files, train=()), open_watch()
-    watch.on, watch.seen = True, []
     start = time.perf_counter()
     model = load_artifact(cfg, world, run.artifact)
     log(f"Deserialize: decompression and dequantization done in {time.perf_counter() - start:.1f}s")
@@ -5484,8 +5508,15 @@ def eval_stage(run: Run) -> None:
         run.result["ttt_mfu"] = utilization.result(seconds)
         run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb,
                            target_tokens=score.tokens, val_bytes=score.bytes, eval_seconds=seconds)
-    watch.on = False
-    clock.phase("audit")
+    return model, forward, ttt, score
+
+
+def eval_stage(run: Run) -> None:
+    """Score the artifact, watched, and look at how that was done."""
+    cfg, world, run.files = run.cfg, run.world, replace(run.files, train=())
+    with open_watch() as watch:
+        model, forward, ttt, score = score_artifact(run)
+    run.clock.phase("audit")
     alone = World(0, 1, world.device, world.dtype)
     mini = replace(cfg, phased_ttt_enabled=False, max_eval_seconds=0.0, ttt_eval_batches="", compile_allow_recompiles=True)
 
