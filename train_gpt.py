@@ -5423,13 +5423,15 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
         run.diagnostic("diagnostic pre-quantization post-ema", "pre_quant", model)
     if world.main:
         log(f"Serialized model: {run.weights.stat().st_size} bytes")
-    clock.phase("calibrate")
+    trains = cfg.gptq_calibration == "train"  # on training data it is part of the training budget
+    clock.phase("calibrate" if trains else "self-calibrate")
     start = time.perf_counter()
     log("GPTQ:collecting Hessians from calibration data...")
     hessians = collect_hessians(cfg, world, model, run.files, log)
     world.synchronize()
-    run.result["calib_seconds"] = time.perf_counter() - start
-    log(f"GPTQ:collected {len(hessians.H)} Hessians in {run.result['calib_seconds']:.1f}s")
+    seconds = time.perf_counter() - start
+    run.result["calib_seconds"] = seconds if trains else 0.0
+    log(f"GPTQ:collected {len(hessians.H)} Hessians in {seconds:.1f}s")
     clock.phase("quantize")
     if world.main:
         start = time.perf_counter()
@@ -5540,7 +5542,7 @@ def score_findings(run: Run, score: Score, early: bool, strangers: list[str]) ->
     total, said = sum(len(read_shard(p)) for p in run.files.val) - 1, run.files.manifest.get("splits", {}).get("val", {}).get("bytes")
     good, lossy = score.tokens == total and score.bytes == said, said is not None and score.tokens == total and score.bytes < said
     covered = holds(good, f"{score.tokens} of {total} targets, {score.bytes} of {said or '?'} bytes", bool(said) or score.tokens != total)
-    trained = (result.get("train_seconds") or math.nan) + result.get("calib_seconds", 0) * (cfg.gptq_calibration == "train")
+    trained = (result.get("train_seconds") or math.nan) + result.get("calib_seconds", 0)
     clocks = ((trained, cfg.max_wallclock_seconds, ("train", "calibrate", "quantize")),
               (result["eval_seconds"], cfg.max_eval_seconds, ("unpack", "diagnostic eval", "eval")))
     late = any(budget and spent > budget for spent, budget, _ in clocks)

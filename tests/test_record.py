@@ -444,7 +444,7 @@ def test_audited_runs_bring_their_ledgers_and_verdicts(tmp_path, capsys):
     for old, new_text in (('"seed":314', '"seed":315'), ('{"n":0', '{"n":1')):
         copy = Path(shutil.copytree(folder, tmp_path / "copy"))
         replace(copy / "ledger_seed314.jsonl", old, new_text)
-        assert "ledgers: ledger_seed314.jsonl: line 1 does not follow" in failures(copy, capsys)
+        assert "ledgers: ledger_seed314.jsonl: line 0 does not have the hash of its content: edited" in failures(copy, capsys)
         shutil.rmtree(copy)
     shutil.copyfile(folder / "ledger_seed0.jsonl", folder / "ledger_seed42.jsonl")
     assert "is not the ledger of the run with seed 42" in failures(folder, capsys)

@@ -11,7 +11,6 @@ records/README.md says what is in a folder.
 import argparse
 import datetime
 import functools
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -26,19 +25,11 @@ from pathlib import Path
 
 import jsonschema
 import pack_code
+from ledger import BUDGET_SECONDS, RESULT_LINE, Broken, read_chain, sha256
 
 CAP_BYTES = 16_000_000  # decimal, model file plus code
 TOKEN_NATS_BYTES = 4_000_000  # larger files of nats per token stay with the run; the ledger has their sums and hash
-BUDGET_SECONDS = 600    # of the ten-minute track, for training and for evaluation each
 SCHEMA = json.loads(Path(__file__).with_name("record_schema.json").read_text())
-
-
-class Broken(ValueError):
-    """A run or a record that contradicts itself. The message is for the user."""
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def parse_json(text: str, definition: str | None = None) -> dict:
@@ -69,7 +60,6 @@ TRAIN_LOSS = re.compile(r"^\d+/\d+ train_loss: (\S+) .*\bseconds:(\S+)", re.M)
 EARLY_STOP = re.compile(r"^stopping_early: \S+ train_time: (\d+)ms step: (\d+)/", re.M)
 TOTAL_EVAL_TIME = re.compile(r"^total_eval_time:(\S+)s$", re.M)
 SHARED = ("config_hash", "code_sha256", "world_size", "model_params", "python_version", "torch_version", "triton_version")
-RESULT_LINE = re.compile(r"^result: (.+)$", re.M)
 NOT_SETTINGS = re.compile(r"SEED|RUN_ID|RESUME|\w*_(DIR|PATH|FILES?)")  # differ between runs and machines, not in config_hash
 
 
@@ -117,14 +107,11 @@ def check_artifact(artifact: Path, result: dict) -> None:
 
 def check_ledger(ledger: Path, result: dict) -> None:
     """The chain of hashes is whole, and its end is the result's."""
-    last, lines = "", [json.loads(text) for text in ledger.read_text().splitlines()]
-    for n, line in enumerate(lines):
-        said = line.pop("hash")
-        canonical = json.dumps(line, sort_keys=True, separators=(",", ":")).encode()
-        if (line["n"], line["prev"], said) != (n, last, hashlib.blake2b(canonical, digest_size=16).hexdigest()):
-            raise Broken(f"{ledger.name}: line {n + 1} does not follow from the one before")
-        last = said
-    found = (len(lines), last, lines[-1].get("val_bpb"))
+    try:
+        lines = read_chain(ledger)
+    except Broken as e:
+        raise Broken(f"{ledger.name}: {e}") from None
+    found = (len(lines), lines[-1]["hash"], lines[-1].get("val_bpb"))
     if found != (result["audit"]["lines"], result["audit"]["last_hash"], result["val_bpb"]):
         raise Broken(f"{ledger.name} is not the ledger of the run with seed {result['seed']}: it ends with {found}")
 
