@@ -13,11 +13,15 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
+# Headers of 6 MB for MLP_BACKWARD=cutlass and its test; what the package requires besides is for its Python side.
+CUTLASS := nvidia-cutlass==4.2.0.0
+
 # Without an NVIDIA GPU the CPU build of torch is enough and 2 GB smaller: name PyTorch's CPU wheel index as TORCH_INDEX.
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt
+	-if command -v nvcc >/dev/null; then $(PY) -m pip install -q --disable-pip-version-check --no-deps $(CUTLASS); fi
 	touch $@
 
 data/demo_docs.jsonl: data/demo_corpus.py .venv/installed

@@ -18,6 +18,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import copy
+import ctypes
 import difflib
 import fnmatch
 import hashlib
@@ -214,6 +215,8 @@ def rule_violations(c: Config):
             + f", RD_RESERVE_SECONDS={c.rd_reserve_seconds:g} being kept too" * (c.quant == "rd"))
     if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
         yield ("max_wallclock_seconds", "iterations"), "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
+    if c.mlp_backward == "cutlass" and c.mlp_kernel != "act_grad":
+        yield ("mlp_backward", "mlp_kernel"), f"MLP_BACKWARD=cutlass needs what MLP_KERNEL=act_grad stores, not {c.mlp_kernel}"
     if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
         yield ("eval_stride", "eval_seq_len"), f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
     if c.slot != "off" and (c.ttt_enabled or c.eval_method != "sliding"):
@@ -260,6 +263,8 @@ class Config:
     # kernels
     attn_backend: str = knob("auto", "attention of packed rows; auto = the fastest one here that is right", choices=ATTN_BACKENDS)
     mlp_kernel: str = knob("eager", "GEMMs with the activation inside, by what they store for the backward", choices=MLP_KERNELS)
+    mlp_backward: str = knob("triton", "what multiplies by the derivative that MLP_KERNEL=act_grad stored", choices=("triton", "cutlass"))
+    cutlass_path: str = knob("", "CUTLASS's folder, for MLP_BACKWARD=cutlass; blank = that of the installed package nvidia-cutlass")
     qk_kernel: str = knob("eager", "one kernel from merged projection to normed, rotated heads", choices=("eager", "triton"))
     xsa_kernel: str = knob("eager", "one kernel for XSA and head gate", choices=("eager", "triton"))
     residual_kernel: str = knob("eager", "one kernel for a weighted sum of residual streams and its norm", choices=("eager", "triton"))
@@ -535,6 +540,8 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("sparse_attn_gate_init_std", "sparse_attn_gate_scale"), lambda c: c.attn_gate != "sparse", "SPARSE_ATTN_GATE_ENABLED is 0"),
     (("gated_attn_quant_gate",), lambda c: c.attn_gate not in ("dense", "sparse"), "there is no gate matrix to quantize"),
     (("xsa_kernel",), lambda c: not c.xsa_last_n or c.attn_gate == "none", "XSA_LAST_N is 0 or there is no head gate"),
+    (("mlp_backward",), lambda c: c.mlp_kernel == "eager", "MLP_KERNEL is eager"),
+    (("cutlass_path",), lambda c: c.mlp_backward != "cutlass", "MLP_BACKWARD is not cutlass"),
     (("fused_ce_kernel",), lambda c: not c.fused_ce_enabled, "FUSED_CE_ENABLED is 0"),
     (("window_size",), lambda c: "S" not in c.window_pattern, "WINDOW_PATTERN has no S"),
     (("loop_start", "loop_end", "enable_looping_at"), lambda c: not c.num_loops, "NUM_LOOPS is 0"),
@@ -641,7 +648,7 @@ def config_hash(cfg: Config) -> str:
     """Identity of the recipe: everything but the seed, the stage, the run's name, where files lie and what is logged."""
     skip = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage", "prequant_only",
             "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "audit", "seeds_declared",
-            "compile_allow_recompiles", "compile_cache_dir"}
+            "compile_allow_recompiles", "compile_cache_dir", "cutlass_path"}
     recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in skip}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -801,7 +808,7 @@ def compile_cache(cfg: Config, world: World) -> dict[str, str]:
     of this code, torch and Triton, device and choice of kernels; none when it is blank."""
     if not cfg.compile_cache_dir:
         return {}
-    flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.endswith(("_kernel", "_backend", "_dtype"))}
+    flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.endswith(("_kernel", "_backward", "_backend", "_dtype"))}
     versions = torch.__version__, triton.__version__ if triton else None, hardware_name(world).split("x ", 1)[1]
     key = hashlib.sha256(Path(__file__).read_bytes() + json.dumps([flags, versions], sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cfg.compile_cache_dir).resolve() / key
@@ -1675,10 +1682,125 @@ def mlp_up(x: Tensor, up: Tensor, slope: float, form: str) -> tuple[Tensor, Tens
     return hidden, x.new_empty(0) if form == "lsb" else kept
 
 
-@operator(lambda grad, down, saved, slope, form: grad.new_empty(grad.shape[0], down.shape[1]))
-def mlp_up_grad(grad: Tensor, down: Tensor, saved: Tensor, slope: float, form: str) -> Tensor:
-    """Gradient (R, F) of the up projection's output from that of the MLP's, grad (R, D)."""
-    return launch_mlp(grad, down, slope, form, saved)[0]
+# The backward of the act_grad form once more, with CUTLASS (PR #1105): a persistent GEMM over TMA and wgmma whose epilogue multiplies
+# fp32 sums by the stored derivative. No torch in it, so that one build serves every version. A C operand is declared, never loaded.
+CUTLASS_SOURCE = r"""
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
+namespace ep = cutlass::epilogue;
+using cute::_1, cute::_64, cute::_128, cute::_256;
+using bf16 = cutlass::bfloat16_t;
+using Row = cutlass::layout::RowMajor;
+using TensorOp = cutlass::arch::OpClassTensorOp;
+using Tile = cute::Shape<_128, _256, _64>;
+using Cluster = cute::Shape<_1, _1, _1>;
+using Auto = ep::collective::EpilogueTileAuto;
+using Schedule = ep::TmaWarpSpecializedCooperative;
+using Layout = ep::collective::detail::EpilogueDescriptor<Tile, Auto, bf16, bf16, Schedule>;
+using Aux = ep::collective::detail::AuxLoadDescriptor<Layout, Row, bf16>;
+using Stored = ep::fusion::Sm90AuxLoad<Aux::Stages, Aux::EpilogueTile, bf16, Aux::Stride, Aux::SmemLayoutAtom, Aux::CopyOpS2R>;
+using Multiply = ep::fusion::Sm90Compute<cutlass::multiplies, bf16, float, cutlass::FloatRoundStyle::round_to_nearest>;
+using Tree = ep::fusion::Sm90EVT<Multiply, ep::fusion::Sm90AccFetch, Stored>;
+using Epilogue = ep::collective::CollectiveBuilder<
+    cutlass::arch::Sm90, TensorOp, Tile, Cluster, Auto, float, float, bf16, Row, 8, bf16, Row, 8, Schedule, Tree>::CollectiveOp;
+using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
+    cutlass::arch::Sm90, TensorOp, bf16, Row, 8, bf16, Row, 8, float, Tile, Cluster,
+    cutlass::gemm::collective::StageCountAutoCarveout<sizeof(Epilogue::SharedStorage)>,
+    cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
+using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+extern "C" const int mlp_grad_shared_bytes = Kernel::SharedStorageSize;
+
+// out (m, n) = grad (m, k) down (k, n) * stored (m, n). Null or what went wrong; without `out` only the sizes are looked at.
+extern "C" const char* mlp_grad(bf16* grad, bf16* down, bf16* stored, bf16* out, int m, int n, int k, int device, cudaStream_t stream) {
+  Kernel::StrideD rows{n, _1{}, 0};
+  Gemm::Arguments problem{cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1}, {grad, {k, _1{}, 0}, down, {_1{}, n, 0}},
+                          {{{}, {stored, bf16(0), rows}, {}}, out, rows, out, rows}, {device}};
+  cutlass::Status status = Gemm::can_implement(problem);
+  if ((uintptr_t(grad) | uintptr_t(down) | uintptr_t(stored) | uintptr_t(out)) % 16) status = cutlass::Status::kErrorMisalignedOperand;
+  if (out && status == cutlass::Status::kSuccess) {
+    if (cudaError_t error = cudaSetDevice(device)) return cudaGetErrorString(error);
+    status = Gemm()(problem, nullptr, stream);
+  }
+  return status == cutlass::Status::kSuccess ? nullptr : cutlassGetStatusString(status);
+}
+"""
+NVCC_FLAGS = ("-std=c++17", "-O3", "--use_fast_math", "--expt-relaxed-constexpr", "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a",
+              "-shared", "-Xcompiler=-fPIC", "-cudart=static")
+
+
+def build_cutlass(cfg: Config) -> str:
+    """Path of the compiled CUTLASS_SOURCE below COMPILE_CACHE_DIR or torch's cache folder; made there by nvcc, a minute, if it is missing.
+
+    Where there is no compiler or no CUTLASS, any build of this source will do. Raises RunError.
+    """
+    def digest(*parts: str) -> str:
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+    folder = Path(cfg.compile_cache_dir or Path(torch.hub.get_dir()).parent).resolve()
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    package = importlib.util.find_spec("cutlass_library")
+    include = Path(cfg.cutlass_path) / "include" if cfg.cutlass_path else package and Path(package.origin).parent / "source" / "include"
+    version = include and include / "cutlass" / "version.h"
+    missing = ["nvcc (a CUDA toolkit with its bin/ on PATH; 13.0 is known to do)"] * (not nvcc)
+    if not (version and version.is_file()):
+        missing.append(f"CUTLASS (pip install --no-deps nvidia-cutlass==4.2.0.0, or its folder as CUTLASS_PATH, now {cfg.cutlass_path!r})")
+    tools = "*" if missing else digest(subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout, version.read_text())
+    name = f"mlp_grad-{digest(CUTLASS_SOURCE, *NVCC_FLAGS, platform.machine())}-{tools}.so"
+    if made := sorted(folder.glob(name)):
+        return str(made[-1])
+    if missing:
+        raise RunError(f"MLP_BACKWARD=cutlass compiles a kernel at its first use, and {folder} has no {name}. Missing to make it: "
+                       f"{'; '.join(missing)}. Install that, or set MLP_BACKWARD=triton")
+    with tempfile.TemporaryDirectory() as scratch:
+        source, library = Path(scratch, "mlp_grad.cu"), Path(scratch, "mlp_grad.so")
+        source.write_text(CUTLASS_SOURCE)
+        done = subprocess.run([nvcc, *NVCC_FLAGS, f"-I{include}", "-o", library, source], capture_output=True, text=True)
+        if done.returncode:
+            raise RunError(f"MLP_BACKWARD=cutlass: {nvcc} failed with the headers in {include}; take other versions, or set "
+                           f"MLP_BACKWARD=triton. It said:\n{(done.stdout + done.stderr)[-2000:].strip()}")
+        write_atomic(folder / name, library.read_bytes())
+    return str(folder / name)
+
+
+@cache
+def cutlass_library(cfg: Config, world: World) -> str:
+    """`build_cutlass` on the first rank of each machine, then on the others, which find it done. Raises RunError on all if on one."""
+    path, failure = "", ""
+    for turn in (not world.device.index, world.device.index):
+        try:
+            path = build_cutlass(cfg) if turn else path
+        except RunError as e:
+            failure = str(e)
+        if failures := list(filter(None, world.gather(failure))):
+            raise RunError(failures[0])
+    return path
+
+
+@cache
+def cutlass_entry(library: str):
+    """The function `mlp_grad` of a library from `build_cutlass`."""
+    entry = ctypes.CDLL(library).mlp_grad
+    entry.argtypes, entry.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 4 + [ctypes.c_void_p], ctypes.c_char_p
+    return entry
+
+
+def launch_cutlass(grad: Tensor, down: Tensor, stored: Tensor, library: str) -> Tensor:
+    """(grad down) * stored, rounded once. Raises RunError where CUTLASS or CUDA refuses."""
+    grad, down, stored = grad.contiguous(), down.contiguous(), stored.contiguous()
+    out, stream = torch.empty_like(stored), torch.cuda.current_stream(grad.device).cuda_stream
+    pointers = (t.data_ptr() for t in (grad, down, stored, out))
+    if problem := cutlass_entry(library)(*pointers, *out.shape, grad.shape[1], grad.device.index, stream):
+        raise RunError(f"MLP_BACKWARD=cutlass: {tuple(grad.shape)} times {tuple(down.shape)} on {grad.device}: {problem.decode()}")
+    return out
+
+
+@operator(lambda grad, down, saved, slope, form, library: grad.new_empty(grad.shape[0], down.shape[1]))
+def mlp_up_grad(grad: Tensor, down: Tensor, saved: Tensor, slope: float, form: str, library: str) -> Tensor:
+    """Gradient (R, F) of the up projection's output from that of the MLP's, grad (R, D); by Triton or a library from `build_cutlass`."""
+    return launch_cutlass(grad, down, saved, library) if library else launch_mlp(grad, down, slope, form, saved)[0]
 
 
 class FusedMlp(torch.autograd.Function):
@@ -1689,26 +1811,26 @@ class FusedMlp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float, form: str) -> Tensor:
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float, form: str, library: str) -> Tensor:
         rows = x.flatten(0, -2)
         hidden, kept = mlp_up(rows, up, slope, form)
         ctx.save_for_backward(rows, up, down, hidden, kept)
-        ctx.slope, ctx.form, ctx.shape = slope, form, x.shape
+        ctx.slope, ctx.form, ctx.library, ctx.shape = slope, form, library, x.shape
         return F.linear(hidden, down).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, up, down, hidden, kept = ctx.saved_tensors
         grad = grad.reshape(rows.shape)
-        d_up = mlp_up_grad(grad, down, hidden if ctx.form == "lsb" else kept, ctx.slope, ctx.form)
+        d_up = mlp_up_grad(grad, down, hidden if ctx.form == "lsb" else kept, ctx.slope, ctx.form, ctx.library)
         need_x, need_up, need_down = ctx.needs_input_grad[:3]
         return ((d_up @ up).view(ctx.shape) if need_x else None, d_up.T @ rows if need_up else None,
-                grad.T @ hidden if need_down else None, None, None)
+                grad.T @ hidden if need_down else None, None, None, None)
 
 
-def fused_mlp(form: str):
-    """`leaky_mlp` by `FusedMlp` in one of its forms."""
-    return lambda x, up, down, slope: FusedMlp.apply(x, up, down, slope, form)
+def fused_mlp(form: str, library: str = ""):
+    """`leaky_mlp` by `FusedMlp` in one of its forms; library: see `mlp_up_grad`."""
+    return lambda x, up, down, slope: FusedMlp.apply(x, up, down, slope, form, library)
 
 
 @jit
@@ -2040,9 +2162,16 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
         if world.dtype != torch.bfloat16 or (capability and capability[0] not in MLP_TILES):
             raise RunError(f"MLP_KERNEL={cfg.mlp_kernel} needs bf16 activations and compute capability {', '.join(map(str, MLP_TILES))}.x "
                            f"(TMA), not {world.dtype} on {capability}; set MLP_KERNEL=eager")
+    library = ""
+    if cfg.mlp_backward == "cutlass":
+        if not capability or capability[0] != 9:
+            raise RunError(f"MLP_BACKWARD=cutlass is made for compute capability 9.0 (Hopper), not {capability}; set MLP_BACKWARD=triton")
+        library = cutlass_library(cfg, world)
+        if problem := cutlass_entry(library)(None, None, None, None, 1, cfg.mlp_dim, cfg.model_dim, 0, None):
+            raise RunError(f"MLP_BACKWARD=cutlass needs multiples of 8, not {cfg.model_dim} (MODEL_DIM), {cfg.mlp_dim}: {problem.decode()}")
     return Kernels(
         choose_attention(cfg.attn_backend, world)[1],
-        leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel),
+        leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel, library),
         split_heads if cfg.qk_kernel == "eager" else split_heads_op,
         gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
         add_norm if cfg.residual_kernel == "eager" else fused_add_norm,

@@ -1,9 +1,11 @@
-"""Compile every Triton kernel for Hopper without a GPU: `python bench/cubin.py`. One JSON line a kernel, then a table.
+"""Compile every kernel for Hopper without a GPU: `python bench/cubin.py [triton|cutlass]`. One JSON line a kernel, then a table.
 
-Registers per thread, spilled bytes and shared memory come from the compiler, instruction counts from the disassembly. The real
-launch functions are called on CPU tensors at the sizes of S14; only the launch itself is left out.
+Registers per thread, spilled bytes and shared memory come from the compiler, instruction counts from the disassembly. Triton: the
+real launch functions are called on CPU tensors at the sizes of S14; only the launch itself is left out. CUTLASS needs nvcc and
+the headers, takes a minute the first time and leaves its library in build/, from where `gpu_suite.py` takes it.
 """
 
+import ctypes
 import json
 import re
 import subprocess
@@ -19,6 +21,7 @@ from triton.backends.driver import DriverBase
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_gpt as tg
 
+BUILD = Path(__file__).parents[1] / "build"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT_BYTES = 232_448  # what a Hopper block can have
 SMS = 132
@@ -63,16 +66,16 @@ class Compiled:
         return lambda *args, **options: self.made.append(self.kernel.warmup(*args, grid=grid, **options))
 
 
-def resources(compiled) -> dict:
+def resources(cubin: bytes, shared_bytes: int) -> dict:
     """What a compiled kernel costs."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage, sass = (subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
                        for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"])))
     return dict(
         registers=int(re.search(r"REG:(\d+)", usage)[1]), stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)), shared_bytes=compiled.metadata.shared,
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)), shared_bytes=shared_bytes,
         wgmma=len(re.findall(r"\bHGMMA\b", sass)), tma_loads=len(re.findall(r"\bUTMALDG\b", sass)))
 
 
@@ -99,26 +102,49 @@ def launches(rows: int, cfg: tg.Config):
     yield "weighted_ce", "ce_kernel", lambda: tg.weighted_ce_op(logits, targets, cap, cap, 1.0)
 
 
-def main() -> int:
+def triton_kernels():
+    """(name, resources) of each Triton kernel."""
     triton.runtime.driver.set_active(Hopper())
     tg.mlp_tiles = lambda device: (tg.MLP_TILES[9], SMS)
-    failed = []
-    rows = []
     for name, kernel, launch in launches(4096, tg.Config()):
         stand_in = Compiled(getattr(tg, kernel))
         setattr(tg, kernel, stand_in)
         launch()
         setattr(tg, kernel, stand_in.kernel)
-        line = dict(name=name, target="sm_90a", **resources(stand_in.made[0]))
-        rows.append(line)
-        print(json.dumps(line), flush=True)
-        if line["stack_bytes"] or line["spills"] or line["shared_bytes"] > SHARED_LIMIT_BYTES:
-            failed.append(name)
-    print(f"\n{'kernel':20} {'registers':>9} {'spills':>7} {'shared B':>9} {'wgmma':>6} {'TMA':>5}")
+        yield name, resources(stand_in.made[0].asm["cubin"], stand_in.made[0].metadata.shared)
+
+
+def cutlass_kernels():
+    """(name, resources) of the CUTLASS kernel, of every program in its library that has code."""
+    library = tg.build_cutlass(tg.Config(compile_cache_dir=str(BUILD)))
+    shared_bytes = ctypes.c_int.in_dll(ctypes.CDLL(library), "mlp_grad_shared_bytes").value
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([TOOLS / "cuobjdump", "-xelf", "all", library], cwd=folder, capture_output=True, check=True)
+        for cubin in Path(folder).glob("*.cubin"):
+            if b"device_kernel" in (code := cubin.read_bytes()):
+                yield "mlp_act_grad_grad, CUTLASS", resources(code, shared_bytes)
+
+
+def main() -> int:
+    made = dict(triton=triton_kernels, cutlass=cutlass_kernels)
+    if unknown := set(sys.argv[1:]) - set(made):
+        sys.exit(f"error: {', '.join(unknown)}: expected triton or cutlass, or nothing for both")
+    failed, rows = [], []
+    for kind in sys.argv[1:] or made:
+        try:
+            for name, used in made[kind]():
+                rows.append(line := dict(name=name, target="sm_90a", **used))
+                print(json.dumps(line), flush=True)
+                if line["stack_bytes"] or line["spills"] or line["shared_bytes"] > SHARED_LIMIT_BYTES:
+                    failed.append(name)
+        except tg.RunError as e:
+            print(f"{kind}: not made. {e}", file=sys.stderr)
+            failed += [kind] * (kind in sys.argv)  # an error for who asked for it
+    print(f"\n{'kernel':26} {'registers':>9} {'spills':>7} {'shared B':>9} {'wgmma':>6} {'TMA':>5}")
     for r in rows:
-        print(f"{r['name']:20} {r['registers']:9} {r['spills']:7} {r['shared_bytes']:9,} {r['wgmma']:6} {r['tma_loads']:5}")
+        print(f"{r['name']:26} {r['registers']:9} {r['spills']:7} {r['shared_bytes']:9,} {r['wgmma']:6} {r['tma_loads']:5}")
     if failed:
-        print(f"spills or too much shared memory: {', '.join(failed)}", file=sys.stderr)
+        print(f"not made, spills or too much shared memory: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)
 
 

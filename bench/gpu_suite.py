@@ -28,6 +28,7 @@ SMALL = dict(num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=
 CFG = tg.Config(**SMALL)
 N = 256 if DRY else 98_304  # tokens of a micro-batch of S14
 DEVICE = "cpu" if DRY else "cuda"
+BUILD = Path(__file__).parents[1] / "build"  # where the CUTLASS kernel is looked for, and made
 D, H, G, HEAD, HIDDEN, V = CFG.model_dim, CFG.num_heads, CFG.num_kv_heads, CFG.head_dim, CFG.mlp_dim, CFG.vocab_size
 ALL_KERNELS = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", residual_kernel="triton", fused_ce_kernel="triton")
 # Document lengths in tokens of FineWeb's validation part at these percentiles (50,000 documents, CaseOps, 8,192 pieces).
@@ -206,6 +207,37 @@ def mlp():
                                     tf=4 * N * D * HIDDEN / 1e12, targets=(0.60, 1.84))
 
 
+def cutlass():
+    """B2: the backward product of the act_grad form, checked and then timed: a library's product and a multiplication, Triton, CUTLASS."""
+    grad, down, stored = randn(N, D), randn(D, HIDDEN, scale=D**-0.5), randn(N, HIDDEN)
+    tf, gb = 2 * N * D * HIDDEN / 1e12, 2 * (N * D + D * HIDDEN + 2 * N * HIDDEN) / 1e9
+    expected, libraries = (grad.float() @ down.float()) * stored.float(), dict(triton="")
+    if DRY:
+        tg.launch_cutlass = lambda grad, down, stored, library: ((grad.float() @ down.float()) * stored.float()).bfloat16()
+        libraries["cutlass"] = "a stand-in, since no CPU runs it"
+    elif torch.cuda.get_device_capability()[0] != 9:
+        yield dict(name="dpre cutlass", skipped="it needs a GPU of compute capability 9.0")
+    else:
+        try:
+            libraries["cutlass"] = tg.build_cutlass(tg.Config(compile_cache_dir=str(BUILD)))
+        except tg.RunError as e:
+            yield dict(name="dpre cutlass", skipped=str(e))
+    pair = "product and multiplication"
+    times, whole = {pair: milliseconds(lambda: (grad @ down) * stored)}, {}
+    yield line(f"dpre {pair}", times[pair], tf=tf, gb=gb)
+    for name, library in libraries.items():
+        for rows in (N, N - 37):  # the latter fill no whole number of tiles
+            product = partial(tg.mlp_up_grad, grad[:rows], down, stored[:rows], 0.5, "act_grad", library)
+            error, tolerance = relative_error(product(), expected[:rows]), 0.003 * (1 + DRY)
+            yield dict(name=f"check dpre {name}, {rows} rows", error=error, tolerance=tolerance, reached=error < tolerance)
+        times[name] = milliseconds(partial(tg.mlp_up_grad, grad, down, stored, 0.5, "act_grad", library))
+        whole[name] = milliseconds(partial(forward_backward, tg.fused_mlp("act_grad", library), (*mlp_inputs(True), 0.5)))
+        for reference in [pair] + ["triton"] * (name != "triton"):
+            yield line(f"dpre {name}", times[name], reference, times[reference], tf=tf, gb=gb)
+    if "cutlass" in whole:
+        yield line("mlp act_grad forward+backward, cutlass", whole["cutlass"], "triton", whole["triton"], tf=6 * tf)
+
+
 def heads():
     """B3 and B4: projection to heads, XSA and gate. 1 U = a bf16 tensor of N x 512."""
     U = N * 512 * 2 / 1e9
@@ -366,8 +398,8 @@ def gptq():
     yield line("GPTQ of all matrices", milliseconds(lambda: tg.run_gptq(CFG, tasks, hessians, {}), 2), target_ms=200.0)
 
 
-SECTIONS = dict(ceilings=(ceilings, 40), correctness=(correctness, 90), gemms=(gemms, 30), mlp=(mlp, 60), heads=(heads, 60),
-                residual=(residual, 40), cross_entropy=(cross_entropy, 40), attention=(attention, 40), muon=(muon, 40),
+SECTIONS = dict(ceilings=(ceilings, 40), correctness=(correctness, 90), gemms=(gemms, 30), mlp=(mlp, 60), cutlass=(cutlass, 180),
+                heads=(heads, 60), residual=(residual, 40), cross_entropy=(cross_entropy, 40), attention=(attention, 40), muon=(muon, 40),
                 train_step=(train_step, 300), evaluation=(evaluation, 90), gptq=(gptq, 60), ttt=(ttt, 180))
 
 
@@ -375,7 +407,7 @@ def table(lines: list[dict]) -> str:
     """The results for a person."""
     out = [f"{'what':<46}{'ms':>10}{'ratio':>8}{'TFLOP/s':>9}{'GB/s':>8}{'target':>9}  reference or note"]
     for r in lines:
-        note = str(r["error"])[:60] if "error" in r else r.get("reference", "")
+        note = str(r["error"])[:60] if "error" in r else r.get("reference", r.get("skipped", ""))
         target = f"{r['target_ms']:g}{'' if r['reached'] else ' !'}" if "target_ms" in r else ""
         if "tolerance" in r:
             target = "ok" if r["reached"] else "WRONG"

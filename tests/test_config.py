@@ -434,6 +434,8 @@ def noted(env: dict) -> str:
     ({"MLP_CLIP_SIGMAS": "9"}, {"QUANT": "s14"}),
     ({"TTT_SHORT_LORA_RANK": "3"}, {"TTT_SHORT_LORA_ENABLED": "1"}),
     ({"TTT_SHORT_CHUNK_SIZE": "3"}, {"TTT_SHORT_SCORE_FIRST_STEPS": ""}),
+    ({"CUTLASS_PATH": "cutlass"}, {"MLP_BACKWARD": "cutlass", "MLP_KERNEL": "act_grad"}),
+    ({"MLP_BACKWARD": "triton"}, {"MLP_KERNEL": "lsb"}),
     ({"ATTN_OUT_GATE_SRC": "q"}, {"SPARSE_ATTN_GATE_ENABLED": "0", "ATTN_OUT_GATE_ENABLED": "1"}),
 ])  # fmt: skip
 def test_variables_without_effect_are_named_with_the_reason(dead, switch):
@@ -486,7 +488,7 @@ def test_overrides_rebuild_any_configuration(preset, tail, lr, batch, mask, floo
 
 WHERE_AND_WHO = ("seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage",
                  "prequant_only", "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "compile_allow_recompiles",
-                 "compile_cache_dir")
+                 "compile_cache_dir", "cutlass_path")
 RECIPE = [name for name in list(tg.Config.__dataclass_fields__)[18:] if name not in WHERE_AND_WHO]  # past the group `run`
 
 

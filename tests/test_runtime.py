@@ -297,7 +297,8 @@ def test_compiled_code_is_kept_apart_by_everything_it_depends_on(world, monkeypa
     same = dataclasses.replace(cfg, ttt_lora_lr=0.5, seed=3)
     assert tg.compile_cache(same, world) == first
     others = [tg.compile_cache(dataclasses.replace(cfg, **change), world) for change in (
-        dict(compile_backend="inductor"), dict(qk_kernel="triton"), dict(activation_dtype="bf16"), dict(attn_backend="sdpa"))]
+        dict(compile_backend="inductor"), dict(qk_kernel="triton"), dict(mlp_kernel="act_grad"),
+        dict(mlp_kernel="act_grad", mlp_backward="cutlass"), dict(activation_dtype="bf16"), dict(attn_backend="sdpa"))]
     monkeypatch.setattr(torch, "__version__", "9.9")
     others.append(tg.compile_cache(cfg, world))
     monkeypatch.setattr(tg, "hardware_name", lambda world: "8x NVIDIA H100")
