@@ -3302,10 +3302,9 @@ def trellis_values(q: Tensor) -> Tensor:
     return (2 * lanes - second * lanes.sign()).T.reshape(n, -1)[:, :rows].float()
 
 
-def trellis_path(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The integers |k| <= 127 whose values are nearest to x (n, rows) in steps, over whole segments (Viterbi), and those values."""
-    (n, rows), height = x.shape, min(max(x.shape[1], 1), TRELLIS_SEGMENT)
-    lanes = F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()  # (steps, lanes)
+def viterbi(lanes: Tensor) -> tuple[Tensor, Tensor]:
+    """`trellis_path` of segments side by side, lanes (height, segments) -> two of its shape."""
+    height = len(lanes)
     a, sign = lanes.abs(), torch.where(lanes < 0, -1.0, 1.0)
     k = torch.stack((  # the nearest integers by quantizer and parity: even and odd of the first, even and odd of the second
         2 * (a / 4).round().clamp_max(63), 2 * ((a - 2) / 4).round().clamp(0, 63) + 1,
@@ -3313,12 +3312,12 @@ def trellis_path(x: Tensor) -> tuple[Tensor, Tensor]:
     value = 2 * k
     value[:, 2:] -= k[:, 2:].sign()
     branch = (value - a[:, None]).square()  # (steps, 4, lanes)
-    into = TRELLIS_INTO.to(x.device)
+    into = TRELLIS_INTO.to(lanes.device)
     source, kind = into // 2, into // 2 % 2 * 2 + into % 2  # state and branch of the two ways into each state (8, 2)
     branch = branch[:, kind.T]  # (steps, 2, 8, lanes)
-    cost = torch.full((8, lanes.shape[1]), math.inf, device=x.device)
+    cost = torch.full((8, lanes.shape[1]), math.inf, device=lanes.device)
     cost[0] = 0
-    second = torch.empty((height, *cost.shape), dtype=torch.bool, device=x.device)
+    second = torch.empty((height, *cost.shape), dtype=torch.bool, device=lanes.device)
     for t in range(height):
         ways = cost[source.T] + branch[t]
         torch.lt(ways[1], ways[0], out=second[t])
@@ -3329,8 +3328,69 @@ def trellis_path(x: Tensor) -> tuple[Tensor, Tensor]:
         best[t] = reached = way[t].gather(0, state)[0]
         state = reached[None] // 2
     chosen = (best // 2 % 2 * 2 + best % 2)[:, None]
-    k, value = (sign * y.gather(1, chosen)[:, 0] for y in (k, value))
-    return tuple(y.T.reshape(n, -1)[:, :rows] for y in (k, value))
+    return tuple(sign * y.gather(1, chosen)[:, 0] for y in (k, value))
+
+
+@jit
+def nearest_on_way(a, way):
+    """The integer k >= 0 nearest to a >= 0 on a way, 2 * state + parity, and its value, both fp32. 1.5 * 2^23 rounds to even."""
+    odd, other = way % 2, way // 2 % 2
+    r = (tl.minimum(a, 1e4) + (other - 2 * odd)) / 4 + 12582912.0 - 12582912.0
+    k = 2 * tl.minimum(tl.maximum(r, 0.0), 63.0) + odd
+    k = tl.where((other > odd) & (a < 1.5), 0.0, k)
+    return k, 2 * k - tl.where(k > 0, other, 0)
+
+
+@jit
+def viterbi_kernel(x, into, second, best_k, best_value, lanes, HEIGHT: tl.constexpr, L: tl.constexpr):
+    """One program: L segments of x (HEIGHT, lanes), the costs of their states in registers. second (HEIGHT, lanes) uint8: which of the
+    two ways led into each state, a bit for each."""
+    lane, s = tl.program_id(0) * L + tl.arange(0, L), tl.arange(0, 8)
+    inside = lane < lanes
+    one, two = tl.load(into + 2 * s)[:, None] + tl.zeros((8, L), tl.int32), tl.load(into + 2 * s + 1)[:, None] + tl.zeros((8, L), tl.int32)
+    cost = tl.where(s == 0, 0.0, float("inf"))[:, None] + tl.zeros((8, L), tl.float32)
+    for t in range(HEIGHT):
+        a = tl.abs(tl.load(x + t * lanes + lane, mask=inside, other=0.0))[None, :]
+        miss, miss_two = nearest_on_way(a, one)[1] - a, nearest_on_way(a, two)[1] - a
+        first_cost, second_cost = tl.gather(cost, one // 2, 0) + miss * miss, tl.gather(cost, two // 2, 0) + miss_two * miss_two
+        bits = tl.sum((second_cost < first_cost).to(tl.int32) << s[:, None], 0)
+        tl.store(second + t * lanes + lane, bits.to(tl.uint8), mask=inside)
+        cost = tl.minimum(first_cost, second_cost)
+    state = tl.argmin(cost, 0)
+    tl.debug_barrier()  # what other threads stored is read below
+    for step in range(HEIGHT):
+        at = (HEIGHT - 1 - step) * lanes + lane
+        taken = tl.load(second + at, mask=inside, other=0).to(tl.int32) >> state & 1
+        way, here = tl.load(into + 2 * state + taken), tl.load(x + at, mask=inside, other=0.0)
+        k, value = nearest_on_way(tl.abs(here), way)
+        tl.store(best_k + at, tl.where(here < 0, -k, k), mask=inside)
+        tl.store(best_value + at, tl.where(here < 0, -value, value), mask=inside)
+        state = way // 2
+
+
+def fused_viterbi(lanes: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    """`viterbi` by one kernel instead of about 950, to the bit. into: TRELLIS_INTO, int32."""
+    second, (height, count) = torch.empty_like(lanes, dtype=torch.uint8), lanes.shape
+    k, value = torch.empty_like(lanes), torch.empty_like(lanes)
+    viterbi_kernel[(triton.cdiv(count, 32),)](lanes, into, second, k, value, count, height, 32, num_warps=1, enable_fp_fusion=False)
+    return k, value
+
+
+@cache
+def choose_viterbi(device: torch.device):
+    """On a GPU the kernel, if it finds there what the definition finds; else the definition."""
+    if not triton or device.type != "cuda":
+        return viterbi
+    x = 20 * torch.randn(TRELLIS_SEGMENT, 100, generator=torch.Generator().manual_seed(0)).to(device)
+    fused = partial(fused_viterbi, into=TRELLIS_INTO.to(device, torch.int32))
+    return fused if all(torch.equal(a, b) for a, b in zip(fused(x), viterbi(x), strict=True)) else viterbi
+
+
+def trellis_path(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers |k| <= 127 whose values are nearest to x (n, rows) in steps, over whole segments (Viterbi), and those values."""
+    (n, rows), height = x.shape, min(max(x.shape[1], 1), TRELLIS_SEGMENT)
+    lanes = F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()  # (steps, lanes)
+    return tuple(y.T.reshape(n, -1)[:, :rows] for y in choose_viterbi(x.device)(lanes))
 
 
 class Stored(NamedTuple):
@@ -3644,26 +3704,40 @@ class RateDistortion:
         return low
 
 
+def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank, rows, cols): its leading singular
+    vectors, by the eigenvectors of the smaller Gram matrix in fp64. The largest number in each row of B is positive: that makes the
+    result unique, and the same on every device up to rounding."""
+    X = (E if E.shape[0] >= E.shape[1] else E.T).double()
+    squares, V = torch.linalg.eigh(X.T @ X)
+    V = V[:, -rank:].flip(1)
+    A, B = X @ V, V.T
+    if E.shape[0] < E.shape[1]:
+        S = squares[-rank:].flip(0).clamp_min(1e-60).sqrt()
+        A, B = V * S, (A / S).T
+    sign = torch.where(B.gather(1, B.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+    return (A * sign.T).float(), (B * sign).float()
+
+
 def low_rank_corrections(cfg: Config, tasks: list[Task], stored: dict[str, Stored]) -> dict[str, Stored]:
     """LQER: rank-r factors of W - W_hat for the tensors with the largest residual, or the largest gain (LQER_GAIN_SELECT)."""
     if not cfg.lqer_enabled:
         return {}
 
     def fit(E: Tensor) -> Stored:
-        U, S, Vh = torch.linalg.svd(E, full_matrices=False)
-        r = min(cfg.lqer_rank, len(S))
-        A, B = (U[:, :r] * S[:r]).contiguous(), Vh[:r].contiguous()
+        A, B = low_rank_factors(E, cfg.lqer_rank)
         codec = "low_rank_asym" if cfg.lqer_asym_enabled else "low_rank"
         parts = LowRankAsym.encode(A, B, cfg.lqer_asym_group) if cfg.lqer_asym_enabled else LowRank.encode(A, B, cfg.lqer_factor_bits)
         return Stored({(codec, part): t for part, t in parts.items()})
 
     scope = LQER_SCOPES[cfg.lqer_scope]
     residuals = {t.name: t.W - stored[t.name].decode() for t in tasks if fnmatch.fnmatchcase(t.name, scope)}
-    if cfg.lqer_gain_select:
-        fits = {name: fit(E) for name, E in residuals.items()}
-        worth = {name: (E.norm() - (E - fits[name].decode()).norm()).item() for name, E in residuals.items()}
-    else:
-        fits, worth = {}, {name: E.norm().item() for name, E in residuals.items()}
+    if not residuals:
+        return {}
+    size = torch.stack([E.norm() for E in residuals.values()])
+    fits = {name: fit(E) for name, E in residuals.items()} if cfg.lqer_gain_select else {}
+    left = torch.stack([(residuals[name] - s.decode()).norm() for name, s in fits.items()]) if fits else 0
+    worth = dict(zip(residuals, (size - left).tolist(), strict=True))  # one wait for the device, not one a matrix
     best = sorted(worth, key=lambda name: (-worth[name], name))[: cfg.lqer_top_k]
     return {name: fits.get(name) or fit(residuals[name]) for name in best}
 
@@ -4038,13 +4112,15 @@ def coded_bits(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def similarity_order(q: np.ndarray) -> np.ndarray:
-    """Greedy chain of rows: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,)."""
-    rows = torch.from_numpy(q).float()
-    distance = torch.cdist(rows, rows, p=1).numpy()
+    """Greedy chain of rows: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,).
+
+    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are computed."""
+    rows = torch.from_numpy(q).to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    distance, used = torch.cdist(rows, rows, p=1).cpu().numpy(), np.zeros(len(q), np.float32)
     order, current = np.zeros(len(q), np.uint16), 0
     for i in range(1, len(q)):
-        distance[:, current] = np.inf
-        current = int(distance[current].argmin())
+        used[current] = np.inf
+        current = int((distance[current] + used).argmin())
         order[i] = current
     return order
 
