@@ -79,7 +79,7 @@ class RunError(Exception):
 
 S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
 COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
-ATTN_BACKENDS = ("auto", "fa3", "fa4", "varlen", "flex", "cpu", "sdpa")
+ATTN_BACKENDS = ("auto", "fa3", "fa4", "cudnn", "varlen", "flex", "cpu", "sdpa")
 MLP_KERNELS = ("eager", "pre_post", "act_grad", "lsb")
 COMPRESSORS = ("range", "pergroup", "brotli", "lzma")
 
@@ -1399,6 +1399,16 @@ def operator(fake, backward=None):
     return register
 
 
+def with_saved_results(op, backward) -> None:
+    """Give op(q, k, v, cu_seqlens, n) -> (out, lse) the gradients that backward(grad, q, k, v, out, lse, cu_seqlens, n) makes."""
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+        ctx.n = inputs[4]
+
+    op.register_autograd(lambda ctx, grad, _: (*backward(grad.contiguous(), *ctx.saved_tensors, ctx.n), None, None), setup_context=save)
+
+
 # On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop, whose trip count
 # depends on data, out of the compiler's sight, and its backward reuses the saved log-sum-exp instead of recomputing.
 
@@ -1432,16 +1442,7 @@ def _document_attention_cpu_backward(
     return grads
 
 
-def _document_attention_cpu_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
-    ctx.window = inputs[4]
-
-
-def _document_attention_cpu_grad(ctx, grad, _grad_lse):
-    return *_document_attention_cpu_backward(grad.contiguous(), *ctx.saved_tensors, ctx.window), None, None
-
-
-_document_attention_cpu.register_autograd(_document_attention_cpu_grad, setup_context=_document_attention_cpu_setup)
+with_saved_results(_document_attention_cpu, _document_attention_cpu_backward)
 
 
 def document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
@@ -1467,6 +1468,37 @@ def varlen_attention():
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=(window - 1, 0), **options)
 
     return document_attention_varlen
+
+
+@operator(lambda q, *rest: (torch.empty_like(q), q.new_empty(*q.shape[:2], 1, dtype=torch.float32)))
+def _document_attention_cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
+    made = torch.ops.aten._cudnn_attention_forward(q, k, v, None, cu_seqlens, cu_seqlens, max_len, max_len, True, 0.0, True)
+    return made[0], made[1].view(*q.shape[:2], 1)
+
+
+@operator(lambda grad, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+def _document_attention_cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_len: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    seed = cu_seqlens.new_zeros((), dtype=torch.int64)  # of no dropout
+    return torch.ops.aten._cudnn_attention_backward(
+        grad, q, k, v, out, lse, seed, seed, None, cu_seqlens, cu_seqlens, max_len, max_len, 0.0, True)
+
+
+with_saved_results(_document_attention_cudnn, _document_attention_cudnn_backward)
+
+
+def cudnn_attention():
+    """`document_attention_reference` by the cuDNN kernels for packed rows that torch has for its nested tensors; they know no window, so
+    `varlen_attention` does what needs one."""
+    windowed = varlen_attention()
+
+    def document_attention_cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
+        if 0 < window < max_len:
+            return windowed(q, k, v, cu_seqlens, max_len, window)
+        return _document_attention_cudnn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_len)[0]
+
+    return document_attention_cudnn
 
 
 def flash_attention(module: str, unlimited: int | None):
@@ -1507,6 +1539,7 @@ def flex_attention():
 ATTENTION_BACKENDS = {  # name: (how to get it, lowest and highest compute capability, module it comes from); half precision only
     "fa3": (partial(flash_attention, "flash_attn_interface", -1), (9, 0), (9, 0), "flash_attn_interface"),
     "fa4": (partial(flash_attention, "flash_attn.cute", None), (9, 0), (12, 9), "flash_attn.cute"),
+    "cudnn": (cudnn_attention, (9, 0), (99, 0), "torch.nn.attention.varlen"),
     "varlen": (varlen_attention, (8, 0), (99, 0), "torch.nn.attention.varlen"),
     "flex": (flex_attention, (7, 5), (99, 0), "torch.nn.attention.flex_attention"),
 }
@@ -1547,7 +1580,7 @@ def attention_trial(attend, world: World, segments: list[int]) -> tuple[float, f
 
     ours = run(attend, world.dtype)
     errors = [(a.float() - b).norm() / b.norm() for a, b in zip(ours, run(document_attention_reference, torch.float32), strict=True)]
-    return max(errors).item(), quickest(world, lambda: run(attend, world.dtype), 1)
+    return torch.stack(errors).max().item(), quickest(world, lambda: run(attend, world.dtype), 1)
 
 
 @cache
@@ -1556,21 +1589,27 @@ def choose_attention(wanted: str, world: World) -> tuple[str, Any, str]:
 
     Raises RunError when the wanted backend is missing or differs from the definition.
     """
-    found, segments = attention_backends(world), [5, 130, 1, 377] if world.device.type == "cpu" else [1500, 800, 2048, 100, 3072, 672] * 4
+    found = attention_backends(world)
+    segments = [5, 130, 1, 377, 0] if world.device.type == "cpu" else [1500, 800, 2048, 100, 3072, 672] * 4 + [0, 0]  # padded as real ones
     if wanted not in ("auto", *found):
         raise RunError(f"ATTN_BACKEND={wanted} can not be had here: {world.device} in {world.dtype} has {', '.join(found)}; "
                        "install what is missing, or set ATTN_BACKEND=auto")
-    trials = {}
+    trials, told = {}, []
     for name in found if wanted == "auto" else (wanted,):
         if name in ("flex", "sdpa") and trials:
             break  # minutes of compiling, a loop on the host: only for want of anything else
-        error, seconds = attention_trial(found[name], world, segments)
-        if error < 0.02:  # a few roundings of bf16
+        try:
+            error, seconds = attention_trial(found[name], world, segments)
+            wrong = "" if error < 0.02 else f"is wrong on this machine: relative error {error:.3g} against the definition"  # bf16 rounds
+        except (RuntimeError, TypeError, AttributeError) as e:  # not for this device, or torch has changed
+            wrong = f"does not run on this machine: {(str(e) or repr(e)).splitlines()[0]}"
+        if wrong and name == wanted:
+            raise RunError(f"ATTN_BACKEND={name} {wrong}; take another")
+        told.append(f"{name} {wrong}," if wrong else f"{name}:{1e3 * seconds:.2f}ms")
+        if not wrong:
             trials[name] = seconds
-        elif name == wanted:
-            raise RunError(f"ATTN_BACKEND={name} is wrong on this machine: relative error {error:.3g} against the definition; take another")
     best = world.from_main(min(trials, key=trials.get))
-    return best, found[best], " ".join(f"{name}:{1e3 * seconds:.2f}ms" for name, seconds in trials.items())
+    return best, found[best], " ".join(told)
 
 
 # Triton kernels, each behind an operator with the definition's gradients. Tensors are read once and written once; sums are fp32.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -208,13 +209,65 @@ def test_the_fastest_right_attention_is_chosen(monkeypatch):
     assert tg.choose_attention.__wrapped__("auto", world) == ("varlen", "b", "fa3:500.00ms varlen:250.00ms")
 
 
+def test_an_attention_that_does_not_run_is_passed_over(monkeypatch):
+    """As cuDNN without a kernel for this device, or a torch whose operator takes other arguments."""
+    def missing(*_):
+        raise NotImplementedError("Could not run 'aten::_cudnn_attention_forward'\nwith a page of detail")
+
+    def other_arguments(*_):
+        raise TypeError
+
+    world, choose = tg.World(0, 1, torch.device("cpu"), torch.float32), tg.choose_attention.__wrapped__
+    monkeypatch.setattr(tg, "attention_backends", lambda world: dict(fa3=other_arguments, cudnn=missing, cpu=tg.document_attention_cpu))
+    name, _, told = choose("auto", world)
+    assert name == "cpu" and re.fullmatch(r"fa3 does not run on this machine: TypeError\(\), cudnn does .*forward', cpu:[\d.]+ms", told)
+    with pytest.raises(tg.RunError, match=r"ATTN_BACKEND=cudnn does not run on this machine: Could not .*; take another"):
+        choose("cudnn", world)
+
+
+def test_cudnn_attention_asks_torch_for_what_the_definition_says(monkeypatch):
+    """torch's operator, whose arguments its own schema checks, played by the CPU kernel: packed rows, grouped heads, padded bounds."""
+    calls, sizes = [], [5, 13, 1, 31, 0, 0]
+
+    def forward(q, k, v, bias, bounds_q, bounds_k, longest_q, longest_k, lse, dropout=0.0, causal=False, debug=False, *, scale=None):
+        calls.append(("forward", bias, longest_q, longest_k, lse, dropout, causal, debug, scale))
+        assert torch.equal(bounds_q, cu_seqlens(sizes)) and torch.equal(bounds_k, bounds_q) and all(t.is_contiguous() for t in (q, k, v))
+        out, m = tg._document_attention_cpu(q, *(t.repeat_interleave(2, 1) for t in (k, v)), bounds_q, 0)
+        one = torch.zeros((), dtype=torch.int64)
+        return out, m.T[..., None].contiguous(), bounds_q, bounds_k, longest_q, longest_k, one, one, torch.empty(0)
+
+    def backward(grad, q, k, v, out, m, seed, offset, bias, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, *, scale=None):
+        calls.append(("backward", bias, longest_q, longest_k, dropout, causal, scale))
+        wide = [t.repeat_interleave(2, 1) for t in (k, v)]
+        dq, dk, dv = tg._document_attention_cpu_backward(grad, q, *wide, out, m[..., 0].T, bounds_q, 0)
+        return dq, *(t.unflatten(1, (2, 2)).sum(2) for t in (dk, dv))
+
+    monkeypatch.setattr(tg, "varlen_attention", lambda: lambda *args: args)
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_cudnn_attention_forward", forward, "CPU")
+        library.impl("_cudnn_attention_backward", backward, "CPU")
+        attend, results = tg.cudnn_attention(), []
+        for f in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True), tg.document_attention_reference):
+            q, k, v = qkv(50, 4, 2)
+            out = f(q, k, v.transpose(0, 1).contiguous().transpose(0, 1), cu_seqlens(sizes), 31, 31)
+            results.append([out, *torch.autograd.grad(out, (q, k, v), torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))])
+        q, k, v = (t.detach() for t in qkv(50, 4, 2))
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(tg._document_attention_cudnn, (q, k, v, cu_seqlens(sizes), 31), test_utils=tests)
+    for made in results[:2]:
+        for ours, reference in zip(made, results[2], strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-5, atol=5e-6)
+    assert set(calls) == {("forward", None, 31, 31, True, 0.0, True, False, None), ("backward", None, 31, 31, 0.0, True, None)}
+    assert attend(q, k, v, cu_seqlens(sizes), 31, 30)[5] == 30  # a window is varlen's
+
+
 def test_backends_of_a_gpu_depend_on_its_age_and_on_what_is_installed(monkeypatch):
     made = {name: (lambda name=name: name, *rest[1:]) for name, rest in tg.ATTENTION_BACKENDS.items() if name != "flex"}
     monkeypatch.setattr(tg, "ATTENTION_BACKENDS", made)
     for installed, capability, dtype, expected in (
-            ({"flash_attn_interface", "torch.nn.attention.varlen"}, (9, 0), torch.bfloat16, ["fa3", "varlen", "sdpa"]),
+            ({"flash_attn_interface", "torch.nn.attention.varlen"}, (9, 0), torch.bfloat16, ["fa3", "cudnn", "varlen", "sdpa"]),
             ({"flash_attn_interface", "torch.nn.attention.varlen"}, (8, 0), torch.bfloat16, ["varlen", "sdpa"]),
-            ({"flash_attn.cute", "torch.nn.attention.varlen"}, (12, 0), torch.bfloat16, ["fa4", "varlen", "sdpa"]),
+            ({"flash_attn.cute", "torch.nn.attention.varlen"}, (12, 0), torch.bfloat16, ["fa4", "cudnn", "varlen", "sdpa"]),
             ({"torch.nn.attention.varlen"}, (7, 5), torch.float16, ["sdpa"]),
             ({"flash_attn_interface"}, (9, 0), torch.float32, ["sdpa"])):
         monkeypatch.setattr(tg, "module_exists", lambda name, installed=installed: name in installed)
