@@ -2559,16 +2559,16 @@ def polar_express(G: Tensor, steps: int) -> Tensor:
     return X.mT if G.shape[-2] > G.shape[-1] else X
 
 
-def muon_direction(G: Tensor, M: Tensor, momentum: float, steps: int, row_normalize: bool) -> Tensor:
-    """One Muon update for matrices G (n, rows, cols), momentum buffer M updated in place.
+def muon_direction(G: Tensor, M: Tensor, momentum: float, steps: int, row_normalize: bool) -> tuple[Tensor, Tensor]:
+    """One Muon update for matrices G (n, rows, cols) with momentum buffer M, and the next M.
 
     Nesterov momentum, rows scaled to norm 1 (MuonEq-R), orthogonalised, scaled by sqrt(max(1, rows / cols)).
     """
-    M.mul_(momentum).add_(G)
-    U = G + momentum * M
+    M = torch.add(G, M, alpha=momentum)
+    U = torch.add(G, M, alpha=momentum)
     if row_normalize:
-        U = U / U.float().norm(dim=-1, keepdim=True).clamp_min(1e-7).to(U.dtype)
-    return polar_express(U, steps) * max(1.0, G.shape[-2] / G.shape[-1]) ** 0.5
+        U = U / torch.linalg.vector_norm(U, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(U.dtype)
+    return polar_express(U, steps) * max(1.0, G.shape[-2] / G.shape[-1]) ** 0.5, M
 
 
 PARAM_RULES = (  # pattern, optimizer, learning rate, weight decay; first match wins, no match is an error
@@ -2619,7 +2619,7 @@ class Bank:
         """Decay, then move along the gathered update."""
         self.wait()
         lr = self.lr * lr_scale
-        self.p.mul_(1 - lr * self.wd).add_(self.update[: len(self.p)].to(self.p.dtype), alpha=-lr)
+        self.p.mul_(1 - lr * self.wd).add_(self.update[: len(self.p)], alpha=-lr)
         self.update = None
 
     def full_momentum(self) -> Tensor:
@@ -2663,12 +2663,13 @@ class TrainOptimizer:
         """
         self.reduce()
         norm, cfg, wide = self.grad_norm(), self.cfg, self.world.wide
-        told, momenta = Readback(norm), [bank.momentum.clone() for bank in self.banks]  # a bad norm must leave no trace in the old ones
-        clip = cfg.grad_clip_norm or math.inf
+        told, momenta, clip = Readback(norm), [], cfg.grad_clip_norm or math.inf
         factor = (clip / (norm.to(wide) + 1e-6)).clamp(max=1.0).float()
-        for bank, M in zip(self.banks, momenta, strict=True):  # the gather of one bank overlaps the orthogonalisation of the next
-            clipped = (bank.shard.float() * factor).to(bank.shard.dtype)
-            bank.launch_gather(muon_direction(clipped, M, momentum, cfg.muon_backend_steps, cfg.muon_row_normalize))
+        for bank in self.banks:  # the gather of one bank overlaps the orthogonalisation of the next
+            bank.shard.mul_(factor.expand_as(bank.shard))  # as a scalar it would be rounded to bf16 first
+            update, M = muon_direction(bank.shard, bank.momentum, momentum, cfg.muon_backend_steps, cfg.muon_row_normalize)
+            bank.launch_gather(update)
+            momenta.append(M)  # a bad norm must leave no trace in the old one
         value = told.read()  # the host waits for the norm alone: the device has the directions to compute meanwhile
         if not math.isfinite(value):
             for bank in self.banks:
@@ -2677,7 +2678,7 @@ class TrainOptimizer:
         grads = [p.grad for p in self.replicated]
         torch._foreach_mul_([g for g in grads if g.dtype == torch.float32], factor)
         for g in (g for g in grads if g.dtype != torch.float32):
-            g.copy_(g.float() * factor)  # a factor in bf16 would have 8 bits
+            g.mul_(factor.expand_as(g))
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adamw.step()
@@ -2708,10 +2709,11 @@ class TrainOptimizer:
 
     def grad_norm(self) -> Tensor:
         """Norm of the averaged gradient, on the device: the same number on every rank."""
-        squares = torch.stack([bank.shard.float().square().sum() for bank in self.banks]).sum()
-        self.world.sum_(squares)
-        rest = torch.stack([p.grad.float().square().sum() for p in self.replicated]).sum()
-        return (squares + rest).sqrt()
+        parts = [bank.shard for bank in self.banks] + [p.grad for p in self.replicated]
+        squares = torch.stack(torch._foreach_norm(parts, dtype=torch.float32)).square()
+        mine = squares[: len(self.banks)].sum()
+        self.world.sum_(mine)
+        return (mine + squares[len(self.banks) :].sum()).sqrt()
 
     def zero_grad(self) -> None:
         for p in [*self.replicated, *(bank.p for bank in self.banks)]:

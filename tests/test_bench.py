@@ -74,6 +74,17 @@ def test_a_micro_batch_moves_no_more_bytes_than_before():
     assert found["gigabytes"] > 4 * traffic.TOKENS * tg.Config().vocab_size * 2 / 1e9
 
 
+def test_an_optimizer_step_moves_no_more_bytes_than_before():
+    """Of a small network: bytes a weight, of which a step reads gradient, weight and average once each, and operators."""
+    committed = json.loads(traffic.COMMITTED.read_text())
+    if committed["torch"].split("+")[0] != torch.__version__.split("+")[0]:
+        pytest.skip(f"counted with torch {committed['torch']}")
+    cfg = tg.Config(model_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, loop_start=1, loop_end=2, parallel_start_layer=3,
+                    vocab_size=512, rope_dims=8)
+    found, weights = traffic.optimizer_step(cfg), sum(p.numel() for p in tg.GPT(cfg).parameters())
+    assert 12 < found["optimizer_gigabytes"] * 1e9 / weights < 65 and found["optimizer_operators"] <= committed["optimizer_operators"]
+
+
 # ---- the profile of a training step
 
 
