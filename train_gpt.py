@@ -1489,8 +1489,7 @@ with_saved_results(_document_attention_cudnn, _document_attention_cudnn_backward
 
 
 def cudnn_attention():
-    """`document_attention_reference` by the cuDNN kernels for packed rows that torch has for its nested tensors; they know no window, so
-    `varlen_attention` does what needs one."""
+    """`document_attention_reference` by torch's cuDNN kernels for packed rows; they know no window, so `varlen_attention` does those."""
     windowed = varlen_attention()
 
     def document_attention_cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
@@ -1513,7 +1512,10 @@ def flash_attention(module: str, unlimited: int | None):
     return document_attention_flash
 
 
-def flex_attention():
+FLEX_TILES = ((), (64, 64), (64, 128), (128, 64), (128, 128))  # queries and keys at a time; the first is torch's own choice
+
+
+def flex_attention(tile: tuple[int, ...] = ()):
     """`document_attention_reference` by FlexAttention, which compiles a kernel for the mask and passes over blocks it hides.
 
     What a query sees starts at its document or at its window and ends at itself, and both starts only grow: of the blocks of
@@ -1522,6 +1524,8 @@ def flex_attention():
     from torch.nn.attention.flex_attention import BlockMask, flex_attention as attend
 
     attend = torch.compile(attend, dynamic=False)
+    sides = dict(zip("MN", tile, strict=False)) | dict(M1=min(tile), N1=max(tile), M2=max(tile), N2=min(tile)) if tile else {}
+    tiles = {f"BLOCK_{side}": size for side, size in sides.items()}
 
     def document_attention_flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
         n, at, side = len(q), torch.arange(len(q), device=q.device), 128
@@ -1531,7 +1535,8 @@ def flex_attention():
         kept = torch.minimum(lowest[:, None] + blocks, blocks[-1]).int()  # of each row, the first blocks - lowest + 1 count
         mask = BlockMask.from_kv_blocks((blocks - lowest + 1).int()[None, None], kept[None, None], BLOCK_SIZE=side, seq_lengths=(n, n),
                                         mask_mod=lambda b, h, query, key: (key <= query) & (key >= first[query]))
-        return attend(*(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        return attend(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=tiles)[0].transpose(0, 1)
 
     return document_attention_flex
 
@@ -1583,11 +1588,28 @@ def attention_trial(attend, world: World, segments: list[int]) -> tuple[float, f
     return torch.stack(errors).max().item(), quickest(world, lambda: run(attend, world.dtype), 1)
 
 
-@cache
-def choose_attention(wanted: str, world: World) -> tuple[str, Any, str]:
-    """(name, function, how the choice was made). auto: the fastest that is right, on a row of documents; rank 0 decides.
+def best_tile(world: World, segments: list[int], path: Path) -> tuple[int, ...]:
+    """Of FLEX_TILES the fastest that is right on this device. Compiling them takes minutes, so the file keeps what was found."""
+    key, known, trials = f"{hardware_name(world)} torch {torch.__version__} {world.dtype}", {}, {}
+    with contextlib.suppress(OSError, ValueError):  # no file yet, or somebody else's
+        known = json.loads(path.read_text())
+    known = world.from_main(known)
+    if key not in known:
+        for tile in FLEX_TILES:
+            with contextlib.suppress(RuntimeError):  # more shared memory than there is
+                error, trials[tile] = attention_trial(flex_attention(tile), world, segments)
+                trials[tile] = trials[tile] if error < 0.02 else math.inf
+        known[key] = world.from_main(min(trials, key=trials.get, default=()))
+        if world.main:
+            write_atomic(path, json.dumps(known).encode())
+    return tuple(known[key])
 
-    Raises RunError when the wanted backend is missing or differs from the definition.
+
+@cache
+def choose_attention(wanted: str, world: World, cache_dir: str = "") -> tuple[str, Any, str]:
+    """(name, function, how the choice was made). auto: the fastest that is right, on a row of documents; rank 0 decides.
+    cache_dir: where FlexAttention's `best_tile` is kept; blank: torch chooses one. Raises RunError when the wanted backend is missing
+    or differs from the definition.
     """
     found = attention_backends(world)
     segments = [5, 130, 1, 377, 0] if world.device.type == "cpu" else [1500, 800, 2048, 100, 3072, 672] * 4 + [0, 0]  # padded as real ones
@@ -1598,6 +1620,8 @@ def choose_attention(wanted: str, world: World) -> tuple[str, Any, str]:
     for name in found if wanted == "auto" else (wanted,):
         if name in ("flex", "sdpa") and trials:
             break  # minutes of compiling, a loop on the host: only for want of anything else
+        if name == "flex" and cache_dir:
+            found[name] = flex_attention(best_tile(world, segments, Path(cache_dir) / "flex_tiles.json"))
         try:
             error, seconds = attention_trial(found[name], world, segments)
             wrong = "" if error < 0.02 else f"is wrong on this machine: relative error {error:.3g} against the definition"  # bf16 rounds
@@ -1606,8 +1630,7 @@ def choose_attention(wanted: str, world: World) -> tuple[str, Any, str]:
         if wrong and name == wanted:
             raise RunError(f"ATTN_BACKEND={name} {wrong}; take another")
         told.append(f"{name} {wrong}," if wrong else f"{name}:{1e3 * seconds:.2f}ms")
-        if not wrong:
-            trials[name] = seconds
+        trials |= {} if wrong else {name: seconds}
     best = world.from_main(min(trials, key=trials.get))
     return best, found[best], " ".join(told)
 
@@ -2080,7 +2103,7 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
             raise RunError(f"MLP_KERNEL={cfg.mlp_kernel} needs bf16 activations and compute capability {', '.join(map(str, MLP_TILES))}.x "
                            f"(TMA), not {world.dtype} on {capability}; set MLP_KERNEL=eager")
     return Kernels(
-        choose_attention(cfg.attn_backend, world)[1],
+        choose_attention(cfg.attn_backend, world, cfg.compile_cache_dir)[1],
         leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel),
         split_heads if cfg.qk_kernel == "eager" else split_heads_op,
         gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
@@ -3750,11 +3773,10 @@ def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     vectors, by the eigenvectors of the smaller Gram matrix in fp64. The largest number in each row of B is positive: that makes the
     result unique, and the same on every device up to rounding."""
     X = (E if E.shape[0] >= E.shape[1] else E.T).double()
-    squares, V = torch.linalg.eigh(X.T @ X)
-    V = V[:, -rank:].flip(1)
+    squares, V = (t[..., -rank:].flip(-1) for t in torch.linalg.eigh(X.T @ X))
     A, B = X @ V, V.T
     if E.shape[0] < E.shape[1]:
-        S = squares[-rank:].flip(0).clamp_min(1e-60).sqrt()
+        S = squares.clamp_min(1e-60).sqrt()
         A, B = V * S, (A / S).T
     sign = torch.where(B.gather(1, B.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
     return (A * sign.T).float(), (B * sign).float()
@@ -3773,12 +3795,9 @@ def low_rank_corrections(cfg: Config, tasks: list[Task], stored: dict[str, Store
 
     scope = LQER_SCOPES[cfg.lqer_scope]
     residuals = {t.name: t.W - stored[t.name].decode() for t in tasks if fnmatch.fnmatchcase(t.name, scope)}
-    if not residuals:
-        return {}
-    size = torch.stack([E.norm() for E in residuals.values()])
     fits = {name: fit(E) for name, E in residuals.items()} if cfg.lqer_gain_select else {}
-    left = torch.stack([(residuals[name] - s.decode()).norm() for name, s in fits.items()]) if fits else 0
-    worth = dict(zip(residuals, (size - left).tolist(), strict=True))  # one wait for the device, not one a matrix
+    sizes = [E.norm() - ((E - fits[name].decode()).norm() if fits else 0) for name, E in residuals.items()]
+    worth = dict(zip(residuals, torch.stack(sizes).tolist() if sizes else (), strict=True))  # one wait for the device, not one a matrix
     best = sorted(worth, key=lambda name: (-worth[name], name))[: cfg.lqer_top_k]
     return {name: fits.get(name) or fit(residuals[name]) for name in best}
 
@@ -5472,7 +5491,7 @@ def log_start(run: Run, env) -> None:
         verdict = "CANNOT FIT" if bits < 0.2 else "fits, at a loss: 3 are usual" if bits < 2 else "fits"
         log(f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code}, {bits:.2f} bits each: {verdict}")
     kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, residual=cfg.residual_kernel, ce=cfg.fused_ce_kernel)
-    attention, _, trials = choose_attention(cfg.attn_backend, run.world)
+    attention, _, trials = choose_attention(cfg.attn_backend, run.world, cfg.compile_cache_dir)
     log(f"kernels: attention:{attention} ({trials}) " + " ".join(f"{name}:{kind}" for name, kind in kernels.items()))
 
 

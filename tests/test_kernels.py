@@ -108,7 +108,7 @@ def test_flex_attention_equals_the_reference(sizes, window, monkeypatch):
     """Values alone, not compiled: FlexAttention has no backward on a CPU. Blocks are 128 wide, so the longer rows leave some out."""
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     bounds, inputs = cu_seqlens(sizes), [t.detach() for t in qkv(sum(sizes), 4, 2, 16)]
-    out = tg.flex_attention()(*inputs, bounds, max(sizes), window)
+    out = tg.flex_attention(tg.FLEX_TILES[len(sizes) % 5])(*inputs, bounds, max(sizes), window)
     torch.testing.assert_close(out, tg.document_attention_reference(*inputs, bounds, max(sizes), window), rtol=1e-5, atol=5e-6)
 
 
@@ -259,6 +259,42 @@ def test_cudnn_attention_asks_torch_for_what_the_definition_says(monkeypatch):
             torch.testing.assert_close(ours, reference, rtol=1e-5, atol=5e-6)
     assert set(calls) == {("forward", None, 31, 31, True, 0.0, True, False, None), ("backward", None, 31, 31, 0.0, True, None)}
     assert attend(q, k, v, cu_seqlens(sizes), 31, 30)[5] == 30  # a window is varlen's
+
+
+def test_tiles_reach_flex_attention_and_fit_its_blocks(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda q, k, v, kernel_options, **rest: seen.append(kernel_options) or q)
+    for tile in tg.FLEX_TILES:
+        tg.flex_attention(tile)(*qkv(8, 4, 2), cu_seqlens([8]), 8)
+    assert seen[0] == {} and seen[3] == dict(BLOCK_M=128, BLOCK_N=64, BLOCK_M1=64, BLOCK_N1=128, BLOCK_M2=128, BLOCK_N2=64)
+    for options in seen[1:]:  # what torch asks of them
+        assert options["BLOCK_N1"] % options["BLOCK_M1"] == options["BLOCK_M2"] % options["BLOCK_N2"] == 0
+        assert all(128 % size == 0 for size in options.values())
+
+
+def test_the_best_tile_is_found_once_for_each_device_and_kept(monkeypatch, tmp_path):
+    """By a fake clock: one tile is fast and wrong, one wants too much memory, and of the rest the third is the fastest."""
+    world, path, tried = tg.World(0, 1, torch.device("cpu"), torch.bfloat16), tmp_path / "new" / "flex_tiles.json", []
+    results = dict(zip(tg.FLEX_TILES, [(0.001, 3.0), (0.5, 0.1), (0.001, 2.0), None, (0.001, 4.0)], strict=True))
+
+    def trial(tile, world, segments):
+        tried.append(tile)
+        if results[tile] is None:
+            raise RuntimeError("out of resource: shared memory")
+        return results[tile]
+
+    monkeypatch.setattr(tg, "flex_attention", lambda tile=(): tile)
+    monkeypatch.setattr(tg, "attention_trial", trial)
+    assert tg.best_tile(world, [9], path) == tg.FLEX_TILES[2] and tried == list(tg.FLEX_TILES)
+    assert tg.best_tile(world, [9], path) == tg.FLEX_TILES[2] and len(tried) == 5  # from the file
+    half = tg.World(0, 1, torch.device("cpu"), torch.float16)
+    assert tg.best_tile(half, [9], path) == tg.FLEX_TILES[2] and len(tried) == 10 and len(json.loads(path.read_text())) == 2
+    path.write_text("{ cut off")
+    assert tg.best_tile(world, [9], path) == tg.FLEX_TILES[2] and len(tried) == 15
+    monkeypatch.setattr(tg, "attention_backends", lambda world: dict(flex="torch's own", sdpa="sdpa"))
+    results["torch's own"] = (0.001, 1.0)
+    choose = tg.choose_attention.__wrapped__
+    assert choose("flex", world)[1] == "torch's own" and choose("flex", world, str(path.parent))[1] == tg.FLEX_TILES[2]
 
 
 def test_backends_of_a_gpu_depend_on_its_age_and_on_what_is_installed(monkeypatch):
