@@ -27,10 +27,11 @@ def run(*command, **env):
 
 def test_the_suite_runs_on_a_cpu_with_tiny_sizes(tmp_path):
     out = tmp_path / "results" / "dry.jsonl"
-    done = run(ROOT / "bench" / "gpu_suite.py", "--dry-run", "--out", out, "ceilings", "muon", "gptq", "ttt", "evaluation")
+    sections = "ceilings", "muon", "gptq", "quantization", "ttt", "evaluation"
+    done = run(ROOT / "bench" / "gpu_suite.py", "--dry-run", "--out", out, *sections)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(text) for text in out.read_text().splitlines()]
-    assert lines[0]["section"] == "machine" and {x["section"] for x in lines[1:]} == {"ceilings", "muon", "gptq", "ttt", "evaluation"}
+    assert lines[0]["section"] == "machine" and {x["section"] for x in lines[1:]} == set(sections)
     (ttt,) = [x for x in lines if x["section"] == "ttt"]
     assert ttt["loss_difference"] < 0.05 and ttt["ratio"] == pytest.approx(ttt["reference_ms"] / ttt["ms"], abs=2e-3)
     again = run(ROOT / "bench" / "gpu_suite.py", "--table", out)
