@@ -1627,8 +1627,8 @@ def choose_attention(wanted: str, world: World, cache_dir: str = "") -> tuple[st
             wrong = "" if error < 0.02 else f"is wrong on this machine: relative error {error:.3g} against the definition"  # bf16 rounds
         except (RuntimeError, TypeError, AttributeError) as e:  # not for this device, or torch has changed
             wrong = f"does not run on this machine: {(str(e) or repr(e)).splitlines()[0]}"
-        if wrong and name == wanted:
-            raise RunError(f"ATTN_BACKEND={name} {wrong}; take another")
+        if wrong and name in (wanted, "sdpa"):
+            raise RunError(f"ATTN_BACKEND={' '.join([*told, name])} {wrong}; take another")
         told.append(f"{name} {wrong}," if wrong else f"{name}:{1e3 * seconds:.2f}ms")
         trials |= {} if wrong else {name: seconds}
     best = world.from_main(min(trials, key=trials.get))
@@ -3407,8 +3407,8 @@ def nearest_on_way(a, way):
 
 @jit
 def viterbi_kernel(x, into, second, best_k, best_value, lanes, HEIGHT: tl.constexpr, L: tl.constexpr):
-    """One program: L segments of x (HEIGHT, lanes), the costs of their states in registers. second (HEIGHT, lanes) uint8: which of the
-    two ways led into each state, a bit for each."""
+    """One program: L segments of x (HEIGHT, lanes), a thread for each of their states if L is 4. second (HEIGHT, lanes) uint8: which of
+    the two ways led into each state, a bit for each."""
     lane, s = tl.program_id(0) * L + tl.arange(0, L), tl.arange(0, 8)
     inside = lane < lanes
     one, two = tl.load(into + 2 * s)[:, None] + tl.zeros((8, L), tl.int32), tl.load(into + 2 * s + 1)[:, None] + tl.zeros((8, L), tl.int32)
@@ -3436,7 +3436,7 @@ def fused_viterbi(lanes: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
     """`viterbi` by one kernel instead of about 950, to the bit. into: TRELLIS_INTO, int32."""
     second, (height, count) = torch.empty_like(lanes, dtype=torch.uint8), lanes.shape
     k, value = torch.empty_like(lanes), torch.empty_like(lanes)
-    viterbi_kernel[(triton.cdiv(count, 32),)](lanes, into, second, k, value, count, height, 32, num_warps=1, enable_fp_fusion=False)
+    viterbi_kernel[(triton.cdiv(count, 4),)](lanes, into, second, k, value, count, height, 4, num_warps=1, enable_fp_fusion=False)
     return k, value
 
 

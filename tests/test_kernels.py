@@ -223,6 +223,9 @@ def test_an_attention_that_does_not_run_is_passed_over(monkeypatch):
     assert name == "cpu" and re.fullmatch(r"fa3 does not run on this machine: TypeError\(\), cudnn does .*forward', cpu:[\d.]+ms", told)
     with pytest.raises(tg.RunError, match=r"ATTN_BACKEND=cudnn does not run on this machine: Could not .*; take another"):
         choose("cudnn", world)
+    monkeypatch.setattr(tg, "attention_backends", lambda world: dict(cudnn=missing, sdpa=missing))  # the device is lost
+    with pytest.raises(tg.RunError, match="ATTN_BACKEND=cudnn does not run .*, sdpa does not run .*; take another"):
+        choose("auto", world)
 
 
 def test_cudnn_attention_asks_torch_for_what_the_definition_says(monkeypatch):
