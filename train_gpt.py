@@ -1521,11 +1521,11 @@ def flex_attention(tile: tuple[int, ...] = ()):
     What a query sees starts at its document or at its window and ends at itself, and both starts only grow: of the blocks of
     keys, those from the start of the first query of a block of queries to that block.
     """
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention as attend
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention as flex
 
-    attend = torch.compile(attend, dynamic=False)
+    flex = torch.compile(flex, dynamic=False)
     sides = dict(zip("MN", tile, strict=False)) | dict(M1=min(tile), N1=max(tile), M2=max(tile), N2=min(tile)) if tile else {}
-    tiles = {f"BLOCK_{side}": size for side, size in sides.items()}
+    opts = {f"BLOCK_{side}": size for side, size in sides.items()}
 
     def document_attention_flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
         n, at, side = len(q), torch.arange(len(q), device=q.device), 128
@@ -1535,8 +1535,7 @@ def flex_attention(tile: tuple[int, ...] = ()):
         kept = torch.minimum(lowest[:, None] + blocks, blocks[-1]).int()  # of each row, the first blocks - lowest + 1 count
         mask = BlockMask.from_kv_blocks((blocks - lowest + 1).int()[None, None], kept[None, None], BLOCK_SIZE=side, seq_lengths=(n, n),
                                         mask_mod=lambda b, h, query, key: (key <= query) & (key >= first[query]))
-        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-        return attend(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=tiles)[0].transpose(0, 1)
+        return flex(*(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=mask, enable_gqa=True, kernel_options=opts)[0].transpose(0, 1)
 
     return document_attention_flex
 
@@ -1590,7 +1589,7 @@ def attention_trial(attend, world: World, segments: list[int]) -> tuple[float, f
 
 def best_tile(world: World, segments: list[int], path: Path) -> tuple[int, ...]:
     """Of FLEX_TILES the fastest that is right on this device. Compiling them takes minutes, so the file keeps what was found."""
-    key, known, trials = f"{hardware_name(world)} torch {torch.__version__} {world.dtype}", {}, {}
+    key, known, trials = f"{hardware_name(world).split('x ', 1)[1]} torch {torch.__version__} {world.dtype}", {}, {}
     with contextlib.suppress(OSError, ValueError):  # no file yet, or somebody else's
         known = json.loads(path.read_text())
     known = world.from_main(known)
@@ -2733,7 +2732,8 @@ class TrainOptimizer:
     def grad_norm(self) -> Tensor:
         """Norm of the averaged gradient, on the device: the same number on every rank."""
         parts = [bank.shard for bank in self.banks] + [p.grad for p in self.replicated]
-        squares = torch.stack(torch._foreach_norm(parts, dtype=torch.float32)).square()
+        groups = ([t for t in parts if (t.dtype == torch.float32) == full] for full in (False, True))  # a kernel for each; banks first
+        squares = torch.stack([n for group in groups if group for n in torch._foreach_norm(group, dtype=torch.float32)]).square()
         mine = squares[: len(self.banks)].sum()
         self.world.sum_(mine)
         return (mine + squares[len(self.banks) :].sum()).sqrt()
@@ -3772,14 +3772,14 @@ def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank, rows, cols): its leading singular
     vectors, by the eigenvectors of the smaller Gram matrix in fp64. The largest number in each row of B is positive: that makes the
     result unique, and the same on every device up to rounding."""
-    X = (E if E.shape[0] >= E.shape[1] else E.T).double()
+    X = (E if E.shape[0] >= E.shape[1] else E.T).to("cpu" if E.device.type == "mps" else E.device, torch.float64)
     squares, V = (t[..., -rank:].flip(-1) for t in torch.linalg.eigh(X.T @ X))
     A, B = X @ V, V.T
     if E.shape[0] < E.shape[1]:
         S = squares.clamp_min(1e-60).sqrt()
         A, B = V * S, (A / S).T
     sign = torch.where(B.gather(1, B.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
-    return (A * sign.T).float(), (B * sign).float()
+    return (A * sign.T).to(E), (B * sign).to(E)
 
 
 def low_rank_corrections(cfg: Config, tasks: list[Task], stored: dict[str, Stored]) -> dict[str, Stored]:
