@@ -80,7 +80,7 @@ class RunError(Exception):
 
 S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
 COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
-ATTN_BACKENDS = ("auto", "fa3", "fa4", "varlen", "flex", "cpu", "sdpa")
+ATTN_BACKENDS = ("auto", "fa3", "fa4", "cudnn", "varlen", "flex", "cpu", "sdpa")
 MLP_KERNELS = ("eager", "pre_post", "act_grad", "lsb")
 COMPRESSORS = ("range", "pergroup", "brotli", "lzma")
 
@@ -1406,6 +1406,16 @@ def operator(fake, backward=None):
     return register
 
 
+def with_saved_results(op, backward) -> None:
+    """Give op(q, k, v, cu_seqlens, n) -> (out, lse) the gradients that backward(grad, q, k, v, out, lse, cu_seqlens, n) makes."""
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+        ctx.n = inputs[4]
+
+    op.register_autograd(lambda ctx, grad, _: (*backward(grad.contiguous(), *ctx.saved_tensors, ctx.n), None, None), setup_context=save)
+
+
 # On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop, whose trip count
 # depends on data, out of the compiler's sight, and its backward reuses the saved log-sum-exp instead of recomputing.
 
@@ -1439,16 +1449,7 @@ def _document_attention_cpu_backward(
     return grads
 
 
-def _document_attention_cpu_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
-    ctx.window = inputs[4]
-
-
-def _document_attention_cpu_grad(ctx, grad, _grad_lse):
-    return *_document_attention_cpu_backward(grad.contiguous(), *ctx.saved_tensors, ctx.window), None, None
-
-
-_document_attention_cpu.register_autograd(_document_attention_cpu_grad, setup_context=_document_attention_cpu_setup)
+with_saved_results(_document_attention_cpu, _document_attention_cpu_backward)
 
 
 def document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
@@ -1476,6 +1477,36 @@ def varlen_attention():
     return document_attention_varlen
 
 
+@operator(lambda q, *rest: (torch.empty_like(q), q.new_empty(*q.shape[:2], 1, dtype=torch.float32)))
+def _document_attention_cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
+    made = torch.ops.aten._cudnn_attention_forward(q, k, v, None, cu_seqlens, cu_seqlens, max_len, max_len, True, 0.0, True)
+    return made[0], made[1].view(*q.shape[:2], 1)
+
+
+@operator(lambda grad, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+def _document_attention_cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_len: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    seed = cu_seqlens.new_zeros((), dtype=torch.int64)  # of no dropout
+    return torch.ops.aten._cudnn_attention_backward(
+        grad, q, k, v, out, lse, seed, seed, None, cu_seqlens, cu_seqlens, max_len, max_len, 0.0, True)
+
+
+with_saved_results(_document_attention_cudnn, _document_attention_cudnn_backward)
+
+
+def cudnn_attention():
+    """`document_attention_reference` by torch's cuDNN kernels for packed rows; they know no window, so `varlen_attention` does those."""
+    windowed = varlen_attention()
+
+    def document_attention_cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
+        if 0 < window < max_len:
+            return windowed(q, k, v, cu_seqlens, max_len, window)
+        return _document_attention_cudnn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_len)[0]
+
+    return document_attention_cudnn
+
+
 def flash_attention(module: str, unlimited: int | None):
     """`document_attention_reference` by the FlashAttention package that has `module`; unlimited: its word for no window."""
     flash = importlib.import_module(module).flash_attn_varlen_func
@@ -1488,15 +1519,20 @@ def flash_attention(module: str, unlimited: int | None):
     return document_attention_flash
 
 
-def flex_attention():
+FLEX_TILES = ((), (64, 64), (64, 128), (128, 64), (128, 128))  # queries and keys at a time; the first is torch's own choice
+
+
+def flex_attention(tile: tuple[int, ...] = ()):
     """`document_attention_reference` by FlexAttention, which compiles a kernel for the mask and passes over blocks it hides.
 
     What a query sees starts at its document or at its window and ends at itself, and both starts only grow: of the blocks of
     keys, those from the start of the first query of a block of queries to that block.
     """
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention as attend
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention as flex
 
-    attend = torch.compile(attend, dynamic=False)
+    flex = torch.compile(flex, dynamic=False)
+    sides = dict(zip("MN", tile, strict=False)) | dict(M1=min(tile), N1=max(tile), M2=max(tile), N2=min(tile)) if tile else {}
+    opts = {f"BLOCK_{side}": size for side, size in sides.items()}
 
     def document_attention_flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
         n, at, side = len(q), torch.arange(len(q), device=q.device), 128
@@ -1506,7 +1542,7 @@ def flex_attention():
         kept = torch.minimum(lowest[:, None] + blocks, blocks[-1]).int()  # of each row, the first blocks - lowest + 1 count
         mask = BlockMask.from_kv_blocks((blocks - lowest + 1).int()[None, None], kept[None, None], BLOCK_SIZE=side, seq_lengths=(n, n),
                                         mask_mod=lambda b, h, query, key: (key <= query) & (key >= first[query]))
-        return attend(*(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        return flex(*(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=mask, enable_gqa=True, kernel_options=opts)[0].transpose(0, 1)
 
     return document_attention_flex
 
@@ -1514,6 +1550,7 @@ def flex_attention():
 ATTENTION_BACKENDS = {  # name: (how to get it, lowest and highest compute capability, module it comes from); half precision only
     "fa3": (partial(flash_attention, "flash_attn_interface", -1), (9, 0), (9, 0), "flash_attn_interface"),
     "fa4": (partial(flash_attention, "flash_attn.cute", None), (9, 0), (12, 9), "flash_attn.cute"),
+    "cudnn": (cudnn_attention, (9, 0), (99, 0), "torch.nn.attention.varlen"),
     "varlen": (varlen_attention, (8, 0), (99, 0), "torch.nn.attention.varlen"),
     "flex": (flex_attention, (7, 5), (99, 0), "torch.nn.attention.flex_attention"),
 }
@@ -1554,30 +1591,54 @@ def attention_trial(attend, world: World, segments: list[int]) -> tuple[float, f
 
     ours = run(attend, world.dtype)
     errors = [(a.float() - b).norm() / b.norm() for a, b in zip(ours, run(document_attention_reference, torch.float32), strict=True)]
-    return max(errors).item(), quickest(world, lambda: run(attend, world.dtype), 1)
+    return torch.stack(errors).max().item(), quickest(world, lambda: run(attend, world.dtype), 1)
+
+
+def best_tile(world: World, segments: list[int], path: Path) -> tuple[int, ...]:
+    """Of FLEX_TILES the fastest that is right on this device. Compiling them takes minutes, so the file keeps what was found."""
+    key, known, trials = f"{hardware_name(world).split('x ', 1)[1]} torch {torch.__version__} {world.dtype}", {}, {}
+    with contextlib.suppress(OSError, ValueError):  # no file yet, or somebody else's
+        known = json.loads(path.read_text())
+    known = world.from_main(known)
+    if key not in known:
+        for tile in FLEX_TILES:
+            with contextlib.suppress(RuntimeError):  # more shared memory than there is
+                error, trials[tile] = attention_trial(flex_attention(tile), world, segments)
+                trials[tile] = trials[tile] if error < 0.02 else math.inf
+        known[key] = world.from_main(min(trials, key=trials.get, default=()))
+        if world.main:
+            write_atomic(path, json.dumps(known).encode())
+    return tuple(known[key])
 
 
 @cache
-def choose_attention(wanted: str, world: World) -> tuple[str, Any, str]:
+def choose_attention(wanted: str, world: World, cache_dir: str = "") -> tuple[str, Any, str]:
     """(name, function, how the choice was made). auto: the fastest that is right, on a row of documents; rank 0 decides.
-
-    Raises RunError when the wanted backend is missing or differs from the definition.
+    cache_dir: where FlexAttention's `best_tile` is kept; blank: torch chooses one. Raises RunError when the wanted backend is missing
+    or differs from the definition.
     """
-    found, segments = attention_backends(world), [5, 130, 1, 377] if world.device.type == "cpu" else [1500, 800, 2048, 100, 3072, 672] * 4
+    found = attention_backends(world)
+    segments = [5, 130, 1, 377, 0] if world.device.type == "cpu" else [1500, 800, 2048, 100, 3072, 672] * 4 + [0, 0]  # padded as real ones
     if wanted not in ("auto", *found):
         raise RunError(f"ATTN_BACKEND={wanted} can not be had here: {world.device} in {world.dtype} has {', '.join(found)}; "
                        "install what is missing, or set ATTN_BACKEND=auto")
-    trials = {}
+    trials, told = {}, []
     for name in found if wanted == "auto" else (wanted,):
         if name in ("flex", "sdpa") and trials:
             break  # minutes of compiling, a loop on the host: only for want of anything else
-        error, seconds = attention_trial(found[name], world, segments)
-        if error < 0.02:  # a few roundings of bf16
-            trials[name] = seconds
-        elif name == wanted:
-            raise RunError(f"ATTN_BACKEND={name} is wrong on this machine: relative error {error:.3g} against the definition; take another")
+        if name == "flex" and cache_dir:
+            found[name] = flex_attention(best_tile(world, segments, Path(cache_dir) / "flex_tiles.json"))
+        try:
+            error, seconds = attention_trial(found[name], world, segments)
+            wrong = "" if error < 0.02 else f"is wrong on this machine: relative error {error:.3g} against the definition"  # bf16 rounds
+        except (RuntimeError, TypeError, AttributeError) as e:  # not for this device, or torch has changed
+            wrong = f"does not run on this machine: {(str(e) or repr(e)).splitlines()[0]}"
+        if wrong and name in (wanted, "sdpa"):
+            raise RunError(f"ATTN_BACKEND={' '.join([*told, name])} {wrong}; take another")
+        told.append(f"{name} {wrong}," if wrong else f"{name}:{1e3 * seconds:.2f}ms")
+        trials |= {} if wrong else {name: seconds}
     best = world.from_main(min(trials, key=trials.get))
-    return best, found[best], " ".join(f"{name}:{1e3 * seconds:.2f}ms" for name, seconds in trials.items())
+    return best, found[best], " ".join(told)
 
 
 # Triton kernels, each behind an operator with the definition's gradients. Tensors are read once and written once; sums are fp32.
@@ -2170,7 +2231,7 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
         if problem := cutlass_entry(library)(None, None, None, None, 1, cfg.mlp_dim, cfg.model_dim, 0, None):
             raise RunError(f"MLP_BACKWARD=cutlass needs multiples of 8, not {cfg.model_dim} (MODEL_DIM), {cfg.mlp_dim}: {problem.decode()}")
     return Kernels(
-        choose_attention(cfg.attn_backend, world)[1],
+        choose_attention(cfg.attn_backend, world, cfg.compile_cache_dir)[1],
         leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel, library),
         split_heads if cfg.qk_kernel == "eager" else split_heads_op,
         gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
@@ -2649,16 +2710,16 @@ def polar_express(G: Tensor, steps: int) -> Tensor:
     return X.mT if G.shape[-2] > G.shape[-1] else X
 
 
-def muon_direction(G: Tensor, M: Tensor, momentum: float, steps: int, row_normalize: bool) -> Tensor:
-    """One Muon update for matrices G (n, rows, cols), momentum buffer M updated in place.
+def muon_direction(G: Tensor, M: Tensor, momentum: float, steps: int, row_normalize: bool) -> tuple[Tensor, Tensor]:
+    """One Muon update for matrices G (n, rows, cols) with momentum buffer M, and the next M.
 
     Nesterov momentum, rows scaled to norm 1 (MuonEq-R), orthogonalised, scaled by sqrt(max(1, rows / cols)).
     """
-    M.mul_(momentum).add_(G)
-    U = G + momentum * M
+    M = torch.add(G, M, alpha=momentum)
+    U = torch.add(G, M, alpha=momentum)
     if row_normalize:
-        U = U / U.float().norm(dim=-1, keepdim=True).clamp_min(1e-7).to(U.dtype)
-    return polar_express(U, steps) * max(1.0, G.shape[-2] / G.shape[-1]) ** 0.5
+        U = U / torch.linalg.vector_norm(U, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(U.dtype)
+    return polar_express(U, steps) * max(1.0, G.shape[-2] / G.shape[-1]) ** 0.5, M
 
 
 PARAM_RULES = (  # pattern, optimizer, learning rate, weight decay; first match wins, no match is an error
@@ -2709,7 +2770,7 @@ class Bank:
         """Decay, then move along the gathered update."""
         self.wait()
         lr = self.lr * lr_scale
-        self.p.mul_(1 - lr * self.wd).add_(self.update[: len(self.p)].to(self.p.dtype), alpha=-lr)
+        self.p.mul_(1 - lr * self.wd).add_(self.update[: len(self.p)], alpha=-lr)
         self.update = None
 
     def full_momentum(self) -> Tensor:
@@ -2753,12 +2814,13 @@ class TrainOptimizer:
         """
         self.reduce()
         norm, cfg, wide = self.grad_norm(), self.cfg, self.world.wide
-        told, momenta = Readback(norm), [bank.momentum.clone() for bank in self.banks]  # a bad norm must leave no trace in the old ones
-        clip = cfg.grad_clip_norm or math.inf
+        told, momenta, clip = Readback(norm), [], cfg.grad_clip_norm or math.inf
         factor = (clip / (norm.to(wide) + 1e-6)).clamp(max=1.0).float()
-        for bank, M in zip(self.banks, momenta, strict=True):  # the gather of one bank overlaps the orthogonalisation of the next
-            clipped = (bank.shard.float() * factor).to(bank.shard.dtype)
-            bank.launch_gather(muon_direction(clipped, M, momentum, cfg.muon_backend_steps, cfg.muon_row_normalize))
+        for bank in self.banks:  # the gather of one bank overlaps the orthogonalisation of the next
+            bank.shard.mul_(factor.expand_as(bank.shard))  # as a scalar it would be rounded to bf16 first
+            update, M = muon_direction(bank.shard, bank.momentum, momentum, cfg.muon_backend_steps, cfg.muon_row_normalize)
+            bank.launch_gather(update)
+            momenta.append(M)  # a bad norm must leave no trace in the old one
         value = told.read()  # the host waits for the norm alone: the device has the directions to compute meanwhile
         if not math.isfinite(value):
             for bank in self.banks:
@@ -2767,7 +2829,7 @@ class TrainOptimizer:
         grads = [p.grad for p in self.replicated]
         torch._foreach_mul_([g for g in grads if g.dtype == torch.float32], factor)
         for g in (g for g in grads if g.dtype != torch.float32):
-            g.copy_(g.float() * factor)  # a factor in bf16 would have 8 bits
+            g.mul_(factor.expand_as(g))
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adamw.step()
@@ -2798,10 +2860,12 @@ class TrainOptimizer:
 
     def grad_norm(self) -> Tensor:
         """Norm of the averaged gradient, on the device: the same number on every rank."""
-        squares = torch.stack([bank.shard.float().square().sum() for bank in self.banks]).sum()
-        self.world.sum_(squares)
-        rest = torch.stack([p.grad.float().square().sum() for p in self.replicated]).sum()
-        return (squares + rest).sqrt()
+        parts = [bank.shard for bank in self.banks] + [p.grad for p in self.replicated]
+        groups = ([t for t in parts if (t.dtype == torch.float32) == full] for full in (False, True))  # a kernel for each; banks first
+        squares = torch.stack([n for group in groups if group for n in torch._foreach_norm(group, dtype=torch.float32)]).square()
+        mine = squares[: len(self.banks)].sum()
+        self.world.sum_(mine)
+        return (mine + squares[len(self.banks) :].sum()).sqrt()
 
     def zero_grad(self) -> None:
         for p in [*self.replicated, *(bank.p for bank in self.banks)]:
@@ -3431,10 +3495,9 @@ def trellis_values(q: Tensor) -> Tensor:
     return (2 * lanes - second * lanes.sign()).T.reshape(n, -1)[:, :rows].float()
 
 
-def trellis_path(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The integers |k| <= 127 whose values are nearest to x (n, rows) in steps, over whole segments (Viterbi), and those values."""
-    (n, rows), height = x.shape, min(max(x.shape[1], 1), TRELLIS_SEGMENT)
-    lanes = F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()  # (steps, lanes)
+def viterbi(lanes: Tensor) -> tuple[Tensor, Tensor]:
+    """`trellis_path` of segments side by side, lanes (height, segments) -> two of its shape."""
+    height = len(lanes)
     a, sign = lanes.abs(), torch.where(lanes < 0, -1.0, 1.0)
     k = torch.stack((  # the nearest integers by quantizer and parity: even and odd of the first, even and odd of the second
         2 * (a / 4).round().clamp_max(63), 2 * ((a - 2) / 4).round().clamp(0, 63) + 1,
@@ -3442,12 +3505,12 @@ def trellis_path(x: Tensor) -> tuple[Tensor, Tensor]:
     value = 2 * k
     value[:, 2:] -= k[:, 2:].sign()
     branch = (value - a[:, None]).square()  # (steps, 4, lanes)
-    into = TRELLIS_INTO.to(x.device)
+    into = TRELLIS_INTO.to(lanes.device)
     source, kind = into // 2, into // 2 % 2 * 2 + into % 2  # state and branch of the two ways into each state (8, 2)
     branch = branch[:, kind.T]  # (steps, 2, 8, lanes)
-    cost = torch.full((8, lanes.shape[1]), math.inf, device=x.device)
+    cost = torch.full((8, lanes.shape[1]), math.inf, device=lanes.device)
     cost[0] = 0
-    second = torch.empty((height, *cost.shape), dtype=torch.bool, device=x.device)
+    second = torch.empty((height, *cost.shape), dtype=torch.bool, device=lanes.device)
     for t in range(height):
         ways = cost[source.T] + branch[t]
         torch.lt(ways[1], ways[0], out=second[t])
@@ -3458,8 +3521,69 @@ def trellis_path(x: Tensor) -> tuple[Tensor, Tensor]:
         best[t] = reached = way[t].gather(0, state)[0]
         state = reached[None] // 2
     chosen = (best // 2 % 2 * 2 + best % 2)[:, None]
-    k, value = (sign * y.gather(1, chosen)[:, 0] for y in (k, value))
-    return tuple(y.T.reshape(n, -1)[:, :rows] for y in (k, value))
+    return tuple(sign * y.gather(1, chosen)[:, 0] for y in (k, value))
+
+
+@jit
+def nearest_on_way(a, way):
+    """The integer k >= 0 nearest to a >= 0 on a way, 2 * state + parity, and its value, both fp32. 1.5 * 2^23 rounds to even."""
+    odd, other = way % 2, way // 2 % 2
+    r = (tl.minimum(a, 1e4) + (other - 2 * odd)) / 4 + 12582912.0 - 12582912.0
+    k = 2 * tl.minimum(tl.maximum(r, 0.0), 63.0) + odd
+    k = tl.where((other > odd) & (a < 1.5), 0.0, k)
+    return k, 2 * k - tl.where(k > 0, other, 0)
+
+
+@jit
+def viterbi_kernel(x, into, second, best_k, best_value, lanes, HEIGHT: tl.constexpr, L: tl.constexpr):
+    """One program: L segments of x (HEIGHT, lanes), a thread for each of their states if L is 4. second (HEIGHT, lanes) uint8: which of
+    the two ways led into each state, a bit for each."""
+    lane, s = tl.program_id(0) * L + tl.arange(0, L), tl.arange(0, 8)
+    inside = lane < lanes
+    one, two = tl.load(into + 2 * s)[:, None] + tl.zeros((8, L), tl.int32), tl.load(into + 2 * s + 1)[:, None] + tl.zeros((8, L), tl.int32)
+    cost = tl.where(s == 0, 0.0, float("inf"))[:, None] + tl.zeros((8, L), tl.float32)
+    for t in range(HEIGHT):
+        a = tl.abs(tl.load(x + t * lanes + lane, mask=inside, other=0.0))[None, :]
+        miss, miss_two = nearest_on_way(a, one)[1] - a, nearest_on_way(a, two)[1] - a
+        first_cost, second_cost = tl.gather(cost, one // 2, 0) + miss * miss, tl.gather(cost, two // 2, 0) + miss_two * miss_two
+        bits = tl.sum((second_cost < first_cost).to(tl.int32) << s[:, None], 0)
+        tl.store(second + t * lanes + lane, bits.to(tl.uint8), mask=inside)
+        cost = tl.minimum(first_cost, second_cost)
+    state = tl.argmin(cost, 0)
+    tl.debug_barrier()  # what other threads stored is read below
+    for step in range(HEIGHT):
+        at = (HEIGHT - 1 - step) * lanes + lane
+        taken = tl.load(second + at, mask=inside, other=0).to(tl.int32) >> state & 1
+        way, here = tl.load(into + 2 * state + taken), tl.load(x + at, mask=inside, other=0.0)
+        k, value = nearest_on_way(tl.abs(here), way)
+        tl.store(best_k + at, tl.where(here < 0, -k, k), mask=inside)
+        tl.store(best_value + at, tl.where(here < 0, -value, value), mask=inside)
+        state = way // 2
+
+
+def fused_viterbi(lanes: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    """`viterbi` by one kernel instead of about 950, to the bit. into: TRELLIS_INTO, int32."""
+    second, (height, count) = torch.empty_like(lanes, dtype=torch.uint8), lanes.shape
+    k, value = torch.empty_like(lanes), torch.empty_like(lanes)
+    viterbi_kernel[(triton.cdiv(count, 4),)](lanes, into, second, k, value, count, height, 4, num_warps=1, enable_fp_fusion=False)
+    return k, value
+
+
+@cache
+def choose_viterbi(device: torch.device):
+    """On a GPU the kernel, if it finds there what the definition finds; else the definition."""
+    if not triton or device.type != "cuda":
+        return viterbi
+    x = 20 * torch.randn(TRELLIS_SEGMENT, 100, generator=torch.Generator().manual_seed(0)).to(device)
+    fused = partial(fused_viterbi, into=TRELLIS_INTO.to(device, torch.int32))
+    return fused if all(torch.equal(a, b) for a, b in zip(fused(x), viterbi(x), strict=True)) else viterbi
+
+
+def trellis_path(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers |k| <= 127 whose values are nearest to x (n, rows) in steps, over whole segments (Viterbi), and those values."""
+    (n, rows), height = x.shape, min(max(x.shape[1], 1), TRELLIS_SEGMENT)
+    lanes = F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()  # (steps, lanes)
+    return tuple(y.T.reshape(n, -1)[:, :rows] for y in choose_viterbi(x.device)(lanes))
 
 
 class Stored(NamedTuple):
@@ -3773,26 +3897,36 @@ class RateDistortion:
         return low
 
 
+def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank, rows, cols): its leading singular
+    vectors, by the eigenvectors of the smaller Gram matrix in fp64. The largest number in each row of B is positive: that makes the
+    result unique, and the same on every device up to rounding."""
+    X = (E if E.shape[0] >= E.shape[1] else E.T).to("cpu" if E.device.type == "mps" else E.device, torch.float64)
+    squares, V = (t[..., -rank:].flip(-1) for t in torch.linalg.eigh(X.T @ X))
+    A, B = X @ V, V.T
+    if E.shape[0] < E.shape[1]:
+        S = squares.clamp_min(1e-60).sqrt()
+        A, B = V * S, (A / S).T
+    sign = torch.where(B.gather(1, B.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+    return (A * sign.T).to(E), (B * sign).to(E)
+
+
 def low_rank_corrections(cfg: Config, tasks: list[Task], stored: dict[str, Stored]) -> dict[str, Stored]:
     """LQER: rank-r factors of W - W_hat for the tensors with the largest residual, or the largest gain (LQER_GAIN_SELECT)."""
     if not cfg.lqer_enabled:
         return {}
 
     def fit(E: Tensor) -> Stored:
-        U, S, Vh = torch.linalg.svd(E, full_matrices=False)
-        r = min(cfg.lqer_rank, len(S))
-        A, B = (U[:, :r] * S[:r]).contiguous(), Vh[:r].contiguous()
+        A, B = low_rank_factors(E, cfg.lqer_rank)
         codec = "low_rank_asym" if cfg.lqer_asym_enabled else "low_rank"
         parts = LowRankAsym.encode(A, B, cfg.lqer_asym_group) if cfg.lqer_asym_enabled else LowRank.encode(A, B, cfg.lqer_factor_bits)
         return Stored({(codec, part): t for part, t in parts.items()})
 
     scope = LQER_SCOPES[cfg.lqer_scope]
     residuals = {t.name: t.W - stored[t.name].decode() for t in tasks if fnmatch.fnmatchcase(t.name, scope)}
-    if cfg.lqer_gain_select:
-        fits = {name: fit(E) for name, E in residuals.items()}
-        worth = {name: (E.norm() - (E - fits[name].decode()).norm()).item() for name, E in residuals.items()}
-    else:
-        fits, worth = {}, {name: E.norm().item() for name, E in residuals.items()}
+    fits = {name: fit(E) for name, E in residuals.items()} if cfg.lqer_gain_select else {}
+    sizes = [E.norm() - ((E - fits[name].decode()).norm() if fits else 0) for name, E in residuals.items()]
+    worth = dict(zip(residuals, torch.stack(sizes).tolist() if sizes else (), strict=True))  # one wait for the device, not one a matrix
     best = sorted(worth, key=lambda name: (-worth[name], name))[: cfg.lqer_top_k]
     return {name: fits.get(name) or fit(residuals[name]) for name in best}
 
@@ -4167,13 +4301,15 @@ def coded_bits(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def similarity_order(q: np.ndarray) -> np.ndarray:
-    """Greedy chain of rows: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,)."""
-    rows = torch.from_numpy(q).float()
-    distance = torch.cdist(rows, rows, p=1).numpy()
+    """Greedy chain of rows: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,).
+
+    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are computed."""
+    rows = torch.from_numpy(q).to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    distance, used = torch.cdist(rows, rows, p=1).cpu().numpy(), np.zeros(len(q), np.float32)
     order, current = np.zeros(len(q), np.uint16), 0
     for i in range(1, len(q)):
-        distance[:, current] = np.inf
-        current = int(distance[current].argmin())
+        used[current] = np.inf
+        current = int((distance[current] + used).argmin())
         order[i] = current
     return order
 
@@ -5484,7 +5620,7 @@ def log_start(run: Run, env) -> None:
         verdict = "CANNOT FIT" if bits < 0.2 else "fits, at a loss: 3 are usual" if bits < 2 else "fits"
         log(f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code}, {bits:.2f} bits each: {verdict}")
     kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, residual=cfg.residual_kernel, ce=cfg.fused_ce_kernel)
-    attention, _, trials = choose_attention(cfg.attn_backend, run.world)
+    attention, _, trials = choose_attention(cfg.attn_backend, run.world, cfg.compile_cache_dir)
     log(f"kernels: attention:{attention} ({trials}) " + " ".join(f"{name}:{kind}" for name, kind in kernels.items()))
 
 

@@ -100,6 +100,7 @@ def launches(rows: int, cfg: tg.Config):
     yield "add_norm_grad", "add_norm_grad_kernel", lambda: tg.add_norm_grad(x, x, weights, x, x, x)
     logits, targets, cap = torch.empty(1, rows, V, dtype=torch.bfloat16), torch.zeros(1, rows, dtype=torch.int64), torch.tensor(30.0)
     yield "weighted_ce", "ce_kernel", lambda: tg.weighted_ce_op(logits, targets, cap, cap, 1.0)
+    yield "viterbi", "viterbi_kernel", lambda: tg.fused_viterbi(torch.empty(tg.TRELLIS_SEGMENT, 176), tg.TRELLIS_INTO.int())
 
 
 def triton_kernels():

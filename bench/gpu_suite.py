@@ -9,10 +9,12 @@ process. `--table FILE` prints the table of an older run; `--dry-run` goes throu
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
 from functools import partial
 from pathlib import Path
 
@@ -71,6 +73,10 @@ def randn(*shape, dtype=torch.bfloat16, grad=False, scale=1.0):
 
 def relative_error(ours, reference) -> float:
     return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def first_line(e: Exception) -> str:
+    return (str(e) or repr(e)).splitlines()[0]
 
 
 def line(
@@ -179,14 +185,31 @@ def correctness():
     (expected,) = torch.autograd.grad((0.5 * reference).sum(), [wide])
     error = max(relative_error(ours, reference), relative_error(grad, expected))
     yield dict(name="check weighted_ce", error=error, tolerance=0.005, reached=error < 0.005)
-    for context in (1024, 3072):
-        bounds = packed_bounds(context)
-        q, k, v = (randn(N, heads, HEAD, grad=True) for heads in (H, G, G))
-        attend = tg.choose_attention("auto", make_world())[1]
-        ours = forward_backward(lambda *t, b=bounds, c=context, f=attend: f(*t, b, c), (q, k, v))
-        reference = forward_backward(lambda *t, b=bounds, c=context: tg.document_attention_reference(*t, b, c), (q, k, v))
-        error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
-        yield dict(name=f"check attention {context}", error=error, tolerance=0.012, reached=error < 0.012)
+    x = 20 * torch.randn(tg.TRELLIS_SEGMENT, 33, device=DEVICE)
+    ours, reference = tg.fused_viterbi(x, tg.TRELLIS_INTO.to(DEVICE, torch.int32)), tg.viterbi(x)
+    error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
+    yield dict(name="check viterbi", error=error, tolerance=1e-9, reached=error < 1e-9)
+    for shape in ((16, 48), (64, 24)) if DRY else ((512, 2048), (8192, 512)):
+        E = torch.randn(shape, device=DEVICE) * torch.linspace(0.5, 1.5, shape[1], device=DEVICE)
+        U, S, Vh = torch.linalg.svd(E.double().cpu(), full_matrices=False)
+        A, B = tg.low_rank_factors(E, 4)
+        error = relative_error((A @ B).cpu(), (U[:, :4] * S[:4]) @ Vh[:4])
+        yield dict(name=f"check low-rank factors {shape}", error=error, tolerance=1e-4, reached=error < 1e-4)
+
+
+def attention_correctness():
+    """Every attention of this machine against the loop of SDPA, values and gradients; one that fails costs its own lines only."""
+    found = tg.attention_backends(make_world())
+    for name in sorted(found, key=("varlen", "fa3", "fa4", "cpu", "flex", "cudnn", "sdpa").index):
+        for context in (1024, 3072):
+            bounds, inputs = packed_bounds(context), tuple(randn(N, heads, HEAD, grad=True) for heads in (H, G, G))
+            try:
+                ours, reference = (forward_backward(partial(f, cu_seqlens=bounds, max_len=context), inputs)
+                                   for f in (found[name], tg.document_attention_reference))
+                error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
+                yield dict(name=f"check attention {name} {context}", error=error, tolerance=0.012, reached=error < 0.012)
+            except Exception as e:
+                yield dict(name=f"check attention {name} {context}", error=first_line(e), tolerance=0.012, reached=False)
 
 
 def against_compiled(name, fused, definition, make, gb=(0.0, 0.0), tf: float = 0.0, targets=(0.0, 0.0)):
@@ -267,20 +290,37 @@ def dense_causal(q, k, v):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def attention():
-    """B6: every attention of this machine on packed documents, against dense causal attention of as many pairs."""
-    for name, attend in tg.attention_backends(make_world()).items():
-        for context in (1024, 2048, 3072):
-            bounds = packed_bounds(context)
-            lengths = np.diff(bounds.cpu().numpy()).astype(np.float64)
-            pairs = (lengths * (lengths + 1)).sum() / 2
-            packed = partial(attend, cu_seqlens=bounds, max_len=context)
-            inputs = tuple(randn(N, heads, HEAD, grad=True) for heads in (H, G, G))
-            side = int((2 * pairs / 8) ** 0.5)  # eight dense sequences with as many pairs in all
-            dense = tuple(randn(8, H, side, HEAD, grad=True) for _ in range(3))
+def time_attention(name: str, attend, contexts):
+    """One attention on packed documents, against dense causal attention of as many pairs. One that does not run says so."""
+    for context in contexts:
+        bounds = packed_bounds(context)
+        lengths = np.diff(bounds.cpu().numpy()).astype(np.float64)
+        pairs = (lengths * (lengths + 1)).sum() / 2
+        packed = partial(attend, cu_seqlens=bounds, max_len=context)
+        inputs = tuple(randn(N, heads, HEAD, grad=True) for heads in (H, G, G))
+        side = int((2 * pairs / 8) ** 0.5)  # eight dense sequences with as many pairs in all
+        dense = tuple(randn(8, H, side, HEAD, grad=True) for _ in range(3))
+        try:
             ms, reference_ms = (milliseconds(partial(forward_backward, f, x)) for f, x in ((packed, inputs), (dense_causal, dense)))
-            yield line(f"{name} {context} forward+backward", ms, "dense causal SDPA of equal pairs", reference_ms,
-                       tf=3.5 * 4 * D * pairs / 1e12)
+        except Exception as e:
+            yield dict(name=f"{name} {context} forward+backward", error=first_line(e))
+            continue
+        yield line(f"{name} {context} forward+backward", ms, "dense causal SDPA of equal pairs", reference_ms,
+                   tf=3.5 * 4 * D * pairs / 1e12)
+
+
+def attention():
+    """B6: every attention of this machine; cuDNN's, which torch itself does not use for packed rows, after those it could take along."""
+    found = tg.attention_backends(make_world())
+    for name in sorted(found, key=("varlen", "fa3", "fa4", "cpu", "flex", "cudnn", "sdpa").index):
+        yield from time_attention(name, found[name], (1024, 2048, 3072))
+
+
+def flex_tiles():
+    """B6: FlexAttention by tile; the CPU has only its forward, uncompiled, so a dry run takes the definition's place."""
+    for tile in tg.FLEX_TILES:
+        attend = tg.document_attention_reference if DRY else tg.flex_attention(tile)
+        yield from time_attention(f"flex {'x'.join(map(str, tile)) or 'as torch chooses'}", attend, (1024, 3072))
 
 
 def muon():
@@ -299,7 +339,11 @@ def muon():
             p.grad = torch.full_like(p, 1e-3) if p.requires_grad else None
         optimizer.step(1.0, 0.95)
 
-    yield line("optimizer step, gradients written first", milliseconds(step), target_ms=3.0)
+    committed, ema = json.loads(Path(__file__).with_name("traffic.json").read_text()), tg.Ema(model, CFG.ema_decay)
+    yield line("optimizer step, gradients written first", milliseconds(step), target_ms=2.5)
+    with unittest.mock.patch.object(tg, "polar_express", lambda G, steps: G):
+        yield line("optimizer step without the products, and average", milliseconds(lambda: (step(), ema.update(model))),
+                   gb=committed["optimizer_gigabytes"] + sum(p.nbytes for p in model.parameters()) / 1e9, target_ms=1.3)
 
 
 def micro_batch(cfg, model, forward, looping: bool, context: int):
@@ -398,9 +442,29 @@ def gptq():
     yield line("GPTQ of all matrices", milliseconds(lambda: tg.run_gptq(CFG, tasks, hessians, {}), 2), target_ms=200.0)
 
 
-SECTIONS = dict(ceilings=(ceilings, 40), correctness=(correctness, 90), gemms=(gemms, 30), mlp=(mlp, 60), cutlass=(cutlass, 180),
-                heads=(heads, 60), residual=(residual, 40), cross_entropy=(cross_entropy, 40), attention=(attention, 40), muon=(muon, 40),
-                train_step=(train_step, 300), evaluation=(evaluation, 90), gptq=(gptq, 60), ttt=(ttt, 180))
+def quantization():
+    """B13: what comes after the Hessians: paths of the trellis, low-rank factors, order of rows."""
+    into = tg.TRELLIS_INTO.to(DEVICE, torch.int32)
+    for segments in (3,) if DRY else (88, 176, 64):  # of a column of all matrices of one shape
+        x = 20 * torch.randn(tg.TRELLIS_SEGMENT, segments, device=DEVICE)
+        yield line(f"path of a column, {segments} segments", milliseconds(lambda x=x: tg.fused_viterbi(x, into)), "definition",
+                   milliseconds(lambda x=x: tg.viterbi(x), 5), target_ms=0.08)
+    for shape in ((24, 16),) if DRY else ((512, 512), (2048, 512), (512, 2048), (8192, 512)):
+        E = torch.randn(shape, device=DEVICE)
+        yield line(f"low-rank factors {shape}", milliseconds(lambda E=E: tg.low_rank_factors(E, 4), 3), "torch.linalg.svd",
+                   milliseconds(lambda E=E: torch.linalg.svd(E, full_matrices=False), 3), target_ms=30.0)
+    for rows in (40,) if DRY else (512, 2048, 8192):
+        q = (5 * torch.randn(rows, D)).round().clamp(-31, 31).to(torch.int8).numpy()
+        start = time.perf_counter()
+        tg.similarity_order(q)
+        yield line(f"order of {rows} rows", 1e3 * (time.perf_counter() - start), target_ms=100.0)
+
+
+SECTIONS = dict(  # name: (what runs, its limit in seconds); those that may be cut off by the limit of all come last
+    ceilings=(ceilings, 40), correctness=(correctness, 90), attention_correctness=(attention_correctness, 90), gemms=(gemms, 30),
+    mlp=(mlp, 60), heads=(heads, 60), residual=(residual, 40), cross_entropy=(cross_entropy, 40), attention=(attention, 60),
+    muon=(muon, 40), train_step=(train_step, 300), evaluation=(evaluation, 90), gptq=(gptq, 60), quantization=(quantization, 60),
+    ttt=(ttt, 180), cutlass=(cutlass, 180), flex_tiles=(flex_tiles, 120))
 
 
 def table(lines: list[dict]) -> str:
@@ -418,14 +482,17 @@ def table(lines: list[dict]) -> str:
 
 def run_section(name: str) -> int:
     """In a process of its own: print one JSON line a result."""
+    torch.manual_seed(0)
     for result in SECTIONS[name][0]():
         print(json.dumps(dict(section=name, **result)), flush=True)
     return 0
 
 
-def section_lines(name: str) -> list[dict]:
-    """Results of a section run in a process of its own, with a line about its end where that was not a good one."""
-    limit = SECTIONS[name][1]
+def section_lines(name: str, left: float) -> list[dict]:
+    """Results of a section run in a process of its own, with a line about its end where that was not a good one. left: seconds."""
+    limit = min(SECTIONS[name][1], left)
+    if left < 10:
+        return [dict(section=name, name=f"{name} failed", error="no time was left: run it in a call of its own")]
     process = subprocess.Popen([sys.executable, __file__, "--only", name, *(["--dry-run"] if DRY else [])],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -433,7 +500,7 @@ def section_lines(name: str) -> list[dict]:
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
-        err = f"stopped after {limit} s"
+        err = f"stopped after {limit:.3g} s"
     made = [json.loads(text) for text in out.splitlines() if text.startswith("{")]
     if process.returncode:
         print(err[-3000:], file=sys.stderr)
@@ -445,6 +512,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all, in this order)")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
+    parser.add_argument("--seconds", type=float, default=570, help="of all sections together (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--only", choices=SECTIONS, help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path, help="print the table of this file and stop")
@@ -462,8 +530,9 @@ def main() -> int:
         return 1
     lines = [dict(section="machine", name="dry run" if DRY else torch.cuda.get_device_name(0), torch=torch.__version__,
                   triton=tg.triton.__version__ if tg.triton else None)]
+    start = time.perf_counter()
     for name in args.sections or SECTIONS:
-        made = section_lines(name)
+        made = section_lines(name, math.inf if DRY else args.seconds - (time.perf_counter() - start))
         lines += made
         print("\n".join(json.dumps(x) for x in made), flush=True)
         if args.out:

@@ -3,12 +3,14 @@
 Dynamo, AOTAutograd and Inductor's scheduler see the S14 network at its real sizes (98,304 tokens, bf16) as tensors without data;
 each kernel Inductor would emit is charged what it reads and writes. Its rules for the CPU decide what is fused here, so the
 numbers are not those of a GPU; they are a price for changes of the graph: tests/test_bench.py holds them below bench/traffic.json.
-`--write` replaces that file.
+An optimizer step is not compiled: there, operators are charged, without the products of the orthogonalisation. `--write` replaces
+that file.
 """
 
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch._inductor import compile_fx
@@ -16,6 +18,8 @@ from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_gpt as tg
@@ -62,11 +66,49 @@ def micro_batch(layers: int) -> dict:
     return dict(gigabytes=counter.bytes / 1e9, kernels=counter.kernels)
 
 
+class Touched(TorchDispatchMode):
+    """Adds up what operators read of their arguments, and write to them or to new memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.operators = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, name = func(*args, **(kwargs or {})), func._schema.name
+        if not func.is_view and not name.startswith(("aten::empty", "aten::new_empty", "aten::_local_scalar")):
+            def size(values) -> int:
+                return sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tree_leaves(values) if isinstance(t, torch.Tensor))
+
+            given = tree_leaves((args, kwargs))
+            declared = [a.alias_info for a in func._schema.arguments]
+            written = [a for a, alias in zip(args, declared, strict=False) if alias and alias.is_write]
+            new = [t for t in tree_leaves(out) if not any(t is a for a in given)]
+            self.bytes += size(given) + size(written) + size(new)
+            self.operators += 1
+        return out
+
+
+def optimizer_step(cfg: tg.Config) -> dict:
+    """Bytes and operators of clipping, Muon but for its products, AdamW and the moving average: one process, bf16, a CPU."""
+    world = tg.World(0, 1, torch.device("cpu"), torch.bfloat16)
+    model = tg.build_model(cfg, world)
+    optimizer, ema = tg.TrainOptimizer(model, cfg, world), tg.Ema(model, cfg.ema_decay)
+    with mock.patch.object(tg, "polar_express", lambda G, steps: G):
+        for _ in range(2):  # the first makes Adam's state
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 1e-3) if p.requires_grad else None
+            with Touched() as counter:
+                optimizer.step(1.0, 0.95)
+                ema.update(model)
+    return dict(optimizer_gigabytes=counter.bytes / 1e9, optimizer_operators=counter.operators)
+
+
 def measure() -> dict:
-    """What the whole costs with two blocks, and each further pair of blocks."""
-    two, four = micro_batch(2), micro_batch(4)
-    return {f"{what}_{name}": round(value, 2) for name in two
-            for what, value in (("two_blocks", two[name]), ("two_more_blocks", four[name] - two[name]))} | dict(torch=torch.__version__)
+    """What the whole costs with two blocks, and each further pair of blocks; what an optimizer step of S14 costs."""
+    two, four, step = micro_batch(2), micro_batch(4), optimizer_step(tg.Config())
+    out = {f"{what}_{name}": value for name in two
+           for what, value in (("two_blocks", two[name]), ("two_more_blocks", four[name] - two[name]))}
+    return {name: round(value, 2) for name, value in (out | step).items()} | dict(torch=torch.__version__)
 
 
 def main() -> int:

@@ -27,11 +27,11 @@ def run(*command, **env):
 
 def test_the_suite_runs_on_a_cpu_with_tiny_sizes(tmp_path):
     out = tmp_path / "results" / "dry.jsonl"
-    done = run(ROOT / "bench" / "gpu_suite.py", "--dry-run", "--out", out, "ceilings", "cutlass", "muon", "gptq", "ttt", "evaluation")
+    sections = "ceilings", "cutlass", "muon", "gptq", "quantization", "ttt", "evaluation"
+    done = run(ROOT / "bench" / "gpu_suite.py", "--dry-run", "--out", out, *sections)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(text) for text in out.read_text().splitlines()]
-    assert lines[0]["section"] == "machine"
-    assert {x["section"] for x in lines[1:]} == {"ceilings", "cutlass", "muon", "gptq", "ttt", "evaluation"}
+    assert lines[0]["section"] == "machine" and {x["section"] for x in lines[1:]} == set(sections)
     checks = [x for x in lines if x["name"].startswith("check dpre")]
     assert len(checks) == 4 and all(x["reached"] for x in checks)
     (ttt,) = [x for x in lines if x["section"] == "ttt"]
@@ -48,8 +48,10 @@ def test_without_a_gpu_the_suite_says_what_to_run_instead():
 
 def test_a_section_that_fails_costs_one_section(monkeypatch, capsys):
     monkeypatch.setitem(gpu_suite.SECTIONS, "ceilings", (None, 0.01))
-    (line,) = gpu_suite.section_lines("ceilings")
+    (line,) = gpu_suite.section_lines("ceilings", 60)
     assert line["error"] == "stopped after 0.01 s" and line["name"] == "ceilings failed"
+    (late,) = gpu_suite.section_lines("ceilings", 0.5)
+    assert late["error"].startswith("no time was left")
     assert "ceilings failed" in gpu_suite.table([line])
 
 
@@ -75,6 +77,17 @@ def test_a_micro_batch_moves_no_more_bytes_than_before():
     assert found["gigabytes"] <= 1.005 * committed["two_blocks_gigabytes"] and found["kernels"] <= committed["two_blocks_kernels"] + 2
     # The counter sees what it is for: the head alone writes and reads its logits at least twice, bf16.
     assert found["gigabytes"] > 4 * traffic.TOKENS * tg.Config().vocab_size * 2 / 1e9
+
+
+def test_an_optimizer_step_moves_no_more_bytes_than_before():
+    """Of a small network: bytes a weight, of which a step reads gradient, weight and average once each, and operators."""
+    committed = json.loads(traffic.COMMITTED.read_text())
+    if committed["torch"].split("+")[0] != torch.__version__.split("+")[0]:
+        pytest.skip(f"counted with torch {committed['torch']}")
+    cfg = tg.Config(model_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, loop_start=1, loop_end=2, parallel_start_layer=3,
+                    vocab_size=512, rope_dims=8)
+    found, weights = traffic.optimizer_step(cfg), sum(p.numel() for p in tg.GPT(cfg).parameters())
+    assert 12 < found["optimizer_gigabytes"] * 1e9 / weights < 65 and found["optimizer_operators"] <= committed["optimizer_operators"]
 
 
 # ---- the profile of a training step

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -107,7 +108,7 @@ def test_flex_attention_equals_the_reference(sizes, window, monkeypatch):
     """Values alone, not compiled: FlexAttention has no backward on a CPU. Blocks are 128 wide, so the longer rows leave some out."""
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     bounds, inputs = cu_seqlens(sizes), [t.detach() for t in qkv(sum(sizes), 4, 2, 16)]
-    out = tg.flex_attention()(*inputs, bounds, max(sizes), window)
+    out = tg.flex_attention(tg.FLEX_TILES[len(sizes) % 5])(*inputs, bounds, max(sizes), window)
     torch.testing.assert_close(out, tg.document_attention_reference(*inputs, bounds, max(sizes), window), rtol=1e-5, atol=5e-6)
 
 
@@ -208,13 +209,104 @@ def test_the_fastest_right_attention_is_chosen(monkeypatch):
     assert tg.choose_attention.__wrapped__("auto", world) == ("varlen", "b", "fa3:500.00ms varlen:250.00ms")
 
 
+def test_an_attention_that_does_not_run_is_passed_over(monkeypatch):
+    """As cuDNN without a kernel for this device, or a torch whose operator takes other arguments."""
+    def missing(*_):
+        raise NotImplementedError("Could not run 'aten::_cudnn_attention_forward'\nwith a page of detail")
+
+    def other_arguments(*_):
+        raise TypeError
+
+    world, choose = tg.World(0, 1, torch.device("cpu"), torch.float32), tg.choose_attention.__wrapped__
+    monkeypatch.setattr(tg, "attention_backends", lambda world: dict(fa3=other_arguments, cudnn=missing, cpu=tg.document_attention_cpu))
+    name, _, told = choose("auto", world)
+    assert name == "cpu" and re.fullmatch(r"fa3 does not run on this machine: TypeError\(\), cudnn does .*forward', cpu:[\d.]+ms", told)
+    with pytest.raises(tg.RunError, match=r"ATTN_BACKEND=cudnn does not run on this machine: Could not .*; take another"):
+        choose("cudnn", world)
+    monkeypatch.setattr(tg, "attention_backends", lambda world: dict(cudnn=missing, sdpa=missing))  # the device is lost
+    with pytest.raises(tg.RunError, match="ATTN_BACKEND=cudnn does not run .*, sdpa does not run .*; take another"):
+        choose("auto", world)
+
+
+def test_cudnn_attention_asks_torch_for_what_the_definition_says(monkeypatch):
+    """torch's operator, whose arguments its own schema checks, played by the CPU kernel: packed rows, grouped heads, padded bounds."""
+    calls, sizes = [], [5, 13, 1, 31, 0, 0]
+
+    def forward(q, k, v, bias, bounds_q, bounds_k, longest_q, longest_k, lse, dropout=0.0, causal=False, debug=False, *, scale=None):
+        calls.append(("forward", bias, longest_q, longest_k, lse, dropout, causal, debug, scale))
+        assert torch.equal(bounds_q, cu_seqlens(sizes)) and torch.equal(bounds_k, bounds_q) and all(t.is_contiguous() for t in (q, k, v))
+        out, m = tg._document_attention_cpu(q, *(t.repeat_interleave(2, 1) for t in (k, v)), bounds_q, 0)
+        one = torch.zeros((), dtype=torch.int64)
+        return out, m.T[..., None].contiguous(), bounds_q, bounds_k, longest_q, longest_k, one, one, torch.empty(0)
+
+    def backward(grad, q, k, v, out, m, seed, offset, bias, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, *, scale=None):
+        calls.append(("backward", bias, longest_q, longest_k, dropout, causal, scale))
+        wide = [t.repeat_interleave(2, 1) for t in (k, v)]
+        dq, dk, dv = tg._document_attention_cpu_backward(grad, q, *wide, out, m[..., 0].T, bounds_q, 0)
+        return dq, *(t.unflatten(1, (2, 2)).sum(2) for t in (dk, dv))
+
+    monkeypatch.setattr(tg, "varlen_attention", lambda: lambda *args: args)
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_cudnn_attention_forward", forward, "CPU")
+        library.impl("_cudnn_attention_backward", backward, "CPU")
+        attend, results = tg.cudnn_attention(), []
+        for f in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True), tg.document_attention_reference):
+            q, k, v = qkv(50, 4, 2)
+            out = f(q, k, v.transpose(0, 1).contiguous().transpose(0, 1), cu_seqlens(sizes), 31, 31)
+            results.append([out, *torch.autograd.grad(out, (q, k, v), torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))])
+        q, k, v = (t.detach() for t in qkv(50, 4, 2))
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(tg._document_attention_cudnn, (q, k, v, cu_seqlens(sizes), 31), test_utils=tests)
+    for made in results[:2]:
+        for ours, reference in zip(made, results[2], strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-5, atol=5e-6)
+    assert set(calls) == {("forward", None, 31, 31, True, 0.0, True, False, None), ("backward", None, 31, 31, 0.0, True, None)}
+    assert attend(q, k, v, cu_seqlens(sizes), 31, 30)[5] == 30  # a window is varlen's
+
+
+def test_tiles_reach_flex_attention_and_fit_its_blocks(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda q, k, v, kernel_options, **rest: seen.append(kernel_options) or q)
+    for tile in tg.FLEX_TILES:
+        tg.flex_attention(tile)(*qkv(8, 4, 2), cu_seqlens([8]), 8)
+    assert seen[0] == {} and seen[3] == dict(BLOCK_M=128, BLOCK_N=64, BLOCK_M1=64, BLOCK_N1=128, BLOCK_M2=128, BLOCK_N2=64)
+    for options in seen[1:]:  # what torch asks of them
+        assert options["BLOCK_N1"] % options["BLOCK_M1"] == options["BLOCK_M2"] % options["BLOCK_N2"] == 0
+        assert all(128 % size == 0 for size in options.values())
+
+
+def test_the_best_tile_is_found_once_for_each_device_and_kept(monkeypatch, tmp_path):
+    """By a fake clock: one tile is fast and wrong, one wants too much memory, and of the rest the third is the fastest."""
+    world, path, tried = tg.World(0, 1, torch.device("cpu"), torch.bfloat16), tmp_path / "new" / "flex_tiles.json", []
+    results = dict(zip(tg.FLEX_TILES, [(0.001, 3.0), (0.5, 0.1), (0.001, 2.0), None, (0.001, 4.0)], strict=True))
+
+    def trial(tile, world, segments):
+        tried.append(tile)
+        if results[tile] is None:
+            raise RuntimeError("out of resource: shared memory")
+        return results[tile]
+
+    monkeypatch.setattr(tg, "flex_attention", lambda tile=(): tile)
+    monkeypatch.setattr(tg, "attention_trial", trial)
+    assert tg.best_tile(world, [9], path) == tg.FLEX_TILES[2] and tried == list(tg.FLEX_TILES)
+    assert tg.best_tile(world, [9], path) == tg.FLEX_TILES[2] and len(tried) == 5  # from the file
+    half = tg.World(0, 1, torch.device("cpu"), torch.float16)
+    assert tg.best_tile(half, [9], path) == tg.FLEX_TILES[2] and len(tried) == 10 and len(json.loads(path.read_text())) == 2
+    path.write_text("{ cut off")
+    assert tg.best_tile(world, [9], path) == tg.FLEX_TILES[2] and len(tried) == 15
+    monkeypatch.setattr(tg, "attention_backends", lambda world: dict(flex="torch's own", sdpa="sdpa"))
+    results["torch's own"] = (0.001, 1.0)
+    choose = tg.choose_attention.__wrapped__
+    assert choose("flex", world)[1] == "torch's own" and choose("flex", world, str(path.parent))[1] == tg.FLEX_TILES[2]
+
+
 def test_backends_of_a_gpu_depend_on_its_age_and_on_what_is_installed(monkeypatch):
     made = {name: (lambda name=name: name, *rest[1:]) for name, rest in tg.ATTENTION_BACKENDS.items() if name != "flex"}
     monkeypatch.setattr(tg, "ATTENTION_BACKENDS", made)
     for installed, capability, dtype, expected in (
-            ({"flash_attn_interface", "torch.nn.attention.varlen"}, (9, 0), torch.bfloat16, ["fa3", "varlen", "sdpa"]),
+            ({"flash_attn_interface", "torch.nn.attention.varlen"}, (9, 0), torch.bfloat16, ["fa3", "cudnn", "varlen", "sdpa"]),
             ({"flash_attn_interface", "torch.nn.attention.varlen"}, (8, 0), torch.bfloat16, ["varlen", "sdpa"]),
-            ({"flash_attn.cute", "torch.nn.attention.varlen"}, (12, 0), torch.bfloat16, ["fa4", "varlen", "sdpa"]),
+            ({"flash_attn.cute", "torch.nn.attention.varlen"}, (12, 0), torch.bfloat16, ["fa4", "cudnn", "varlen", "sdpa"]),
             ({"torch.nn.attention.varlen"}, (7, 5), torch.float16, ["sdpa"]),
             ({"flash_attn_interface"}, (9, 0), torch.float32, ["sdpa"])):
         monkeypatch.setattr(tg, "module_exists", lambda name, installed=installed: name in installed)
@@ -437,7 +529,7 @@ def test_every_kernel_compiles_for_hopper_without_spilling():
     done = subprocess.run([sys.executable, ROOT / "bench" / "cubin.py", "triton"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     made = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(made) == 2 * (len(tg.MLP_KERNELS) - 1) + 7
+    assert len(made) == 2 * (len(tg.MLP_KERNELS) - 1) + 8
     for line in made:
         assert line["stack_bytes"] == line["spills"] == 0 and line["shared_bytes"] <= 232_448 and line["registers"] <= 255
         assert not line["name"].startswith("mlp_") or (line["wgmma"] and line["tma_loads"])

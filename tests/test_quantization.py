@@ -195,6 +195,75 @@ def test_asymmetric_low_rank_factors():
         assert zero.shape == (20, 24) and not zero.any()
 
 
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (16, 16), (3, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("rank", [1, 3, 99])
+def test_low_rank_factors_are_the_singular_vectors_and_unique(shape, rank):
+    E = normal(*shape, seed=rank) * torch.logspace(0, -2, shape[1])
+    A, B = tg.low_rank_factors(E, rank)
+    r = min(rank, *shape)
+    U, S, Vh = torch.linalg.svd(E.double(), full_matrices=False)
+    assert A.shape == (shape[0], r) and B.shape == (r, shape[1]) and A.dtype == B.dtype == torch.float32
+    torch.testing.assert_close((A @ B).double(), U[:, :r] * S[:r] @ Vh[:r], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(B @ B.T, torch.eye(r), rtol=0, atol=1e-5)
+    torch.testing.assert_close(A.norm(dim=0).double(), S[:r], rtol=1e-5, atol=1e-6)
+    assert (B.gather(1, B.abs().argmax(1, keepdim=True)) > 0).all()
+    torch.testing.assert_close(tg.low_rank_factors(-E, rank), (-A, B), rtol=1e-5, atol=1e-6)  # a residual's sign is all in A
+    assert all(t.isfinite().all() for t in tg.low_rank_factors(torch.zeros(shape), rank))
+
+
+class CountLaunches(torch.utils._python_dispatch.TorchDispatchMode):
+    """Operators that a device would run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_solvers_never_wait_for_the_device_and_run_few_kernels_a_column():
+    """Tensors without data: reading a number, numpy, or a copy to the host would be an error."""
+
+    def empty(*shape):
+        return torch.empty(*shape, device="meta")
+
+    def launches(columns: int, choose=None) -> int:
+        W, H = empty(2, 12, columns), empty(2, columns, columns)
+        with CountLaunches() as counter:
+            if choose is None:
+                tg.gptq(W, H, empty(2, 12), 6, empty(2, columns).bool(), 8)
+            else:
+                tg.walk_columns(tg.without_dead_columns(W, H), *tg.factor(H), empty(2, 12, columns), choose)
+        return counter.count
+
+    assert launches(12) - launches(4) <= 8 * 15
+    paths = [launches(columns, lambda x, _: tg.trellis_path(x)) for columns in (4, 8)]
+    assert paths[1] - paths[0] > 4 * 7 * 12  # 7 for each row: `viterbi_kernel` is there because of this
+    hessians = tg.Hessians()
+    hessians("site", empty(2, 7, 8))
+    assert hessians.H["site"].device.type == "meta"
+    tg.low_rank_factors(empty(40, 12), 3)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((1, 1), 3.0), ((5, 2), 0.5), ((11, 40), 40.0), ((128, 3), 3.0)], ids=str)
+def test_the_viterbi_kernel_equals_its_definition_to_the_bit(shape, size, monkeypatch):
+    allocate = torch.empty_like
+
+    def poisoned(t, **options):
+        fresh = allocate(t, **options)
+        return fresh.fill_(float("nan") if fresh.is_floating_point() else 255)
+
+    monkeypatch.setattr(torch, "empty_like", poisoned)
+    x = size * normal(*shape, seed=shape[1])
+    x = torch.where(normal(*shape, seed=1) < -0.5, (2 * x).round() / 2, x)  # many are half way between two integers
+    for ours, expected in zip(tg.fused_viterbi(x, tg.TRELLIS_INTO.int()), tg.viterbi(x), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_without_a_gpu_the_definition_finds_the_paths():
+    assert tg.choose_viterbi(torch.device("cpu")) is tg.viterbi
+
+
 def fake_hessians(cfg, tasks, seed=0) -> tg.Hessians:
     hessians = tg.Hessians()
     for i, task in enumerate(tasks):
