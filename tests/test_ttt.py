@@ -712,7 +712,7 @@ def test_compile_warm_up_touches_neither_weights_nor_randomness(world, random_mo
     cfg = tiny_config(ttt_short_lora_enabled=True, ttt_short_lora_rank=2)
     model = ready(random_model(cfg))
     before, state = digest(model), torch.get_rng_state()
-    tg.warm_up_ttt(cfg, world, model, 2, lambda line: None)
+    tg.warm_up_ttt(cfg, world, model, tg.Lane(cfg, world, 2, 0), [(8, 8), (8, 16), (16, 64)], lambda line: None)
     assert digest(model) == before and torch.equal(torch.get_rng_state(), state)
 
 
