@@ -828,7 +828,8 @@ def compilations() -> list[str]:
 
 class Graphed:
     """A forward with the same arguments that replays CUDA graphs: its kernels are one launch, those of its backward another
-    (torch.cuda.make_graphed_callables). One graph for each set of shapes and plain values; nothing in it may wait for the device.
+    (torch.cuda.make_graphed_callables). One graph for each set of shapes and plain values, recorded at the first call after one that
+    ran as it is and backward, which has compiled and loaded all there is to run. Nothing in it may wait for the device.
 
     Tensors that want a gradient, and `parameters`, which it reads without being handed them, are read where they lie; others are copied
     into the graph. All share their memory: a backward comes before the next forward, and a result is good until its graph runs again.
@@ -837,30 +838,36 @@ class Graphed:
     made: ClassVar[list[tuple[int, str]]] = []  # in this process: compilations before it, and what was recorded
 
     def __init__(self, forward, parameters=()):
-        self.forward, self.parameters, self.recorded, self.pool = forward, tuple(parameters), {}, torch.cuda.graph_pool_handle()
+        self.forward, self.parameters, self.warm, self.recorded = forward, tuple(parameters), set(), {}
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, *args, **kwargs) -> Tensor:
+        """What `forward` returns."""
         leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
         tensors, plain = [x for x in leaves if isinstance(x, Tensor)], [Tensor if isinstance(x, Tensor) else x for x in leaves]
         shapes = [(tuple(t.shape), t.dtype) for t in tensors if not t.requires_grad]
         key = spec, *plain, *shapes, *(t.data_ptr() for t in (*tensors, *self.parameters) if t.requires_grad)
+
+        def forward(*tensors: Tensor, run=self.forward) -> Tensor:
+            left = iter(tensors)
+            args, kwargs = torch.utils._pytree.tree_unflatten([next(left) if x is Tensor else x for x in plain], spec)
+            return run(*args, **kwargs)
+
+        if key not in self.warm:
+            out = forward(*(t if t.requires_grad else t.clone() for t in tensors))  # cloned: kernels depend on the alignment
+            if out.requires_grad:
+                out.register_hook(lambda _: self.warm.add(key))
+            return out
         if key not in self.recorded:
-            self.recorded[key] = self.record(tensors, plain, spec)
+            # Leaves of their own: the accumulators of gradients belong to a stream, and those of the arguments may be alive on another.
+            own = (t.detach().requires_grad_() if t.requires_grad else t.clone() for t in tensors)
+            with torch.enable_grad():
+                self.recorded[key] = torch.cuda.make_graphed_callables(
+                    forward, (*own, *self.parameters), num_warmup_iters=0, allow_unused_input=True, pool=self.pool)
             Graphed.made.append((len(compilations()) - len(Graphed.made), f"CUDA graph of {[shape for shape, _ in shapes]}"))
         for p in self.parameters:  # a gradient that autograd took over from a graph would be written again by the next replay, not added to
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return self.recorded[key](*tensors, *self.parameters)
-
-    @torch.enable_grad()
-    def record(self, tensors: list[Tensor], plain: list, spec):
-        """A function of `tensors` and the parameters. plain: the arguments, with Tensor for a tensor."""
-        def forward(*tensors: Tensor) -> Tensor:
-            left = iter(tensors)
-            args, kwargs = torch.utils._pytree.tree_unflatten([next(left) if x is Tensor else x for x in plain], spec)
-            return self.forward(*args, **kwargs)
-
-        own = (t if t.requires_grad else t.clone() for t in tensors)
-        return torch.cuda.make_graphed_callables(forward, (*own, *self.parameters), allow_unused_input=True, pool=self.pool)
 
 
 def recompile_error(where: str, made: list[str], remedy: str) -> RunError:
@@ -2717,10 +2724,8 @@ class TrainOptimizer:
             large = [p.grad for p in self.replicated if p.numel() > 32768]
             small = [p.grad for p in self.replicated if p.numel() <= 32768]
             handles = [dist.all_reduce(g, dist.ReduceOp.AVG, async_op=True) for g in large]
-            flat = torch.cat([g.flatten() for g in small])
-            dist.all_reduce(flat, dist.ReduceOp.AVG)
-            for g, part in zip(small, flat.split([g.numel() for g in small]), strict=True):
-                g.copy_(part.view_as(g))
+            self.world.sum_(*small)
+            torch._foreach_div_(small, self.world.size)
             for handle in handles:
                 handle.wait()
         for bank in self.banks:
@@ -2957,7 +2962,7 @@ class Trainer:
             loss.backward()
             n = row.targets.numel()
             self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", n, n)
-            total += loss.detach()
+            total += (loss := loss.detach())  # its graph goes: see `Graphed` on accumulators
         self.world.sum_(total)
         mean = Readback(total / self.world.size)
         with torch.profiler.record_function("optimizer"):
@@ -3027,16 +3032,15 @@ class Trainer:
         cfg, shapes, n = self.cfg, warm_shapes(self.cfg), self.cfg.train_microbatch_tokens
         log("compile_shape_warmup:start " + ",".join(f"{n}x{'loop' if loop else 'plain'}" for n, loop in shapes))
         row = packed_row(tokens, cfg.train_seq_len, self.world.device)
-        for length, looping in shapes:
+        for length, looping in shapes * (cfg.compile_shape_warmup_iters + bool(self.graphs)):  # graphs are recorded in the second round
             buckets = warm_lengths(n, length)
             log(f"compile_shape_warmup:shape seq_len:{length} loop:{int(looping)} warmup_cu_buckets:{','.join(map(str, buckets))} "
                 f"iters_each:{cfg.compile_shape_warmup_iters}")
             for bucket in buckets:
                 cu_seqlens = torch.arange(bucket, dtype=torch.int32).mul(length).clamp(max=n)
-                for _ in range(cfg.compile_shape_warmup_iters):
-                    shaped = row._replace(cu_seqlens=cu_seqlens.to(self.world.device), max_len=length)
-                    self.loss(shaped, layer_order(cfg, looping)).backward()
-                    self.optimizer.zero_grad()
+                shaped = row._replace(cu_seqlens=cu_seqlens.to(self.world.device), max_len=length)
+                self.loss(shaped, layer_order(cfg, looping)).backward()
+                self.optimizer.zero_grad()
 
     def plan_step(self, elapsed: float, log: Log) -> tuple[int, bool, float]:
         """Context, loop mode and learning-rate factor of the step about to run."""
@@ -5243,7 +5247,7 @@ def warm_up_ttt(cfg: Config, world: World, forward, lane: Lane, shapes: list[tup
     start, order, generator = time.perf_counter(), layer_order(cfg, looping=True), torch.Generator().manual_seed(0)
     for lineage in dict.fromkeys((lane.normal, lane.short)):
         optimizer, rows = lineage.begin(False), lineage.adapters.head.A.shape[0]
-        for chunk, width in shapes:
+        for chunk, width in shapes * (1 + cfg.cuda_graphs):  # graphs are recorded in the second round
             inputs, targets = (torch.randint(0, cfg.vocab_size, (rows, n), generator=generator).to(world.device) for n in (width, chunk))
             positions = torch.arange(width - chunk, width, device=world.device).expand(rows, -1).contiguous()
             targets = torch.stack((targets, targets), -1) if cfg.ngram_tilt_enabled else targets

@@ -258,8 +258,12 @@ import train_gpt as tg
 from conftest import tiny_config
 world = tg.World.init(tiny_config(device="cpu"), tg.launch_from_env(os.environ))
 a, b = torch.tensor([1.0, 10.0]) * (world.rank + 1), torch.tensor(world.rank, dtype=torch.float64)
-world.sum_(a, b)
-assert a.tolist() == [3, 30] and b.item() == 1, (a, b)
+c, messages, real = torch.arange(6.0).view(2, 3).T, [], torch.distributed.all_reduce  # a view that is not contiguous
+torch.distributed.all_reduce = lambda t, *args: messages.append(t.numel()) or real(t, *args)
+world.sum_(a, b, c)
+torch.distributed.all_reduce = real
+assert a.tolist() == [3, 30] and b.item() == 1 and c.tolist() == [[0, 6], [2, 8], [4, 10]], (a, b, c)
+assert messages == [8, 1]  # one for each type
 assert world.max(world.rank, -world.rank, 2**53 - 1 - world.rank) == [1, 0, 2**53 - 1]
 assert world.from_main(dict(rank=world.rank, name="x" * 5000)) == dict(rank=0, name="x" * 5000)
 world.barrier()
@@ -384,13 +388,27 @@ def test_a_graph_is_its_forward(recordings):
         assert torch.equal(graphed(x, Scaled(other, 2)), forward(x, Scaled(other, 2)))
 
 
-def test_a_graph_recorded_without_gradients_has_them(recordings):
+def test_a_graph_comes_after_a_backward(recordings):
+    """What compiles or loads in a first run, backward included, is no part of a recording."""
     p, x = torch.ones(2, requires_grad=True), torch.tensor([2.0, 3.0])
     graphed = tg.Graphed(lambda x, p: p * x)
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(graphed(x, p), x) and not recordings
+    for recorded in (0, 1, 1):
+        assert torch.equal(graphed(x, p), x) and len(graphed.recorded) == recorded
+        p.grad = None
+        graphed(x, p).sum().backward()
+        assert torch.equal(p.grad, x)
     with torch.no_grad():
-        graphed(x, p)
-    graphed(x, p).sum().backward()
-    assert torch.equal(p.grad, x) and len(graphed.recorded) == 1
+        p += 1
+        assert torch.equal(graphed(x, p), 2 * x) and len(recordings) == 2
+
+
+def twice(graphed, *args):
+    """Run as it is, then from the graph."""
+    graphed(*args).sum().backward()
+    return graphed(*args)
 
 
 def test_a_graph_of_its_own_for_each_shape_value_and_place(recordings):
@@ -400,7 +418,7 @@ def test_a_graph_of_its_own_for_each_shape_value_and_place(recordings):
              (torch.ones(4, dtype=torch.float64), adapter, 1)]
     for count, (x, place, n) in enumerate(calls, 1):
         for scale in (1, 2):
-            assert graphed(scale * x, place, n).tolist() == [scale * n * len(x)] * 2
+            assert twice(graphed, scale * x, place, n).tolist() == [scale * n * len(x)] * 2
         assert len(graphed.recorded) == count
     assert graphed(3 * torch.ones(4), adapter, 1).tolist() == [12, 12] and len(graphed.recorded) == len(calls)
 
@@ -413,18 +431,19 @@ def test_recordings_are_listed_among_the_compilations(recordings, monkeypatch):
     def compiled(name):
         return type("metrics", (), dict(co_name=name, compile_id="0/0", recompile_reason=None))
 
-    graphed = tg.Graphed(lambda x, p: x * p)
+    graphed = tg.Graphed(lambda x, p: p * x.sum())
     p, lines = torch.ones(1, requires_grad=True), []
     for step in ("a", 1, 2, "b", 3):
         if isinstance(step, int):
-            graphed(torch.ones(step), p)
+            twice(graphed, torch.ones(step), p)
         else:
             found.append(compiled(step))
         assert tg.compilations()[:-1] == lines, "nothing is ever put before what was there"
         lines = tg.compilations()
-    assert lines == ["a 0/0: the first graph", "CUDA graph of [(1,)]", "CUDA graph of [(2,)]", "b 0/0: the first graph", "CUDA graph of [(3,)]"]
+    first, graphs = "0/0: the first graph", [f"CUDA graph of [({n},)]" for n in (1, 2, 3)]
+    assert lines == [f"a {first}", *graphs[:2], f"b {first}", graphs[2]]
 
 
 def test_a_step_that_waits_for_the_device_can_not_be_recorded(recordings):
     with pytest.raises(AssertionError, match="can be in no CUDA graph"):
-        tg.Graphed(lambda x, p: p * x.sum().item())(torch.ones(2), torch.ones(1, requires_grad=True))
+        twice(tg.Graphed(lambda x, p: p * x.sum().item()), torch.ones(2), torch.ones(1, requires_grad=True))
