@@ -20,6 +20,7 @@ import contextlib
 import copy
 import difflib
 import fnmatch
+import gc
 import hashlib
 import heapq
 import importlib
@@ -559,10 +560,10 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
      lambda c: not c.lqer_enabled, "LQER_ENABLED is 0"),
     (("lqer_factor_bits",), lambda c: c.lqer_enabled and c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 1"),
     (("lqer_asym_group",), lambda c: c.lqer_enabled and not c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 0"),
-    (("compile_allow_recompiles",), lambda c: c.compile_backend == "none", "COMPILE_BACKEND is none"),
+    (("compile_allow_recompiles",), lambda c: c.compile_backend == "none" and not c.cuda_graphs, "COMPILE_BACKEND is none"),
     (("gptq_reserve_seconds", "rd_reserve_seconds"), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
     (TTT_KNOBS, lambda c: not c.ttt_enabled, "TTT_ENABLED is 0"),
-    (("ttt_bucket",), lambda c: not c.cuda_graphs, "CUDA_GRAPHS is 0"),
+    (("ttt_bucket",), lambda c: not c.cuda_graphs or c.rope_yarn, "CUDA_GRAPHS is 0 or ROPE_YARN is 1"),
     (PHASE_KNOBS, lambda c: c.ttt_enabled and not c.phased_ttt_enabled, "PHASED_TTT_ENABLED is 0"),
     (("ttt_short_chunk_size", "ttt_short_score_first_steps"),
      lambda c: not c.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED is 0"),
@@ -2095,8 +2096,11 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
         if world.dtype != torch.bfloat16 or (capability and capability[0] not in MLP_TILES):
             raise RunError(f"MLP_KERNEL={cfg.mlp_kernel} needs bf16 activations and compute capability {', '.join(map(str, MLP_TILES))}.x "
                            f"(TMA), not {world.dtype} on {capability}; set MLP_KERNEL=eager")
+    name, attention, _ = choose_attention(cfg.attn_backend, world)
+    if cfg.cuda_graphs and name == "sdpa":
+        raise RunError("CUDA_GRAPHS=1 needs an attention that does not loop on the host, and here is only sdpa; set CUDA_GRAPHS=0")
     return Kernels(
-        choose_attention(cfg.attn_backend, world)[1],
+        attention,
         leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel),
         split_heads if cfg.qk_kernel == "eager" else split_heads_op,
         gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
@@ -4988,9 +4992,9 @@ def chunk_window(size: int, chunk: int, index: int, context: int) -> tuple[int, 
 
 
 def window_width(cfg: Config, chunk: int, index: int) -> int:
-    """Tokens of all windows of a batch at its chunk `index`. With CUDA_GRAPHS they are padded to a multiple of TTT_BUCKET: nothing that
-    is scored looks behind itself."""
-    bucket = cfg.ttt_bucket if cfg.cuda_graphs else 1
+    """Tokens of all windows of a batch at its chunk `index`. With CUDA_GRAPHS they are padded to a multiple of TTT_BUCKET, as nothing that
+    is scored looks behind itself; not with ROPE_YARN, whose base follows the width."""
+    bucket = cfg.ttt_bucket if cfg.cuda_graphs and not cfg.rope_yarn else 1
     return min(-(-(index + 1) * chunk // bucket) * bucket, cfg.ttt_eval_seq_len)
 
 
@@ -5116,9 +5120,8 @@ class Lane:
 
     def restart(self, seed: int) -> Lane:
         """Become another lane, as if made anew."""
-        self.normal.restart(seed)
-        if self.short is not self.normal:
-            self.short.restart(seed + 1)
+        for i, lineage in enumerate(dict.fromkeys((self.normal, self.short))):
+            lineage.restart(seed + i)
         return self
 
     def is_short(self, batch: Batch) -> bool:
@@ -5138,9 +5141,7 @@ class Chunk(NamedTuple):
 
 def build_chunk(door: ValDoor, batch: Batch, first: int, rows: int, index: int, context: int, width: int = 0) -> Chunk:
     """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing.
-
-    width: of the windows; 0 = no padding behind the chunk.
-    """
+    width: of the windows; 0 = no padding behind the chunk."""
     c, width = batch.chunk, width or min((index + 1) * batch.chunk, context)
     inputs, positions, at = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64), np.full((rows, c), -1)
     for row, (origin, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
@@ -5265,8 +5266,10 @@ class TttRun:
 
     def __init__(self, cfg: Config, world: World, model: GPT, door: ValDoor, log: Log, like: TttRun | None = None):
         self.cfg, self.world, self.model, self.door, self.log = cfg, world, model, door, log
-        forward = like.forward if like else compile_forward(model, cfg, world, growing=True)
-        self.forward = Graphed(forward) if cfg.cuda_graphs and not like else forward
+        self.forward = like.forward if like else compile_forward(model, cfg, world, growing=True)
+        if cfg.cuda_graphs and not like:
+            gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
+            self.forward = Graphed(self.forward)
         self.batches = document_batches(cfg, door)
         self.rows = like.rows if like else max(len(b.sizes) for b in self.batches)
         self.static_rows = 0 if self.forward is model else self.rows
@@ -5279,9 +5282,9 @@ class TttRun:
         """Compile what the evaluation will run, if anything is compiled; for CUDA graphs every width."""
         cfg, few = self.cfg, (0, 1, 1 << 30)
         chunks = ((b.chunk, range(-(-int(b.sizes.max()) // b.chunk)) if cfg.cuda_graphs else few) for b in self.batches)
-        shapes = dict.fromkeys((c, window_width(cfg, c, i)) for c, indices in chunks for i in indices)
+        shapes = list(dict.fromkeys((c, window_width(cfg, c, i)) for c, indices in chunks for i in indices))
         if self.static_rows:
-            warm_up_ttt(cfg, self.world, self.forward, self.lane, list(shapes), self.log)
+            warm_up_ttt(cfg, self.world, self.forward, self.lane, shapes, self.log)
 
     def check_budget(self, batch: Batch) -> None:
         """Raises RunError before the batch that would break MAX_EVAL_SECONDS."""
@@ -5502,6 +5505,7 @@ def warm_stage(run: Run) -> None:
     trainer = Trainer(cfg, world, run.files)
     trainer.warm_up(run.log)
     trainer.loader.close()
+    trainer.graphs = None
     if cfg.ttt_enabled:
         TttRun(cfg, world, trainer.model.requires_grad_(False), ValDoor(run.data, world), run.log).warm_up()
     folder = compile_cache(cfg, world).get("TORCHINDUCTOR_CACHE_DIR", "torch's default folder")

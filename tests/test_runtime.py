@@ -350,6 +350,12 @@ def test_graphs_need_cuda(monkeypatch):
         tg.World.init(tiny_config(cuda_graphs=True), tg.Launch(0, 0, 1))
 
 
+def test_graphs_need_an_attention_on_the_device(world):
+    with pytest.raises(tg.RunError, match="CUDA_GRAPHS=1 needs an attention that does not loop on the host.*set CUDA_GRAPHS=0"):
+        tg.choose_kernels(tiny_config(cuda_graphs=True, attn_backend="sdpa"), world)
+    tg.choose_kernels(tiny_config(attn_backend="sdpa"), world)
+
+
 class Scaled(NamedTuple):
     factor: torch.Tensor
     power: int

@@ -518,6 +518,7 @@ def test_widths_of_windows():
     assert [tg.window_width(graphs, 24, i) for i in range(4)] == [32, 64, 70, 70]
     whole = dataclasses.replace(graphs, ttt_bucket=128)
     assert {tg.window_width(whole, c, i) for c in (8, 24, 70) for i in range(9)} == {70}
+    assert tg.window_width(dataclasses.replace(graphs, rope_yarn=True), 24, 0) == 24, "there the base follows the width"
     record = tg.Config(cuda_graphs=True)  # 2,000 documents of 24-token chunks: 84 widths, 16 graphs
     assert len({tg.window_width(record, 24, i) for i in range(84)}) == 16
 
