@@ -750,6 +750,31 @@ def test_a_row_of_many_documents_is_trained_without_a_graph(cfg, world, recordin
         assert len(trainer.graphs.recorded) == graphs
 
 
+def test_nothing_is_compiled_while_a_graph_is_recorded(cfg, world, random_model, monkeypatch):
+    """A recording sees other tensors than the run before it, leaves of their own among them, and must fit the same compiled code."""
+    made = []
+
+    def record(forward, sample, **options):
+        before = len(tg.compilations())
+        out = forward(*sample)
+        torch.autograd.grad(out.sum(), [t for t in sample if t.requires_grad], allow_unused=True)
+        made.append(len(tg.compilations()) - before)
+        return forward
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(tg.Graphed, "made", [])
+    cfg = dataclasses.replace(cfg, **SHALLOW, cuda_graphs=True, ttt_bucket=32, val_doc_fraction=0.4, compile_backend="eager")
+    with clean_compiler():
+        trainer = make_trainer(cfg, world)
+        trainer.warm_up(quiet)
+        trainer.loader.close()
+        micro_batches = len(made)
+        door = tg.ValDoor(tg.ValData.load(cfg, trainer.files), world)
+        tg.TttRun(cfg, world, random_model(cfg).requires_grad_(False), door, quiet).warm_up()
+    assert 8 <= micro_batches < len(made) and not any(made)
+
+
 def test_a_graph_recorded_in_timed_code_is_an_error(cfg, world, tmp_path, recordings):
     cfg = dataclasses.replace(cfg, **SHALLOW, iterations=4, cuda_graphs=True)
     with pytest.raises(tg.RunError, match=r"step 1: the compiler was at work in timed code \(CUDA graph of \[\(1, 256\), .*COMPILE_ALLOW"):
