@@ -696,7 +696,7 @@ def many_documents(count: int) -> np.ndarray:
 
 def test_more_documents_in_a_row_than_were_warmed_compile_nothing(cfg, world):
     """The warm-up meets the least segments a row can have and three buckets more; the compiled code is one for all of them."""
-    cfg = dataclasses.replace(cfg, **SHALLOW, compile_backend="aot_eager")
+    cfg = dataclasses.replace(cfg, **SHALLOW, compile_backend="eager")
     with clean_compiler():
         trainer = make_trainer(cfg, world)
         trainer.warm_up(quiet)
