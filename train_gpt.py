@@ -21,6 +21,7 @@ import copy
 import ctypes
 import difflib
 import fnmatch
+import gc
 import hashlib
 import heapq
 import importlib
@@ -47,7 +48,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import brotli
 import numpy as np
@@ -120,12 +121,12 @@ REFUSED = {  # names that appear in published commands but never did anything, a
 }
 
 FAMILIES = (  # an unknown variable that starts like this is a typo, not somebody else's
-    "ADAM_", "ASYM_", "ATTN_", "AUDIT", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "EMA_", "EMBED_", "ENABLE_LOOP", "EVAL_",
-    "FUSED_CE", "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_", "MATRIX_", "MAX_EVAL_",
-    "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS", "NUM_LOOPS", "N_INT6", "PARALLEL_",
-    "PHASED_TTT_", "QK_", "QUANT", "RD_", "RESIDUAL_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_", "SKIP_GATES", "SLOT_", "SMEAR_",
-    "SPARSE_ATTN_", "TARGET_", "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_",
-    "WARMUP_", "WINDOW_", "XSA_",
+    "ADAM_", "ASYM_", "ATTN_", "AUDIT", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "CUDA_GR", "EMA_", "EMBED_",
+    "ENABLE_LOOP", "EVAL_", "FUSED_CE", "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_",
+    "MATRIX_", "MAX_EVAL_", "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS",
+    "NUM_LOOPS", "N_INT6", "PARALLEL_", "PHASED_TTT_", "QK_", "QUANT", "RD_", "RESIDUAL_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_",
+    "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_", "TARGET_", "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_",
+    "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
 )
 
 
@@ -259,6 +260,7 @@ class Config:
     dynamo_accumulated_cache_size_limit: int = knob(1024, "graphs torch.compile may keep in all", lo=1)
     compile_allow_recompiles: bool = knob(False, "go on when torch.compile is at work in timed code; 0 = an error that names the reasons")
     compile_cache_dir: str = knob("", "keep compiled code here for later runs (STAGE=warm makes all of it); blank = torch's own place")
+    cuda_graphs: bool = knob(False, "replay a micro-batch and a step of test-time training as CUDA graphs; not yet measured on a GPU")
     profile: int = knob(0, "profile this many steps, after the third, for tools/step_profile.py; costs time, so not for records", lo=0)
     # kernels
     attn_backend: str = knob("auto", "attention of packed rows; auto = the fastest one here that is right", choices=ATTN_BACKENDS)
@@ -420,6 +422,7 @@ class Config:
     ttt_eval_seq_len: int = knob(3072, "context of a scored chunk", lo=1)
     ttt_batch_size: int = knob(24, "documents side by side", lo=1)
     ttt_chunk_size: int = knob(48, "tokens scored between two updates", lo=1)
+    ttt_bucket: int = knob(128, "CUDA_GRAPHS=1: windows are padded to multiples of this many tokens, and each width is a graph", lo=1)
     ttt_short_doc_len: int = knob(2000, "documents up to this length are short", lo=0)
     ttt_short_score_first_enabled: bool = knob(True, "smaller chunks for short documents")
     ttt_short_chunk_size: int = knob(24, "chunk of short documents when TTT_SHORT_SCORE_FIRST_STEPS is blank", lo=1)
@@ -564,9 +567,10 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
      lambda c: not c.lqer_enabled, "LQER_ENABLED is 0"),
     (("lqer_factor_bits",), lambda c: c.lqer_enabled and c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 1"),
     (("lqer_asym_group",), lambda c: c.lqer_enabled and not c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 0"),
-    (("compile_allow_recompiles",), lambda c: c.compile_backend == "none", "COMPILE_BACKEND is none"),
+    (("compile_allow_recompiles",), lambda c: c.compile_backend == "none" and not c.cuda_graphs, "COMPILE_BACKEND is none"),
     (("gptq_reserve_seconds", "rd_reserve_seconds"), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
     (TTT_KNOBS, lambda c: not c.ttt_enabled, "TTT_ENABLED is 0"),
+    (("ttt_bucket",), lambda c: not c.cuda_graphs or c.rope_yarn, "CUDA_GRAPHS is 0 or ROPE_YARN is 1"),
     (PHASE_KNOBS, lambda c: c.ttt_enabled and not c.phased_ttt_enabled, "PHASED_TTT_ENABLED is 0"),
     (("ttt_short_chunk_size", "ttt_short_score_first_steps"),
      lambda c: not c.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED is 0"),
@@ -713,6 +717,8 @@ class World:
         kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if kind == "cuda" and not torch.cuda.is_available():
             raise RunError("DEVICE=cuda, but torch sees no CUDA device: install a CUDA build of torch, or set DEVICE=cpu")
+        if cfg.cuda_graphs and kind != "cuda":
+            raise RunError(f"CUDA_GRAPHS=1 needs a CUDA device, and this run is on {kind}: set CUDA_GRAPHS=0")
         if kind == "mps" and not torch.backends.mps.is_available():
             raise RunError("DEVICE=mps, but torch sees no Metal device: set DEVICE=cpu")
         device = torch.device(kind, launch.local_rank) if kind == "cuda" else torch.device(kind)
@@ -736,9 +742,12 @@ class World:
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     def sum_(self, *tensors: Tensor) -> None:
-        """Add up in place over the ranks."""
-        for t in tensors if self.size > 1 else ():
-            dist.all_reduce(t)
+        """Add up in place over the ranks, all tensors of one type in one message."""
+        for dtype in dict.fromkeys(t.dtype for t in tensors) if self.size > 1 else ():
+            same = [t for t in tensors if t.dtype == dtype]
+            dist.all_reduce(flat := torch.cat([t.flatten() for t in same]))
+            for t, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
+                t.copy_(part.view_as(t))
 
     def max(self, *values: float) -> list[float]:
         """The largest of each value over the ranks: how the ranks agree on clocks and stop requests."""
@@ -816,15 +825,62 @@ def compile_cache(cfg: Config, world: World) -> dict[str, str]:
 
 
 def compilations() -> list[str]:
-    """What torch.compile has made in this process: function, number of its graph, and why the one before did not fit."""
+    """What torch.compile has made in this process: function, number of its graph, and why the one before did not fit. And CUDA graphs."""
     dynamo = sys.modules.get("torch._dynamo.utils")
-    return [f"{m.co_name} {m.compile_id}: {' '.join((m.recompile_reason or 'the first graph').splitlines()[0].split())}"
+    made = [f"{m.co_name} {m.compile_id}: {' '.join((m.recompile_reason or 'the first graph').splitlines()[0].split())}"
             for m in (dynamo.get_compilation_metrics() if dynamo else ()) if m.co_name]
+    for before, name in reversed(Graphed.made):
+        made.insert(before, name)
+    return made
+
+
+class Graphed:
+    """A forward with the same arguments that replays CUDA graphs: its kernels are one launch, those of its backward another
+    (torch.cuda.make_graphed_callables). One graph for each set of shapes and plain values, recorded at the first call after one that
+    ran as it is and backward, which has compiled and loaded all there is to run. Nothing in it may wait for the device.
+
+    Tensors that want a gradient, and `parameters`, which it reads without being handed them, are read where they lie; others are copied
+    into the graph. All share their memory: a backward comes before the next forward, and a result is good until its graph runs again.
+    """
+
+    made: ClassVar[list[tuple[int, str]]] = []  # in this process: compilations before it, and what was recorded
+
+    def __init__(self, forward, parameters=()):
+        self.forward, self.parameters, self.warm, self.recorded = forward, tuple(parameters), set(), {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        """What `forward` returns."""
+        leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
+        tensors, plain = [x for x in leaves if isinstance(x, Tensor)], [Tensor if isinstance(x, Tensor) else x for x in leaves]
+        shapes = [(tuple(t.shape), t.dtype) for t in tensors if not t.requires_grad]
+        key = spec, *plain, *shapes, *(t.data_ptr() for t in (*tensors, *self.parameters) if t.requires_grad)
+
+        def forward(*tensors: Tensor, run=self.forward) -> Tensor:
+            left = iter(tensors)
+            args, kwargs = torch.utils._pytree.tree_unflatten([next(left) if x is Tensor else x for x in plain], spec)
+            return run(*args, **kwargs)
+
+        if key not in self.warm:
+            out = forward(*(t if t.requires_grad else t.clone() for t in tensors))  # cloned: kernels depend on the alignment
+            if out.requires_grad:
+                out.register_hook(lambda _: self.warm.add(key))
+            return out
+        if key not in self.recorded:
+            # Leaves of their own: the accumulators of gradients belong to a stream, and those of the arguments may be alive on another.
+            own = (t.detach().requires_grad_() if t.requires_grad else t.clone() for t in tensors)
+            with torch.enable_grad():
+                self.recorded[key] = torch.cuda.make_graphed_callables(
+                    forward, (*own, *self.parameters), num_warmup_iters=0, allow_unused_input=True, pool=self.pool)
+            Graphed.made.append((len(compilations()) - len(Graphed.made), f"CUDA graph of {[shape for shape, _ in shapes]}"))
+        for p in self.parameters:  # a gradient that autograd took over from a graph would be written again by the next replay, not added to
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return self.recorded[key](*tensors, *self.parameters)
 
 
 def recompile_error(where: str, made: list[str], remedy: str) -> RunError:
     """What a run says where torch.compile was at work in timed code; made: the latest of `compilations`."""
-    return RunError(f"{where}: torch.compile was at work in timed code ({'; '.join(made) or 'on another rank'}). "
+    return RunError(f"{where}: the compiler was at work in timed code ({'; '.join(made) or 'on another rank'}). "
                     f"COMPILE_ALLOW_RECOMPILES=1 accepts that; {remedy}")
 
 
@@ -2230,8 +2286,11 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
         library = cutlass_library(cfg, world)
         if problem := cutlass_entry(library)(None, None, None, None, 1, cfg.mlp_dim, cfg.model_dim, 0, None):
             raise RunError(f"MLP_BACKWARD=cutlass needs multiples of 8, not {cfg.model_dim} (MODEL_DIM), {cfg.mlp_dim}: {problem.decode()}")
+    name, attention, _ = choose_attention(cfg.attn_backend, world, cfg.compile_cache_dir)
+    if cfg.cuda_graphs and name == "sdpa":
+        raise RunError("CUDA_GRAPHS=1 needs an attention that does not loop on the host, and here is only sdpa; set CUDA_GRAPHS=0")
     return Kernels(
-        choose_attention(cfg.attn_backend, world, cfg.compile_cache_dir)[1],
+        attention,
         leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel, library),
         split_heads if cfg.qk_kernel == "eager" else split_heads_op,
         gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
@@ -2672,8 +2731,11 @@ def build_model(cfg: Config, world: World) -> GPT:
     return model.to(world.device)
 
 
-def compile_forward(model: GPT, cfg: Config, world: World, dynamic: bool = False):
-    """The forward that everything calls: compiled without graph breaks where COMPILE_BACKEND says so, else the model itself."""
+def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False):
+    """The forward that everything calls: compiled without graph breaks where COMPILE_BACKEND says so, else the model itself.
+
+    The same code serves packed rows of any number of segments and, if `growing`, rows of any width.
+    """
     backend = cfg.compile_backend
     if backend == "auto":
         backend = "inductor" if world.device.type == "cuda" else "none"
@@ -2682,7 +2744,15 @@ def compile_forward(model: GPT, cfg: Config, world: World, dynamic: bool = False
     torch._dynamo.config.recompile_limit = cfg.dynamo_cache_size_limit
     torch._dynamo.config.accumulated_recompile_limit = cfg.dynamo_accumulated_cache_size_limit
     torch._dynamo.utils.set_compilation_metrics_limit(1 << 16)  # `compilations` counts all of them
-    return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
+    compiled = torch.compile(model, backend=backend, dynamic=None if growing else False, fullgraph=True)
+
+    def forward(tokens: Tensor, targets: Tensor | None, packing: Packing | None = None, **options) -> Tensor:
+        for t, size in ((packing and packing.cu_seqlens, 0), (tokens if growing else None, 1)):
+            if t is not None:
+                torch._dynamo.maybe_mark_dynamic(t, size)
+        return compiled(tokens, targets, packing=packing, **options)
+
+    return forward
 
 
 # ==================================================================================================
@@ -2849,10 +2919,8 @@ class TrainOptimizer:
             large = [p.grad for p in self.replicated if p.numel() > 32768]
             small = [p.grad for p in self.replicated if p.numel() <= 32768]
             handles = [dist.all_reduce(g, dist.ReduceOp.AVG, async_op=True) for g in large]
-            flat = torch.cat([g.flatten() for g in small])
-            dist.all_reduce(flat, dist.ReduceOp.AVG)
-            for g, part in zip(small, flat.split([g.numel() for g in small]), strict=True):
-                g.copy_(part.view_as(g))
+            self.world.sum_(*small)
+            torch._foreach_div_(small, self.world.size)
             for handle in handles:
                 handle.wait()
         for bank in self.banks:
@@ -2959,6 +3027,12 @@ def warm_shapes(cfg: Config) -> list[tuple[int, bool]]:
     return list(dict.fromkeys(shapes))
 
 
+def warm_lengths(tokens: int, context: int) -> list[int]:
+    """Lengths of cu_seqlens to warm for rows of `tokens`: the least there can be, and three more buckets."""
+    segments = -(-tokens // context)
+    return [CU_SEQLENS_BUCKET * (segments // CU_SEQLENS_BUCKET + k) for k in range(1, 5)]
+
+
 class StepClock:
     """Seconds of training so far, and a forecast of the next step. Pausing excludes validation and checkpoints."""
 
@@ -3052,6 +3126,7 @@ class Trainer:
         self.cfg, self.world, self.files = cfg, world, files
         self.model = build_model(cfg, world)
         self.forward = compile_forward(self.model, cfg, world)
+        self.graphs = Graphed(self.forward, (p for p in self.model.parameters() if p.requires_grad)) if cfg.cuda_graphs else None
         self.optimizer = TrainOptimizer(self.model, cfg, world)
         self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
         self.accumulate = cfg.micro_batches // world.size
@@ -3066,9 +3141,11 @@ class Trainer:
 
     def loss(self, row: Row, order: tuple[int, ...]) -> Tensor:
         """This row's part of the mean loss of the rank's micro-batches."""
-        weight = 1 / (row.targets.numel() * self.accumulate)
-        return weight * self.forward(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len),
-                                     loss_weight=weight).sum()
+        n = row.targets.numel()
+        few, weight = len(row.cu_seqlens) in warm_lengths(n, row.max_len), 1 / (n * self.accumulate)
+        forward = self.graphs if self.graphs and few else self.forward  # a row of more documents than were warmed does without a graph
+        return weight * forward(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len),
+                                loss_weight=weight).sum()
 
     def train_step(self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float) -> float:
         """One optimizer step on a window (rows, span) of all ranks; returns the mean loss in nats, the same on every rank.
@@ -3082,7 +3159,7 @@ class Trainer:
             loss.backward()
             n = row.targets.numel()
             self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", n, n)
-            total += loss.detach()
+            total += (loss := loss.detach())  # its graph goes: see `Graphed` on accumulators
         self.world.sum_(total)
         mean = Readback(total / self.world.size)
         with torch.profiler.record_function("optimizer"):
@@ -3121,12 +3198,13 @@ class Trainer:
     def warm_up(self, log: Log) -> None:
         """Compile every shape and run WARMUP_STEPS steps per loop mode, then put back weights, moments and data exactly."""
         cfg = self.cfg
-        if self.forward is self.model and not cfg.warmup_steps:
+        compiled = self.graphs or self.forward is not self.model
+        if not compiled and not cfg.warmup_steps:
             return
         model, generator = {name: t.detach().clone() for name, t in self.model.state_dict().items()}, torch.get_rng_state()
         optimizer = copy.deepcopy(self.optimizer.state_dict())
         window = self.loader.next_step()
-        if self.forward is not self.model:
+        if compiled:
             self.warm_shapes(window[0], log)
         for looping in dict.fromkeys((False, cfg.num_loops > 0)):
             order = layer_order(cfg, looping)
@@ -3148,21 +3226,18 @@ class Trainer:
 
     def warm_shapes(self, tokens: np.ndarray, log: Log) -> None:
         """Forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
-        cfg, shapes = self.cfg, warm_shapes(self.cfg)
-        buckets = [CU_SEQLENS_BUCKET * k for k in range(1, 5)]
-        log(f"warmup_cu_buckets:{','.join(map(str, buckets))} iters_each:{cfg.compile_shape_warmup_iters}")
+        cfg, shapes, n = self.cfg, warm_shapes(self.cfg), self.cfg.train_microbatch_tokens
         log("compile_shape_warmup:start " + ",".join(f"{n}x{'loop' if loop else 'plain'}" for n, loop in shapes))
         row = packed_row(tokens, cfg.train_seq_len, self.world.device)
-        for length, looping in shapes:
-            log(f"compile_shape_warmup:shape seq_len:{length} loop:{int(looping)}")
-            bounds = torch.arange(0, cfg.train_microbatch_tokens, length, dtype=torch.int32)
-            for bucket in (b for b in buckets if b > len(bounds)):
-                cu_seqlens = torch.full((bucket,), cfg.train_microbatch_tokens, dtype=torch.int32)
-                cu_seqlens[: len(bounds)] = bounds
-                for _ in range(cfg.compile_shape_warmup_iters):
-                    shaped = row._replace(cu_seqlens=cu_seqlens.to(self.world.device), max_len=length)
-                    self.loss(shaped, layer_order(cfg, looping)).backward()
-                    self.optimizer.zero_grad()
+        for length, looping in shapes * (cfg.compile_shape_warmup_iters + bool(self.graphs)):  # graphs are recorded in the second round
+            buckets = warm_lengths(n, length)
+            log(f"compile_shape_warmup:shape seq_len:{length} loop:{int(looping)} warmup_cu_buckets:{','.join(map(str, buckets))} "
+                f"iters_each:{cfg.compile_shape_warmup_iters}")
+            for bucket in buckets:
+                cu_seqlens = torch.arange(bucket, dtype=torch.int32).mul(length).clamp(max=n)
+                shaped = row._replace(cu_seqlens=cu_seqlens.to(self.world.device), max_len=length)
+                self.loss(shaped, layer_order(cfg, looping)).backward()
+                self.optimizer.zero_grad()
 
     def plan_step(self, elapsed: float, log: Log) -> tuple[int, bool, float]:
         """Context, loop mode and learning-rate factor of the step about to run."""
@@ -5181,6 +5256,13 @@ def chunk_window(size: int, chunk: int, index: int, context: int) -> tuple[int, 
     return max(0, end - context), start, end
 
 
+def window_width(cfg: Config, chunk: int, index: int) -> int:
+    """Tokens of all windows of a batch at its chunk `index`. With CUDA_GRAPHS they are padded to a multiple of TTT_BUCKET, as nothing that
+    is scored looks behind itself; not with ROPE_YARN, whose base follows the width."""
+    bucket = cfg.ttt_bucket if cfg.cuda_graphs and not cfg.rope_yarn else 1
+    return min(-(-(index + 1) * chunk // bucket) * bucket, cfg.ttt_eval_seq_len)
+
+
 def batch_cost(batch: Batch, context: int) -> float:
     """Token positions a batch runs through the network, the unit of its duration."""
     chunks = -(-int(batch.sizes.max()) // batch.chunk)
@@ -5236,8 +5318,7 @@ class Lineage:
     """
 
     def __init__(self, cfg: Config, world: World, rows: int, rank: int, lr: float, wd: float, beta2: float, seed: int):
-        self.cfg, self.lr, self.wd, self.beta2, self.template = cfg, lr, wd, beta2, None
-        self.generator = torch.Generator().manual_seed(seed)
+        self.cfg, self.lr, self.wd, self.beta2, self.generator = cfg, lr, wd, beta2, torch.Generator()
         D, slots, scale = cfg.model_dim, len(layer_order(cfg, looping=True)), cfg.ttt_lora_alpha / rank
         n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
 
@@ -5248,6 +5329,12 @@ class Lineage:
 
         self.adapters = Adapters(**{site: lora(site) for site in (*cfg.lora_sites, "head")})
         self.loras = [lora for lora in self.adapters if lora is not None]
+        self.restart(seed)
+
+    def restart(self, seed: int) -> None:
+        """Become another lane's lineage, at the same place in memory."""
+        self.generator.manual_seed(seed)
+        self.template = None
         self.draw()
 
     @torch.no_grad()
@@ -5296,6 +5383,12 @@ class Lane:
         self.normal = Lineage(cfg, world, rows, *normal, seed)
         self.short = Lineage(cfg, world, rows, *short, seed + 1) if cfg.ttt_short_lora_enabled else self.normal
 
+    def restart(self, seed: int) -> Lane:
+        """Become another lane, as if made anew."""
+        for i, lineage in enumerate(dict.fromkeys((self.normal, self.short))):
+            lineage.restart(seed + i)
+        return self
+
     def is_short(self, batch: Batch) -> bool:
         return self.cfg.ttt_short_lora_enabled and int(batch.sizes.max()) + 1 <= self.cfg.ttt_short_doc_len
 
@@ -5311,9 +5404,10 @@ class Chunk(NamedTuple):
     at: np.ndarray
 
 
-def build_chunk(door: ValDoor, batch: Batch, first: int, rows: int, index: int, context: int) -> Chunk:
-    """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing."""
-    c, width = batch.chunk, min((index + 1) * batch.chunk, context)
+def build_chunk(door: ValDoor, batch: Batch, first: int, rows: int, index: int, context: int, width: int = 0) -> Chunk:
+    """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing.
+    width: of the windows; 0 = no padding behind the chunk."""
+    c, width = batch.chunk, width or min((index + 1) * batch.chunk, context)
     inputs, positions, at = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64), np.full((rows, c), -1)
     for row, (origin, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
         window, start, end = chunk_window(size, c, index, context)
@@ -5341,12 +5435,12 @@ def score_batch(
     for index in range(int(chunks.max())):
         first = 0 if static_rows else int(np.searchsorted(chunks, index, side="right"))
         rows = static_rows or len(chunks) - first
-        chunk = build_chunk(door, batch, first, rows, index, context)
+        chunk = build_chunk(door, batch, first, rows, index, context, window_width(cfg, batch.chunk, index))
         inputs, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.positions))
-        torch._dynamo.maybe_mark_dynamic(inputs, 1)
         learn = torch.zeros(rows)
         learn[: len(chunks) - first] = torch.from_numpy(((chunks > index + 1) & may_learn)[first:])
-        score = partial(forward, inputs, order=order, adapters=lineage.adapters.rows(first, first + rows), positions=positions)
+        adapters = lineage.adapters if static_rows else lineage.adapters.rows(first, first + rows)
+        score = partial(forward, inputs, order=order, adapters=adapters, positions=positions)
         with torch.set_grad_enabled(bool(learn.any())):
             nats = door.score(chunk.at, score)
         width, steps = inputs.shape[1], cfg.ttt_grad_steps if learn.any() else 0
@@ -5413,21 +5507,16 @@ def update_base(cfg: Config, world: World, model: GPT, tokens: np.ndarray, log: 
         p.requires_grad_(False)
 
 
-def warm_up_ttt(cfg: Config, world: World, forward, rows: int, log: Log) -> None:
-    """Compile the scoring step for every chunk size on random tokens; model in eval mode, adapters thrown away."""
-    log("ttt_lora:warming up compile (random tokens, no val data)")
-    start = time.perf_counter()
-    order, generator = layer_order(cfg, looping=True), torch.Generator().manual_seed(0)
-    lane = Lane(cfg, world, rows, seed=0)
-    sizes = {chunk_size(cfg, n) for n in (2, *(int(limit) for limit, _ in parse_steps(cfg.ttt_short_score_first_steps, ":")), 1 << 30)}
+def warm_up_ttt(cfg: Config, world: World, forward, lane: Lane, shapes: list[tuple[int, int]], log: Log) -> None:
+    """Compile the scoring step for (chunk size, width of windows) on random tokens; model in eval mode, adapters of no use after."""
+    log(f"ttt_lora:warming up compile (random tokens, no val data) shapes:{len(shapes)}")
+    start, order, generator = time.perf_counter(), layer_order(cfg, looping=True), torch.Generator().manual_seed(0)
     for lineage in dict.fromkeys((lane.normal, lane.short)):
-        optimizer = lineage.begin(False)
-        for chunk, width in ((c, w) for c in sorted(sizes) for w in (c, 2 * c, cfg.ttt_eval_seq_len)):
-            width = min(width, cfg.ttt_eval_seq_len)
+        optimizer, rows = lineage.begin(False), lineage.adapters.head.A.shape[0]
+        for chunk, width in shapes * (1 + cfg.cuda_graphs):  # graphs are recorded in the second round
             inputs, targets = (torch.randint(0, cfg.vocab_size, (rows, n), generator=generator).to(world.device) for n in (width, chunk))
             positions = torch.arange(width - chunk, width, device=world.device).expand(rows, -1).contiguous()
             targets = torch.stack((targets, targets), -1) if cfg.ngram_tilt_enabled else targets
-            torch._dynamo.maybe_mark_dynamic(inputs, 1)
             for learn in (False, True):
                 with torch.set_grad_enabled(learn):
                     nats = forward(inputs, targets, order=order, adapters=lineage.adapters, positions=positions)
@@ -5442,18 +5531,25 @@ class TttRun:
 
     def __init__(self, cfg: Config, world: World, model: GPT, door: ValDoor, log: Log, like: TttRun | None = None):
         self.cfg, self.world, self.model, self.door, self.log = cfg, world, model, door, log
-        self.forward = like.forward if like else compile_forward(model, cfg, world, dynamic=None)
+        self.forward = like.forward if like else compile_forward(model, cfg, world, growing=True)
+        if cfg.cuda_graphs and not like:
+            gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
+            self.forward = Graphed(self.forward)
         self.batches = document_batches(cfg, door)
         self.rows = like.rows if like else max(len(b.sizes) for b in self.batches)
         self.static_rows = 0 if self.forward is model else self.rows
+        self.lane = like.lane if like else Lane(cfg, world, self.rows, cfg.seed)  # one after the other, all in its place
         self.phases_done = self.scored_docs = 0
         self.reported = {int(n) for n in filter(None, cfg.ttt_eval_batches.split(","))}
         self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
 
     def warm_up(self) -> None:
-        """Compile what the evaluation will run, if anything is compiled."""
+        """Compile what the evaluation will run, if anything is compiled; for CUDA graphs every width."""
+        cfg, few = self.cfg, (0, 1, 1 << 30)
+        chunks = ((b.chunk, range(-(-int(b.sizes.max()) // b.chunk)) if cfg.cuda_graphs else few) for b in self.batches)
+        shapes = list(dict.fromkeys((c, window_width(cfg, c, i)) for c, indices in chunks for i in indices))
         if self.static_rows:
-            warm_up_ttt(self.cfg, self.world, self.forward, self.rows, self.log)
+            warm_up_ttt(cfg, self.world, self.forward, self.lane, shapes, self.log)
 
     def check_budget(self, batch: Batch) -> None:
         """Raises RunError before the batch that would break MAX_EVAL_SECONDS."""
@@ -5483,7 +5579,7 @@ class TttRun:
         for number in range(world.rank, cfg.ttt_lanes, world.size):
             if not hands[number]:
                 continue
-            lane = Lane(cfg, world, self.rows, seed=cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
+            lane = self.lane.restart(cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
             for batch in (segment[i] for i in hands[number]):
                 self.check_budget(batch)
                 before = self.door.sums()
@@ -5674,6 +5770,7 @@ def warm_stage(run: Run) -> None:
     trainer = Trainer(cfg, world, run.files)
     trainer.warm_up(run.log)
     trainer.loader.close()
+    trainer.graphs = None
     if cfg.ttt_enabled:
         TttRun(cfg, world, trainer.model.requires_grad_(False), ValDoor(run.data, world), run.log).warm_up()
     folder = compile_cache(cfg, world).get("TORCHINDUCTOR_CACHE_DIR", "torch's default folder")

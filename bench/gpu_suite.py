@@ -8,6 +8,7 @@ process. `--table FILE` prints the table of an older run; `--dry-run` goes throu
 """
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -36,6 +37,10 @@ ALL_KERNELS = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", re
 # Document lengths in tokens of FineWeb's validation part at these percentiles (50,000 documents, CaseOps, 8,192 pieces).
 PERCENTILES = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.9, 100)
 LENGTHS = (26, 104, 142, 179, 251, 334, 440, 566, 722, 936, 1259, 1873, 2769, 4618, 6625, 9624, 22379, 93646)
+
+
+if DRY:  # a graph is its function
+    torch.cuda.make_graphed_callables, torch.cuda.graph_pool_handle = lambda f, sample, **_: f, lambda: None
 
 
 def make_world() -> tg.World:
@@ -346,40 +351,49 @@ def muon():
                    gb=committed["optimizer_gigabytes"] + sum(p.nbytes for p in model.parameters()) / 1e9, target_ms=1.3)
 
 
-def micro_batch(cfg, model, forward, looping: bool, context: int):
-    """(a function that runs forward and backward of a micro-batch of random tokens, lengths of its segments)."""
+def micro_batch(cfg, model, looping: bool, context: int):
+    """(a function of a forward that runs it and its backward on random tokens and returns nats and gradients, lengths of the segments)."""
     tokens, bounds = torch.randint(8, V, (1, N + 1), device=DEVICE), packed_bounds(context)
     order, packing = tg.layer_order(cfg, looping), tg.Packing(bounds, context)
 
-    def step():
-        ((1 / N) * forward(tokens[:, :-1], tokens[:, 1:], order=order, packing=packing, loss_weight=1 / N).sum()).backward()
+    def step(forward):
         for p in model.parameters():
             p.grad = None
+        nats = forward(tokens[:, :-1], tokens[:, 1:], order=order, packing=packing, loss_weight=1 / N)
+        ((1 / N) * nats.sum()).backward()
+        return [nats.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
     lengths = np.diff(bounds.cpu().numpy())
     return step, lengths[lengths > 0]
 
 
 def train_step():
-    """B10: forward and backward of a micro-batch, definitions and kernels, compiled; MFU of the datasheet's 989 TFLOP/s."""
+    """B10: forward and backward of a micro-batch, definitions and kernels, compiled, and the same in CUDA graphs; MFU of the datasheet's
+    989 TFLOP/s. Graphs are right where nats and gradients are those of the same kernels without: only sums by atomics may differ."""
     world, reference = make_world(), {}
     for name, kernels in dict(definitions={}, kernels=ALL_KERNELS).items():
         cfg = tg.Config(**SMALL, **kernels)
         model = tg.build_model(cfg, world)
         forward = tg.compile_forward(model, cfg, world)
-        for looping, context, target in ((False, 1024, 57.8), (True, 2048, 93.6), (True, 3072, 100.3)):
-            step, lengths = micro_batch(cfg, model, forward, looping, context)
-            begin = time.perf_counter()
-            step()
-            world.synchronize()
-            compile_seconds = time.perf_counter() - begin
-            ms = milliseconds(step, 10)
-            flops, shape = tg.flops_per_token(cfg, lengths, looping), (looping, context)
-            reference.setdefault(shape, ms)
-            what = f"micro-batch {name} loop:{int(looping)} context:{context}"
-            yield line(what, ms, "definitions", reference[shape], target_ms=target) | dict(
-                tokens_per_s=round(N / ms * 1e3), mfu=round(3 * sum(flops) * N / ms * 1e3 / 989.4e12, 4),
-                compile_seconds=round(compile_seconds, 1), peak_mib=tg.peak_memory_mib(world.device))
+        for looping, context, target in ((False, 1024, 57.8), (True, 2048, 93.6), (True, 3072, 100.3))[: 2 if DRY else 3]:
+            gc.collect()  # graphs and the memory they hold lie in cycles of references
+            step, lengths = micro_batch(cfg, model, looping, context)
+            flops, shape, begin = tg.flops_per_token(cfg, lengths, looping), (looping, context), time.perf_counter()
+            expected = [t.clone() for t in step(forward)]
+            for suffix in ("", " graphs"):
+                run, what = forward, f"micro-batch {name}{suffix} loop:{int(looping)} context:{context}"
+                if suffix:
+                    begin, run = time.perf_counter(), tg.Graphed(forward, (p for p in model.parameters() if p.requires_grad))
+                    step(run)  # the next one is recorded
+                    error = max(relative_error(a, b) for a, b in zip(step(run), expected, strict=True) if b.any())
+                    yield dict(name=f"check {what}", error=error, tolerance=1e-3, reached=error < 1e-3)
+                world.synchronize()
+                compile_seconds = time.perf_counter() - begin
+                ms = milliseconds(partial(step, run), 10)
+                reference.setdefault(shape, ms)
+                yield line(what, ms, "definitions", reference[shape], target_ms=target) | dict(
+                    tokens_per_s=round(N / ms * 1e3), mfu=round(3 * sum(flops) * N / ms * 1e3 / 989.4e12, 4),
+                    compile_seconds=round(compile_seconds, 1), peak_mib=tg.peak_memory_mib(world.device))
 
 
 def evaluation():
@@ -394,13 +408,13 @@ def evaluation():
     yield line("scoring forward", ms, tf=N * sum(flops) / 1e12) | dict(tokens_per_s=round(N / ms * 1e3))
 
 
-def learning_step(cfg, world, rows: int, width: int, chunk: int):
-    """A function that scores a chunk of `rows` documents, learns from it and returns the nats."""
-    model = tg.build_model(cfg, world).requires_grad_(False)
-    forward, order = tg.compile_forward(model, cfg, world), tg.layer_order(cfg, True)
+def learning_step(cfg, world, forward, rows: int, width: int, chunk: int, padded: int):
+    """A function that scores a chunk of `rows` documents, learns from it and returns the nats. padded: width of the windows."""
+    order, generator = tg.layer_order(cfg, True), torch.Generator(DEVICE).manual_seed(0)
     lineage = tg.Lineage(cfg, world, rows, cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, seed=0)
-    optimizer, generator = lineage.begin(False), torch.Generator(DEVICE).manual_seed(0)
+    optimizer = lineage.begin(False)
     inputs, targets = (torch.randint(8, V, (rows, n), device=DEVICE, generator=generator) for n in (width, chunk))
+    inputs = torch.nn.functional.pad(inputs, (0, padded - width))
     positions = torch.arange(width - chunk, width, device=DEVICE).expand(rows, -1).contiguous()
 
     def step():
@@ -408,20 +422,35 @@ def learning_step(cfg, world, rows: int, width: int, chunk: int):
         nats.mean(1).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return nats.detach()
+        return nats.detach().clone()
 
     return step
 
 
 def ttt():
-    """B12: one learning step of test-time training at four shapes, definitions against kernels, and how far their losses differ."""
-    world, fused = make_world(), {**ALL_KERNELS, "fused_ce_kernel": "eager"}  # every nat is wanted, not a weighted sum
-    for rows, width, chunk in ((2, 16, 4),) if DRY else ((24, 3072, 48), (24, 1024, 24), (96, 512, 8), (256, 192, 8)):
-        steps = [learning_step(tg.Config(**SMALL, **kernels), world, rows, width, chunk) for kernels in ({}, fused)]
-        definitions, kernels = (step() for step in steps)
-        reference_ms, ms = (milliseconds(step, 5) for step in steps)
-        yield line(f"ttt step {rows}x{width} chunk {chunk}", ms, "definitions", reference_ms) | dict(
-            positions_per_s=round(rows * width / ms * 1e3), loss_difference=(kernels - definitions).abs().max().item())
+    """B12: learning steps of test-time training at four shapes: definitions; kernels; kernels in CUDA graphs, their windows padded to a
+    bucket. The nats of three steps from the same adapters come first: those in graphs must be those of the same windows without."""
+    world, models = make_world(), []
+    for kernels in ({}, {**ALL_KERNELS, "fused_ce_kernel": "eager"}):  # every nat is wanted, not a weighted sum
+        cfg = tg.Config(**SMALL, **kernels)
+        model = tg.build_model(cfg, world).requires_grad_(False)
+        models.append(tg.compile_forward(model, cfg, world, growing=True))
+    definitions, kernels = models
+    graphs = tg.Graphed(kernels)
+    for rows, bucket, chunk in ((2, 16, 4),) if DRY else ((24, 3072, 48), (24, 1024, 24), (96, 512, 8), (256, 192, 8)):
+        width = bucket - chunk // 2  # of the documents' windows
+        kinds = {"definitions": (definitions, width), "kernels": (kernels, width), "padded": (kernels, bucket), "graphs": (graphs, bucket)}
+        steps = {name: learning_step(cfg, world, forward, rows, width, chunk, padded) for name, (forward, padded) in kinds.items()}
+        nats = {name: torch.stack([step() for _ in range(3)]) for name, step in steps.items()}
+        differences = {name: (nats[name] - nats[base]).abs().max().item()
+                       for name, base in (("kernels", "definitions"), ("padded", "kernels"), ("graphs", "padded"))}
+        what, error = f"{rows}x{bucket} chunk {chunk}", differences["graphs"]
+        yield dict(name=f"check ttt graphs {what}", error=error, tolerance=0.01, reached=error < 0.01)
+        reference_ms = milliseconds(steps["definitions"], 5)
+        for name in ("kernels", "graphs"):
+            ms = milliseconds(steps[name], 5)
+            yield line(f"ttt step {name} {what}", ms, "definitions", reference_ms) | dict(
+                positions_per_s=round(rows * width / ms * 1e3), loss_differences=differences)
 
 
 def gptq():

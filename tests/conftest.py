@@ -1,5 +1,6 @@
 """Shared fixtures: a network small enough for one core, and repetitive documents it can learn in seconds."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as tg
 
@@ -112,3 +114,50 @@ def random_model(world):
         return model
 
     return make
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph without CUDA: what ran within `with` runs again by `replay`, on the same memory. What would wait for a device raises."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.replays = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+            raise AssertionError(f"{func} waits for the device: it can be in no CUDA graph")
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        leaves = torch.utils._pytree.tree_leaves
+        for func, args, kwargs, out in self.calls:
+            if func.is_view:
+                continue
+            for old, new in zip(leaves(out), leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recordings(monkeypatch) -> list[Recording]:
+    """torch.cuda.make_graphed_callables as it is, on graphs that `Recording` fakes; the list fills as they are made."""
+    made = []
+
+    @contextlib.contextmanager
+    def capture(graph, pool=None):
+        assert pool == "pool"
+        with graph:
+            yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Recording()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(tg.Graphed, "made", [])
+    return made

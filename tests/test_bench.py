@@ -34,8 +34,11 @@ def test_the_suite_runs_on_a_cpu_with_tiny_sizes(tmp_path):
     assert lines[0]["section"] == "machine" and {x["section"] for x in lines[1:]} == set(sections)
     checks = [x for x in lines if x["name"].startswith("check dpre")]
     assert len(checks) == 4 and all(x["reached"] for x in checks)
-    (ttt,) = [x for x in lines if x["section"] == "ttt"]
-    assert ttt["loss_difference"] < 0.05 and ttt["ratio"] == pytest.approx(ttt["reference_ms"] / ttt["ms"], abs=2e-3)
+    check, *steps = [x for x in lines if x["section"] == "ttt"]
+    assert check["name"].startswith("check ttt graphs") and check["error"] == 0 and check["reached"]
+    for step, name in zip(steps, ("kernels", "graphs"), strict=True):
+        assert f"step {name}" in step["name"] and 0 <= max(step["loss_differences"].values()) < 0.05
+        assert step["ratio"] == pytest.approx(step["reference_ms"] / step["ms"], abs=2e-3)
     again = run(ROOT / "bench" / "gpu_suite.py", "--table", out)
     assert again.returncode == 0 and "ttt step" in again.stdout
 

@@ -91,7 +91,7 @@ def test_the_warm_stage_compiles_what_a_run_needs_and_nothing_else(run_main, tmp
     result = result_of(tmp_path / "warm")
     assert code == 0 and not err and re.search(r"warm: \d+ graphs, kept in torch's default folder", out)
     phases = {p["name"]: p["compilations"] for p in result["phases"]}
-    assert phases == dict(setup=0, compile=len(result["compilations"]["compile"])) and phases["compile"] >= 10
+    assert phases == dict(setup=0, compile=len(result["compilations"]["compile"])) and phases["compile"] >= 4
     assert result["steps"] is None and {p.name for p in (tmp_path / "warm").iterdir()} == {"warm.txt", "ledger.jsonl", "result.json"}
     torch._dynamo.reset()
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -257,8 +258,12 @@ import train_gpt as tg
 from conftest import tiny_config
 world = tg.World.init(tiny_config(device="cpu"), tg.launch_from_env(os.environ))
 a, b = torch.tensor([1.0, 10.0]) * (world.rank + 1), torch.tensor(world.rank, dtype=torch.float64)
-world.sum_(a, b)
-assert a.tolist() == [3, 30] and b.item() == 1, (a, b)
+c, messages, real = torch.arange(6.0).view(2, 3).T, [], torch.distributed.all_reduce  # a view that is not contiguous
+torch.distributed.all_reduce = lambda t, *args: messages.append(t.numel()) or real(t, *args)
+world.sum_(a, b, c)
+torch.distributed.all_reduce = real
+assert a.tolist() == [3, 30] and b.item() == 1 and c.tolist() == [[0, 6], [2, 8], [4, 10]], (a, b, c)
+assert messages == [8, 1]  # one for each type
 assert world.max(world.rank, -world.rank, 2**53 - 1 - world.rank) == [1, 0, 2**53 - 1]
 assert world.from_main(dict(rank=world.rank, name="x" * 5000)) == dict(rank=0, name="x" * 5000)
 world.barrier()
@@ -335,3 +340,117 @@ def test_a_clock_says_what_was_compiled_in_each_phase(world, monkeypatch):
     table = clock.table()
     assert [(p["name"], p["compilations"]) for p in table] == [("setup", 2), ("train", 0), ("eval", 1)]
     assert clock.compiled == dict(setup=["a", "b"], eval=["c"])
+
+
+# ---- CUDA graphs, without CUDA: see `recordings`
+
+
+def test_graphs_need_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(tg.RunError, match="CUDA_GRAPHS=1 needs a CUDA device, and this run is on cpu: set CUDA_GRAPHS=0"):
+        tg.World.init(tiny_config(cuda_graphs=True), tg.Launch(0, 0, 1))
+
+
+def test_graphs_need_an_attention_on_the_device(world):
+    with pytest.raises(tg.RunError, match="CUDA_GRAPHS=1 needs an attention that does not loop on the host.*set CUDA_GRAPHS=0"):
+        tg.choose_kernels(tiny_config(cuda_graphs=True, attn_backend="sdpa"), world)
+    tg.choose_kernels(tiny_config(attn_backend="sdpa"), world)
+
+
+class Scaled(NamedTuple):
+    factor: torch.Tensor
+    power: int
+
+
+def test_a_graph_is_its_forward(recordings):
+    """Values, gradients of what is handed over and of what is not, and accumulation, over changing data; arguments stay as they are."""
+    weight, other = (torch.tensor([2.0, 3.0], requires_grad=True) for _ in range(2))
+    unused = torch.ones(2, requires_grad=True)
+
+    def forward(x, scaled, shift=None):
+        y = weight * scaled.factor * x**scaled.power
+        return y if shift is None else y + shift
+
+    graphed, generator, given = tg.Graphed(forward, [weight, unused]), torch.Generator().manual_seed(0), []
+    for power, shifted in ((2, False), (3, True), (2, True), (2, False)):
+        weight.grad = other.grad = None
+        expected = [torch.zeros(2), torch.zeros(2)]
+        for _ in range(3):
+            x, shift, direction = torch.randn(3, 2, generator=generator)
+            options = dict(shift=shift) if shifted else {}
+            given.append((x, x.clone()))
+            out = graphed(x, Scaled(other, power), **options)
+            want = forward(x, Scaled(other, power), **options)
+            assert torch.equal(out, want)
+            for total, grad in zip(expected, torch.autograd.grad(want, (weight, other), direction), strict=True):
+                total += grad
+            taken, other.grad = other.grad, None  # a gradient of an argument is read before the next replay
+            out.backward(direction)
+            other.grad = other.grad + (0 if taken is None else taken)
+        assert torch.equal(weight.grad, expected[0]) and torch.equal(other.grad, expected[1]) and not unused.grad.any()
+    assert len(graphed.recorded) == 3 and len(recordings) == 6 and all(torch.equal(x, kept) for x, kept in given)
+    with torch.no_grad():
+        assert not graphed(x, Scaled(other, 2)).requires_grad and len(graphed.recorded) == 3
+        weight += 1  # where it lies
+        assert torch.equal(graphed(x, Scaled(other, 2)), forward(x, Scaled(other, 2)))
+
+
+def test_a_graph_comes_after_a_backward(recordings):
+    """What compiles or loads in a first run, backward included, is no part of a recording."""
+    p, x = torch.ones(2, requires_grad=True), torch.tensor([2.0, 3.0])
+    graphed = tg.Graphed(lambda x, p: p * x)
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(graphed(x, p), x) and not recordings
+    for recorded in (0, 1, 1):
+        assert torch.equal(graphed(x, p), x) and len(graphed.recorded) == recorded
+        p.grad = None
+        graphed(x, p).sum().backward()
+        assert torch.equal(p.grad, x)
+    with torch.no_grad():
+        p += 1
+        assert torch.equal(graphed(x, p), 2 * x) and len(recordings) == 2
+
+
+def twice(graphed, *args):
+    """Run as it is, then from the graph."""
+    graphed(*args).sum().backward()
+    return graphed(*args)
+
+
+def test_a_graph_of_its_own_for_each_shape_value_and_place(recordings):
+    graphed = tg.Graphed(lambda x, adapter, n: adapter * x.sum() * n)
+    adapter, elsewhere = (torch.ones(2, requires_grad=True) for _ in range(2))
+    calls = [(torch.ones(4), adapter, 1), (torch.ones(5), adapter, 1), (torch.ones(4), adapter, 2), (torch.ones(4), elsewhere, 1),
+             (torch.ones(4, dtype=torch.float64), adapter, 1)]
+    for count, (x, place, n) in enumerate(calls, 1):
+        for scale in (1, 2):
+            assert twice(graphed, scale * x, place, n).tolist() == [scale * n * len(x)] * 2
+        assert len(graphed.recorded) == count
+    assert graphed(3 * torch.ones(4), adapter, 1).tolist() == [12, 12] and len(graphed.recorded) == len(calls)
+
+
+def test_recordings_are_listed_among_the_compilations(recordings, monkeypatch):
+    found = []
+    dynamo = type("dynamo", (), dict(get_compilation_metrics=lambda: found))
+    monkeypatch.setitem(sys.modules, "torch._dynamo.utils", dynamo)
+
+    def compiled(name):
+        return type("metrics", (), dict(co_name=name, compile_id="0/0", recompile_reason=None))
+
+    graphed = tg.Graphed(lambda x, p: p * x.sum())
+    p, lines = torch.ones(1, requires_grad=True), []
+    for step in ("a", 1, 2, "b", 3):
+        if isinstance(step, int):
+            twice(graphed, torch.ones(step), p)
+        else:
+            found.append(compiled(step))
+        assert tg.compilations()[:-1] == lines, "nothing is ever put before what was there"
+        lines = tg.compilations()
+    first, graphs = "0/0: the first graph", [f"CUDA graph of [({n},)]" for n in (1, 2, 3)]
+    assert lines == [f"a {first}", *graphs[:2], f"b {first}", graphs[2]]
+
+
+def test_a_step_that_waits_for_the_device_can_not_be_recorded(recordings):
+    with pytest.raises(AssertionError, match="can be in no CUDA graph"):
+        twice(tg.Graphed(lambda x, p: p * x.sum().item()), torch.ones(2), torch.ones(1, requires_grad=True))

@@ -660,7 +660,7 @@ def test_a_compilation_in_timed_training_is_an_error_that_names_its_reason(cfg, 
     cfg = dataclasses.replace(cfg, **SHALLOW, iterations=8, compile_backend="eager")
     with clean_compiler():
         cold = make_trainer(cfg, world)
-        with pytest.raises(tg.RunError, match=r"step 1: torch.compile was at work in timed code \(forward 0/0: the first graph\)"):
+        with pytest.raises(tg.RunError, match=r"step 1: the compiler was at work in timed code \(forward 0/0: the first graph\)"):
             tg.train(cold, no_score, quiet, tmp_path / "checkpoint.pt")
         assert tg.load_tensors(tmp_path / "checkpoint.pt", "cpu")["step"] == 1
         allowed = dataclasses.replace(cfg, compile_allow_recompiles=True)
@@ -678,12 +678,109 @@ def test_a_shape_that_the_warm_up_missed_is_named(cfg, world, tmp_path, monkeypa
         made = len(tg.compilations())
         run(cfg, world, tmp_path, trainer=trainer)  # every shape of a run is warm
         assert len(tg.compilations()) == made and made >= 2
+        torch._dynamo.reset()
+        shapes = tg.warm_shapes(cfg)
+        monkeypatch.setattr(tg, "warm_shapes", lambda cfg: [shape for shape in shapes if not shape[1]])
         trainer = make_trainer(cfg, world)
         trainer.warm_up(quiet)
-        monkeypatch.setattr(tg, "CU_SEQLENS_BUCKET", 63)
-        monkeypatch.setattr(tg.document_cu_seqlens, "__defaults__", (63,))
-        with pytest.raises(tg.RunError, match=r"torch.compile was at work in timed code \(forward 0/\d+: 0/\d+: "):
+        with pytest.raises(tg.RunError, match=r"the compiler was at work in timed code \(forward 0/\d+: 0/\d+: "):
             run(cfg, world, tmp_path, trainer=trainer)
+
+
+def many_documents(count: int) -> np.ndarray:
+    """A row of TINY's 256 predictions with that many documents."""
+    tokens = np.random.default_rng(count).integers(4, 64, 257).astype(np.uint16)
+    tokens[:count] = tg.BOS_ID
+    return tokens
+
+
+def test_more_documents_in_a_row_than_were_warmed_compile_nothing(cfg, world):
+    """The warm-up meets the least segments a row can have and three buckets more; the compiled code is one for all of them."""
+    cfg = dataclasses.replace(cfg, **SHALLOW, compile_backend="eager")
+    with clean_compiler():
+        trainer = make_trainer(cfg, world)
+        trainer.warm_up(quiet)
+        made = len(tg.compilations())
+        losses = []
+        for forward in (trainer.forward, trainer.model):
+            trainer.forward = forward
+            for context, looping in tg.warm_shapes(cfg):
+                row = tg.packed_row(many_documents(256), context, world.device)
+                assert len(row.cu_seqlens) == 320 > max(tg.warm_lengths(256, context))
+                losses.append(trainer.loss(row, tg.layer_order(cfg, looping)))
+        assert len(tg.compilations()) == made
+        torch.testing.assert_close(losses[: len(losses) // 2], losses[len(losses) // 2 :])
+
+
+def test_lengths_to_warm():
+    assert tg.warm_lengths(98304, 3072) == tg.warm_lengths(98304, 2048) == [64, 128, 192, 256]
+    assert tg.warm_lengths(98304, 1024) == [128, 192, 256, 320] and tg.warm_lengths(64 * 3072, 3072)[0] == 128
+    for tokens, context in ((256, 32), (98304, 1024), (64 * 63, 64), (1 << 20, 1024)):
+        least = len(tg.document_cu_seqlens(np.zeros(1, np.int64), tokens, context))
+        assert tg.warm_lengths(tokens, context)[0] == least
+
+
+# ---- CUDA graphs, without CUDA: see `recordings`
+
+
+def test_training_in_graphs_is_training(cfg, world, tmp_path, recordings):
+    """Bit for bit, with two micro-batches a step, a growing context and loops: all graphs are recorded before the clock starts."""
+    cfg = dataclasses.replace(cfg, **SHALLOW, iterations=8, compile_shape_warmup=True)
+    plain = run(cfg, world, tmp_path)
+    trainer = make_trainer(dataclasses.replace(cfg, cuda_graphs=True), world)
+    before, made, shapes = fingerprint(trainer), len(tg.compilations()), tg.warm_shapes(cfg)
+    trainer.warm_up(quiet)
+    assert_same(fingerprint(trainer), before)
+    assert len(trainer.graphs.recorded) == sum(len(tg.warm_lengths(256, context)) for context, _ in shapes) == len(recordings) / 2
+    assert tg.compilations()[made:] == [
+        f"CUDA graph of [(1, 256), (1, 256), ({n},)]" for context, _ in shapes for n in tg.warm_lengths(256, context)]
+    replays = sum(recording.replays for recording in recordings)
+    run(cfg, world, tmp_path, trainer=trainer)  # an error if anything were recorded here
+    assert sum(recording.replays for recording in recordings) - replays == 8 * 2 * 2  # steps, micro-batches, forward and backward
+    assert loss_values(trainer) == loss_values(plain)
+    assert_same(fingerprint(trainer), fingerprint(plain))
+
+
+def test_a_row_of_many_documents_is_trained_without_a_graph(cfg, world, recordings):
+    trainer = make_trainer(dataclasses.replace(cfg, cuda_graphs=True), world)
+    for count, graphs in ((256, 0), (3, 1)):
+        row = tg.packed_row(many_documents(count), 64, world.device)
+        for _ in range(2):
+            trainer.loss(row, tg.layer_order(cfg, True)).backward()
+        assert len(trainer.graphs.recorded) == graphs
+
+
+def test_nothing_is_compiled_while_a_graph_is_recorded(cfg, world, random_model, monkeypatch):
+    """A recording sees other tensors than the run before it, leaves of their own among them, and must fit the same compiled code."""
+    made = []
+
+    def record(forward, sample, **options):
+        before = len(tg.compilations())
+        out = forward(*sample)
+        torch.autograd.grad(out.sum(), [t for t in sample if t.requires_grad], allow_unused=True)
+        made.append(len(tg.compilations()) - before)
+        return forward
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(tg.Graphed, "made", [])
+    cfg = dataclasses.replace(cfg, **SHALLOW, cuda_graphs=True, ttt_bucket=32, val_doc_fraction=0.4, compile_backend="eager")
+    with clean_compiler():
+        trainer = make_trainer(cfg, world)
+        trainer.warm_up(quiet)
+        trainer.loader.close()
+        micro_batches = len(made)
+        door = tg.ValDoor(tg.ValData.load(cfg, trainer.files), world)
+        tg.TttRun(cfg, world, random_model(cfg).requires_grad_(False), door, quiet).warm_up()
+    assert 8 <= micro_batches < len(made) and not any(made)
+
+
+def test_a_graph_recorded_in_timed_code_is_an_error(cfg, world, tmp_path, recordings):
+    cfg = dataclasses.replace(cfg, **SHALLOW, iterations=4, cuda_graphs=True)
+    with pytest.raises(tg.RunError, match=r"step 1: the compiler was at work in timed code \(CUDA graph of \[\(1, 256\), .*COMPILE_ALLOW"):
+        run(cfg, world, tmp_path)
+    allowed = dataclasses.replace(cfg, compile_allow_recompiles=True)
+    assert run(allowed, world, tmp_path).step == 4
 
 
 def test_validation_may_compile(cfg, world, tmp_path):
@@ -701,7 +798,7 @@ def test_a_compilation_in_the_scored_evaluation_is_an_error(cfg, world, random_m
     cfg = dataclasses.replace(cfg, **SHALLOW, phased_ttt_enabled=False, val_doc_fraction=0.4, compile_backend="eager")
     data = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False))
     model = random_model(cfg).requires_grad_(False)
-    with clean_compiler(), pytest.raises(tg.RunError, match="evaluation batch [0-9]+: torch.compile was at work in timed code.*STAGE=eval"):
+    with clean_compiler(), pytest.raises(tg.RunError, match="evaluation batch [0-9]+: the compiler was at work in timed code.*STAGE=eval"):
         tg.TttRun(cfg, world, model, tg.ValDoor(data, world), quiet).run()
     with clean_compiler():
         assert tg.TttRun(dataclasses.replace(cfg, compile_allow_recompiles=True), world, model, tg.ValDoor(data, world), quiet).run().tokens
