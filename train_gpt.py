@@ -3847,9 +3847,8 @@ def stream_coder(compressor: str, stream: str) -> str:
 
 POWERS = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
 LEVELS, LEVEL_ONE = 41, 12  # classes of mean magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
-level = partial(POWERS[73 : 73 + 2 * (LEVELS - 1) : 2].searchsorted, side="right")  # class of a mean in units of 2^-12
-MAGNITUDE = np.minimum(np.arange(256), 256 - np.arange(256)).astype(np.int32)  # of an int8 whose bits are a table's index
-SCALED = (POWERS[120 - 2 * np.arange(LEVELS)][:, None] * MAGNITUDE).astype(np.int32).ravel()  # over that of its class, times 2^12
+LEVEL = np.repeat(np.arange(LEVELS, dtype=np.int8), np.diff((0, *POWERS[73 : 73 + 2 * (LEVELS - 1) : 2], 2**20)))
+level = partial(LEVEL.take, mode="clip")  # class of a mean in units of 2^-12
 SEEN = 64  # what one symbol adds to its count
 
 
@@ -3857,8 +3856,8 @@ SEEN = 64  # what one symbol adds to its count
 def gaussian_counts() -> np.ndarray:
     """Counts to start from, int64 (2 * LEVELS, 256), for each class under both quantizers of a trellis: a Gaussian of its mean
     magnitude m, worth 256 symbols, and a floor. At k it has fallen by k^2 / (pi m^2 ln 2) octaves, here eighths, m^2 in 2^-10."""
-    fallen = MAGNITUDE.astype(np.int64) ** 2 * 3762 // POWERS[32 + 4 * np.arange(LEVELS)][:, None]
-    weight = POWERS[np.maximum(8 * 14 - fallen, 0)]
+    magnitude = np.minimum(np.arange(256), 256 - np.arange(256))  # of an int8 whose bits are the index
+    weight = POWERS[np.maximum(8 * 14 - magnitude**2 * 3762 // POWERS[32 + 4 * np.arange(LEVELS)][:, None], 0)]
     return np.tile(1 + 256 * SEEN * weight // weight.sum(1, keepdims=True), (2, 1))
 
 
@@ -3867,12 +3866,12 @@ class RangeCoder:
 
     def __init__(self, data: bytes | None = None, owners: int = 0):
         library, self.bits = need_constriction().stream, np.zeros(owners)
-        self.table, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
+        self.model, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
         self.decoder = None if data is None else library.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
 
     def code(self, counts: np.ndarray, context: np.ndarray, values: np.ndarray, owner: np.ndarray) -> None:
         """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count them.
-        `owner` (n,) says whose they are.
+        `owner` says whose they are, in equal parts.
 
         The library's tables have 24 bits and no zeros: it adds 1 to each frequency. They are given as integers with exactly the
         sum that makes its scaling a multiplication by one.
@@ -3880,21 +3879,27 @@ class RangeCoder:
         contexts, symbols = counts.shape
         sizes = np.bincount(context, minlength=contexts)
         used = np.flatnonzero(sizes)
-        frequencies = counts[used] * (2**24 - symbols) // counts[used].sum(1, keepdims=True)
-        frequencies[np.arange(len(used)), counts[used].argmax(1)] += 2**24 - symbols - frequencies.sum(1)
+        tables, sizes = counts[used], sizes[used]
+        most, tables = tables.argmax(1), tables * (2**24 - symbols) // tables.sum(1, keepdims=True)
+        tables[np.arange(len(used)), most] += 2**24 - symbols - tables.sum(1)
         if len(self.bits):
-            bits = (24 - np.log2(frequencies + 1))[used.searchsorted(context), values]
-            self.bits += np.bincount(owner, bits, len(self.bits))
+            bits = (24 - np.log2(tables + 1))[used.searchsorted(context), values]
+            self.bits += np.bincount(np.repeat(owner, len(values) // len(owner)), bits, len(self.bits))
         else:
             order = np.argsort(context, kind="stable")
-            ordered = values[order].astype(np.int32)
-            for table, part in zip(frequencies.astype(np.float32), np.split(ordered, sizes[used].cumsum()[:-1]), strict=True):
-                model = self.table(table, perfect=False)
+            ordered, tables = values[order].astype(np.int32), tables.astype(np.float32)
+            if symbols == 16:  # small tables are cheap: one for each number, in one call
+                calls = [(ordered, self.model(perfect=False), [np.repeat(tables, sizes, axis=0)])]
+            else:
+                ends = sizes.cumsum().tolist()
+                calls = ((ordered[end - n : end], self.model(table, perfect=False), []) for table, n, end in zip(tables, sizes.tolist(), ends))
+            for numbers, model, parameters in calls:
                 if self.decoder is None:
-                    self.encoder.encode(part, model)
+                    self.encoder.encode(numbers, model, *parameters)
                 else:
-                    part[:] = self.decoder.decode(model, len(part))
-            values[order] = ordered
+                    numbers[:] = self.decoder.decode(model, *(parameters or [len(numbers)]))
+            if self.decoder:
+                values[order] = ordered.astype(np.uint8)
         index = context.astype(np.uint32) * np.uint32(symbols) + values
         counts += SEEN * np.bincount(index, minlength=counts.size).reshape(counts.shape)
 
@@ -3905,21 +3910,14 @@ def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray) -> No
     counts, done = np.full((1 + 16 + 256 + 1, 16), SEEN // 4), 0
     while done < len(values):
         here = slice(done, done + 8 + done // 16)
-        block, prefix = values[here], np.zeros(1, np.uint16)
+        block, prefix = values[here], np.zeros(len(values[here]), np.uint16)
         for shift, first in zip(range(8 * values.itemsize - 4, -1, -4), (0, 1, 17, 273), strict=False):
             nibble = (block >> shift & 15).astype(np.uint8)
-            context = np.broadcast_to(first + (prefix if first < 273 else 0 * prefix), block.shape)
-            coder.code(counts, context, nibble, owner[here])
+            coder.code(counts, first + prefix * (first < 273), nibble, owner[here])
             prefix = prefix * 16 + nibble
         block[:] = prefix
         counts -= (counts - SEEN // 4) // 16
         done = here.stop
-
-
-def to_lanes(matrices: list[np.ndarray]) -> np.ndarray:
-    """Matrices (rows, cols) -> (TRELLIS_SEGMENT, lanes). A lane is one segment of one column; those of a column are neighbours."""
-    padded = [np.pad(m, ((0, -len(m) % TRELLIS_SEGMENT), (0, 0))) for m in matrices]
-    return np.concatenate([m.reshape(-1, TRELLIS_SEGMENT, m.shape[1]).transpose(1, 2, 0).reshape(TRELLIS_SEGMENT, -1) for m in padded], 1)
 
 
 def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -3936,7 +3934,7 @@ def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
         x = torch.from_numpy(q[order, :256]).float()  # enough to find it
         norm = (x.square().sum(1) + 1).sqrt()
         for start, end in pairwise(starts):
-            here, best = order[start:end], order[((x[start:end] @ x[:start].T) / norm[:start]).argmax(1).numpy()]
+            here, best = order[start:end], order[(x[start:end] @ x[:start].T).div_(norm[:start]).argmax(1).numpy()]
             least = np.square(q[here], dtype=np.int32).sum(1) * 2.0 ** (-18 / cols)
             for halves in (1, 2):
                 left = q[here] - (q[best].astype(np.int16) * halves + 1 >> 1)
@@ -3944,59 +3942,57 @@ def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
                 better = error < least
                 chosen = here[better]
                 index[chosen], weight[chosen], residual[chosen], least[better] = best[better], halves, left[better], error[better]
-    total = MAGNITUDE[residual.view(np.uint8)].sum(1, dtype=np.int64) << 12
-    usual, own = level(total.sum() // q.size), level(total // cols)
+    total = np.abs(residual).view(np.uint8).sum(1, dtype=np.int64) << 12
+    usual, own = (level(x).astype(int) for x in (total.sum() // q.size, total // cols))
     return (np.where(cols * (own - usual) ** 2 < 400, usual, own) + 64 * weight).astype(np.uint8), index
 
 
-def code_matrices(coder: RangeCoder, counts, matrices: list[np.ndarray], owners: list[int], trellis: list[bool], similar: bool):
-    """Code int8 matrices (rows, cols), side by side: step t takes row t of every segment of every matrix. Returns them, a list.
+def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: list[int], trellis: bool, similar: bool) -> np.ndarray:
+    """Code int8 matrices (n, rows, cols), side by side: step t takes row t of every segment of every matrix. Returns them.
 
     An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all segments)
     and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256.
     """
-    rows, cols = np.array([m.shape for m in matrices]).T
-    info, index, owner = np.zeros(rows.sum(), np.uint8), np.zeros(rows.sum(), np.uint16), np.repeat(owners, rows)
+    n, rows, cols = q.shape
+    info, index, owner = np.zeros(n * rows, np.uint8), np.zeros(n * rows, np.uint16), np.repeat(owners, rows)
     if coder.decoder is None:
-        info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in matrices), strict=True))
+        info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in q), strict=True))
     code_numbers(coder, info, owner)
     referring = index[info > 63]
     code_numbers(coder, referring, owner[info > 63])
     index[info > 63] = referring
-    info, index = (to_lanes([x[:, None] for x in np.split(y, np.cumsum(rows)[:-1])]) for y in (info, index))
 
-    lanes, segments = to_lanes(matrices), -(-rows // TRELLIS_SEGMENT)
-    matrix, per_column = np.repeat(np.arange(len(rows)), segments * cols), np.repeat(segments, cols)
-    first, column_of = np.cumsum(per_column) - per_column, np.repeat(np.arange(len(per_column)), per_column)
-    owner = np.array(owners)[matrix]
-    segment = np.arange(len(matrix)) - first[column_of]  # of a lane, within its matrix
-    place = segment + (np.cumsum(segments) - segments)[matrix]  # in info and index
-    height = np.minimum(rows[matrix] - TRELLIS_SEGMENT * segment, TRELLIS_SEGMENT)
-    column, total, seen = np.zeros(len(first), np.int8), np.zeros(len(first), np.int64), np.zeros(len(first), np.int64)
-    state, following = np.zeros(len(matrix), np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
-    for t in range(height.max()):
-        whole = height.min() > t
-        live = slice(None) if whole else np.flatnonzero(height > t)
-        at, prediction = place[live], np.int8(0)
-        if (info[t] > 63).any():
-            source = index[t].astype(np.int64)[at]
-            known = np.minimum(np.arange(len(matrix))[live] + source // TRELLIS_SEGMENT - segment[live], len(matrix) - 1)
-            prediction = (lanes[source % TRELLIS_SEGMENT, known].astype(np.int16) * (info[t] >> 6)[at] + 1 >> 1).astype(np.int8)
-        row = np.minimum(info[t] & 63, LEVELS - 1).astype(np.int8)[at]
-        context = np.clip(row + column[column_of[live]], 0, LEVELS - 1).astype(np.uint8)
-        context += LEVELS * (state[live] & 1)
-        symbol = (lanes[t, live] - prediction).view(np.uint8)
-        coder.code(counts, context, symbol, owner[live])
-        lanes[t, live] = symbol.view(np.int8) + prediction
-        size = np.zeros(len(matrix), np.int32)
-        size[live] = SCALED[row.astype(np.uint16) << 8 | symbol]
-        total += np.add.reduceat(size, first, dtype=np.int64)
-        seen += per_column if whole else np.add.reduceat(height > t, first, dtype=np.int64)
-        column = (level((total + (8 << 12)) // (seen + 8)) - LEVEL_ONE).astype(np.int8)
-        if any(trellis):
-            state = following[2 * state + (lanes[t] & 1).view(np.uint8)] * np.array(trellis)[matrix]
-    pieces = zip(np.split(lanes, np.cumsum(segments * cols)[:-1], 1), rows, cols, strict=True)
-    return [x.reshape(TRELLIS_SEGMENT, c, -1).transpose(2, 0, 1).reshape(-1, c)[:r] for x, r, c in pieces]
+    def steps(a: np.ndarray) -> np.ndarray:
+        """(n * rows, ...) -> (steps, segments, n, width)."""
+        a = a.reshape(n, rows, -1)
+        a = np.pad(a, ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0))) if rows % TRELLIS_SEGMENT else a
+        return np.ascontiguousarray(a.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2]).transpose(2, 1, 0, 3))
+
+    x, info, index = steps(q), steps(info), steps(index).astype(np.int64)
+    row, halves = np.minimum(info & 63, LEVELS - 1).astype(np.int8), info >> 6
+    scale = POWERS[120 - 2 * row.astype(int)].astype(np.uint32)
+    column, total = np.zeros((n, cols), np.int8), np.full((n, cols), 8 << 12)
+    seen, state, following = 8, np.zeros(x.shape[1:], np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
+    for t in range(min(rows, TRELLIS_SEGMENT)):
+        live = -(-(rows - t) // TRELLIS_SEGMENT)  # segments with a row t
+        here, prediction = x[t, :live], np.int8(0)
+        if halves[t].any():
+            segment, step = np.divmod(index[t, :live, :, 0], TRELLIS_SEGMENT)
+            known = x[step, np.minimum(segment, x.shape[1] - 1), np.arange(n)].astype(np.int16)
+            prediction = (known * halves[t, :live] + 1 >> 1).astype(np.int8)
+        context = np.clip(row[t, :live] + column, 0, LEVELS - 1).astype(np.uint8)
+        if trellis:
+            context += LEVELS * (state[:live] & 1)
+        symbol = (here - prediction).view(np.uint8).transpose(1, 2, 0).reshape(-1)
+        coder.code(counts, context.transpose(1, 2, 0).reshape(-1), symbol, owners)
+        residual = symbol.view(np.int8).reshape(n, cols, live).transpose(2, 0, 1)
+        here[:] = residual + prediction
+        total += (np.abs(residual).view(np.uint8) * scale[t, :live]).sum(0, dtype=np.uint32)
+        seen += live
+        column = level(total // seen) - LEVEL_ONE
+        if trellis:
+            state = following.take(2 * state + (x[t] & 1).view(np.uint8))
+    return x.transpose(2, 1, 0, 3).reshape(n, -1, cols)[:, :rows]
 
 
 def code_arrays(arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) -> dict[str, np.ndarray]:
@@ -4007,20 +4003,20 @@ def code_arrays(arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) ->
     """
     start, groups, out = gaussian_counts(), {}, dict(arrays)
     for i, (name, a) in enumerate(arrays.items()):
-        stream = first_match(STREAM_RULES, name)[0]
+        stream = STREAMS.index(first_match(STREAM_RULES, name)[0])
         if a.size:
-            groups.setdefault((STREAMS.index(stream), kind_of(name) if stream == "rest" else ""), []).append((i, name, a))
+            kind = (kind_of(name),) if STREAMS[stream] == "rest" else (":trellis." in name, a.shape)
+            groups.setdefault((stream, *kind), []).append((i, name, a))
     counts = start.copy()
-    for (number, kind), group in sorted(groups.items()):
+    for (number, *kind), group in sorted(groups.items()):
         stream, (owners, names, given) = STREAMS[number], zip(*group, strict=True)
-        if kind:
+        if stream == "rest":
             sizes, flat = [a.size for a in given], np.concatenate([a.reshape(-1) for a in given])
             code_numbers(coders[stream], flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
             coded = [x.reshape(a.shape) for x, a in zip(np.split(flat, np.cumsum(sizes)[:-1]), given, strict=True)]
         else:
             counts = start + (counts - start) // 8
-            trellis = [":trellis." in name for name in names]
-            coded = code_matrices(coders[stream], counts, given, owners, trellis, stream in TOKEN_STREAMS)
+            coded = code_matrices(coders[stream], counts, np.stack(given), owners, kind[0], stream in TOKEN_STREAMS)
         out |= zip(names, coded, strict=True)
     return out
 
