@@ -3755,7 +3755,7 @@ def dequantized_state(cfg: Config, stored: dict[str, Stored]) -> dict[str, Tenso
 # PACKING - tensors <-> bytes. The only section that knows the artifact's layout.
 # ==================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 2  # bump the version whenever any byte of the output could change its meaning
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 3  # bump the version whenever any byte of the output could change its meaning
 MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it; artifacts list the values, so only append
     "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "tie_embeddings", "logit_softcap",
     "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
@@ -3864,14 +3864,14 @@ def gaussian_counts() -> np.ndarray:
 class RangeCoder:
     """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, only adds up the bits of each owner."""
 
-    def __init__(self, data: bytes | None = None, owners: int = 0):
-        library, self.bits = need_constriction().stream, np.zeros(owners)
+    def __init__(self, data: bytes | None = None, owners: int = 0, version: int = ARTIFACT_VERSION):
+        library, self.bits, self.version = need_constriction().stream, np.zeros(owners), version
         self.model, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
         self.decoder = None if data is None else library.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
 
     def code(self, counts: np.ndarray, context: np.ndarray, values: np.ndarray, owner: np.ndarray) -> None:
         """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count them.
-        `owner` says whose they are, in equal parts.
+        `owner`, of n values, says whose they are.
 
         The library's tables have 24 bits and no zeros: it adds 1 to each frequency. They are given as integers with exactly the
         sum that makes its scaling a multiplication by one.
@@ -3884,7 +3884,7 @@ class RangeCoder:
         tables[np.arange(len(used)), most] += 2**24 - symbols - tables.sum(1)
         if len(self.bits):
             bits = (24 - np.log2(tables + 1))[used.searchsorted(context), values]
-            self.bits += np.bincount(np.repeat(owner, len(values) // len(owner)), bits, len(self.bits))
+            self.bits += np.bincount(owner.ravel(), bits, len(self.bits))
         else:
             order = np.argsort(context, kind="stable")
             ordered, tables = values[order].astype(np.int32), tables.astype(np.float32)
@@ -3908,15 +3908,16 @@ def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray) -> No
     """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it; the lowest
     four of sixteen are alone. Blocks grow with what is known, and what is known fades: layers differ."""
     counts, done = np.full((1 + 16 + 256 + 1, 16), SEEN // 4), 0
+    least, pace = (8, 16) if coder.version == 2 else (4, 6)
     while done < len(values):
-        here = slice(done, done + 8 + done // 16)
+        here = slice(done, done + least + done // pace)
         block, prefix = values[here], np.zeros(len(values[here]), np.uint16)
         for shift, first in zip(range(8 * values.itemsize - 4, -1, -4), (0, 1, 17, 273), strict=False):
             nibble = (block >> shift & 15).astype(np.uint8)
             coder.code(counts, first + prefix * (first < 273), nibble, owner[here])
             prefix = prefix * 16 + nibble
         block[:] = prefix
-        counts -= (counts - SEEN // 4) // 16
+        counts -= (counts - SEEN // 4) // pace
         done = here.stop
 
 
@@ -3951,16 +3952,23 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: 
     """Code int8 matrices (n, rows, cols), side by side: step t takes row t of every segment of every matrix. Returns them.
 
     An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all segments)
-    and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256.
+    and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256. Symbols are
+    no more than the largest magnitude (sent) needs: 0 and up, then the negative ones.
     """
     n, rows, cols = q.shape
-    info, index, owner = np.zeros(n * rows, np.uint8), np.zeros(n * rows, np.uint16), np.repeat(owners, rows)
+    info, index, most = np.zeros(n * rows, np.uint8), np.zeros(n * rows, np.uint16), np.full(1, 127, np.uint8)
     if coder.decoder is None:
         info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in q), strict=True))
+        most[:] = 127 if (info > 63).any() else max(1, q.max(), -int(q.min())) - 1
+    owner = np.repeat(owners, rows)
     code_numbers(coder, info, owner)
     referring = index[info > 63]
     code_numbers(coder, referring, owner[info > 63])
     index[info > 63] = referring
+    if coder.version > 2:
+        code_numbers(coder, most, owner[:1])
+    symbols = min(2 * int(most[0]) + 3, 256)
+    gap, axes = np.uint8(256 - symbols), (1, 2, 0) if coder.version == 2 else (0, 1, 2)
 
     def steps(a: np.ndarray) -> np.ndarray:
         """(n * rows, ...) -> (steps, segments, n, width)."""
@@ -3968,11 +3976,13 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: 
         a = np.pad(a, ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0))) if rows % TRELLIS_SEGMENT else a
         return np.ascontiguousarray(a.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2]).transpose(2, 1, 0, 3))
 
-    x, info, index = steps(q), steps(info), steps(index).astype(np.int64)
+    x, info, index, owner = steps(q), steps(info), steps(index).astype(np.int64), np.array(owners)[:, None]
     row, halves = np.minimum(info & 63, LEVELS - 1).astype(np.int8), info >> 6
     scale = POWERS[120 - 2 * row.astype(int)].astype(np.uint32)
-    column, total = np.zeros((n, cols), np.int8), np.full((n, cols), 8 << 12)
-    seen, state, following = 8, np.zeros(x.shape[1:], np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
+    column, total, seen = np.zeros((n, cols), np.int8), np.full((n, cols), 8 << 12), 8
+    state, following = np.zeros(x.shape[1:], np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
+    kept = np.arange(symbols) + gap * (np.arange(symbols) > symbols // 2)
+    tables = counts[:, kept]
     for t in range(min(rows, TRELLIS_SEGMENT)):
         live = -(-(rows - t) // TRELLIS_SEGMENT)  # segments with a row t
         here, prediction = x[t, :live], np.int8(0)
@@ -3983,15 +3993,19 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: 
         context = np.clip(row[t, :live] + column, 0, LEVELS - 1).astype(np.uint8)
         if trellis:
             context += LEVELS * (state[:live] & 1)
-        symbol = (here - prediction).view(np.uint8).transpose(1, 2, 0).reshape(-1)
-        coder.code(counts, context.transpose(1, 2, 0).reshape(-1), symbol, owners)
-        residual = symbol.view(np.int8).reshape(n, cols, live).transpose(2, 0, 1)
+        residual = here - prediction
+        context, symbol = (a.transpose(axes) for a in (context, residual.view(np.uint8) - gap * (residual < 0)))
+        coded = symbol.reshape(-1)
+        coder.code(tables, context.reshape(-1), coded, np.broadcast_to(owner, here.shape))
+        coded += gap * (coded > symbols // 2)
+        residual = coded.view(np.int8).reshape(symbol.shape).transpose(np.argsort(axes))
         here[:] = residual + prediction
         total += (np.abs(residual).view(np.uint8) * scale[t, :live]).sum(0, dtype=np.uint32)
         seen += live
         column = level(total // seen) - LEVEL_ONE
         if trellis:
             state = following.take(2 * state + (x[t] & 1).view(np.uint8))
+    counts[:, kept] = tables
     return x.transpose(2, 1, 0, 3).reshape(n, -1, cols)[:, :rows]
 
 
@@ -4082,10 +4096,10 @@ def encode_streams(compressor: str, arrays: dict[str, np.ndarray]) -> dict[str, 
         return dict(zip(raw, pool.map(lambda s: CODERS[stream_coder(compressor, s)][0](raw[s]) if raw[s] else b"", raw), strict=True))
 
 
-def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes]) -> dict[str, np.ndarray]:
+def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes], version: int = ARTIFACT_VERSION):
     """The inverse of `encode_streams`; `arrays` has the right shapes and dtypes. Raises ArtifactError or what a coder raises."""
     if compressor == "range":
-        return code_arrays(arrays, {stream: RangeCoder(data) for stream, data in coded.items()})
+        return code_arrays(arrays, {stream: RangeCoder(data, version=version) for stream, data in coded.items()})
     sizes = dict.fromkeys(STREAMS, 0)
     for name, a in arrays.items():
         stream, sort = first_match(STREAM_RULES, name)
@@ -4247,6 +4261,7 @@ def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor
 class Header(NamedTuple):
     """What an artifact says about itself, nothing of it checked against a model."""
 
+    version: int
     compressor: str
     model: dict[str, Any]  # MODEL_FIELDS
     kinds: list  # of tensors, as `pack` writes them
@@ -4256,8 +4271,8 @@ class Header(NamedTuple):
 
 
 def read_header(blob: bytes) -> Header:
-    """Header of an artifact of version 2, or of 1 (names and shapes of all arrays in a JSON object), checksum verified. Raises
-    ArtifactError."""
+    """Header of an artifact of version 2 or 3, or of 1 (names and shapes of all arrays in a JSON object), checksum verified.
+    Raises ArtifactError."""
     if blob[:4] != ARTIFACT_MAGIC or len(blob) < 26:
         raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} in {len(blob)} bytes")
     version, size = struct.unpack("<HI", blob[4:10])
@@ -4279,7 +4294,7 @@ def read_header(blob: bytes) -> Header:
             model = dict(zip(MODEL_FIELDS, values, strict=False))
         if compressor not in COMPRESSORS or min(sizes) < 0 or 26 + size + sum(sizes) != len(blob):
             raise ValueError("its streams do not fill it")
-        return Header(compressor, model, kinds, chosen, dict(zip(STREAMS, sizes, strict=True)), 26 + size)
+        return Header(version, compressor, model, kinds, chosen, dict(zip(STREAMS, sizes, strict=True)), 26 + size)
     except HOSTILE as e:
         raise ArtifactError(f"the header of this artifact makes no sense: {e!r}; make it again") from None
 
@@ -4317,7 +4332,7 @@ def unpack(cfg: Config, blob: bytes) -> dict[str, Stored]:
     ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
     try:
         coded = {stream: blob[start:end] for stream, (start, end) in zip(STREAMS, pairwise(ends), strict=True)}
-        arrays = decode_streams(header.compressor, empty_arrays(cfg, header), coded)
+        arrays = decode_streams(header.compressor, empty_arrays(cfg, header), coded, header.version)
         if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
             raise ValueError(f"not all finite: {', '.join(bad)}")
     except HOSTILE as e:
