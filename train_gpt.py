@@ -3785,17 +3785,16 @@ class ArtifactError(RunError):
 
 HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becomes an ArtifactError
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
-    brotli.error, lzma.LZMAError,
+    brotli.error, lzma.LZMAError, subprocess.TimeoutExpired,
 )
 
 
 def need_lrzip() -> str:
     """Path of the lrzip program. Raises RunError saying how to get it."""
-    path = shutil.which("lrzip")
-    if path is None:
-        raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and Ubuntu: "
-                       "apt-get install lrzip), or set COMPRESSOR=range")
-    return path
+    if path := shutil.which("lrzip"):
+        return path
+    raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and Ubuntu: "
+                   "apt-get install lrzip), or set COMPRESSOR=range")
 
 
 def need_constriction() -> Any:
@@ -3808,14 +3807,17 @@ def need_constriction() -> Any:
     return constriction
 
 
-def run_lrzip(data: bytes, *flags: str) -> bytes:
-    """Feed one file through lrzip; one thread, so that the bytes do not depend on the machine. Raises ArtifactError or RunError."""
+def run_lrzip(data: bytes, size: int, *flags: str) -> bytes:
+    """Feed one file through lrzip; one thread, so that the bytes do not depend on the machine. A shell limits it, whatever the data, to
+    processor seconds, memory and disk for `size` bytes unpacked, several times what is usual. Raises ArtifactError or RunError."""
+    limits = f'ulimit -t {1 + size // 50_000}; ulimit -v {(512 << 10) + size // 64}; ulimit -f {64 + size // 512}; exec "$@"'
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder, "in.lrz"), Path(folder, "out")
         source.write_bytes(data)
-        done = subprocess.run([need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)], capture_output=True, text=True)
+        command = ["/bin/sh", "-c", limits, "sh", need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=60 + size // 5_000)
         if done.returncode or not result.exists():
-            words = done.stderr.strip() or done.stdout.strip()
+            words = (done.stderr.strip() or done.stdout.strip()).decode(errors="replace")
             raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {done.returncode}: {words}")
         return result.read_bytes()
 
@@ -3824,7 +3826,7 @@ def unlrzip(data: bytes, size: int) -> bytes:
     """The inverse of `run_lrzip` for `size` bytes, which lrzip's own header must announce too: the program sees no bomb."""
     if data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size:
         raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
-    return run_lrzip(data, "-d")
+    return run_lrzip(data, size, "-d")
 
 
 CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, holding little more than that)
@@ -3832,7 +3834,7 @@ CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, h
                lambda data, size: brotli.Decompressor().process(data, output_buffer_limit=size + 1)),
     "lzma": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
              lambda data, size: lzma.LZMADecompressor(memlimit=100 << 20).decompress(data, size + 1)),
-    "lrzip": (lambda data: run_lrzip(data, "-z", "-L", "9"), unlrzip),
+    "lrzip": (lambda data: run_lrzip(data, len(data), "-z", "-L", "9"), unlrzip),
 }
 
 
@@ -3891,8 +3893,8 @@ class RangeCoder:
             if symbols == 16:  # small tables are cheap: one for each number, in one call
                 calls = [(ordered, self.model(perfect=False), [np.repeat(tables, sizes, axis=0)])]
             else:
-                ends = sizes.cumsum().tolist()
-                calls = ((ordered[end - n : end], self.model(table, perfect=False), []) for table, n, end in zip(tables, sizes.tolist(), ends))
+                parts = (slice(end - n, end) for n, end in zip(sizes.tolist(), sizes.cumsum().tolist(), strict=True))
+                calls = ((ordered[part], self.model(table, perfect=False), []) for part, table in zip(parts, tables, strict=True))
             for numbers, model, parameters in calls:
                 if self.decoder is None:
                     self.encoder.encode(numbers, model, *parameters)
@@ -3959,7 +3961,7 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: 
     info, index, most = np.zeros(n * rows, np.uint8), np.zeros(n * rows, np.uint16), np.full(1, 127, np.uint8)
     if coder.decoder is None:
         info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in q), strict=True))
-        most[:] = 127 if (info > 63).any() else max(1, q.max(), -int(q.min())) - 1
+        most[:] = 127 if coder.version == 2 or (info > 63).any() else max(1, q.max(), -int(q.min())) - 1
     owner = np.repeat(owners, rows)
     code_numbers(coder, info, owner)
     referring = index[info > 63]
@@ -4064,64 +4066,55 @@ def byte_planes(a: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(a).reshape(-1).view(np.uint8).reshape(a.size, a.itemsize).T
 
 
-def from_byte_planes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `byte_planes`."""
-    planes = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1)
-    return np.ascontiguousarray(planes.T).reshape(-1).view(dtype).reshape(shape)
+def stream_views(compressor: str, arrays: dict[str, np.ndarray], order_of) -> tuple[dict[str, list[np.ndarray]], list]:
+    """What a stream's bytes are when they are not range-coded: uint8 arrays one after another, views of `arrays` to read or to fill in.
+
+    Integer matrices of `pergroup` are transposed, and copies where STREAM_RULES has their rows sorted: those are returned too, as
+    (matrix, `order_of` it, which is uint16 in stream row_order, its rows in that order). All others are byte planes.
+    """
+    views, copies = {stream: [] for stream in STREAMS}, []
+    for name, a in arrays.items():
+        stream, sort = first_match(STREAM_RULES, name)
+        if stream_coder(compressor, stream) != "lrzip":
+            views[stream].append(byte_planes(a))
+            continue
+        if sort:
+            copies.append((a, order := order_of(a), a := a[order]))
+            views["row_order"].append(byte_planes(order))
+        views[stream].append(a.view(np.uint8).T)
+    return views, copies
 
 
 def encode_streams(compressor: str, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
-    """Arrays "tensor:codec.part" -> the bytes of every stream.
-
-    With `range` as `code_arrays` says. Otherwise a stream is its arrays one after another: integer matrices of `pergroup`
-    transposed, their rows reordered where STREAM_RULES says so (the orders, uint16, are stream row_order); others as byte planes.
-    """
+    """Arrays "tensor:codec.part" -> the bytes of every stream."""
     if compressor == "range":
         coders = {stream: RangeCoder() for stream in STREAMS}
         code_arrays(arrays, coders)
         return {stream: coder.encoder.get_compressed().astype("<u4").tobytes() for stream, coder in coders.items()}
-    streams: dict[str, list[bytes]] = {stream: [] for stream in STREAMS}
-    for name, a in arrays.items():
-        stream, sort = first_match(STREAM_RULES, name)
-        if stream_coder(compressor, stream) == "lrzip":
-            if sort:
-                order = similarity_order(a)
-                streams["row_order"].append(byte_planes(order).tobytes())
-                a = a[order]
-            streams[stream].append(np.ascontiguousarray(a.T).tobytes())
-        else:
-            streams[stream].append(byte_planes(a).tobytes())
-    raw = {stream: b"".join(chunks) for stream, chunks in streams.items()}
+    views, _ = stream_views(compressor, arrays, similarity_order)
+    raw = {stream: b"".join(view.tobytes() for view in own) for stream, own in views.items()}
     with ThreadPoolExecutor() as pool:
         return dict(zip(raw, pool.map(lambda s: CODERS[stream_coder(compressor, s)][0](raw[s]) if raw[s] else b"", raw), strict=True))
 
 
 def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes], version: int = ARTIFACT_VERSION):
-    """The inverse of `encode_streams`; `arrays` has the right shapes and dtypes. Raises ArtifactError or what a coder raises."""
+    """The inverse of `encode_streams`: fills in `arrays` and returns them. Raises ArtifactError or what a coder raises."""
     if compressor == "range":
         return code_arrays(arrays, {stream: RangeCoder(data, version=version) for stream, data in coded.items()})
-    sizes = dict.fromkeys(STREAMS, 0)
-    for name, a in arrays.items():
-        stream, sort = first_match(STREAM_RULES, name)
-        sizes[stream] += a.nbytes
-        sizes["row_order"] += 2 * len(a) if sort and stream_coder(compressor, stream) == "lrzip" else 0
+    views, copies = stream_views(compressor, arrays, lambda a: np.zeros(len(a), "<u2"))
+    sizes = {stream: sum(view.size for view in own) for stream, own in views.items()}
     with ThreadPoolExecutor() as pool:
         jobs = {s: pool.submit(CODERS[stream_coder(compressor, s)][1], data, sizes[s]) for s, data in coded.items() if data}
     raw = {s: jobs[s].result() if s in jobs else b"" for s in STREAMS}
     if wrong := [f"{s}: {len(raw[s])} bytes instead of {sizes[s]}" for s in STREAMS if len(raw[s]) != sizes[s]]:
         raise ArtifactError(f"streams of the artifact decode to a wrong size: {', '.join(wrong)}")
-    streams, out = {stream: io.BytesIO(data) for stream, data in raw.items()}, {}
-    for name, like in arrays.items():
-        stream, sort = first_match(STREAM_RULES, name)
-        data = streams[stream].read(like.nbytes)
-        if stream_coder(compressor, stream) == "lrzip":
-            out[name] = np.frombuffer(data, like.dtype).reshape(like.shape[::-1]).T
-            if sort:
-                order = from_byte_planes(streams["row_order"].read(2 * len(like)), "<u2", (len(like),))
-                out[name] = out[name][order.argsort(kind="stable")]
-        else:
-            out[name] = from_byte_planes(data, like.dtype.str, like.shape)
-    return out
+    for stream, own in views.items():
+        data = io.BytesIO(raw[stream])
+        for view in own:
+            view[:] = np.frombuffer(data.read(view.size), np.uint8).reshape(view.shape)
+    for a, order, rows in copies:
+        a[order] = rows
+    return arrays
 
 
 @cache
