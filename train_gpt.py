@@ -3938,13 +3938,10 @@ def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
         norm = (x.square().sum(1) + 1).sqrt()
         for start, end in pairwise(starts):
             here, best = order[start:end], order[(x[start:end] @ x[:start].T).div_(norm[:start]).argmax(1).numpy()]
-            least = np.square(q[here], dtype=np.int32).sum(1) * 2.0 ** (-18 / cols)
-            for halves in (1, 2):
-                left = q[here] - (q[best].astype(np.int16) * halves + 1 >> 1)
-                error = np.square(left, dtype=np.int32).sum(1)
-                better = error < least
-                chosen = here[better]
-                index[chosen], weight[chosen], residual[chosen], least[better] = best[better], halves, left[better], error[better]
+            left = np.stack([q[here] - (q[best].astype(np.int16) * halves + 1 >> 1) for halves in range(3)])
+            error = np.square(left, dtype=np.int32).sum(2) * [[2.0 ** (-18 / cols)], [1], [1]]
+            index[here], weight[here] = best, error.argmin(0)
+            residual[here] = left[weight[here], np.arange(len(here))]
     total = np.abs(residual).view(np.uint8).sum(1, dtype=np.int64) << 12
     usual, own = (level(x).astype(int) for x in (total.sum() // q.size, total // cols))
     return (np.where(cols * (own - usual) ** 2 < 400, usual, own) + 64 * weight).astype(np.uint8), index
@@ -4104,14 +4101,13 @@ def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[s
     views, copies = stream_views(compressor, arrays, lambda a: np.zeros(len(a), "<u2"))
     sizes = {stream: sum(view.size for view in own) for stream, own in views.items()}
     with ThreadPoolExecutor() as pool:
-        jobs = {s: pool.submit(CODERS[stream_coder(compressor, s)][1], data, sizes[s]) for s, data in coded.items() if data}
-    raw = {s: jobs[s].result() if s in jobs else b"" for s in STREAMS}
-    if wrong := [f"{s}: {len(raw[s])} bytes instead of {sizes[s]}" for s in STREAMS if len(raw[s]) != sizes[s]]:
-        raise ArtifactError(f"streams of the artifact decode to a wrong size: {', '.join(wrong)}")
-    for stream, own in views.items():
-        data = io.BytesIO(raw[stream])
-        for view in own:
-            view[:] = np.frombuffer(data.read(view.size), np.uint8).reshape(view.shape)
+        raw = pool.map(lambda s: CODERS[stream_coder(compressor, s)][1](coded[s], sizes[s]) if coded[s] else b"", STREAMS)
+    for stream, data in zip(STREAMS, raw, strict=True):
+        if len(data) != sizes[stream]:
+            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes instead of {sizes[stream]}; make it again")
+        left = io.BytesIO(data)
+        for view in views[stream]:
+            view[:] = np.frombuffer(left.read(view.size), np.uint8).reshape(view.shape)
     for a, order, rows in copies:
         a[order] = rows
     return arrays
@@ -4125,6 +4121,11 @@ def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in unbank(cfg, state).items()}
 
 
+def arrays_of(stored: dict[str, Stored]) -> dict[str, np.ndarray]:
+    """All parts of all tensors, named "tensor:codec.part"."""
+    return {f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()}
+
+
 def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
     """Tensors -> artifact. Deterministic: the same tensors give the same bytes. Raises RunError if they are not the model's.
 
@@ -4133,13 +4134,13 @@ def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
     kind lists the parts of a tensor, [codec, part, sizes]; a size -1 - i is the tensor's own size i. Names and shapes of tensors
     follow from the model, dtypes from the codec.
     """
-    shapes, kinds, arrays = tensor_shapes(cfg), [], {}
+    shapes = tensor_shapes(cfg)
     if shapes.keys() != stored.keys():
         raise RunError(f"these are not the model's tensors: {', '.join(sorted(shapes.keys() ^ stored.keys()))}")
-    for name, shape in shapes.items():
-        parts = stored[name].parts
-        kinds.append([[codec, part, [-1 - shape.index(n) if n in shape else n for n in t.shape]] for (codec, part), t in parts.items()])
-        arrays |= {f"{name}:{codec}.{part}": t.numpy() for (codec, part), t in parts.items()}
+    stored = {name: stored[name] for name in shapes}
+    arrays, kinds = arrays_of(stored), [
+        [[codec, part, [-1 - shape.index(n) if n in shape else n for n in t.shape]] for (codec, part), t in s.parts.items()]
+        for shape, s in zip(shapes.values(), stored.values(), strict=True)]
     if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
         raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
     streams = encode_streams(cfg.compressor, arrays)
@@ -4243,7 +4244,7 @@ def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor
         plan, wide = RateDistortion(gptq_tasks(cfg, unbank(cfg, weights)), hessians), math.sqrt(12 * TRELLIS_ERROR)
         matrices = plan(finest := plan.delta(cfg.rd_loss), lambda x, _: ((q := (x / wide).round().clamp(-127, 127)), q * wide))
     stored = quantize(cfg, weights, hessians, quiet, matrices)
-    bits = coded_bits({f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()})
+    bits = coded_bits(arrays_of(stored))
     size, text = code_bytes + bits.sum() / 8, f" for RD_LOSS {cfg.rd_loss:g}" if plan else ""
     if plan and 0 < cfg.target_bytes < size:
         delta = plan.delta_for(plan.bits(finest) + 8 * (cfg.target_bytes - size))
@@ -4276,12 +4277,11 @@ def read_header(blob: bytes) -> Header:
     try:
         header = json.loads(brotli.Decompressor().process(blob[26 : 26 + size], output_buffer_limit=1 << 20))
         if version == 1:
-            coders, parts = {stream: coder for stream, coder, _, _ in header["streams"]}, {}
-            (compressor,) = [c for c in ("brotli", "lzma", "pergroup") if [stream_coder(c, s) for s in STREAMS] == [*coders.values()]]
+            (_, coders, sizes, _), parts = zip(*header["streams"], strict=True), {}
+            (compressor,) = [c for c in ("brotli", "lzma", "pergroup") if [stream_coder(c, s) for s in STREAMS] == [*coders]]
             for name, codec, part, _, shape, _ in header["arrays"]:
                 parts.setdefault(name, []).append([codec, part, shape])
             model, kinds, chosen = dict(header["model"]), [*parts.values()], range(len(parts))
-            sizes = [coded for _, _, coded, _ in header["streams"]]
         else:
             compressor, values, sizes, kinds, chosen = header
             model = dict(zip(MODEL_FIELDS, values, strict=False))
@@ -4295,9 +4295,8 @@ def read_header(blob: bytes) -> Header:
 def check_model_fields(cfg: Config, saved: dict) -> None:
     """Raises ArtifactError naming every variable by which this run differs from the one that wrote the artifact. A variable
     younger than the artifact had its default."""
-    defaults = {f.name: f.default for f in fields(Config)}
-    differ = [f"{name.upper()}: artifact {saved.get(name, defaults[name])}, this run {getattr(cfg, name)}" for name in MODEL_FIELDS
-              if saved.get(name, defaults[name]) != getattr(cfg, name)]
+    values = [(f.name, saved.get(f.name, f.default), getattr(cfg, f.name)) for f in fields(Config) if f.name in MODEL_FIELDS]
+    differ = [f"{name.upper()}: artifact {theirs}, this run {ours}" for name, theirs, ours in values if theirs != ours]
     if differ:
         raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run that wrote it")
 

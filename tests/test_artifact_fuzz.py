@@ -212,7 +212,7 @@ def test_bombs_are_refused_in_little_memory(tmp_path):
         (tmp_path / str(i)).write_bytes(bomb(name))
     done = subprocess.run([sys.executable, "-c", MEASURE, *(tmp_path / str(i) for i in range(len(BOMBS)))], capture_output=True, text=True)
     *refusals, grown = done.stdout.splitlines()
-    known = "this artifact makes no sense|the header of this artifact|streams of the artifact"
+    known = "this artifact makes no sense|the header of this artifact|stream .* of the artifact"
     assert len(refusals) == len(BOMBS) and all(re.match(known, r) for r in refusals), done.stderr
     assert int(grown) < LIMIT
 
