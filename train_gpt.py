@@ -3807,9 +3807,15 @@ def need_constriction() -> Any:
     return constriction
 
 
-def run_lrzip(data: bytes, size: int, *flags: str) -> bytes:
-    """Feed one file through lrzip; one thread, so that the bytes do not depend on the machine. A shell limits it, whatever the data, to
-    processor seconds, memory and disk for `size` bytes unpacked, several times what is usual. Raises ArtifactError or RunError."""
+def lrzip(data: bytes, size: int | None = None) -> bytes:
+    """lrzip's form of `data`, or what it stands for, `size` bytes, which its own header must announce too: the program sees no bomb.
+
+    One thread, so that the bytes do not depend on the machine. A shell limits processor seconds, memory and disk to several times what
+    that size usually takes, whatever the data. Raises ArtifactError or RunError.
+    """
+    if size is not None and (data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size):
+        raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
+    flags, size = (["-z", "-L", "9"], len(data)) if size is None else (["-d"], size)
     limits = f'ulimit -t {1 + size // 50_000}; ulimit -v {(512 << 10) + size // 64}; ulimit -f {64 + size // 512}; exec "$@"'
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder, "in.lrz"), Path(folder, "out")
@@ -3822,19 +3828,12 @@ def run_lrzip(data: bytes, size: int, *flags: str) -> bytes:
         return result.read_bytes()
 
 
-def unlrzip(data: bytes, size: int) -> bytes:
-    """The inverse of `run_lrzip` for `size` bytes, which lrzip's own header must announce too: the program sees no bomb."""
-    if data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size:
-        raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
-    return run_lrzip(data, size, "-d")
-
-
 CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, holding little more than that)
     "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24),
                lambda data, size: brotli.Decompressor().process(data, output_buffer_limit=size + 1)),
     "lzma": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
              lambda data, size: lzma.LZMADecompressor(memlimit=100 << 20).decompress(data, size + 1)),
-    "lrzip": (lambda data: run_lrzip(data, len(data), "-z", "-L", "9"), unlrzip),
+    "lrzip": (lrzip, lrzip),
 }
 
 
@@ -3849,8 +3848,7 @@ def stream_coder(compressor: str, stream: str) -> str:
 
 POWERS = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
 LEVELS, LEVEL_ONE = 41, 12  # classes of mean magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
-LEVEL = np.repeat(np.arange(LEVELS, dtype=np.int8), np.diff((0, *POWERS[73 : 73 + 2 * (LEVELS - 1) : 2], 2**20)))
-level = partial(LEVEL.take, mode="clip")  # class of a mean in units of 2^-12
+level = partial(np.arange(LEVELS, dtype=np.int8).repeat(np.diff((0, *POWERS[73:153:2], 2**20))).take, mode="clip")  # of a mean in 2^-12
 SEEN = 64  # what one symbol adds to its count
 
 
@@ -3971,8 +3969,7 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: 
 
     def steps(a: np.ndarray) -> np.ndarray:
         """(n * rows, ...) -> (steps, segments, n, width)."""
-        a = a.reshape(n, rows, -1)
-        a = np.pad(a, ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0))) if rows % TRELLIS_SEGMENT else a
+        a = np.pad(a.reshape(n, rows, -1), ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0)))
         return np.ascontiguousarray(a.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2]).transpose(2, 1, 0, 3))
 
     x, info, index, owner = steps(q), steps(info), steps(index).astype(np.int64), np.array(owners)[:, None]
@@ -3993,9 +3990,9 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: 
         if trellis:
             context += LEVELS * (state[:live] & 1)
         residual = here - prediction
-        context, symbol = (a.transpose(axes) for a in (context, residual.view(np.uint8) - gap * (residual < 0)))
+        symbol = (residual.view(np.uint8) - gap * (residual < 0)).transpose(axes)
         coded = symbol.reshape(-1)
-        coder.code(tables, context.reshape(-1), coded, np.broadcast_to(owner, here.shape))
+        coder.code(tables, context.transpose(axes).reshape(-1), coded, np.broadcast_to(owner, here.shape))
         coded += gap * (coded > symbols // 2)
         residual = coded.view(np.int8).reshape(symbol.shape).transpose(np.argsort(axes))
         here[:] = residual + prediction
@@ -4035,12 +4032,8 @@ def code_arrays(arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) ->
 
 
 def coded_bits(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Bits (fp64) that COMPRESSOR=range needs for each array, in the order given, without coding anything: what `pack` writes is
-    within 0.1 %, and up to 8 bytes a stream.
-
-    Keys are "tensor:codec.part" as in STREAM_RULES, such as "blocks.0.mlp.fc.weight:trellis.q"; values int8, int16 or fp16. The
-    sum is that of an artifact of just these arrays: tables are shared, so a few arrays alone cost a little more than among all.
-    """
+    """Bits (fp64) that COMPRESSOR=range needs for each array "tensor:codec.part" (int8, int16 or fp16) of an artifact of just these, in
+    their order, without coding anything: what `pack` writes is within 0.1 %, and up to 8 bytes a stream. Tables are shared."""
     counter = RangeCoder(owners=len(arrays))
     code_arrays(arrays, dict.fromkeys(STREAMS, counter))
     return counter.bits
@@ -4211,9 +4204,8 @@ def quantize_to_fit(cfg: Config, state: dict[str, Tensor], hessians: Hessians, c
         log(f"rd: predicted loss {cfg.rd_loss * (delta / finest) ** 2:.5f}, {tried[0]} bytes with the script, predicted {expected:.0f}"
             + (f", TARGET_BYTES {target}" if cfg.target_bytes else ""))
         over, under = (over, tried) if tried[0] <= target else (tried, under)
-        if under and (delta == finest or under[0] > 0.9995 * target or (over and over[0] - under[0] < 0.002 * target)):
-            break
-        if not under and delta == coarsest:
+        near = under and (under[0] > 0.9995 * target or (over and over[0] - under[0] < 0.002 * target))
+        if near or delta == (finest if under else coarsest):
             break
     if not under:
         raise RunError(f"TARGET_BYTES={target}: the smallest reachable size is {tried[0]} bytes, {code_bytes} of them the script; "
@@ -4344,13 +4336,11 @@ def bytes_by_part(blob: bytes) -> dict[str, int]:
 
 def load_artifact(cfg: Config, world: World, path: Path) -> GPT:
     """The model that the bytes on disk stand for. Raises ArtifactError."""
-    try:
-        stored = unpack(cfg, path.read_bytes())
-    except OSError as e:
-        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
     model = GPT(cfg, world.dtype, choose_kernels(cfg, world))
     try:
-        model.load_state_dict(dequantized_state(cfg, stored))
+        model.load_state_dict(dequantized_state(cfg, unpack(cfg, path.read_bytes())))
+    except OSError as e:
+        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
     except (LookupError, RuntimeError, ValueError) as e:
         raise ArtifactError(f"{path} does not hold the tensors of this model: {e}; make it again") from None
     return model.to(world.device).requires_grad_(False)

@@ -258,7 +258,7 @@ def test_lrzip_is_limited_by_the_size_that_it_announces(what, monkeypatch, tmp_p
     (tmp_path / "lrzip").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(tg.ArtifactError, match="lrzip -d failed with exit code"):
-        tg.unlrzip(b"LRZI\0\6" + (20).to_bytes(8, "little") + bytes(20), 20)
+        tg.lrzip(b"LRZI\0\6" + (20).to_bytes(8, "little") + bytes(20), 20)
 
 
 @pytest.mark.skipif("pergroup" not in COMPRESSORS, reason="needs lrzip")
