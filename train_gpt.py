@@ -3800,31 +3800,37 @@ def need_lrzip() -> str:
 def need_constriction() -> Any:
     """The constriction library. Raises RunError saying how to get it."""
     try:
-        import constriction
+        return importlib.import_module("constriction")
     except ImportError:
         raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip install -r requirements.txt, "
                        "or set COMPRESSOR=brotli") from None
-    return constriction
 
 
 def lrzip(data: bytes, size: int | None = None) -> bytes:
     """lrzip's form of `data`, or what it stands for, `size` bytes, which its own header must announce too: the program sees no bomb.
 
-    One thread, so that the bytes do not depend on the machine. A shell limits processor seconds, memory and disk to several times what
-    that size usually takes, whatever the data. Raises ArtifactError or RunError.
+    One thread, so that the bytes do not depend on the machine. Its time and, on Linux, memory and disk have limits of several times what
+    that size usually takes, whatever the data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
     """
     if size is not None and (data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size):
         raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
     flags, size = (["-z", "-L", "9"], len(data)) if size is None else (["-d"], size)
-    limits = f'ulimit -t {1 + size // 50_000}; ulimit -v {(512 << 10) + size // 64}; ulimit -f {64 + size // 512}; exec "$@"'
+    seconds = 1 + size // 50_000
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder, "in.lrz"), Path(folder, "out")
         source.write_bytes(data)
-        command = ["/bin/sh", "-c", limits, "sh", need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=60 + size // 5_000)
-        if done.returncode or not result.exists():
-            words = (done.stderr.strip() or done.stdout.strip()).decode(errors="replace")
-            raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {done.returncode}: {words}")
+        command = [need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            for limit, most in dict(CPU=seconds, AS=(512 << 20) + 16 * size, FSIZE=(32 << 10) + size).items():
+                if hasattr(resource, "prlimit"):
+                    resource.prlimit(process.pid, getattr(resource, f"RLIMIT_{limit}"), (most, most))
+            try:
+                said, complaint = process.communicate(timeout=10 * seconds)
+            finally:
+                process.kill()
+        if process.returncode or not result.exists():
+            words = (complaint.strip() or said.strip()).decode(errors="replace")
+            raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: {words}")
         return result.read_bytes()
 
 
@@ -3898,8 +3904,7 @@ class RangeCoder:
                     self.encoder.encode(numbers, model, *parameters)
                 else:
                     numbers[:] = self.decoder.decode(model, *(parameters or [len(numbers)]))
-            if self.decoder:
-                values[order] = ordered.astype(np.uint8)
+            values[order] = ordered.astype(np.uint8)
         index = context.astype(np.uint32) * np.uint32(symbols) + values
         counts += SEEN * np.bincount(index, minlength=counts.size).reshape(counts.shape)
 
@@ -3986,9 +3991,7 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: 
             segment, step = np.divmod(index[t, :live, :, 0], TRELLIS_SEGMENT)
             known = x[step, np.minimum(segment, x.shape[1] - 1), np.arange(n)].astype(np.int16)
             prediction = (known * halves[t, :live] + 1 >> 1).astype(np.int8)
-        context = np.clip(row[t, :live] + column, 0, LEVELS - 1).astype(np.uint8)
-        if trellis:
-            context += LEVELS * (state[:live] & 1)
+        context = np.clip(row[t, :live] + column, 0, LEVELS - 1).astype(np.uint8) + LEVELS * (state[:live] & 1)
         residual = here - prediction
         symbol = (residual.view(np.uint8) - gap * (residual < 0)).transpose(axes)
         coded = symbol.reshape(-1)
@@ -4043,11 +4046,10 @@ def similarity_order(q: np.ndarray) -> np.ndarray:
     """Greedy chain of rows: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,)."""
     rows = torch.from_numpy(q).float()
     distance = torch.cdist(rows, rows, p=1).numpy()
-    order, current = np.zeros(len(q), np.uint16), 0
+    order = np.zeros(len(q), np.uint16)
     for i in range(1, len(q)):
-        distance[:, current] = np.inf
-        current = int(distance[current].argmin())
-        order[i] = current
+        distance[:, order[i - 1]] = np.inf
+        order[i] = distance[order[i - 1]].argmin()
     return order
 
 
@@ -4257,8 +4259,7 @@ class Header(NamedTuple):
 
 
 def read_header(blob: bytes) -> Header:
-    """Header of an artifact of version 2 or 3, or of 1 (names and shapes of all arrays in a JSON object), checksum verified.
-    Raises ArtifactError."""
+    """Header of an artifact of any version (1 lists names and shapes of all arrays), checksum verified. Raises ArtifactError."""
     if blob[:4] != ARTIFACT_MAGIC or len(blob) < 26:
         raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} in {len(blob)} bytes")
     version, size = struct.unpack("<HI", blob[4:10])

@@ -247,7 +247,7 @@ def test_numbers_that_are_none(part, value):
 
 
 HOSTS = dict(  # programs that do what a hostile stream might talk lrzip into
-    hang="while :; do :; done", disk="head -c 1000000 /dev/zero > $7; sleep 60",
+    hang="while :; do :; done", disk="sleep 0.2; head -c 1000000 /dev/zero > $6",
     memory=f"exec {sys.executable} -c 'x = bytearray(1 << 30); open(\"out\", \"w\")'",
 )  # fmt: skip
 
