@@ -4093,7 +4093,7 @@ def dequantized_state(cfg: Config, stored: dict[str, Stored]) -> dict[str, Tenso
 # PACKING - tensors <-> bytes. The only section that knows the artifact's layout.
 # ==================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 2  # bump the version whenever any byte of the output could change its meaning
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 3  # bump the version whenever any byte of the output could change its meaning
 MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it; artifacts list the values, so only append
     "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "tie_embeddings", "logit_softcap",
     "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
@@ -4123,46 +4123,53 @@ class ArtifactError(RunError):
 
 HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becomes an ArtifactError
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
-    brotli.error, lzma.LZMAError,
+    brotli.error, lzma.LZMAError, subprocess.TimeoutExpired,
 )
 
 
 def need_lrzip() -> str:
     """Path of the lrzip program. Raises RunError saying how to get it."""
-    path = shutil.which("lrzip")
-    if path is None:
-        raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and Ubuntu: "
-                       "apt-get install lrzip), or set COMPRESSOR=range")
-    return path
+    if path := shutil.which("lrzip"):
+        return path
+    raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and Ubuntu: "
+                   "apt-get install lrzip), or set COMPRESSOR=range")
 
 
 def need_constriction() -> Any:
     """The constriction library. Raises RunError saying how to get it."""
     try:
-        import constriction
+        return importlib.import_module("constriction")
     except ImportError:
         raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip install -r requirements.txt, "
                        "or set COMPRESSOR=brotli") from None
-    return constriction
 
 
-def run_lrzip(data: bytes, *flags: str) -> bytes:
-    """Feed one file through lrzip; one thread, so that the bytes do not depend on the machine. Raises ArtifactError or RunError."""
+def lrzip(data: bytes, size: int | None = None) -> bytes:
+    """lrzip's form of `data`, or what it stands for, `size` bytes, which its own header must announce too: the program sees no bomb.
+
+    One thread, so that the bytes do not depend on the machine. Its time and, on Linux, memory and disk have limits of several times what
+    that size usually takes, whatever the data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
+    """
+    if size is not None and (data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size):
+        raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
+    flags, size = (["-z", "-L", "9"], len(data)) if size is None else (["-d"], size)
+    seconds = 1 + size // 50_000
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder, "in.lrz"), Path(folder, "out")
         source.write_bytes(data)
-        done = subprocess.run([need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)], capture_output=True, text=True)
-        if done.returncode or not result.exists():
-            words = done.stderr.strip() or done.stdout.strip()
-            raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {done.returncode}: {words}")
+        command = [need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            for limit, most in dict(CPU=seconds, AS=(512 << 20) + 16 * size, FSIZE=(32 << 10) + size).items():
+                if hasattr(resource, "prlimit"):
+                    resource.prlimit(process.pid, getattr(resource, f"RLIMIT_{limit}"), (most, most))
+            try:
+                said, complaint = process.communicate(timeout=10 * seconds)
+            finally:
+                process.kill()
+        if process.returncode or not result.exists():
+            words = (complaint.strip() or said.strip()).decode(errors="replace")
+            raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: {words}")
         return result.read_bytes()
-
-
-def unlrzip(data: bytes, size: int) -> bytes:
-    """The inverse of `run_lrzip` for `size` bytes, which lrzip's own header must announce too: the program sees no bomb."""
-    if data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size:
-        raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
-    return run_lrzip(data, "-d")
 
 
 CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, holding little more than that)
@@ -4170,7 +4177,7 @@ CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, h
                lambda data, size: brotli.Decompressor().process(data, output_buffer_limit=size + 1)),
     "lzma": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
              lambda data, size: lzma.LZMADecompressor(memlimit=100 << 20).decompress(data, size + 1)),
-    "lrzip": (lambda data: run_lrzip(data, "-z", "-L", "9"), unlrzip),
+    "lrzip": (lrzip, lrzip),
 }
 
 
@@ -4185,9 +4192,7 @@ def stream_coder(compressor: str, stream: str) -> str:
 
 POWERS = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
 LEVELS, LEVEL_ONE = 41, 12  # classes of mean magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
-level = partial(POWERS[73 : 73 + 2 * (LEVELS - 1) : 2].searchsorted, side="right")  # class of a mean in units of 2^-12
-MAGNITUDE = np.minimum(np.arange(256), 256 - np.arange(256)).astype(np.int32)  # of an int8 whose bits are a table's index
-SCALED = (POWERS[120 - 2 * np.arange(LEVELS)][:, None] * MAGNITUDE).astype(np.int32).ravel()  # over that of its class, times 2^12
+level = partial(np.arange(LEVELS, dtype=np.int8).repeat(np.diff((0, *POWERS[73:153:2], 2**20))).take, mode="clip")  # of a mean in 2^-12
 SEEN = 64  # what one symbol adds to its count
 
 
@@ -4195,22 +4200,22 @@ SEEN = 64  # what one symbol adds to its count
 def gaussian_counts() -> np.ndarray:
     """Counts to start from, int64 (2 * LEVELS, 256), for each class under both quantizers of a trellis: a Gaussian of its mean
     magnitude m, worth 256 symbols, and a floor. At k it has fallen by k^2 / (pi m^2 ln 2) octaves, here eighths, m^2 in 2^-10."""
-    fallen = MAGNITUDE.astype(np.int64) ** 2 * 3762 // POWERS[32 + 4 * np.arange(LEVELS)][:, None]
-    weight = POWERS[np.maximum(8 * 14 - fallen, 0)]
+    magnitude = np.minimum(np.arange(256), 256 - np.arange(256))  # of an int8 whose bits are the index
+    weight = POWERS[np.maximum(8 * 14 - magnitude**2 * 3762 // POWERS[32 + 4 * np.arange(LEVELS)][:, None], 0)]
     return np.tile(1 + 256 * SEEN * weight // weight.sum(1, keepdims=True), (2, 1))
 
 
 class RangeCoder:
     """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, only adds up the bits of each owner."""
 
-    def __init__(self, data: bytes | None = None, owners: int = 0):
-        library, self.bits = need_constriction().stream, np.zeros(owners)
-        self.table, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
+    def __init__(self, data: bytes | None = None, owners: int = 0, version: int = ARTIFACT_VERSION):
+        library, self.bits, self.version = need_constriction().stream, np.zeros(owners), version
+        self.model, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
         self.decoder = None if data is None else library.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
 
     def code(self, counts: np.ndarray, context: np.ndarray, values: np.ndarray, owner: np.ndarray) -> None:
         """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count them.
-        `owner` (n,) says whose they are.
+        `owner`, of n values, says whose they are.
 
         The library's tables have 24 bits and no zeros: it adds 1 to each frequency. They are given as integers with exactly the
         sum that makes its scaling a multiplication by one.
@@ -4218,21 +4223,26 @@ class RangeCoder:
         contexts, symbols = counts.shape
         sizes = np.bincount(context, minlength=contexts)
         used = np.flatnonzero(sizes)
-        frequencies = counts[used] * (2**24 - symbols) // counts[used].sum(1, keepdims=True)
-        frequencies[np.arange(len(used)), counts[used].argmax(1)] += 2**24 - symbols - frequencies.sum(1)
+        tables, sizes = counts[used], sizes[used]
+        most, tables = tables.argmax(1), tables * (2**24 - symbols) // tables.sum(1, keepdims=True)
+        tables[np.arange(len(used)), most] += 2**24 - symbols - tables.sum(1)
         if len(self.bits):
-            bits = (24 - np.log2(frequencies + 1))[used.searchsorted(context), values]
-            self.bits += np.bincount(owner, bits, len(self.bits))
+            bits = (24 - np.log2(tables + 1))[used.searchsorted(context), values]
+            self.bits += np.bincount(owner.ravel(), bits, len(self.bits))
         else:
             order = np.argsort(context, kind="stable")
-            ordered = values[order].astype(np.int32)
-            for table, part in zip(frequencies.astype(np.float32), np.split(ordered, sizes[used].cumsum()[:-1]), strict=True):
-                model = self.table(table, perfect=False)
+            ordered, tables = values[order].astype(np.int32), tables.astype(np.float32)
+            if symbols == 16:  # small tables are cheap: one for each number, in one call
+                calls = [(ordered, self.model(perfect=False), [np.repeat(tables, sizes, axis=0)])]
+            else:
+                parts = (slice(end - n, end) for n, end in zip(sizes.tolist(), sizes.cumsum().tolist(), strict=True))
+                calls = ((ordered[part], self.model(table, perfect=False), []) for part, table in zip(parts, tables, strict=True))
+            for numbers, model, parameters in calls:
                 if self.decoder is None:
-                    self.encoder.encode(part, model)
+                    self.encoder.encode(numbers, model, *parameters)
                 else:
-                    part[:] = self.decoder.decode(model, len(part))
-            values[order] = ordered
+                    numbers[:] = self.decoder.decode(model, *(parameters or [len(numbers)]))
+            values[order] = ordered.astype(np.uint8)
         index = context.astype(np.uint32) * np.uint32(symbols) + values
         counts += SEEN * np.bincount(index, minlength=counts.size).reshape(counts.shape)
 
@@ -4241,23 +4251,17 @@ def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray) -> No
     """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it; the lowest
     four of sixteen are alone. Blocks grow with what is known, and what is known fades: layers differ."""
     counts, done = np.full((1 + 16 + 256 + 1, 16), SEEN // 4), 0
+    least, pace = (8, 16) if coder.version == 2 else (4, 6)
     while done < len(values):
-        here = slice(done, done + 8 + done // 16)
-        block, prefix = values[here], np.zeros(1, np.uint16)
+        here = slice(done, done + least + done // pace)
+        block, prefix = values[here], np.zeros(len(values[here]), np.uint16)
         for shift, first in zip(range(8 * values.itemsize - 4, -1, -4), (0, 1, 17, 273), strict=False):
             nibble = (block >> shift & 15).astype(np.uint8)
-            context = np.broadcast_to(first + (prefix if first < 273 else 0 * prefix), block.shape)
-            coder.code(counts, context, nibble, owner[here])
+            coder.code(counts, first + prefix * (first < 273), nibble, owner[here])
             prefix = prefix * 16 + nibble
         block[:] = prefix
-        counts -= (counts - SEEN // 4) // 16
+        counts -= (counts - SEEN // 4) // pace
         done = here.stop
-
-
-def to_lanes(matrices: list[np.ndarray]) -> np.ndarray:
-    """Matrices (rows, cols) -> (TRELLIS_SEGMENT, lanes). A lane is one segment of one column; those of a column are neighbours."""
-    padded = [np.pad(m, ((0, -len(m) % TRELLIS_SEGMENT), (0, 0))) for m in matrices]
-    return np.concatenate([m.reshape(-1, TRELLIS_SEGMENT, m.shape[1]).transpose(1, 2, 0).reshape(TRELLIS_SEGMENT, -1) for m in padded], 1)
 
 
 def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -4274,67 +4278,72 @@ def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
         x = torch.from_numpy(q[order, :256]).float()  # enough to find it
         norm = (x.square().sum(1) + 1).sqrt()
         for start, end in pairwise(starts):
-            here, best = order[start:end], order[((x[start:end] @ x[:start].T) / norm[:start]).argmax(1).numpy()]
-            least = np.square(q[here], dtype=np.int32).sum(1) * 2.0 ** (-18 / cols)
-            for halves in (1, 2):
-                left = q[here] - (q[best].astype(np.int16) * halves + 1 >> 1)
-                error = np.square(left, dtype=np.int32).sum(1)
-                better = error < least
-                chosen = here[better]
-                index[chosen], weight[chosen], residual[chosen], least[better] = best[better], halves, left[better], error[better]
-    total = MAGNITUDE[residual.view(np.uint8)].sum(1, dtype=np.int64) << 12
-    usual, own = level(total.sum() // q.size), level(total // cols)
+            here, best = order[start:end], order[(x[start:end] @ x[:start].T).div_(norm[:start]).argmax(1).numpy()]
+            left = np.stack([q[here] - (q[best].astype(np.int16) * halves + 1 >> 1) for halves in range(3)])
+            error = np.square(left, dtype=np.int32).sum(2) * [[2.0 ** (-18 / cols)], [1], [1]]
+            index[here], weight[here] = best, error.argmin(0)
+            residual[here] = left[weight[here], np.arange(len(here))]
+    total = np.abs(residual).view(np.uint8).sum(1, dtype=np.int64) << 12
+    usual, own = (level(x).astype(int) for x in (total.sum() // q.size, total // cols))
     return (np.where(cols * (own - usual) ** 2 < 400, usual, own) + 64 * weight).astype(np.uint8), index
 
 
-def code_matrices(coder: RangeCoder, counts, matrices: list[np.ndarray], owners: list[int], trellis: list[bool], similar: bool):
-    """Code int8 matrices (rows, cols), side by side: step t takes row t of every segment of every matrix. Returns them, a list.
+def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: list[int], trellis: bool, similar: bool) -> np.ndarray:
+    """Code int8 matrices (n, rows, cols), side by side: step t takes row t of every segment of every matrix. Returns them.
 
     An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all segments)
-    and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256.
+    and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256. Symbols are
+    no more than the largest magnitude (sent) needs: 0 and up, then the negative ones.
     """
-    rows, cols = np.array([m.shape for m in matrices]).T
-    info, index, owner = np.zeros(rows.sum(), np.uint8), np.zeros(rows.sum(), np.uint16), np.repeat(owners, rows)
+    n, rows, cols = q.shape
+    info, index, most = np.zeros(n * rows, np.uint8), np.zeros(n * rows, np.uint16), np.full(1, 127, np.uint8)
     if coder.decoder is None:
-        info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in matrices), strict=True))
+        info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in q), strict=True))
+        most[:] = 127 if coder.version == 2 or (info > 63).any() else max(1, q.max(), -int(q.min())) - 1
+    owner = np.repeat(owners, rows)
     code_numbers(coder, info, owner)
     referring = index[info > 63]
     code_numbers(coder, referring, owner[info > 63])
     index[info > 63] = referring
-    info, index = (to_lanes([x[:, None] for x in np.split(y, np.cumsum(rows)[:-1])]) for y in (info, index))
+    if coder.version > 2:
+        code_numbers(coder, most, owner[:1])
+    symbols = min(2 * int(most[0]) + 3, 256)
+    gap, axes = np.uint8(256 - symbols), (1, 2, 0) if coder.version == 2 else (0, 1, 2)
 
-    lanes, segments = to_lanes(matrices), -(-rows // TRELLIS_SEGMENT)
-    matrix, per_column = np.repeat(np.arange(len(rows)), segments * cols), np.repeat(segments, cols)
-    first, column_of = np.cumsum(per_column) - per_column, np.repeat(np.arange(len(per_column)), per_column)
-    owner = np.array(owners)[matrix]
-    segment = np.arange(len(matrix)) - first[column_of]  # of a lane, within its matrix
-    place = segment + (np.cumsum(segments) - segments)[matrix]  # in info and index
-    height = np.minimum(rows[matrix] - TRELLIS_SEGMENT * segment, TRELLIS_SEGMENT)
-    column, total, seen = np.zeros(len(first), np.int8), np.zeros(len(first), np.int64), np.zeros(len(first), np.int64)
-    state, following = np.zeros(len(matrix), np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
-    for t in range(height.max()):
-        whole = height.min() > t
-        live = slice(None) if whole else np.flatnonzero(height > t)
-        at, prediction = place[live], np.int8(0)
-        if (info[t] > 63).any():
-            source = index[t].astype(np.int64)[at]
-            known = np.minimum(np.arange(len(matrix))[live] + source // TRELLIS_SEGMENT - segment[live], len(matrix) - 1)
-            prediction = (lanes[source % TRELLIS_SEGMENT, known].astype(np.int16) * (info[t] >> 6)[at] + 1 >> 1).astype(np.int8)
-        row = np.minimum(info[t] & 63, LEVELS - 1).astype(np.int8)[at]
-        context = np.clip(row + column[column_of[live]], 0, LEVELS - 1).astype(np.uint8)
-        context += LEVELS * (state[live] & 1)
-        symbol = (lanes[t, live] - prediction).view(np.uint8)
-        coder.code(counts, context, symbol, owner[live])
-        lanes[t, live] = symbol.view(np.int8) + prediction
-        size = np.zeros(len(matrix), np.int32)
-        size[live] = SCALED[row.astype(np.uint16) << 8 | symbol]
-        total += np.add.reduceat(size, first, dtype=np.int64)
-        seen += per_column if whole else np.add.reduceat(height > t, first, dtype=np.int64)
-        column = (level((total + (8 << 12)) // (seen + 8)) - LEVEL_ONE).astype(np.int8)
-        if any(trellis):
-            state = following[2 * state + (lanes[t] & 1).view(np.uint8)] * np.array(trellis)[matrix]
-    pieces = zip(np.split(lanes, np.cumsum(segments * cols)[:-1], 1), rows, cols, strict=True)
-    return [x.reshape(TRELLIS_SEGMENT, c, -1).transpose(2, 0, 1).reshape(-1, c)[:r] for x, r, c in pieces]
+    def steps(a: np.ndarray) -> np.ndarray:
+        """(n * rows, ...) -> (steps, segments, n, width)."""
+        a = np.pad(a.reshape(n, rows, -1), ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0)))
+        return np.ascontiguousarray(a.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2]).transpose(2, 1, 0, 3))
+
+    x, info, index, owner = steps(q), steps(info), steps(index).astype(np.int64), np.array(owners)[:, None]
+    row, halves = np.minimum(info & 63, LEVELS - 1).astype(np.int8), info >> 6
+    scale = POWERS[120 - 2 * row.astype(int)].astype(np.uint32)
+    column, total, seen = np.zeros((n, cols), np.int8), np.full((n, cols), 8 << 12), 8
+    state, following = np.zeros(x.shape[1:], np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
+    kept = np.arange(symbols) + gap * (np.arange(symbols) > symbols // 2)
+    tables = counts[:, kept]
+    for t in range(min(rows, TRELLIS_SEGMENT)):
+        live = -(-(rows - t) // TRELLIS_SEGMENT)  # segments with a row t
+        here, prediction = x[t, :live], np.int8(0)
+        if halves[t].any():
+            segment, step = np.divmod(index[t, :live, :, 0], TRELLIS_SEGMENT)
+            known = x[step, np.minimum(segment, x.shape[1] - 1), np.arange(n)].astype(np.int16)
+            prediction = (known * halves[t, :live] + 1 >> 1).astype(np.int8)
+        context = np.clip(row[t, :live] + column, 0, LEVELS - 1).astype(np.uint8) + LEVELS * (state[:live] & 1)
+        residual = here - prediction
+        symbol = (residual.view(np.uint8) - gap * (residual < 0)).transpose(axes)
+        coded = symbol.reshape(-1)
+        coder.code(tables, context.transpose(axes).reshape(-1), coded, np.broadcast_to(owner, here.shape))
+        coded += gap * (coded > symbols // 2)
+        residual = coded.view(np.int8).reshape(symbol.shape).transpose(np.argsort(axes))
+        here[:] = residual + prediction
+        total += (np.abs(residual).view(np.uint8) * scale[t, :live]).sum(0, dtype=np.uint32)
+        seen += live
+        column = level(total // seen) - LEVEL_ONE
+        if trellis:
+            state = following.take(2 * state + (x[t] & 1).view(np.uint8))
+    counts[:, kept] = tables
+    return x.transpose(2, 1, 0, 3).reshape(n, -1, cols)[:, :rows]
 
 
 def code_arrays(arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) -> dict[str, np.ndarray]:
@@ -4345,31 +4354,27 @@ def code_arrays(arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) ->
     """
     start, groups, out = gaussian_counts(), {}, dict(arrays)
     for i, (name, a) in enumerate(arrays.items()):
-        stream = first_match(STREAM_RULES, name)[0]
+        stream = STREAMS.index(first_match(STREAM_RULES, name)[0])
         if a.size:
-            groups.setdefault((STREAMS.index(stream), kind_of(name) if stream == "rest" else ""), []).append((i, name, a))
+            kind = (kind_of(name),) if STREAMS[stream] == "rest" else (":trellis." in name, a.shape)
+            groups.setdefault((stream, *kind), []).append((i, name, a))
     counts = start.copy()
-    for (number, kind), group in sorted(groups.items()):
+    for (number, *kind), group in sorted(groups.items()):
         stream, (owners, names, given) = STREAMS[number], zip(*group, strict=True)
-        if kind:
+        if stream == "rest":
             sizes, flat = [a.size for a in given], np.concatenate([a.reshape(-1) for a in given])
             code_numbers(coders[stream], flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
             coded = [x.reshape(a.shape) for x, a in zip(np.split(flat, np.cumsum(sizes)[:-1]), given, strict=True)]
         else:
             counts = start + (counts - start) // 8
-            trellis = [":trellis." in name for name in names]
-            coded = code_matrices(coders[stream], counts, given, owners, trellis, stream in TOKEN_STREAMS)
+            coded = code_matrices(coders[stream], counts, np.stack(given), owners, kind[0], stream in TOKEN_STREAMS)
         out |= zip(names, coded, strict=True)
     return out
 
 
 def coded_bits(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Bits (fp64) that COMPRESSOR=range needs for each array, in the order given, without coding anything: what `pack` writes is
-    within 0.1 %, and up to 8 bytes a stream.
-
-    Keys are "tensor:codec.part" as in STREAM_RULES, such as "blocks.0.mlp.fc.weight:trellis.q"; values int8, int16 or fp16. The
-    sum is that of an artifact of just these arrays: tables are shared, so a few arrays alone cost a little more than among all.
-    """
+    """Bits (fp64) that COMPRESSOR=range needs for each array "tensor:codec.part" (int8, int16 or fp16) of an artifact of just these, in
+    their order, without coding anything: what `pack` writes is within 0.1 %, and up to 8 bytes a stream. Tables are shared."""
     counter = RangeCoder(owners=len(arrays))
     code_arrays(arrays, dict.fromkeys(STREAMS, counter))
     return counter.bits
@@ -4380,12 +4385,10 @@ def similarity_order(q: np.ndarray) -> np.ndarray:
 
     The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are computed."""
     rows = torch.from_numpy(q).to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
-    distance, used = torch.cdist(rows, rows, p=1).cpu().numpy(), np.zeros(len(q), np.float32)
-    order, current = np.zeros(len(q), np.uint16), 0
+    distance, used, order = torch.cdist(rows, rows, p=1).cpu().numpy(), np.zeros(len(q), np.float32), np.zeros(len(q), np.uint16)
     for i in range(1, len(q)):
-        used[current] = np.inf
-        current = int((distance[current] + used).argmin())
-        order[i] = current
+        used[order[i - 1]] = np.inf
+        order[i] = (distance[order[i - 1]] + used).argmin()
     return order
 
 
@@ -4394,64 +4397,54 @@ def byte_planes(a: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(a).reshape(-1).view(np.uint8).reshape(a.size, a.itemsize).T
 
 
-def from_byte_planes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `byte_planes`."""
-    planes = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1)
-    return np.ascontiguousarray(planes.T).reshape(-1).view(dtype).reshape(shape)
+def stream_views(compressor: str, arrays: dict[str, np.ndarray], order_of) -> tuple[dict[str, list[np.ndarray]], list]:
+    """What a stream's bytes are when they are not range-coded: uint8 arrays one after another, views of `arrays` to read or to fill in.
+
+    Integer matrices of `pergroup` are transposed, and copies where STREAM_RULES has their rows sorted: those are returned too, as
+    (matrix, `order_of` it, which is uint16 in stream row_order, its rows in that order). All others are byte planes.
+    """
+    views, copies = {stream: [] for stream in STREAMS}, []
+    for name, a in arrays.items():
+        stream, sort = first_match(STREAM_RULES, name)
+        if stream_coder(compressor, stream) != "lrzip":
+            views[stream].append(byte_planes(a))
+            continue
+        if sort:
+            copies.append((a, order := order_of(a), a := a[order]))
+            views["row_order"].append(byte_planes(order))
+        views[stream].append(a.view(np.uint8).T)
+    return views, copies
 
 
 def encode_streams(compressor: str, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
-    """Arrays "tensor:codec.part" -> the bytes of every stream.
-
-    With `range` as `code_arrays` says. Otherwise a stream is its arrays one after another: integer matrices of `pergroup`
-    transposed, their rows reordered where STREAM_RULES says so (the orders, uint16, are stream row_order); others as byte planes.
-    """
+    """Arrays "tensor:codec.part" -> the bytes of every stream."""
     if compressor == "range":
         coders = {stream: RangeCoder() for stream in STREAMS}
         code_arrays(arrays, coders)
         return {stream: coder.encoder.get_compressed().astype("<u4").tobytes() for stream, coder in coders.items()}
-    streams: dict[str, list[bytes]] = {stream: [] for stream in STREAMS}
-    for name, a in arrays.items():
-        stream, sort = first_match(STREAM_RULES, name)
-        if stream_coder(compressor, stream) == "lrzip":
-            if sort:
-                order = similarity_order(a)
-                streams["row_order"].append(byte_planes(order).tobytes())
-                a = a[order]
-            streams[stream].append(np.ascontiguousarray(a.T).tobytes())
-        else:
-            streams[stream].append(byte_planes(a).tobytes())
-    raw = {stream: b"".join(chunks) for stream, chunks in streams.items()}
+    views, _ = stream_views(compressor, arrays, similarity_order)
+    raw = {stream: b"".join(view.tobytes() for view in own) for stream, own in views.items()}
     with ThreadPoolExecutor() as pool:
         return dict(zip(raw, pool.map(lambda s: CODERS[stream_coder(compressor, s)][0](raw[s]) if raw[s] else b"", raw), strict=True))
 
 
-def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes]) -> dict[str, np.ndarray]:
-    """The inverse of `encode_streams`; `arrays` has the right shapes and dtypes. Raises ArtifactError or what a coder raises."""
+def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes], version: int = ARTIFACT_VERSION):
+    """The inverse of `encode_streams`: fills in `arrays` and returns them. Raises ArtifactError or what a coder raises."""
     if compressor == "range":
-        return code_arrays(arrays, {stream: RangeCoder(data) for stream, data in coded.items()})
-    sizes = dict.fromkeys(STREAMS, 0)
-    for name, a in arrays.items():
-        stream, sort = first_match(STREAM_RULES, name)
-        sizes[stream] += a.nbytes
-        sizes["row_order"] += 2 * len(a) if sort and stream_coder(compressor, stream) == "lrzip" else 0
+        return code_arrays(arrays, {stream: RangeCoder(data, version=version) for stream, data in coded.items()})
+    views, copies = stream_views(compressor, arrays, lambda a: np.zeros(len(a), "<u2"))
+    sizes = {stream: sum(view.size for view in own) for stream, own in views.items()}
     with ThreadPoolExecutor() as pool:
-        jobs = {s: pool.submit(CODERS[stream_coder(compressor, s)][1], data, sizes[s]) for s, data in coded.items() if data}
-    raw = {s: jobs[s].result() if s in jobs else b"" for s in STREAMS}
-    if wrong := [f"{s}: {len(raw[s])} bytes instead of {sizes[s]}" for s in STREAMS if len(raw[s]) != sizes[s]]:
-        raise ArtifactError(f"streams of the artifact decode to a wrong size: {', '.join(wrong)}")
-    streams, out = {stream: io.BytesIO(data) for stream, data in raw.items()}, {}
-    for name, like in arrays.items():
-        stream, sort = first_match(STREAM_RULES, name)
-        data = streams[stream].read(like.nbytes)
-        if stream_coder(compressor, stream) == "lrzip":
-            out[name] = np.frombuffer(data, like.dtype).reshape(like.shape[::-1]).T
-            if sort:
-                order = from_byte_planes(streams["row_order"].read(2 * len(like)), "<u2", (len(like),))
-                out[name] = out[name][order.argsort(kind="stable")]
-        else:
-            out[name] = from_byte_planes(data, like.dtype.str, like.shape)
-    return out
+        raw = pool.map(lambda s: CODERS[stream_coder(compressor, s)][1](coded[s], sizes[s]) if coded[s] else b"", STREAMS)
+    for stream, data in zip(STREAMS, raw, strict=True):
+        if len(data) != sizes[stream]:
+            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes instead of {sizes[stream]}; make it again")
+        left = io.BytesIO(data)
+        for view in views[stream]:
+            view[:] = np.frombuffer(left.read(view.size), np.uint8).reshape(view.shape)
+    for a, order, rows in copies:
+        a[order] = rows
+    return arrays
 
 
 @cache
@@ -4462,6 +4455,11 @@ def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in unbank(cfg, state).items()}
 
 
+def arrays_of(stored: dict[str, Stored]) -> dict[str, np.ndarray]:
+    """All parts of all tensors, named "tensor:codec.part"."""
+    return {f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()}
+
+
 def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
     """Tensors -> artifact. Deterministic: the same tensors give the same bytes. Raises RunError if they are not the model's.
 
@@ -4470,13 +4468,13 @@ def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
     kind lists the parts of a tensor, [codec, part, sizes]; a size -1 - i is the tensor's own size i. Names and shapes of tensors
     follow from the model, dtypes from the codec.
     """
-    shapes, kinds, arrays = tensor_shapes(cfg), [], {}
+    shapes = tensor_shapes(cfg)
     if shapes.keys() != stored.keys():
         raise RunError(f"these are not the model's tensors: {', '.join(sorted(shapes.keys() ^ stored.keys()))}")
-    for name, shape in shapes.items():
-        parts = stored[name].parts
-        kinds.append([[codec, part, [-1 - shape.index(n) if n in shape else n for n in t.shape]] for (codec, part), t in parts.items()])
-        arrays |= {f"{name}:{codec}.{part}": t.numpy() for (codec, part), t in parts.items()}
+    stored = {name: stored[name] for name in shapes}
+    arrays, kinds = arrays_of(stored), [
+        [[codec, part, [-1 - shape.index(n) if n in shape else n for n in t.shape]] for (codec, part), t in s.parts.items()]
+        for shape, s in zip(shapes.values(), stored.values(), strict=True)]
     if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
         raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
     streams = encode_streams(cfg.compressor, arrays)
@@ -4547,9 +4545,8 @@ def quantize_to_fit(cfg: Config, state: dict[str, Tensor], hessians: Hessians, c
         log(f"rd: predicted loss {cfg.rd_loss * (delta / finest) ** 2:.5f}, {tried[0]} bytes with the script, predicted {expected:.0f}"
             + (f", TARGET_BYTES {target}" if cfg.target_bytes else ""))
         over, under = (over, tried) if tried[0] <= target else (tried, under)
-        if under and (delta == finest or under[0] > 0.9995 * target or (over and over[0] - under[0] < 0.002 * target)):
-            break
-        if not under and delta == coarsest:
+        near = under and (under[0] > 0.9995 * target or (over and over[0] - under[0] < 0.002 * target))
+        if near or delta == (finest if under else coarsest):
             break
     if not under:
         raise RunError(f"TARGET_BYTES={target}: the smallest reachable size is {tried[0]} bytes, {code_bytes} of them the script; "
@@ -4580,7 +4577,7 @@ def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor
         plan, wide = RateDistortion(gptq_tasks(cfg, unbank(cfg, weights)), hessians), math.sqrt(12 * TRELLIS_ERROR)
         matrices = plan(finest := plan.delta(cfg.rd_loss), lambda x, _: ((q := (x / wide).round().clamp(-127, 127)), q * wide))
     stored = quantize(cfg, weights, hessians, quiet, matrices)
-    bits = coded_bits({f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()})
+    bits = coded_bits(arrays_of(stored))
     size, text = code_bytes + bits.sum() / 8, f" for RD_LOSS {cfg.rd_loss:g}" if plan else ""
     if plan and 0 < cfg.target_bytes < size:
         delta = plan.delta_for(plan.bits(finest) + 8 * (cfg.target_bytes - size))
@@ -4591,6 +4588,7 @@ def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor
 class Header(NamedTuple):
     """What an artifact says about itself, nothing of it checked against a model."""
 
+    version: int
     compressor: str
     model: dict[str, Any]  # MODEL_FIELDS
     kinds: list  # of tensors, as `pack` writes them
@@ -4600,8 +4598,7 @@ class Header(NamedTuple):
 
 
 def read_header(blob: bytes) -> Header:
-    """Header of an artifact of version 2, or of 1 (names and shapes of all arrays in a JSON object), checksum verified. Raises
-    ArtifactError."""
+    """Header of an artifact of any version (1 lists names and shapes of all arrays), checksum verified. Raises ArtifactError."""
     if blob[:4] != ARTIFACT_MAGIC or len(blob) < 26:
         raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} in {len(blob)} bytes")
     version, size = struct.unpack("<HI", blob[4:10])
@@ -4612,18 +4609,17 @@ def read_header(blob: bytes) -> Header:
     try:
         header = json.loads(brotli.Decompressor().process(blob[26 : 26 + size], output_buffer_limit=1 << 20))
         if version == 1:
-            coders, parts = {stream: coder for stream, coder, _, _ in header["streams"]}, {}
-            (compressor,) = [c for c in ("brotli", "lzma", "pergroup") if [stream_coder(c, s) for s in STREAMS] == [*coders.values()]]
+            (_, coders, sizes, _), parts = zip(*header["streams"], strict=True), {}
+            (compressor,) = [c for c in ("brotli", "lzma", "pergroup") if [stream_coder(c, s) for s in STREAMS] == [*coders]]
             for name, codec, part, _, shape, _ in header["arrays"]:
                 parts.setdefault(name, []).append([codec, part, shape])
             model, kinds, chosen = dict(header["model"]), [*parts.values()], range(len(parts))
-            sizes = [coded for _, _, coded, _ in header["streams"]]
         else:
             compressor, values, sizes, kinds, chosen = header
             model = dict(zip(MODEL_FIELDS, values, strict=False))
         if compressor not in COMPRESSORS or min(sizes) < 0 or 26 + size + sum(sizes) != len(blob):
             raise ValueError("its streams do not fill it")
-        return Header(compressor, model, kinds, chosen, dict(zip(STREAMS, sizes, strict=True)), 26 + size)
+        return Header(version, compressor, model, kinds, chosen, dict(zip(STREAMS, sizes, strict=True)), 26 + size)
     except HOSTILE as e:
         raise ArtifactError(f"the header of this artifact makes no sense: {e!r}; make it again") from None
 
@@ -4631,9 +4627,8 @@ def read_header(blob: bytes) -> Header:
 def check_model_fields(cfg: Config, saved: dict) -> None:
     """Raises ArtifactError naming every variable by which this run differs from the one that wrote the artifact. A variable
     younger than the artifact had its default."""
-    defaults = {f.name: f.default for f in fields(Config)}
-    differ = [f"{name.upper()}: artifact {saved.get(name, defaults[name])}, this run {getattr(cfg, name)}" for name in MODEL_FIELDS
-              if saved.get(name, defaults[name]) != getattr(cfg, name)]
+    values = [(f.name, saved.get(f.name, f.default), getattr(cfg, f.name)) for f in fields(Config) if f.name in MODEL_FIELDS]
+    differ = [f"{name.upper()}: artifact {theirs}, this run {ours}" for name, theirs, ours in values if theirs != ours]
     if differ:
         raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run that wrote it")
 
@@ -4661,7 +4656,7 @@ def unpack(cfg: Config, blob: bytes) -> dict[str, Stored]:
     ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
     try:
         coded = {stream: blob[start:end] for stream, (start, end) in zip(STREAMS, pairwise(ends), strict=True)}
-        arrays = decode_streams(header.compressor, empty_arrays(cfg, header), coded)
+        arrays = decode_streams(header.compressor, empty_arrays(cfg, header), coded, header.version)
         if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
             raise ValueError(f"not all finite: {', '.join(bad)}")
     except HOSTILE as e:
@@ -4681,13 +4676,11 @@ def bytes_by_part(blob: bytes) -> dict[str, int]:
 
 def load_artifact(cfg: Config, world: World, path: Path) -> GPT:
     """The model that the bytes on disk stand for. Raises ArtifactError."""
-    try:
-        stored = unpack(cfg, path.read_bytes())
-    except OSError as e:
-        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
     model = GPT(cfg, world.dtype, choose_kernels(cfg, world))
     try:
-        model.load_state_dict(dequantized_state(cfg, stored))
+        model.load_state_dict(dequantized_state(cfg, unpack(cfg, path.read_bytes())))
+    except OSError as e:
+        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
     except (LookupError, RuntimeError, ValueError) as e:
         raise ArtifactError(f"{path} does not hold the tensors of this model: {e}; make it again") from None
     return model.to(world.device).requires_grad_(False)

@@ -434,7 +434,7 @@ def test_ranks_share_the_rows_of_a_step(dataset, size):
     class Recorder(tg.Trainer):
         def __init__(self, rank):
             self.cfg, self.world, self.files, self.accumulate = cfg, Alone(rank, size, CPU, torch.float32), files, cfg.micro_batches // size
-            self.loader, self.seen, self.optimizer, self.forward = self.open_loader(), [], self, self.record
+            self.loader, self.seen, self.optimizer, self.forward, self.graphs = self.open_loader(), [], self, self.record, None
             self.utilization = tg.Utilization(self.world)
 
         def record(self, inputs, targets, **_):
