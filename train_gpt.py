@@ -2507,7 +2507,8 @@ class GPT(nn.Module):
         self.cfg, self.kernels = cfg, kernels
         L, D = cfg.num_layers, cfg.model_dim
         looped = layer_order(cfg, looping=True)
-        self.tok_emb = nn.Embedding(cfg.vocab_size, D, dtype=dtype)
+        # `init_rules` fill it. nn.Embedding would draw numbers, which on the meta device imports the compiler.
+        self.tok_emb = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, D, dtype=dtype), freeze=False)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(D, cfg.vocab_size, bias=False, dtype=dtype)
         self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
         self.kv_bank = nn.Parameter(torch.empty(2 * L, cfg.kv_dim, D))
@@ -4231,7 +4232,7 @@ class RangeCoder:
             self.bits += np.bincount(owner.ravel(), bits, len(self.bits))
         else:
             order = np.argsort(context, kind="stable")
-            ordered, tables = values[order].astype(np.int32), tables.astype(np.float32)
+            ordered, tables = (values[order] if self.decoder is None else values).astype(np.int32), tables.astype(np.float32)
             if symbols == 16:  # small tables are cheap: one for each number, in one call
                 calls = [(ordered, self.model(perfect=False), [np.repeat(tables, sizes, axis=0)])]
             else:
@@ -4242,7 +4243,8 @@ class RangeCoder:
                     self.encoder.encode(numbers, model, *parameters)
                 else:
                     numbers[:] = self.decoder.decode(model, *(parameters or [len(numbers)]))
-            values[order] = ordered.astype(np.uint8)
+            if self.decoder is not None:
+                values[order] = ordered
         index = context.astype(np.uint32) * np.uint32(symbols) + values
         counts += SEEN * np.bincount(index, minlength=counts.size).reshape(counts.shape)
 
