@@ -18,6 +18,7 @@ import time
 import unittest.mock
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -202,15 +203,20 @@ def correctness():
         yield dict(name=f"check low-rank factors {shape}", error=error, tolerance=1e-4, reached=error < 1e-4)
 
 
+def attentions() -> list[tuple[str, Any]]:
+    """Those of this machine; cuDNN's, which torch itself does not use for packed rows, after those it could take along."""
+    order = ("varlen", "fa3", "fa4", "cpu", "flex", "cudnn", "sdpa")
+    return sorted(tg.attention_backends(make_world()).items(), key=lambda item: order.index(item[0]))
+
+
 def attention_correctness():
     """Every attention of this machine against the loop of SDPA, values and gradients; one that fails costs its own lines only."""
-    found = tg.attention_backends(make_world())
-    for name in sorted(found, key=("varlen", "fa3", "fa4", "cpu", "flex", "cudnn", "sdpa").index):
+    for name, attend in attentions():
         for context in (1024, 3072):
             bounds, inputs = packed_bounds(context), tuple(randn(N, heads, HEAD, grad=True) for heads in (H, G, G))
             try:
                 ours, reference = (forward_backward(partial(f, cu_seqlens=bounds, max_len=context), inputs)
-                                   for f in (found[name], tg.document_attention_reference))
+                                   for f in (attend, tg.document_attention_reference))
                 error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
                 yield dict(name=f"check attention {name} {context}", error=error, tolerance=0.012, reached=error < 0.012)
             except Exception as e:
@@ -315,10 +321,9 @@ def time_attention(name: str, attend, contexts):
 
 
 def attention():
-    """B6: every attention of this machine; cuDNN's, which torch itself does not use for packed rows, after those it could take along."""
-    found = tg.attention_backends(make_world())
-    for name in sorted(found, key=("varlen", "fa3", "fa4", "cpu", "flex", "cudnn", "sdpa").index):
-        yield from time_attention(name, found[name], (1024, 2048, 3072))
+    """B6: every attention of this machine."""
+    for name, attend in attentions():
+        yield from time_attention(name, attend, (1024, 2048, 3072))
 
 
 def flex_tiles():
