@@ -4803,9 +4803,14 @@ class ValDoor:
         return self._data.tokens[start : self.due[-1].max(initial=-1) + 1]
 
     def foresee(self, order: np.ndarray, guess, boost: float) -> None:
-        """Hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. It alone is shown the stream at once,
-        before the pass and only to return one guess a target; that none comes from behind its target is what P1 replays."""
-        self.hints, self.boost = guess(self._data.tokens, order), boost
+        """Hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. Nothing else is handed the stream
+        at once, so it is asked again with a forged future, from a drawn target on; RunError where that changes a hint up to there."""
+        tokens, cut = self._data.tokens, int(np.random.default_rng(self.total).integers(self.total))
+        future, forged = order[cut:][tokens[order[cut:] + 1] != BOS_ID] + 1, tokens.copy()  # where documents start is known
+        forged[future] = tokens[future[::-1]]
+        self.hints, self.boost, past = guess(tokens, order), boost, order[: cut + 1]
+        if (self.hints[past] != guess(forged, order)[past]).any():
+            raise RunError(f"{self.name}: a hint depends on its target or on what comes after it: a bug, please report it")
 
     def _targets(self, at: np.ndarray) -> Tensor:
         return torch.from_numpy(self._data.tokens[at + 1].astype(np.int64)).to(self.world.device, non_blocking=True)

@@ -620,6 +620,16 @@ def test_the_door_shows_prefixes_of_what_is_scored_next():
     door.score(np.arange(20, 25)[None], flat())  # nothing is due any more
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 40])
+def test_the_door_finds_hints_that_look_ahead(ahead):
+    door, tokens = door_of(), some().tokens
+    order = np.arange(len(tokens) - 1)
+    with pytest.raises(tg.RunError, match="depends on its target"):
+        door.foresee(order, lambda tokens, order: np.roll(tokens, -ahead)[:-1].astype(np.int32), 1.0)
+    door.foresee(order, lambda tokens, order: tokens[:-1].astype(np.int32), 1.0)
+    assert np.array_equal(door.hints, tokens[:-1])
+
+
 def test_receipts_and_ledger(tmp_path):
     ledger = tg.Ledger(tmp_path / "ledger.jsonl")
     door = door_of(name="ttt", ledger=ledger)

@@ -212,10 +212,18 @@ def test_the_audit_passes_the_tilt(path, world, random_model):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_audit_fails_a_hint_that_knows_its_target(path, world, random_model):
+def test_the_audit_fails_a_hint_that_knows_its_target(path, world, random_model, monkeypatch):
     """Whether there is a hint depends on the realised token, as in the within-word gates (validity A4, V7); each sum is one."""
-    cfg = tiny_config(**TILT, **path)
-    found = probed(cfg, world, random_model(cfg), lambda tokens: np.where(tokens[1:] % 2, 7, -1).astype(np.int32))
+    cfg, gated = tiny_config(**TILT, **path), lambda tokens: np.where(tokens[1:] % 2, 7, -1).astype(np.int32)
+    model = random_model(cfg)
+    with pytest.raises(tg.RunError, match="a hint depends on its target"):
+        probed(cfg, world, model, gated)
+
+    def trusting(door, order, guess, boost):
+        door.hints, door.boost = guess(door._data.tokens, order), boost
+
+    monkeypatch.setattr(tg.ValDoor, "foresee", trusting)
+    found = probed(cfg, world, model, gated)
     assert found["P1"][0] == "FAIL" and found["P2"][0] == "FAIL", found
 
 
