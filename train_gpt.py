@@ -1410,22 +1410,27 @@ def gate_heads(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return without_own_value(y, v) * gate.unsqueeze(-1)
 
 
-def window_mask(n: int, window: int, like: Tensor, queries: int = 0) -> Tensor | None:
+def window_mask(n: int, window: int, like: Tensor, at: Tensor | None = None) -> Tensor | None:
     """What is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
 
-    None where plain causal attention is the same: no window (0), or one that the segment fits into. queries: just the last so
-    many rows; their mask is never None.
+    None where plain causal attention is the same: no window (0), or one that the segment fits into. at (.., m): just the queries at
+    these positions, -> (.., 1, m, n), never None.
     """
-    if not 0 < window < n and not queries:
+    if not 0 < window < n and at is None:
         return None
-    at = torch.arange(n, device=like.device)
-    distance = at[-queries:, None] - at
+    keys = torch.arange(n, device=like.device)
+    distance = (keys if at is None else at.unsqueeze(-2)).unsqueeze(-1) - keys
     return torch.zeros_like(distance, dtype=like.dtype).masked_fill_((distance < 0) | (distance >= (window or n)), -math.inf)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention of whole rows, in a window. q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d); fewer queries are the last."""
-    mask = window_mask(k.shape[1], window, q, 0 if q.shape[1] == k.shape[1] else q.shape[1])
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, at: Tensor | None = None) -> Tensor:
+    """Causal attention of whole rows, in a window. q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d).
+
+    at (B, n): positions of the queries, q (B, n, H, d); fewer queries than keys are otherwise the last.
+    """
+    if at is None and q.shape[1] < k.shape[1]:
+        at = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
+    mask = window_mask(k.shape[1], window, q, at)
     heads = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
 
@@ -2240,11 +2245,7 @@ def _weighted_ce_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _weighted_ce_backward(ctx, _grad_nats, _grad):
-    return ctx.saved_tensors[0], None, None, None, None
-
-
-weighted_ce_op.register_autograd(_weighted_ce_backward, setup_context=_weighted_ce_setup)
+weighted_ce_op.register_autograd(lambda ctx, *_: (ctx.saved_tensors[0], None, None, None, None), setup_context=_weighted_ce_setup)
 
 
 def weighted_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, weight: float) -> Tensor:
@@ -2320,14 +2321,12 @@ class Adapters(NamedTuple):
     mlp: Lora | None = None
     head: Lora | None = None  # one slot, reads the final normed hidden state
 
-    def slots(self, norm_scales: list[float]) -> list[Adapters]:
-        """One Adapters per slot, for inputs that lack their norm scale. unbind, not indexing: its backward writes each gradient once."""
-        columns = {}
-        for site in ("q", "k", "v", "o", "mlp"):
-            lora = getattr(self, site)
-            columns[site] = [None] * len(norm_scales) if lora is None else [
-                Lora(a, b, lora.scale * scale) for a, b, scale in zip(lora.A.unbind(0), lora.B.unbind(0), norm_scales, strict=True)]
-        return [Adapters(**{site: column[i] for site, column in columns.items()}) for i in range(len(norm_scales))]
+    def slots(self, blocks: list[Block]) -> list[Adapters]:
+        """One Adapters per slot, given its block. unbind, not indexing: its backward writes each gradient once."""
+        sites = {site: lora for site, lora in zip(self._fields, self, strict=True) if lora is not None and site != "head"}
+        columns = {site: zip(lora.A.unbind(0), lora.B.unbind(0), strict=True) for site, lora in sites.items()}
+        return [Adapters(**{site: block.fold_adapter(site, Lora(*next(column), sites[site].scale)) for site, column in columns.items()})
+                for block in blocks]
 
     def rows(self, first: int, end: int) -> Adapters:
         """Views of the adapters of documents [first, end)."""
@@ -2369,15 +2368,20 @@ class Cache:
         return held[0], held[1]
 
 
-def lora_delta(x: Tensor, lora: Lora) -> Tensor:
-    """(B, T, n_in) -> (B, T, n_out), in the dtype of x."""
-    return lora.scale * (x @ lora.A.to(x.dtype).mT) @ lora.B.to(x.dtype).mT
+def at_positions(x: Tensor, at: Tensor | None) -> Tensor:
+    """x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
+    return x if at is None else x.gather(1, at.view(*at.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
 
 
-def linear(x: Tensor, weight: Tensor, lora: Lora | None = None) -> Tensor:
-    """x W^T, plus the per-document delta during test-time training."""
-    y = F.linear(x, weight)
-    return y if lora is None else y + lora_delta(x, lora)
+def add_deltas(y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)) -> Tensor:
+    """y (B, T, width) plus the deltas of adapters that read x, each from its own of the `columns` on: one product by all A, one by all B,
+    added up inside it."""
+    found = [(lora, first) for lora, first in zip(loras, columns, strict=True) if lora is not None]
+    if not found:
+        return y
+    A = torch.cat([lora.A for lora, _ in found], 1).to(x.dtype)
+    B = torch.cat([F.pad(lora.scale * lora.B, (0, 0, first, y.shape[-1] - first - lora.B.shape[1])) for lora, first in found], 2)
+    return torch.baddbmm(y, x @ A.mT, B.to(x.dtype).mT)
 
 
 def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
@@ -2420,34 +2424,31 @@ class Attention(nn.Module):
         """(B, T, H): how much of each head's output passes. n lacks the norm scale, which the weights take over."""
         cfg = self.cfg
         if cfg.attn_gate == "dense":
-            return torch.sigmoid(linear(n, (self.norm_scale * self.attn_gate_w).to(n.dtype)))
+            return torch.sigmoid(F.linear(n, (self.norm_scale * self.attn_gate_w).to(n.dtype)))
         if cfg.attn_gate == "sparse":
             weight = cfg.sparse_attn_gate_scale * self.norm_scale * self.attn_gate_w
-            return torch.sigmoid(linear(n[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
+            return torch.sigmoid(F.linear(n[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
         from_norm = cfg.attn_out_gate_src == "proj"
         source, weight = (n, self.norm_scale * self.attn_gate_proj.weight) if from_norm else (q_raw, self.attn_gate_proj.weight)
-        return 2 * torch.sigmoid(linear(source[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
+        return 2 * torch.sigmoid(F.linear(source[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
 
     def qkv(self, n: Tensor, w: Weights, lora: Adapters) -> Tensor:
         """(B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
-        cfg, merged = self.cfg, linear(n, w.qkv)
-        sites = ((lora.q, cfg.model_dim), (lora.k, cfg.kv_dim), (lora.v, cfg.kv_dim))
-        if all(site is None for site, _ in sites):
-            return merged
-        deltas = [n.new_zeros(*n.shape[:-1], width) if site is None else lora_delta(n, site) for site, width in sites]
-        return merged + torch.cat(deltas, dim=-1)
+        D, kv = self.cfg.model_dim, self.cfg.kv_dim
+        return add_deltas(F.linear(n, w.qkv), n, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
 
-    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing: Packing | None, past, tap, name) -> Tensor:
-        """n (B, T, D) normed, without its norm scale -> (B, T, D)."""
+    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, past, tap, name: str, at) -> Tensor:
+        """n (B, T, D) normed, without its norm scale -> (B, T, D); at (B, m): (B, m, D), only at these positions."""
         cfg = self.cfg
         if tap is not None:
             tap(f"{name}.attn_in", self.norm_scale * n)
         qkv = self.qkv(n, w, lora)
         q, k, v = kernels.split_heads(qkv, self.q_gain, *rope, cfg.num_kv_heads)
         if packing is None:
-            y = causal_attention(q, *((k, v) if past is None else past(k, v)), self.window)
+            y = causal_attention(at_positions(q, at), *((k, v) if past is None else past(k, v)), self.window, at)
         else:
             y = kernels.attend(q[0], k[0], v[0], packing.cu_seqlens, packing.max_len, self.window)[None]
+        n, qkv, v = (at_positions(t, at) for t in (n, qkv, v))
         gate = None if cfg.attn_gate == "none" else self.gate(n, qkv)
         if self.exclusive and gate is not None:
             y = kernels.gate_heads(y, v, gate)
@@ -2458,7 +2459,7 @@ class Attention(nn.Module):
         y = y.flatten(2)
         if tap is not None:
             tap(f"{name}.attn_out", y)
-        return linear(y, w.o)
+        return add_deltas(F.linear(y, w.o), n, lora.o)
 
 
 class Block(nn.Module):
@@ -2479,10 +2480,10 @@ class Block(nn.Module):
         up, down = self.norm_scale * up, self.mlp_scale[:, None] * down
         return Weights(*(matrix.to(dtype) for matrix in (qkv, o, up, down)))
 
-    def attention(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, past, tap) -> Tensor:
-        """What attention adds to the residual stream, from that stream normed, n (B, T, D)."""
-        out = self.attn(n, w, lora, rope, kernels, packing, past, tap, self.name)
-        return out if lora.o is None else out + self.attn_scale.to(n.dtype) * lora_delta(n, lora.o)
+    def fold_adapter(self, site: str, lora: Lora) -> Lora:
+        """The same for an adapter."""
+        learned = dict(o=self.attn_scale, mlp=self.mlp_scale).get(site)
+        return Lora(lora.A, lora.B if learned is None else learned[:, None] * lora.B, lora.scale * self.norm_scale)
 
     def mlp(self, n: Tensor, w: Weights, lora: Adapters, kernels: Kernels, tap) -> Tensor:
         """What the MLP adds to the residual stream, from that stream normed, n (B, T, D)."""
@@ -2491,7 +2492,7 @@ class Block(nn.Module):
         else:
             tap(f"{self.name}.mlp_in", self.norm_scale * n)
             out = leaky_mlp(n, w.up, w.down, self.cfg.mlp_slope, partial(tap, f"{self.name}.mlp_mid"))
-        return out if lora.mlp is None else out + self.mlp_scale.to(n.dtype) * lora_delta(n, lora.mlp)
+        return add_deltas(out, n, lora.mlp)
 
 
 class GPT(nn.Module):
@@ -2530,7 +2531,7 @@ class GPT(nn.Module):
         x = self.tok_emb(tokens)
         if self.smear_gate is not None:
             weight, strength = self.smear_gate.weight.to(x.dtype), self.smear_lambda.to(x.dtype)
-            gate = strength * torch.sigmoid(linear(x[:, 1:, : self.cfg.gate_window].contiguous(), weight))
+            gate = strength * torch.sigmoid(F.linear(x[:, 1:, : self.cfg.gate_window].contiguous(), weight))
             if self.cfg.smear_gate_bos_fix:
                 # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
                 gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
@@ -2550,27 +2551,29 @@ class GPT(nn.Module):
             return x + skipped
         return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[j]).to(x.dtype))
 
-    def hidden(self, tokens: Tensor, packing: Packing | None, order: tuple[int, ...], adapters: Adapters, cache, tap) -> Tensor:
-        """Tokens -> final normed hidden states (B, T, D). The first half of `order` pushes skips, the second half pops them.
+    def hidden(self, tokens: Tensor, packing: Packing | None, order: tuple[int, ...], adapters: Adapters, positions, cache, tap) -> Tensor:
+        """Tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`, and then the last slot computes the others' keys
+        and values alone. The first half of `order` pushes skips, the second half pops them.
 
         From the first decoder slot with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
         the first, the MLP reads the second, and both sublayers write to both.
         """
-        cfg, add_norm, T, start, mlp_lane = self.cfg, self.kernels.add_norm, tokens.shape[1], 0 if cache is None else cache.length, None
+        cfg, add_norm, T, start = self.cfg, self.kernels.add_norm, tokens.shape[1], 0 if cache is None else cache.length
         x0 = lane = self.embed(torch.cat((cache.last, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
         context = next((c.max_len for c in (packing, cache) if c is not None), T)
         rope = tuple(table[start:] for table in rotary_tables(cfg, start + T, context, tokens.device))
-        loras = adapters.slots([self.blocks[layer].norm_scale for layer in order])
-        weights, half, skips = self.weights(x0.dtype), len(order) // 2, []
+        loras = adapters.slots([self.blocks[layer] for layer in order])
+        weights, half, skips, mlp_lane, mlp_in = self.weights(x0.dtype), len(order) // 2, [], None, None
         for slot, layer in enumerate(order):
             block, w, lora, j = self.blocks[layer], weights[layer], loras[slot], slot - half
             if j >= 0 and cfg.parallel_start_layer and layer >= cfg.parallel_start_layer and mlp_lane is None:
                 mlp_lane, mlp_in = lane, rms_norm(lane)
             if j >= 0 and skips:
                 lane = self.skip(lane, skips.pop(), j)
-            past = None if cache is None else partial(cache.extend, slot)
+            past, at = None if cache is None else partial(cache.extend, slot), positions if slot == len(order) - 1 else None
             u, n = add_norm(block.resid_mix, lane, x0)  # the stream with its share of the embedding, per channel
-            a = block.attention(n, w, lora, rope, self.kernels, packing, past, tap)
+            a = block.attn(n, w, lora, rope, self.kernels, packing, past, tap, block.name, at)
+            u, lane, mlp_lane, mlp_in = (t if t is None else at_positions(t, at) for t in (u, lane, mlp_lane, mlp_in))
             if mlp_lane is None:
                 lane, n = add_norm(None, u, a)
                 lane = lane + block.mlp(n, w, lora, self.kernels, tap)
@@ -2605,18 +2608,16 @@ class GPT(nn.Module):
 
         tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
         dimension for several candidates each; None: the capped logits (B, T, V). order: `layer_order`. packing: segments of a packed
-        row. cache: what these rows held before; not with packing. adapters: one set per row. shift (B or 1, 1, D): added to the final
-        hidden states. tap(site, x): sees the input of every matrix. loss_weight: this is training, and a promise to backpropagate
-        exactly this times the sum, see `weighted_ce`.
+        row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1, 1, D):
+        added to the final hidden states. tap(site, x): sees the input of every matrix. loss_weight: this is training, and a promise to
+        backpropagate exactly this times the sum, see `weighted_ce`.
         """
-        x = self.hidden(tokens, packing, order, adapters, cache, tap)
-        if positions is not None:
-            x = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        x = self.hidden(tokens, packing, order, adapters, positions, cache, tap)
         if shift is not None:
             x = (x + shift).to(x.dtype)
         if tap is not None:
             tap("head", x)
-        logits = linear(x, self.tok_emb.weight if self.lm_head is None else self.lm_head.weight, adapters.head)
+        logits = add_deltas(F.linear(x, self.tok_emb.weight if self.lm_head is None else self.lm_head.weight), x, adapters.head)
         cap = torch.full((), self.cfg.logit_softcap, device=x.device)
         caps = (cap, cap) if self.softcap_pos is None else (self.softcap_pos, self.softcap_neg)
         if targets is None:
@@ -2635,20 +2636,25 @@ class Flops(NamedTuple):
     attention: float
 
 
+def causal_pairs(lengths: np.ndarray, window: int) -> float:
+    """Pairs of a query and a key that it sees, over segments of these lengths."""
+    full = np.minimum(lengths, window or np.inf)  # queries whose window the start of the segment cuts short
+    return (full * (full + 1) / 2 + (lengths - full) * window).sum()
+
+
 def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0) -> Flops:
     """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, gates, logits and
-    adapters, and attention by the causal pairs there really are. scored: share of the tokens that logits are computed for."""
-    order, H, D = layer_order(cfg, looping), cfg.num_heads, cfg.model_dim
-    gate = H * dict(none=0, dense=D).get(cfg.attn_gate, cfg.gate_window)
-    block = D * (2 * D + 2 * cfg.kv_dim + 2 * cfg.mlp_dim) + gate
-    smear = cfg.gate_window if cfg.smear_gate_enabled else 0
-    deltas = sum((lora.A.numel() + lora.B.numel()) / lora.A.shape[-3] * (scored if lora is adapters.head else 1)
-                 for lora in adapters if lora is not None)
-    n, windows, pairs = np.asarray(lengths, dtype=np.float64), [cfg.window(layer) for layer in order], 0.0
-    for window in set(windows):
-        full = np.minimum(n, window or np.inf)  # queries whose window the start of the segment cuts short
-        pairs += windows.count(window) * (full * (full + 1) / 2 + (n - full) * window).sum() / n.sum()
-    return Flops(2 * (len(order) * block + scored * D * cfg.vocab_size + smear), 2 * deltas, 4 * D * pairs)
+    adapters, and attention by the causal pairs there really are. scored: share of the tokens, at the end of the segments, that are
+    scored; the last slot computes keys and values of the others, but not what follows. Zeros that adapters are padded with do not count."""
+    order, H, D, n = layer_order(cfg, looping), cfg.num_heads, cfg.model_dim, np.asarray(lengths, dtype=np.float64)
+    later = D * (D + 2 * cfg.mlp_dim) + H * dict(none=0, dense=D).get(cfg.attn_gate, cfg.gate_window)  # in a block, behind attention
+    block = D * (D + 2 * cfg.kv_dim) + later
+    smear, spared = cfg.gate_window if cfg.smear_gate_enabled else 0, 1 - scored
+    deltas = sum((lora.A.numel() + lora.B.numel()) / lora.A.shape[-3] * (1 - spared * share) for lora, share in (
+        *((lora, 0) for lora in adapters[:3]), *((lora, 1 / len(order)) for lora in adapters[3:5]), (adapters.head, 1)) if lora is not None)
+    pairs = sum(causal_pairs(n, cfg.window(layer)) for layer in order) - causal_pairs(spared * n, cfg.window(order[-1]))
+    products = len(order) * block - spared * later + scored * D * cfg.vocab_size + smear
+    return Flops(2 * products, 2 * deltas, 4 * D * pairs / n.sum())
 
 
 PASSES = {  # how often the forward's matrix, adapter and attention FLOPs are done: as the model defines it, and as the hardware runs it
@@ -2846,12 +2852,10 @@ class Bank:
 
     def full_momentum(self) -> Tensor:
         """Momentum of all matrices, on every rank."""
-        full = [torch.empty_like(self.momentum) for _ in range(self.world.size)]
+        shares = [self.momentum.clone() for _ in range(self.world.size)]
         if self.world.size > 1:
-            dist.all_gather(full, self.momentum)
-        else:
-            full = [self.momentum]
-        return torch.cat(full)[: len(self.p)].clone()
+            dist.all_gather(shares, self.momentum)
+        return torch.cat(shares)[: len(self.p)]
 
     def load_momentum(self, full: Tensor) -> None:
         mine = full[self.first : self.first + self.per_rank]
@@ -3669,11 +3673,8 @@ class Stored(NamedTuple):
 
     def decode(self) -> Tensor:
         """fp32 values."""
-        total = None
-        for codec in dict.fromkeys(codec for codec, _ in self.parts):
-            value = CODECS[codec].decode({part: t for (c, part), t in self.parts.items() if c == codec})
-            total = value if total is None else total + value
-        return total
+        codecs = dict.fromkeys(codec for codec, _ in self.parts)
+        return sum(CODECS[codec].decode({part: t for (c, part), t in self.parts.items() if c == codec}) for codec in codecs)
 
 
 class Float16:

@@ -1,10 +1,10 @@
-"""Bytes that a compiled micro-batch moves, counted without running it: `python bench/traffic.py`.
+"""Bytes that a compiled micro-batch, or step of test-time training, moves, counted without running it: `python bench/traffic.py`.
 
-Dynamo, AOTAutograd and Inductor's scheduler see the S14 network at its real sizes (98,304 tokens, bf16) as tensors without data;
-each kernel Inductor would emit is charged what it reads and writes. Its rules for the CPU decide what is fused here, so the
-numbers are not those of a GPU; they are a price for changes of the graph: tests/test_bench.py holds them below bench/traffic.json.
-An optimizer step is not compiled: there, operators are charged, without the products of the orthogonalisation. `--write` replaces
-that file.
+Dynamo, AOTAutograd and Inductor's scheduler see the S14 network at its real sizes (98,304 tokens or 24 documents of 1,024, bf16) as
+tensors without data; each kernel Inductor would emit is charged what it reads and writes. Its rules for the CPU decide what is
+fused here, so the numbers are not those of a GPU; they are a price for changes of the graph: tests/test_bench.py holds them below
+bench/traffic.json. An optimizer step is not compiled: there, operators are charged, without the products of the orthogonalisation.
+`--write` replaces that file.
 """
 
 import json
@@ -52,17 +52,24 @@ class Counter:
         return compile_fx.compile_fx(gm, example_inputs, inner_compile=self.inner)
 
 
-def micro_batch(layers: int) -> dict:
-    """Bytes and kernels of forward and backward of a network of so many blocks, one half of them with two lanes."""
+def forward_backward(layers: int, adapt: bool) -> dict:
+    """Bytes and kernels of forward and backward of a network of so many blocks, one half of them with two lanes. adapt: of a chunk of 24
+    tokens of each document, with frozen weights and S14's adapters; else of a packed row."""
     cfg = tg.Config(num_layers=layers, num_loops=0, parallel_start_layer=layers - layers // 2, xsa_last_n=layers)
     torch._dynamo.reset()
     counter = Counter()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = tg.GPT(cfg, torch.bfloat16, tg.DEFINITIONS._replace(attend=tg.document_attention_cpu))
-        tokens = torch.zeros(1, TOKENS, dtype=torch.int64)
-        packing = tg.Packing(torch.zeros(192, dtype=torch.int32), 2048)
         forward = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-        forward(tokens, tokens, order=tg.layer_order(cfg, False), packing=packing).sum().backward()
+        tokens = torch.zeros(*((24, 1024) if adapt else (1, TOKENS)), dtype=torch.int64)
+        if adapt:
+            model.requires_grad_(False)
+            world = tg.World(0, 1, torch.device("cpu"), torch.bfloat16)
+            lineage = tg.Lineage(cfg, world, len(tokens), cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, 0)
+            targets, how = tokens[:, -24:], dict(adapters=lineage.adapters, positions=torch.arange(1000, 1024).expand(len(tokens), -1))
+        else:
+            targets, how = tokens, dict(packing=tg.Packing(torch.zeros(192, dtype=torch.int32), 2048))
+        forward(tokens, targets, order=tg.layer_order(cfg, False), **how).sum().backward()
     return dict(gigabytes=counter.bytes / 1e9, kernels=counter.kernels)
 
 
@@ -105,10 +112,12 @@ def optimizer_step(cfg: tg.Config) -> dict:
 
 def measure() -> dict:
     """What the whole costs with two blocks, and each further pair of blocks; what an optimizer step of S14 costs."""
-    two, four, step = micro_batch(2), micro_batch(4), optimizer_step(tg.Config())
-    out = {f"{what}_{name}": value for name in two
-           for what, value in (("two_blocks", two[name]), ("two_more_blocks", four[name] - two[name]))}
-    return {name: round(value, 2) for name, value in (out | step).items()} | dict(torch=torch.__version__)
+    out = optimizer_step(tg.Config())
+    for prefix, adapt in (("", False), ("ttt_", True)):
+        two, four = forward_backward(2, adapt), forward_backward(4, adapt)
+        out |= {f"{prefix}{what}_{name}": value for name in two
+                for what, value in (("two_blocks", two[name]), ("two_more_blocks", four[name] - two[name]))}
+    return {name: round(value, 2) for name, value in out.items()} | dict(torch=torch.__version__)
 
 
 def main() -> int:

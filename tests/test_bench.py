@@ -71,15 +71,17 @@ def test_document_lengths_have_the_mean_of_the_validation_part(monkeypatch):
 # ---- bytes of a compiled micro-batch, counted without running it
 
 
-def test_a_micro_batch_moves_no_more_bytes_than_before():
+@pytest.mark.parametrize("adapt", [False, True])
+def test_a_micro_batch_and_a_step_of_test_time_training_move_no_more_bytes_than_before(adapt):
     """Two blocks at their real sizes. Growth is a regression or, for a reason, a new file by `python bench/traffic.py --write`."""
     committed = json.loads(traffic.COMMITTED.read_text())
     if committed["torch"].split("+")[0] != torch.__version__.split("+")[0]:
         pytest.skip(f"counted with torch {committed['torch']}: other versions fuse otherwise")
-    found = traffic.micro_batch(2)
-    assert found["gigabytes"] <= 1.005 * committed["two_blocks_gigabytes"] and found["kernels"] <= committed["two_blocks_kernels"] + 2
+    found, prefix = traffic.forward_backward(2, adapt), "ttt_" * adapt
+    assert found["gigabytes"] <= 1.005 * committed[f"{prefix}two_blocks_gigabytes"]
+    assert found["kernels"] <= committed[f"{prefix}two_blocks_kernels"] + 2
     # The counter sees what it is for: the head alone writes and reads its logits at least twice, bf16.
-    assert found["gigabytes"] > 4 * traffic.TOKENS * tg.Config().vocab_size * 2 / 1e9
+    assert found["gigabytes"] > 4 * (24 * 24 if adapt else traffic.TOKENS) * tg.Config().vocab_size * 2 / 1e9
 
 
 def test_an_optimizer_step_moves_no_more_bytes_than_before():

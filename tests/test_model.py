@@ -416,9 +416,10 @@ SITES = ("q", "k", "v", "o", "mlp", "head")
 
 
 @pytest.mark.parametrize("gate", ["sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled", None])
-@pytest.mark.parametrize(("looping", "sites"), [(False, ()), (True, ()), (True, SITES)], ids=str)
-def test_flops_of_matrices_equal_torchs_counter(random_model, looping, sites, gate):
-    """What torch counts while the forward, and then the backward, runs. The first token of a row has no predecessor to smear."""
+@pytest.mark.parametrize(("looping", "sites", "scored"), [(False, (), 1), (True, (), 1), (True, SITES, 1), (True, SITES, 0.25)], ids=str)
+def test_flops_of_matrices_equal_torchs_counter(random_model, looping, sites, scored, gate):
+    """What torch counts while the forward, and then the backward, runs. The first token of a row has no predecessor to smear; the B of
+    q, k and v are padded with zeros to the width of the merged projection."""
     gates = dict.fromkeys(("sparse_attn_gate_enabled", "gated_attn_enabled", "attn_out_gate_enabled"), False)
     cfg = tiny_config(**(gates | ({gate: True} if gate else {})))
     model, T = random_model(cfg), 24
@@ -426,16 +427,18 @@ def test_flops_of_matrices_equal_torchs_counter(random_model, looping, sites, ga
     for lora in filter(None, adapters):
         lora.A.requires_grad_(), lora.B.requires_grad_()
     tokens = torch.from_numpy(sample(T, 0, bos=(0,)).astype(np.int64))
-    packing = tg.Packing(torch.tensor([0, T], dtype=torch.int32), T)
-    products = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm}
+    at = torch.arange(T - round(scored * T), T)[None]
+    how = dict(packing=tg.Packing(torch.tensor([0, T], dtype=torch.int32), T)) if scored == 1 else dict(positions=at)
+    products = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
 
     def counted(counter):
         return sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in products)
 
     with FlopCounterMode(display=False) as counter:
-        nats = model(tokens[None, :-1], tokens[None, 1:], order=tg.layer_order(cfg, looping), packing=packing, adapters=adapters)
-    flops = tg.flops_per_token(cfg, [T], looping, adapters)
-    forward = T * (flops.matmul + flops.lora) - 2 * cfg.gate_window
+        nats = model(tokens[None, :-1], tokens[1:][at], order=tg.layer_order(cfg, looping), adapters=adapters, **how)
+    flops = tg.flops_per_token(cfg, [T], looping, adapters, scored)
+    zeros = 2 * T * 2 * adapters.q.A.shape[0] * adapters.q.A.shape[-2] * (cfg.model_dim + 2 * cfg.kv_dim) if sites else 0
+    forward = T * (flops.matmul + flops.lora) - 2 * cfg.gate_window + zeros
     assert counted(counter) == forward
     with FlopCounterMode(display=False) as counter:
         nats.sum().backward()
@@ -452,6 +455,10 @@ def test_flops_of_attention_are_its_causal_pairs():
     seen = sum(min(query + 1, cap) for layer in tg.layer_order(windowed, True) for cap in [4 if layer % 2 == 0 else 999]
                for n in lengths for query in range(n))
     ours = tg.flops_per_token(windowed, lengths, True).attention * sum(lengths)
+    assert ours == pytest.approx(seen * cfg.num_heads * cfg.head_dim * 2 * 2)
+    spared = sum(min(query + 1, cap) for cap in [4 if tg.layer_order(windowed, True)[-1] % 2 == 0 else 999] for query in range(12))
+    ours -= tg.flops_per_token(windowed, [16], True, scored=0.25).attention * 16
+    seen -= sum(min(query + 1, 4 if layer % 2 == 0 else 999) for layer in tg.layer_order(windowed, True) for query in range(16)) - spared
     assert ours == pytest.approx(seen * cfg.num_heads * cfg.head_dim * 2 * 2)
     record = tg.flops_per_token(tg.Config(), [2048], True)  # spec/performance 1.1: 106.43 MFLOP/token without attention, 17 applications
     assert record.matmul / 1e6 == pytest.approx(106.43, abs=0.01)
@@ -511,8 +518,13 @@ def test_adapters_of_a_row_are_private(random_model):
             assert t.grad[..., 0, :, :].abs().sum() == 0 and t.grad[..., 2, :, :].abs().sum() == 0
 
 
-def test_positions_equal_slicing(random_model):
-    model = random_model(tiny_config()).double()
+@pytest.mark.parametrize("changes", [
+    {}, dict(parallel_start_layer=0), dict(window_pattern="S", window_size=5), dict(num_layers=1, num_loops=0, parallel_start_layer=0),
+    dict(parallel_final_lane="mlp"), dict(sparse_attn_gate_enabled=False, attn_out_gate_enabled=True, attn_out_gate_src="q"),
+    dict(sparse_attn_gate_enabled=False, xsa_last_n=0)], ids=str)  # fmt: skip
+def test_positions_equal_slicing(random_model, changes):
+    """Behind its attention the last slot computes nothing but these positions, and they see what they saw."""
+    model = random_model(tiny_config(**changes)).double()
     rows = np.stack([sample(24, seed, bos=(0,)) for seed in range(2)])
     window = torch.from_numpy(rows.astype(np.int64))
     positions = torch.tensor([[3, 4, 5, 23], [0, 9, 9, 1]])

@@ -28,7 +28,7 @@ def slow_slot(cfg, model, data) -> np.ndarray:
         targets = torch.from_numpy(data.tokens[batch.at + 1].astype(np.int64))
         learned = torch.from_numpy(data.tokens[batch.learn + 1].astype(np.int64))
         with torch.no_grad():
-            hidden = model.hidden(batch.inputs, None, order, tg.NO_ADAPTERS, None, None)
+            hidden = model.hidden(batch.inputs, None, order, tg.NO_ADAPTERS, None, None, None)
         alone = cfg.slot == "causal"
         shift = torch.zeros(len(hidden) if alone else 1, 1, cfg.model_dim, requires_grad=True)
         first, second = torch.zeros_like(shift), torch.zeros_like(shift)
