@@ -118,6 +118,11 @@ def test_minify_drops_words_and_keeps_names_that_matter():
     assert "LIMIT=3" in text and "width:int=4" in text
 
 
+def test_f_strings_are_written_for_the_oldest_python():
+    """From 3.12 on the same quotes may stand inside and outside of braces, which 3.11 can not read."""
+    assert pack_code.minify("""print(f"{d['a']} {', '.join(names)}")""") == """print(f"{d['a']} {', '.join(names)}")"""
+
+
 def test_deterministic_and_invertible():
     packed = pack_code.pack(TOY)
     assert packed == pack_code.pack(TOY)

@@ -16,9 +16,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import brotli
 import python_minifier
+from python_minifier.f_string import OuterFString
 
 # The source is compiled under a name that no file has and registered in linecache under that name: there tracebacks,
 # inspect.getsource and the compilers that read a function's text find it. The interpreter's built-in traceback printer
@@ -57,18 +59,22 @@ class InlineDocstring(ast.NodeTransformer):
         return ast.Constant(self.text) if node.id == "__doc__" and isinstance(node.ctx, ast.Load) else node
 
 
+print_f_string = OuterFString.__init__  # (self, node, pep701): from Python 3.12 on with the same quotes inside as outside
+
+
 def minify(source: str) -> str:
-    """The same program without comments, docstrings and long local names."""
+    """The same program without comments, docstrings and long local names, in words that Python 3.11 can read."""
     tree = InlineDocstring().visit(ast.parse(source))
     keep_annotations = python_minifier.RemoveAnnotationsOptions(
         remove_variable_annotations=False,  # dataclass fields, and constexpr variables of kernels
         remove_return_annotations=False,    # torch.library reads both of these to infer an operator's schema,
         remove_argument_annotations=False,  # and triton finds compile-time arguments by them
         remove_class_attribute_annotations=False)
-    return python_minifier.minify(
-        ast.unparse(tree), remove_annotations=keep_annotations, remove_literal_statements=True, hoist_literals=False,
-        rename_locals=True, preserve_locals=sorted(names_to_keep(tree)), rename_globals=False,
-        remove_asserts=False, remove_debug=False, preserve_shebang=False)
+    with mock.patch.object(OuterFString, "__init__", lambda self, node, pep701: print_f_string(self, node, pep701=False)):
+        return python_minifier.minify(
+            ast.unparse(tree), remove_annotations=keep_annotations, remove_literal_statements=True, hoist_literals=False,
+            rename_locals=True, preserve_locals=sorted(names_to_keep(tree)), rename_globals=False,
+            remove_asserts=False, remove_debug=False, preserve_shebang=False)
 
 
 def pack(source: str) -> bytes:
