@@ -2650,8 +2650,9 @@ def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO
     later = D * (D + 2 * cfg.mlp_dim) + H * dict(none=0, dense=D).get(cfg.attn_gate, cfg.gate_window)  # in a block, behind attention
     block = D * (D + 2 * cfg.kv_dim) + later
     smear, spared = cfg.gate_window if cfg.smear_gate_enabled else 0, 1 - scored
-    deltas = sum((lora.A.numel() + lora.B.numel()) / lora.A.shape[-3] * (1 - spared * share) for lora, share in (
-        *((lora, 0) for lora in adapters[:3]), *((lora, 1 / len(order)) for lora in adapters[3:5]), (adapters.head, 1)) if lora is not None)
+    last = dict(o=1 / len(order), mlp=1 / len(order), head=1)  # share of an adapter's work that only scored tokens need
+    deltas = sum((lora.A.numel() + lora.B.numel()) / lora.A.shape[-3] * (1 - spared * last.get(site, 0))
+                 for site, lora in zip(adapters._fields, adapters, strict=True) if lora is not None)
     pairs = sum(causal_pairs(n, cfg.window(layer)) for layer in order) - causal_pairs(spared * n, cfg.window(order[-1]))
     products = len(order) * block - spared * later + scored * D * cfg.vocab_size + smear
     return Flops(2 * products, 2 * deltas, 4 * D * pairs / n.sum())
@@ -5446,9 +5447,7 @@ def score_batch(
             nats = door.score(chunk.at, score)
         width, steps = inputs.shape[1], cfg.ttt_grad_steps if learn.any() else 0
         flops = flops_per_token(cfg, [width], True, lineage.adapters, batch.chunk / width)
-        door.work.add(flops, "adapt" if steps else "score", inputs.numel(), int((chunk.at >= 0).sum()))
-        if steps > 1:
-            door.work.add(flops, "adapt", (steps - 1) * inputs.numel(), 0)
+        door.work.add(flops, "adapt" if steps else "score", max(steps, 1) * inputs.numel(), int((chunk.at >= 0).sum()))
         for repeat in range(steps):
             targets = door.release(np.where(learn.bool()[:, None], chunk.at, -1))
             loss = ((nats if repeat == 0 else score(targets)).mean(1) * learn.to(device)).sum()

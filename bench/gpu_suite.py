@@ -441,21 +441,24 @@ def ttt():
         model = tg.build_model(cfg, world).requires_grad_(False)
         models.append(tg.compile_forward(model, cfg, world, growing=True))
     definitions, kernels = models
-    graphs = tg.Graphed(kernels)
     for rows, bucket, chunk in ((2, 16, 4),) if DRY else ((24, 3072, 48), (24, 1024, 24), (96, 512, 8), (256, 192, 8)):
-        width = bucket - chunk // 2  # of the documents' windows
-        kinds = {"definitions": (definitions, width), "kernels": (kernels, width), "padded": (kernels, bucket), "graphs": (graphs, bucket)}
-        steps = {name: learning_step(cfg, world, forward, rows, width, chunk, padded) for name, (forward, padded) in kinds.items()}
-        nats = {name: torch.stack([step() for _ in range(3)]) for name, step in steps.items()}
+        what, width = f"{rows}x{bucket} chunk {chunk}", bucket - chunk // 2  # of the documents' windows
+        kinds = {"definitions": (definitions, width), "kernels": (kernels, width), "padded": (kernels, bucket),
+                 "graphs": (tg.Graphed(kernels), bucket)}
+        nats, ms = {}, {}
+        for name in list(kinds):  # one after the other: the adapters and moments of 256 documents are 14 GB
+            forward, padded = kinds.pop(name)
+            step = learning_step(cfg, world, forward, rows, width, chunk, padded)
+            nats[name], ms[name] = torch.stack([step() for _ in range(3)]), milliseconds(step, 5)
+            del step, forward
+            gc.collect()
         differences = {name: (nats[name] - nats[base]).abs().max().item()
                        for name, base in (("kernels", "definitions"), ("padded", "kernels"), ("graphs", "padded"))}
-        what, error = f"{rows}x{bucket} chunk {chunk}", differences["graphs"]
+        error = differences["graphs"]
         yield dict(name=f"check ttt graphs {what}", error=error, tolerance=0.01, reached=error < 0.01)
-        reference_ms = milliseconds(steps["definitions"], 5)
         for name in ("kernels", "graphs"):
-            ms = milliseconds(steps[name], 5)
-            yield line(f"ttt step {name} {what}", ms, "definitions", reference_ms) | dict(
-                positions_per_s=round(rows * width / ms * 1e3), loss_differences=differences)
+            yield line(f"ttt step {name} {what}", ms[name], "definitions", ms["definitions"]) | dict(
+                positions_per_s=round(rows * width / ms[name] * 1e3), loss_differences=differences)
 
 
 def gptq():
