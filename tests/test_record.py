@@ -164,6 +164,15 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+def test_places_of_this_machine_are_pointed_out(tmp_path, capsys):
+    make_repository(tmp_path)
+    overrides = make_result(42, b"", b"")["overrides"]
+    for name, path, told in (("near", "data/books", False), ("far", "/home/somebody/books", True)):
+        run = make_run(tmp_path / name, 42, overrides=overrides | {"DATA_PATH": path})
+        assert new(tmp_path, [run], "--name", name.title()) == 0
+        assert (f"DATA_PATH={path}" in capsys.readouterr().err) == told
+
+
 def test_a_new_record_passes_and_is_complete(world, folder, capsys):
     assert record.main(["validate", str(folder)]) == 0
     assert capsys.readouterr().out.count("[PASS]") == len(record.CHECKS)

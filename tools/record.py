@@ -411,6 +411,10 @@ def new(args: argparse.Namespace) -> int:
         raise Broken(f"{target} exists already")
     loaded = [load_run(folder) for folder in args.run_dirs]
     check_same_experiment([run for run, _ in loaded])
+    places = {f"{name}={value}" for run, _ in loaded for name, value in run.result["overrides"].items() if Path(value).is_absolute()}
+    if places:
+        print("warning: logs and ledgers are handed in as they are, and these say where files lie on this machine: "
+              f"{', '.join(sorted(places))}; runs with relative paths do not", file=sys.stderr)
     code = args.script.read_bytes() if args.script else pack_code.pack(args.readable.read_text())
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     draft.mkdir(parents=True)
