@@ -1527,12 +1527,9 @@ def varlen_attention():
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    options = dict(enable_gqa=True) if grouped else {}
+    options = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # a check; kernels always knew
 
     def document_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        if not grouped:
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=(window - 1, 0), **options)
 
     return document_attention_varlen
@@ -2447,7 +2444,8 @@ class Attention(nn.Module):
         if packing is None:
             y = causal_attention(at_positions(q, at), *((k, v) if past is None else past(k, v)), self.window, at)
         else:
-            y = kernels.attend(q[0], k[0], v[0], packing.cu_seqlens, packing.max_len, self.window)[None]
+            rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
+            y = kernels.attend(*rows, packing.cu_seqlens, packing.max_len, self.window)[None]
         n, qkv, v = (at_positions(t, at) for t in (n, qkv, v))
         gate = None if cfg.attn_gate == "none" else self.gate(n, qkv)
         if self.exclusive and gate is not None:

@@ -3,17 +3,22 @@
 Dynamo, AOTAutograd and Inductor's scheduler see the S14 network at its real sizes (98,304 tokens or 24 documents of 1,024, bf16) as
 tensors without data; each kernel Inductor would emit is charged what it reads and writes. Its rules for the CPU decide what is
 fused here, so the numbers are not those of a GPU; they are a price for changes of the graph: tests/test_bench.py holds them below
-bench/traffic.json. An optimizer step is not compiled: there, operators are charged, without the products of the orthogonalisation.
-`--write` replaces that file.
+bench/traffic.json, and `--write` replaces that file. An optimizer step is not compiled: there, operators are charged, without the
+products of the orthogonalisation.
+
+`python bench/stand_in.py bench/traffic.py --gpu` counts by the rules for a GPU, with and without the Triton kernels; with `--compile`,
+too, Inductor and Triton compile everything for sm_90, and the graphs and their seconds are told. One JSON line each.
 """
 
+import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
 import torch
-from torch._inductor import compile_fx
+from torch._inductor import compile_fx, config as inductor_config
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
@@ -28,7 +33,30 @@ COMMITTED = Path(__file__).with_name("traffic.json")
 TOKENS = 98_304
 
 
-class Counter:
+ALL_KERNELS = dict(mlp=tg.fused_mlp("lsb"), split_heads=tg.split_heads_op, gate_heads=tg.gate_heads_op, add_norm=tg.fused_add_norm,
+                   weighted_ce=tg.weighted_ce)
+
+
+class Compiler:
+    """A backend for torch.compile that compiles to the end and runs the graph as it is."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def inner(self, gm, example_inputs, **options):
+        start = time.perf_counter()
+        compile_fx.compile_fx_inner(gm, example_inputs, **options)
+        self.seconds.append(round(time.perf_counter() - start, 1))
+        return compile_fx.make_boxed_func(gm.forward)
+
+    def __call__(self, gm, example_inputs):
+        return compile_fx.compile_fx(gm, example_inputs, inner_compile=self.inner)
+
+    def found(self) -> dict:
+        return dict(graphs=len(self.seconds), compile_seconds=self.seconds)
+
+
+class Counter(Compiler):
     """A backend for torch.compile that adds up bytes and runs the graph as it is."""
 
     def __init__(self):
@@ -48,29 +76,38 @@ class Counter:
         self.bytes, self.kernels = self.bytes + sum(moved), self.kernels + sum(size > 0 for size in moved)
         return compile_fx.make_boxed_func(gm.forward)
 
-    def __call__(self, gm, example_inputs):
-        return compile_fx.compile_fx(gm, example_inputs, inner_compile=self.inner)
+    def found(self) -> dict:
+        return dict(gigabytes=self.bytes / 1e9, kernels=self.kernels)
 
 
-def forward_backward(layers: int, adapt: bool) -> dict:
-    """Bytes and kernels of forward and backward of a network of so many blocks, one half of them with two lanes. adapt: of a chunk of 24
-    tokens of each document, with frozen weights and S14's adapters; else of a packed row."""
-    cfg = tg.Config(num_layers=layers, num_loops=0, parallel_start_layer=layers - layers // 2, xsa_last_n=layers)
+def blocks(count: int) -> tg.Config:
+    """S14 with so many blocks, one half of them with two lanes, and no loops."""
+    return tg.Config(num_layers=count, num_loops=0, parallel_start_layer=count - count // 2, xsa_last_n=count)
+
+
+def forward_backward(cfg: tg.Config, adapt: bool, backend=None, device: str = "cpu", widths: tuple[int, ...] = (1024,), **kernels) -> dict:
+    """What `backend` (None: a Counter) finds at forward and backward. adapt: of a chunk of 24 tokens of each document, with frozen weights
+    and S14's adapters, in windows of these `widths`, one after the other; else of a packed row. kernels: fields of `tg.Kernels`."""
+    backend, order = backend or Counter(), tg.layer_order(cfg, looping=True)
     torch._dynamo.reset()
-    counter = Counter()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = tg.GPT(cfg, torch.bfloat16, tg.DEFINITIONS._replace(attend=tg.document_attention_cpu))
-        forward = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-        tokens = torch.zeros(*((24, 1024) if adapt else (1, TOKENS)), dtype=torch.int64)
-        if adapt:
-            model.requires_grad_(False)
-            world = tg.World(0, 1, torch.device("cpu"), torch.bfloat16)
-            lineage = tg.Lineage(cfg, world, len(tokens), cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, 0)
-            targets, how = tokens[:, -24:], dict(adapters=lineage.adapters, positions=torch.arange(1000, 1024).expand(len(tokens), -1))
-        else:
-            targets, how = tokens, dict(packing=tg.Packing(torch.zeros(192, dtype=torch.int32), 2048))
-        forward(tokens, targets, order=tg.layer_order(cfg, False), **how).sum().backward()
-    return dict(gigabytes=counter.bytes / 1e9, kernels=counter.kernels)
+        with torch.device(device):
+            model = tg.GPT(cfg, torch.bfloat16, tg.DEFINITIONS._replace(**dict(attend=tg.document_attention_cpu) | kernels))
+        forward = torch.compile(model, backend=backend, fullgraph=True, dynamic=None if len(widths) > 1 else False)
+        if not adapt:
+            tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
+            packing = tg.Packing(torch.zeros(192, dtype=torch.int32, device=device), 2048)
+            (forward(tokens, tokens, order=order, packing=packing, loss_weight=1 / TOKENS).sum() / TOKENS).backward()
+            return backend.found()
+        model.requires_grad_(False)
+        world = tg.World(0, 1, torch.device(device), torch.bfloat16)
+        lineage = tg.Lineage(cfg, world, 24, cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, 0)
+        for width in widths:
+            tokens, at = torch.zeros(24, width, dtype=torch.int64, device=device), torch.arange(width - 24, width, device=device)
+            if len(widths) > 1:
+                torch._dynamo.maybe_mark_dynamic(tokens, 1)
+            forward(tokens, tokens[:, -24:], order=order, adapters=lineage.adapters, positions=at.expand(24, -1)).sum().backward()
+    return backend.found()
 
 
 class Touched(TorchDispatchMode):
@@ -114,16 +151,38 @@ def measure() -> dict:
     """What the whole costs with two blocks, and each further pair of blocks; what an optimizer step of S14 costs."""
     out = optimizer_step(tg.Config())
     for prefix, adapt in (("", False), ("ttt_", True)):
-        two, four = forward_backward(2, adapt), forward_backward(4, adapt)
+        two, four = (forward_backward(blocks(count), adapt) for count in (2, 4))
         out |= {f"{prefix}{what}_{name}": value for name in two
                 for what, value in (("two_blocks", two[name]), ("two_more_blocks", four[name] - two[name]))}
     return {name: round(value, 2) for name, value in out.items()} | dict(torch=torch.__version__)
 
 
+def on_gpu(compile: bool):
+    """Lines about S14 by the rules for a GPU: bytes of a micro-batch and of a learning step; or two blocks of it compiled."""
+    options = dict(device="cuda", attend=tg.varlen_attention())
+    training = dict(definitions={}, **{name: {name: kernel} for name, kernel in ALL_KERNELS.items()}, all=ALL_KERNELS)
+    adapting = dict(definitions={}, all={name: kernel for name, kernel in ALL_KERNELS.items() if name != "weighted_ce"})
+    inductor_config.shape_padding = False  # it times products to decide
+    for adapt, variants in ((False, training), (True, adapting)):
+        for name, kernels in variants.items():
+            what = dict(what="learning step" if adapt else "micro-batch", kernels=name, torch=torch.__version__)
+            if not compile:
+                found = forward_backward(tg.Config(), adapt, Counter(), **options, **kernels)
+                yield what | dict(gigabytes=round(found["gigabytes"], 2), launches=found["kernels"])
+            elif name in adapting:
+                yield what | forward_backward(blocks(2), adapt, Compiler(), widths=(1024, 512, 3072), **options, **kernels)
+
+
 def main() -> int:
-    found = measure()
-    print(json.dumps(found))
-    if "--write" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag in ("--write", "--gpu", "--compile"):
+        parser.add_argument(flag, action="store_true")
+    args = parser.parse_args()
+    if args.gpu and not torch.cuda.is_available():
+        parser.error("--gpu needs a GPU, or `python bench/stand_in.py bench/traffic.py --gpu`")
+    for found in on_gpu(args.compile) if args.gpu else [measure()]:
+        print(json.dumps(found), flush=True)
+    if args.write:
         COMMITTED.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 

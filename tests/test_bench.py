@@ -77,7 +77,7 @@ def test_a_micro_batch_and_a_step_of_test_time_training_move_no_more_bytes_than_
     committed = json.loads(traffic.COMMITTED.read_text())
     if committed["torch"].split("+")[0] != torch.__version__.split("+")[0]:
         pytest.skip(f"counted with torch {committed['torch']}: other versions fuse otherwise")
-    found, prefix = traffic.forward_backward(2, adapt), "ttt_" * adapt
+    found, prefix = traffic.forward_backward(traffic.blocks(2), adapt), "ttt_" * adapt
     assert found["gigabytes"] <= 1.005 * committed[f"{prefix}two_blocks_gigabytes"]
     assert found["kernels"] <= committed[f"{prefix}two_blocks_kernels"] + 2
     # The counter sees what it is for: the head alone writes and reads its logits at least twice, bf16.
