@@ -124,7 +124,7 @@ FAMILIES = (  # an unknown variable that starts like this is a typo, not somebod
     "ADAM_", "ASYM_", "ATTN_", "AUDIT", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "CUDA_GR", "EMA_", "EMBED_",
     "ENABLE_LOOP", "EVAL_", "FUSED_CE", "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_",
     "MATRIX_", "MAX_EVAL_", "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS",
-    "NUM_LOOPS", "N_INT6", "PARALLEL_", "PHASED_TTT_", "QK_", "QUANT", "RD_", "RESIDUAL_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_",
+    "NUM_LOOPS", "N_INT6", "PARALLEL_", "PHASED_TTT_", "QK_", "QUANT", "RD_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_",
     "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_", "TARGET_", "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_",
     "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
 )
@@ -269,7 +269,6 @@ class Config:
     cutlass_path: str = knob("", "CUTLASS's folder, for MLP_BACKWARD=cutlass; blank = that of the installed package nvidia-cutlass")
     qk_kernel: str = knob("eager", "one kernel from merged projection to normed, rotated heads", choices=("eager", "triton"))
     xsa_kernel: str = knob("eager", "one kernel for XSA and head gate", choices=("eager", "triton"))
-    residual_kernel: str = knob("eager", "one kernel for a weighted sum of residual streams and its norm", choices=("eager", "triton"))
     fused_ce_kernel: str = knob("eager", "loss and its gradient in one pass over the logits", choices=("eager", "triton"))
     # data
     data_dir: str = knob("./data/", "root of the default data paths")
@@ -2123,96 +2122,8 @@ def gate_heads_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 
 @jit
-def add_norm_kernel(
-    weights, x0, x1, x2, total, normed, rows, eps, D: tl.constexpr, THREE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """One program: STEPS times BT rows."""
-    c = tl.arange(0, BD)
-    for step in range(STEPS):
-        t = (tl.program_id(0) * STEPS + step) * BT + tl.arange(0, BT)
-        at, inside = t[:, None].to(tl.int64) * D + c[None, :], (t < rows)[:, None] & (c < D)[None, :]
-        s = tl.load(weights + c, mask=c < D, other=0.0) * tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
-        s += tl.load(weights + D + c, mask=c < D, other=0.0) * tl.load(x1 + at, mask=inside, other=0.0).to(tl.float32)
-        if THREE:
-            s += tl.load(weights + 2 * D + c, mask=c < D, other=0.0) * tl.load(x2 + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(total + at, s.to(total.dtype.element_ty), mask=inside)
-        n = s * tl.rsqrt(tl.sum(s * s, 1) / D + eps)[:, None]
-        tl.store(normed + at, n.to(normed.dtype.element_ty), mask=inside)
-
-
-@jit
-def add_norm_grad_kernel(
-    dtotal, dnormed, weights, x0, x1, x2, dweights, dx0, dx1, dx2, rows, eps,
-    D: tl.constexpr, THREE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr,
-):
-    """With n = s / rms(s) and d its gradient: g = dtotal + (d - n mean(d n)) / rms, dx = w g, dw = sum of g x over the rows."""
-    c, COUNT = tl.arange(0, BD), 2 + THREE
-    w0, w1 = tl.load(weights + c, mask=c < D, other=0.0), tl.load(weights + D + c, mask=c < D, other=0.0)
-    w2 = tl.load(weights + (COUNT - 1) * D + c, mask=c < D, other=0.0)
-    dw0, dw1, dw2 = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
-    for step in range(STEPS):
-        t = (tl.program_id(0) * STEPS + step) * BT + tl.arange(0, BT)
-        at, inside = t[:, None].to(tl.int64) * D + c[None, :], (t < rows)[:, None] & (c < D)[None, :]
-        a, b = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32), tl.load(x1 + at, mask=inside, other=0.0).to(tl.float32)
-        s = w0 * a + w1 * b
-        if THREE:
-            e = tl.load(x2 + at, mask=inside, other=0.0).to(tl.float32)
-            s += w2 * e
-        inverse_rms = tl.rsqrt(tl.sum(s * s, 1) / D + eps)[:, None]
-        n, d = s * inverse_rms, tl.load(dnormed + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32) + inverse_rms * (d - n * (tl.sum(d * n, 1) / D)[:, None])
-        tl.store(dx0 + at, (w0 * g).to(dx0.dtype.element_ty), mask=inside)
-        tl.store(dx1 + at, (w1 * g).to(dx1.dtype.element_ty), mask=inside)
-        dw0, dw1 = dw0 + tl.sum(g * a, 0), dw1 + tl.sum(g * b, 0)
-        if THREE:
-            tl.store(dx2 + at, (w2 * g).to(dx2.dtype.element_ty), mask=inside)
-            dw2 += tl.sum(g * e, 0)
-    mine = dweights + tl.program_id(0) * COUNT * D + c
-    tl.store(mine, dw0, mask=c < D)
-    tl.store(mine + D, dw1, mask=c < D)
-    if THREE:
-        tl.store(mine + 2 * D, dw2, mask=c < D)
-
-
-def add_norm_launch(x: Tensor, three: bool) -> tuple[tuple[int], dict]:
-    """Grid and size arguments of the two kernels above."""
-    rows, D, (BT, STEPS) = x.shape[:-1].numel(), x.shape[-1], (32, 2) if INTERPRETED else (2, 32)
-    return (triton.cdiv(rows, BT * STEPS),), dict(
-        rows=rows, eps=torch.finfo(x.dtype).eps, D=D, THREE=three, BT=BT, BD=triton.next_power_of_2(D), STEPS=STEPS)
-
-
-@operator(lambda dtotal, dnormed, weights, *streams: [x.new_empty(x.shape) for x in (weights, *streams) if x is not None])
-def add_norm_grad(dtotal: Tensor, dnormed: Tensor, weights: Tensor, x0: Tensor, x1: Tensor, x2: Tensor | None = None) -> list[Tensor]:
-    """Gradients of `add_norm` for the weights and the streams."""
-    streams = [x.contiguous() for x in (x0, x1, x2) if x is not None]
-    (grid, sizes), dx = add_norm_launch(x0, len(streams) == 3), [torch.empty_like(x) for x in streams]
-    dweights = weights.new_empty(*grid, *weights.shape)
-    pad = 3 - len(streams)  # a pointer that is not followed
-    add_norm_grad_kernel[grid](dtotal.contiguous(), dnormed.contiguous(), weights.contiguous(), *streams, *streams[:pad], dweights,
-                               *dx, *dx[:pad], **sizes)
-    return [dweights.sum(0), *dx]
-
-
-@operator(lambda weights, x0, x1, x2=None: (x0.new_empty(x0.shape), x0.new_empty(x0.shape)), add_norm_grad)
-def add_norm_op(weights: Tensor, x0: Tensor, x1: Tensor, x2: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`add_norm` by one kernel, weights (n, D) fp32."""
-    x0, x1, x2 = (x0 if x is None else x.contiguous() for x in (x0, x1, x2))
-    (grid, sizes), (total, normed) = add_norm_launch(x0, len(weights) == 3), (x0.new_empty(x0.shape) for _ in range(2))
-    add_norm_kernel[grid](weights.contiguous(), x0, x1, x2, total, normed, **sizes)
-    return total, normed
-
-
-def fused_add_norm(weights: Tensor | None, *streams: Tensor) -> tuple[Tensor, Tensor]:
-    """`add_norm` by `add_norm_op`."""
-    n, x = len(streams), streams[0]
-    w = torch.ones(n, 1, device=x.device) if weights is None else weights.float()
-    return add_norm_op(w.expand(n, x.shape[-1]), *streams)
-
-
-@jit
-def ce_kernel(logits, targets, nats, grad, cap_pos, cap_neg, weight, V, BLOCK: tl.constexpr):
-    """One program, one row, all of it in registers: its loss and, times `weight`, its gradient. tanh(u) = 2 sigmoid(2 u) - 1."""
+def ce_kernel(logits, targets, nats, slope, cap_pos, cap_neg, V, BLOCK: tl.constexpr):
+    """One program, one row, all of it in registers: its loss and the gradient of that. tanh(u) = 2 sigmoid(2 u) - 1."""
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(logits + row * V + c, mask=c < V, other=0.0).to(tl.float32)
     cap = tl.where(x > 0, tl.load(cap_pos), tl.load(cap_neg))
@@ -2223,32 +2134,35 @@ def ce_kernel(logits, targets, nats, grad, cap_pos, cap_neg, weight, V, BLOCK: t
     total = tl.sum(e, 0)
     hit = c == tl.load(targets + row)
     tl.store(nats + row, top + tl.log(total) - tl.sum(tl.where(hit, z, 0.0), 0))
-    slope = weight * (e / total - hit.to(tl.float32)) * 4 * s * (1 - s)
-    tl.store(grad + row * V + c, slope.to(grad.dtype.element_ty), mask=c < V)
+    grad = (e / total - hit.to(tl.float32)) * 4 * s * (1 - s)
+    tl.store(slope + row * V + c, grad.to(slope.dtype.element_ty), mask=c < V)
 
 
 @operator(lambda logits, targets, *rest: (targets.new_empty(targets.shape, dtype=torch.float32), logits.new_empty(logits.shape)))
-def weighted_ce_op(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Nats per target, and `weight` times their gradient for the logits."""
+def ce_with_slope(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor) -> tuple[Tensor, Tensor]:
+    """`softcapped_ce` of logits (T, V) and, from the same pass, the gradient of each row's result for that row."""
     logits, V = logits.contiguous(), logits.shape[-1]
-    nats, grad = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(logits)
-    ce_kernel[(targets.numel(),)](logits, targets.contiguous(), nats, grad, cap_pos.float(), cap_neg.float(), weight, V,
+    nats, slope = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(logits)
+    ce_kernel[(targets.numel(),)](logits, targets.contiguous(), nats, slope, cap_pos.float(), cap_neg.float(), V,
                                   BLOCK=triton.next_power_of_2(V), num_warps=8)
-    return nats, grad
+    return nats, slope
 
 
-def _weighted_ce_setup(ctx, inputs, output):
-    ctx.save_for_backward(output[1])
-    ctx.set_materialize_grads(False)
+class HeadCe(torch.autograd.Function):
+    """`softcapped_ce` of a linear head by one pass over the logits. What comes in backward scales rows of the narrow factors of the two
+    products, not of the wide one. (It must not be left out: a backward that does without it misleads the compiler about what to keep.)"""
 
+    @staticmethod
+    def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor) -> Tensor:
+        nats, slope = ce_with_slope(F.linear(x, head).flatten(0, -2), targets.flatten(), cap_pos, cap_neg)
+        ctx.save_for_backward(x, head, slope)
+        return nats.view(targets.shape)
 
-weighted_ce_op.register_autograd(lambda ctx, *_: (ctx.saved_tensors[0], None, None, None, None), setup_context=_weighted_ce_setup)
-
-
-def weighted_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, weight: float) -> Tensor:
-    """`softcapped_ce` for a loss that is `weight` times the sum of its result, and for no other: one pass over the logits
-    makes the loss and the gradient, which the backward only hands on."""
-    return weighted_ce_op(logits, targets, cap_pos, cap_neg, weight)[0]
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, head, slope = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        return (grad * (slope @ head).view(x.shape)).to(x.dtype), slope.T @ (grad * x).to(x.dtype).flatten(0, -2), None, None, None
 
 
 class Kernels(NamedTuple):
@@ -2258,8 +2172,7 @@ class Kernels(NamedTuple):
     mlp: Any = leaky_mlp
     split_heads: Any = split_heads
     gate_heads: Any = gate_heads
-    add_norm: Any = add_norm
-    weighted_ce: Any = None  # None: the loss and its gradient by `softcapped_ce` and autograd
+    head_ce: Any = None  # None: the loss of training and its gradient by `softcapped_ce` and autograd
 
 
 DEFINITIONS = Kernels()
@@ -2267,7 +2180,7 @@ DEFINITIONS = Kernels()
 
 def choose_kernels(cfg: Config, world: World) -> Kernels:
     """The attention this device has, and the kernels that *_KERNEL ask for. Raises RunError where they can not run."""
-    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "residual_kernel", "fused_ce_kernel")}
+    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel")}
     asked = " ".join(f"{name.upper()}={value}" for name, value in knobs.items() if value != "eager")
     on_gpu = world.device.type == "cuda"
     if asked and not (triton and (on_gpu or INTERPRETED)):
@@ -2292,8 +2205,7 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
         leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel, library),
         split_heads if cfg.qk_kernel == "eager" else split_heads_op,
         gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
-        add_norm if cfg.residual_kernel == "eager" else fused_add_norm,
-        None if cfg.fused_ce_kernel == "eager" else weighted_ce)
+        None if cfg.fused_ce_kernel == "eager" else HeadCe.apply)
 
 
 # ==================================================================================================
@@ -2556,7 +2468,7 @@ class GPT(nn.Module):
         From the first decoder slot with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
         the first, the MLP reads the second, and both sublayers write to both.
         """
-        cfg, add_norm, T, start = self.cfg, self.kernels.add_norm, tokens.shape[1], 0 if cache is None else cache.length
+        cfg, T, start = self.cfg, tokens.shape[1], 0 if cache is None else cache.length
         x0 = lane = self.embed(torch.cat((cache.last, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
         context = next((c.max_len for c in (packing, cache) if c is not None), T)
         rope = tuple(table[start:] for table in rotary_tables(cfg, start + T, context, tokens.device))
@@ -2599,7 +2511,7 @@ class GPT(nn.Module):
         adapters: Adapters = NO_ADAPTERS,
         positions: Tensor | None = None,
         shift: Tensor | None = None,
-        loss_weight: float | None = None,
+        training: bool = False,
         tap=None,
     ) -> Tensor:
         """Nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
@@ -2607,23 +2519,22 @@ class GPT(nn.Module):
         tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
         dimension for several candidates each; None: the capped logits (B, T, V). order: `layer_order`. packing: segments of a packed
         row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1, 1, D):
-        added to the final hidden states. tap(site, x): sees the input of every matrix. loss_weight: this is training, and a promise to
-        backpropagate exactly this times the sum, see `weighted_ce`.
+        added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
+        FUSED_CE_ENABLED says, not EVAL_SOFTCAP_FP32; without adapters.
         """
         x = self.hidden(tokens, packing, order, adapters, positions, cache, tap)
         if shift is not None:
             x = (x + shift).to(x.dtype)
         if tap is not None:
             tap("head", x)
-        logits = add_deltas(F.linear(x, self.tok_emb.weight if self.lm_head is None else self.lm_head.weight), x, adapters.head)
+        head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         cap = torch.full((), self.cfg.logit_softcap, device=x.device)
         caps = (cap, cap) if self.softcap_pos is None else (self.softcap_pos, self.softcap_neg)
-        if targets is None:
-            return softcap(logits, *caps)
-        round_cap = not (self.cfg.eval_softcap_fp32 if loss_weight is None else self.cfg.fused_ce_enabled)
-        if loss_weight is not None and self.kernels.weighted_ce is not None and not round_cap:
-            return self.kernels.weighted_ce(logits, targets, *caps, loss_weight)
-        return softcapped_ce(logits, targets, *caps, round_cap)
+        round_cap = not (self.cfg.fused_ce_enabled if training else self.cfg.eval_softcap_fp32)
+        if training and self.kernels.head_ce is not None and not round_cap:
+            return self.kernels.head_ce(x, head, targets, *caps)
+        logits = add_deltas(F.linear(x, head), x, adapters.head)
+        return softcap(logits, *caps) if targets is None else softcapped_ce(logits, targets, *caps, round_cap)
 
 
 class Flops(NamedTuple):
@@ -3037,6 +2948,20 @@ def warm_lengths(tokens: int, context: int) -> list[int]:
     return [CU_SEQLENS_BUCKET * (segments // CU_SEQLENS_BUCKET + k) for k in range(1, 5)]
 
 
+def warm_rows(row: Row, context: int) -> list[Row]:
+    """`row` cut every `context` tokens, once for each of its `warm_lengths`."""
+    n, device = row.targets.numel(), row.inputs.device
+    bounds = (torch.arange(length, dtype=torch.int32).mul(context).clamp(max=n) for length in warm_lengths(n, context))
+    return [row._replace(cu_seqlens=cu_seqlens.to(device), max_len=context) for cu_seqlens in bounds]
+
+
+def nats_of_row(row: Row, forward, graphs: Graphed | None, **options) -> Tensor:
+    """Nats (1, T). A row of more segments than were warmed does without a graph."""
+    few = len(row.cu_seqlens) in warm_lengths(row.targets.numel(), row.max_len)
+    run = graphs if graphs and few else forward
+    return run(row.inputs, row.targets, packing=Packing(row.cu_seqlens, row.max_len), **options)
+
+
 class StepClock:
     """Seconds of training so far, and a forecast of the next step. Pausing excludes validation and checkpoints."""
 
@@ -3145,11 +3070,8 @@ class Trainer:
 
     def loss(self, row: Row, order: tuple[int, ...]) -> Tensor:
         """This row's part of the mean loss of the rank's micro-batches."""
-        n = row.targets.numel()
-        few, weight = len(row.cu_seqlens) in warm_lengths(n, row.max_len), 1 / (n * self.accumulate)
-        forward = self.graphs if self.graphs and few else self.forward  # a row of more documents than were warmed does without a graph
-        return weight * forward(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, row.max_len),
-                                loss_weight=weight).sum()
+        weight = 1 / (row.targets.numel() * self.accumulate)
+        return weight * nats_of_row(row, self.forward, self.graphs, order=order, training=True).sum()
 
     def train_step(self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float) -> float:
         """One optimizer step on a window (rows, span) of all ranks; returns the mean loss in nats, the same on every rank.
@@ -3234,12 +3156,9 @@ class Trainer:
         log("compile_shape_warmup:start " + ",".join(f"{n}x{'loop' if loop else 'plain'}" for n, loop in shapes))
         row = packed_row(tokens, cfg.train_seq_len, self.world.device)
         for length, looping in shapes * (cfg.compile_shape_warmup_iters + bool(self.graphs)):  # graphs are recorded in the second round
-            buckets = warm_lengths(n, length)
-            log(f"compile_shape_warmup:shape seq_len:{length} loop:{int(looping)} warmup_cu_buckets:{','.join(map(str, buckets))} "
-                f"iters_each:{cfg.compile_shape_warmup_iters}")
-            for bucket in buckets:
-                cu_seqlens = torch.arange(bucket, dtype=torch.int32).mul(length).clamp(max=n)
-                shaped = row._replace(cu_seqlens=cu_seqlens.to(self.world.device), max_len=length)
+            log(f"compile_shape_warmup:shape seq_len:{length} loop:{int(looping)} "
+                f"warmup_cu_buckets:{','.join(map(str, warm_lengths(n, length)))} iters_each:{cfg.compile_shape_warmup_iters}")
+            for shaped in warm_rows(row, length):
                 self.loss(shaped, layer_order(cfg, looping)).backward()
                 self.optimizer.zero_grad()
 
@@ -5464,45 +5383,70 @@ def base_lr(cfg: Config, chunk: int, chunks: int) -> float:
     return cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (chunk - warm) / max(1, chunks - 1 - warm)))
 
 
-def update_base(cfg: Config, world: World, model: GPT, tokens: np.ndarray, log: Log) -> None:
-    """One global phase: SGD on all weights over scored tokens, all ranks together; the last, partial chunk is skipped.
+class BaseLearner:
+    """Global phases: SGD on all weights over scored tokens, all ranks together.
 
     Every rank joins every collective, with zero gradients when a chunk has fewer sequences than there are ranks, and the mean
     is over the chunk's tokens: the result does not depend on the ranks (but for the smear gate at a row's first token).
     """
-    seq, size = cfg.eval_seq_len, cfg.global_ttt_chunk_tokens
-    chunks, per_chunk = -(-(len(tokens) - 1) // size), size // seq
-    parameters = [p for name, p in model.named_parameters() if not name.startswith("softcap_")]
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizer = torch.optim.SGD(parameters, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-    order, eta = layer_order(cfg, looping=True), Eta(cfg.global_ttt_epochs * (chunks - 1))
-    for chunk in (c for _ in range(cfg.global_ttt_epochs) for c in range(chunks - 1)):
-        first, end = per_chunk * world.rank // world.size, per_chunk * (world.rank + 1) // world.size
-        for s in range(first, end, cfg.global_ttt_batch_seqs):
-            count = min(cfg.global_ttt_batch_seqs, end - s)
-            at = chunk * size + s * seq
-            # Cut at every sequence: how many of them share a row depends on the ranks, what a token sees must not.
-            row = packed_row(tokens[at : at + count * seq + 1], seq, world.device, every=seq)
-            if cfg.global_ttt_respect_doc_boundaries:
-                nats = model(row.inputs, row.targets, order=order, packing=Packing(row.cu_seqlens, seq))
-            else:
-                nats = model(row.inputs.view(count, seq), row.targets.view(count, seq), order=order)
-            (nats.sum() / (per_chunk * seq)).backward()
+
+    def __init__(self, cfg: Config, world: World, model: GPT):
+        self.cfg, self.world, self.order = cfg, world, layer_order(cfg, looping=True)
+        self.parameters = [p for name, p in model.named_parameters() if not name.startswith("softcap_")]
+        self.forward = compile_forward(model, cfg, world)
+        self.graphs = Graphed(self.forward, self.parameters) if cfg.cuda_graphs else None
+        self.per_chunk, most = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len, cfg.global_ttt_batch_seqs
+        first, end = (self.per_chunk * rank // world.size for rank in (world.rank, world.rank + 1))
+        self.shares = [(s, min(most, end - s)) for s in range(first, end, most)]  # (first sequence of a chunk, how many) of each forward
+
+    def add_gradient(self, row: Row) -> None:
+        """Of this row's part of the mean loss of a chunk."""
+        seq = self.cfg.eval_seq_len
+        if self.cfg.global_ttt_respect_doc_boundaries:
+            nats = nats_of_row(row, self.forward, self.graphs, order=self.order)
+        else:
+            nats = (self.graphs or self.forward)(row.inputs.view(-1, seq), row.targets.view(-1, seq), order=self.order)
+        (nats.sum() / (self.per_chunk * seq)).backward()
+
+    def warm_up(self) -> None:
+        """Compile, and record, what `learn` will run, on random tokens; no weight changes."""
+        seq, rng = self.cfg.eval_seq_len, np.random.default_rng(0)
+        for p in self.parameters:
+            p.requires_grad_(True)
+        for count in [*dict.fromkeys(count for _, count in self.shares)] * (1 + bool(self.graphs)):
+            tokens = rng.integers(0, self.cfg.vocab_size, count * seq + 1)
+            for row in warm_rows(packed_row(tokens, seq, self.world.device, every=seq), seq):
+                self.add_gradient(row)
+        for p in self.parameters:
+            p.requires_grad_(False).grad = None
+
+    def learn(self, tokens: np.ndarray, log: Log) -> None:
+        """One phase; the last, partial chunk is skipped."""
+        cfg, seq, size, parameters = self.cfg, self.cfg.eval_seq_len, self.cfg.global_ttt_chunk_tokens, self.parameters
+        chunks = -(-(len(tokens) - 1) // size)
         for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        world.sum_(*(p.grad for p in parameters))
-        if cfg.global_ttt_grad_clip:
-            torch.nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = base_lr(cfg, chunk, chunks)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        eta.add(1)
-        if chunk % 50 == 0 or chunk == chunks - 2:
-            log(f"tttg: c{chunk + 1}/{chunks} lr:{base_lr(cfg, chunk, chunks):.6f} t:{eta.elapsed:.1f}s")
-    for p in parameters:
-        p.requires_grad_(False)
+            p.requires_grad_(True)
+        optimizer = torch.optim.SGD(parameters, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+        eta = Eta(cfg.global_ttt_epochs * (chunks - 1))
+        for chunk in (c for _ in range(cfg.global_ttt_epochs) for c in range(chunks - 1)):
+            for first, count in self.shares:
+                at = chunk * size + first * seq
+                # Cut at every sequence: how many of them share a row depends on the ranks, what a token sees must not.
+                self.add_gradient(packed_row(tokens[at : at + count * seq + 1], seq, self.world.device, every=seq))
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            self.world.sum_(*(p.grad for p in parameters))
+            if cfg.global_ttt_grad_clip:
+                torch.nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = base_lr(cfg, chunk, chunks)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            eta.add(1)
+            if chunk % 50 == 0 or chunk == chunks - 2:
+                log(f"tttg: c{chunk + 1}/{chunks} lr:{base_lr(cfg, chunk, chunks):.6f} t:{eta.elapsed:.1f}s")
+        for p in parameters:
+            p.requires_grad_(False)
 
 
 def warm_up_ttt(cfg: Config, world: World, forward, lane: Lane, shapes: list[tuple[int, int]], log: Log) -> None:
@@ -5535,6 +5479,7 @@ class TttRun:
             self.forward = Graphed(self.forward)
         self.batches = document_batches(cfg, door)
         self.rows = like.rows if like else max(len(b.sizes) for b in self.batches)
+        self.base = like.base if like else BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
         self.static_rows = 0 if self.forward is model else self.rows
         self.lane = like.lane if like else Lane(cfg, world, self.rows, cfg.seed)  # one after the other, all in its place
         self.phases_done = self.scored_docs = 0
@@ -5548,6 +5493,8 @@ class TttRun:
         shapes = list(dict.fromkeys((c, window_width(cfg, c, i)) for c, indices in chunks for i in indices))
         if self.static_rows:
             warm_up_ttt(cfg, self.world, self.forward, self.lane, shapes, self.log)
+            if self.base:
+                self.base.warm_up()
 
     def check_budget(self, batch: Batch) -> None:
         """Raises RunError before the batch that would break MAX_EVAL_SECONDS."""
@@ -5598,7 +5545,7 @@ class TttRun:
         self.log(f"ttpp: phase:{self.phases_done + 1}/{self.cfg.phased_ttt_num_phases} pd:{sum(len(b.sizes) for b in segments)} "
                  f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
         self.world.barrier()
-        update_base(self.cfg, self.world, self.model, tokens, self.log)
+        self.base.learn(tokens, self.log)
         learned, lengths = self.cfg.global_ttt_epochs * len(tokens) / self.world.size, [min(n, self.cfg.eval_seq_len) for _, n in pieces]
         self.door.work.add(flops_per_token(self.cfg, lengths, True), "train", learned, 0)
         self.phases_done += 1
@@ -5713,7 +5660,7 @@ def log_start(run: Run, env) -> None:
     if cfg.quant == "rd" and cfg.target_bytes and cfg.stage != "eval":
         verdict = "CANNOT FIT" if bits < 0.2 else "fits, at a loss: 3 are usual" if bits < 2 else "fits"
         log(f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code}, {bits:.2f} bits each: {verdict}")
-    kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, residual=cfg.residual_kernel, ce=cfg.fused_ce_kernel)
+    kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel)
     attention, _, trials = choose_attention(cfg.attn_backend, run.world, cfg.compile_cache_dir)
     log(f"kernels: attention:{attention} ({trials}) " + " ".join(f"{name}:{kind}" for name, kind in kernels.items()))
 

@@ -95,11 +95,8 @@ def launches(rows: int, cfg: tg.Config):
     gate = torch.empty(1, rows, H, dtype=torch.bfloat16)
     yield "gate_heads", "gate_heads_kernel", lambda: tg.gate_heads_op(q, v, gate)
     yield "gate_heads_grad", "gate_heads_grad_kernel", lambda: tg.gate_heads_grad(q, q, v, gate)
-    weights = torch.empty(3, D)
-    yield "add_norm", "add_norm_kernel", lambda: tg.add_norm_op(weights, x, x, x)
-    yield "add_norm_grad", "add_norm_grad_kernel", lambda: tg.add_norm_grad(x, x, weights, x, x, x)
-    logits, targets, cap = torch.empty(1, rows, V, dtype=torch.bfloat16), torch.zeros(1, rows, dtype=torch.int64), torch.tensor(30.0)
-    yield "weighted_ce", "ce_kernel", lambda: tg.weighted_ce_op(logits, targets, cap, cap, 1.0)
+    logits, targets, cap = torch.empty(rows, V, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.int64), torch.tensor(30.0)
+    yield "head_ce", "ce_kernel", lambda: tg.ce_with_slope(logits, targets, cap, cap)
     yield "viterbi", "viterbi_kernel", lambda: tg.fused_viterbi(torch.empty(tg.TRELLIS_SEGMENT, 176), tg.TRELLIS_INTO.int())
 
 

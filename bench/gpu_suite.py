@@ -34,7 +34,7 @@ N = 256 if DRY else 98_304  # tokens of a micro-batch of S14
 DEVICE = "cpu" if DRY else "cuda"
 BUILD = Path(__file__).parents[1] / "build"  # where the CUTLASS kernel is looked for, and made
 D, H, G, HEAD, HIDDEN, V = CFG.model_dim, CFG.num_heads, CFG.num_kv_heads, CFG.head_dim, CFG.mlp_dim, CFG.vocab_size
-ALL_KERNELS = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", residual_kernel="triton", fused_ce_kernel="triton")
+ALL_KERNELS = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", fused_ce_kernel="triton")
 # Document lengths in tokens of FineWeb's validation part at these percentiles (50,000 documents, CaseOps, 8,192 pieces).
 PERCENTILES = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.9, 100)
 LENGTHS = (26, 104, 142, 179, 251, 334, 440, 566, 722, 936, 1259, 1873, 2769, 4618, 6625, 9624, 22379, 93646)
@@ -119,10 +119,15 @@ def gate_inputs(grad: bool = False):
     return randn(1, N, H, HEAD, grad=grad), randn(1, N, G, HEAD, grad=grad), gate
 
 
-def residual_inputs(grad: bool = False, streams: int = 2):
-    """Weights per channel and two streams (a block's input), or weights per lane and three (a lane after both sublayers)."""
-    weights = randn(streams, D if streams == 2 else 1, dtype=torch.float32, grad=grad)
-    return weights, *(randn(1, N, D, grad=grad) for _ in range(streams))
+def head_inputs(rows: int, scale: float = 1.0):
+    """Hidden states and head of `rows` tokens, targets, caps."""
+    cap = torch.tensor(30.0, device=DEVICE)
+    x, head = randn(1, rows, D, grad=True), randn(V, D, grad=True, scale=scale * D**-0.5)
+    return x, head, torch.randint(0, V, (1, rows), device=DEVICE), (cap, cap)
+
+
+def defined_head_ce(x, head, targets, *caps):
+    return tg.softcapped_ce(torch.nn.functional.linear(x, head), targets, *caps)
 
 
 def mlp_inputs(grad: bool = False):
@@ -169,9 +174,7 @@ def correctness():
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     pairs = {f"mlp {form}": (tg.fused_mlp(form), tg.leaky_mlp, lambda: (*mlp_inputs(True), 0.5), 0.012) for form in tg.MLP_KERNELS[1:]}
     pairs |= {"split_heads": (tg.split_heads_op, tg.split_heads, lambda: split_inputs(True), 0.008),
-              "gate_heads": (tg.gate_heads_op, tg.gate_heads, lambda: gate_inputs(True), 0.008),
-              "add_norm 2": (tg.fused_add_norm, tg.add_norm, lambda: residual_inputs(True), 0.008),
-              "add_norm 3": (tg.fused_add_norm, tg.add_norm, lambda: residual_inputs(True, 3), 0.008)}
+              "gate_heads": (tg.gate_heads_op, tg.gate_heads, lambda: gate_inputs(True), 0.008)}
     for name, (fused, definition, make, tolerance) in pairs.items():
         inputs, tolerance = make(), tolerance * (1 + DRY)  # the interpreter cuts to bf16 instead of rounding
         wide = [t.detach().float().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in inputs]
@@ -182,15 +185,13 @@ def correctness():
         reference = forward_backward(definition, wide, [d.bfloat16().float() for d in directions])
         error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
         yield dict(name=f"check {name}", error=error, tolerance=tolerance, reached=error < tolerance)
-    logits, targets = randn(1, N // 4, V, grad=True, scale=8.0), torch.randint(0, V, (1, N // 4), device=DEVICE)
-    cap = torch.tensor(30.0, device=DEVICE)
-    ours = tg.weighted_ce(logits, targets, cap, cap, 0.5)
-    (grad,) = torch.autograd.grad((0.5 * ours).sum(), [logits])
-    wide = logits.detach().float().requires_grad_()
-    reference = tg.softcapped_ce(wide, targets, cap, cap)
-    (expected,) = torch.autograd.grad((0.5 * reference).sum(), [wide])
-    error = max(relative_error(ours, reference), relative_error(grad, expected))
-    yield dict(name="check weighted_ce", error=error, tolerance=0.005, reached=error < 0.005)
+    x, head, targets, caps = head_inputs(N // 4, scale=8.0)
+    wide = [t.detach().float().requires_grad_() for t in (x, head)]
+    direction = [torch.rand(targets.shape, device=DEVICE)]
+    ours = forward_backward(lambda *args: tg.HeadCe.apply(*args, targets, *caps), (x, head), direction)
+    reference = forward_backward(lambda *args: defined_head_ce(*args, targets, *caps), wide, direction)
+    error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
+    yield dict(name="check head_ce", error=error, tolerance=0.01, reached=error < 0.01)
     x = 20 * torch.randn(tg.TRELLIS_SEGMENT, 33, device=DEVICE)
     ours, reference = tg.fused_viterbi(x, tg.TRELLIS_INTO.to(DEVICE, torch.int32)), tg.viterbi(x)
     error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
@@ -279,22 +280,13 @@ def heads():
     yield from against_compiled("gate_heads", tg.gate_heads_op, tg.gate_heads, gate_inputs, gb=(2.5 * U, 6.5 * U), targets=(0.07, 0.18))
 
 
-def residual():
-    """B5: residual streams added up and normed, of a block and of a lane."""
-    U = N * 512 * 2 / 1e9
-    for streams, gb in ((2, (4 * U, 10 * U)), (3, (5 * U, 13 * U))):
-        yield from against_compiled(f"add_norm {streams}", tg.fused_add_norm, tg.add_norm, partial(residual_inputs, streams=streams), gb=gb,
-                                    targets=(0.13, 0.28))
-
-
 def cross_entropy():
-    """B7: loss and gradient, one pass against two."""
-    logits, targets = randn(1, N, V, grad=True), torch.randint(0, V, (1, N), device=DEVICE)
-    cap = torch.tensor(30.0, device=DEVICE)
-    reference = compiled(lambda x: (1 / N) * tg.softcapped_ce(x, targets, cap, cap).sum())
-    yield line("softcapped CE forward+backward", milliseconds(lambda: forward_backward(
-        lambda x: (1 / N) * tg.weighted_ce(x, targets, cap, cap, 1 / N).sum(), (logits,))), "compiled definition",
-        milliseconds(lambda: forward_backward(reference, (logits,))), gb=2 * N * V * 2 / 1e9, target_ms=0.85)
+    """B7: head, loss and gradients, one pass over the logits against two."""
+    x, head, targets, caps = head_inputs(N)
+    reference = compiled(lambda x, head: defined_head_ce(x, head, targets, *caps).sum())
+    yield line("head and softcapped CE forward+backward", milliseconds(lambda: forward_backward(
+        compiled(lambda x, head: tg.HeadCe.apply(x, head, targets, *caps).sum()), (x, head))), "compiled definition",
+        milliseconds(lambda: forward_backward(reference, (x, head))), gb=4 * N * V * 2 / 1e9, tf=6 * N * V * D / 1e12, target_ms=4.6)
 
 
 def dense_causal(q, k, v):
@@ -364,7 +356,7 @@ def micro_batch(cfg, model, looping: bool, context: int):
     def step(forward):
         for p in model.parameters():
             p.grad = None
-        nats = forward(tokens[:, :-1], tokens[:, 1:], order=order, packing=packing, loss_weight=1 / N)
+        nats = forward(tokens[:, :-1], tokens[:, 1:], order=order, packing=packing, training=True)
         ((1 / N) * nats.sum()).backward()
         return [nats.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
@@ -499,7 +491,7 @@ def quantization():
 
 SECTIONS = dict(  # name: (what runs, its limit in seconds); those that may be cut off by the limit of all come last
     ceilings=(ceilings, 40), correctness=(correctness, 90), attention_correctness=(attention_correctness, 90), gemms=(gemms, 30),
-    mlp=(mlp, 60), heads=(heads, 60), residual=(residual, 40), cross_entropy=(cross_entropy, 40), attention=(attention, 60),
+    mlp=(mlp, 60), heads=(heads, 60), cross_entropy=(cross_entropy, 40), attention=(attention, 60),
     muon=(muon, 40), train_step=(train_step, 300), evaluation=(evaluation, 90), gptq=(gptq, 60), quantization=(quantization, 60),
     ttt=(ttt, 180), cutlass=(cutlass, 180), flex_tiles=(flex_tiles, 120))
 

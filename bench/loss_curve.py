@@ -21,7 +21,7 @@ SMALL = dict(
     vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, xsa_last_n=2, rope_dims=4, loop_start=0, loop_end=0,
     num_loops=1, parallel_start_layer=1, gate_window=8, lqer_rank=2, lqer_asym_group=16, train_batch_tokens=64, train_microbatch_tokens=64,
     train_seq_len=32, train_seq_schedule="", ttt_eval_seq_len=64, eval_seq_len=64, caseops_enabled=False)
-KERNELS = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", residual_kernel="triton", fused_ce_kernel="triton")
+KERNELS = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", fused_ce_kernel="triton")
 
 
 def write_data(folder: Path) -> Path:

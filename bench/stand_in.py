@@ -95,16 +95,16 @@ def make() -> dict[str, str]:
     BUILD.mkdir(exist_ok=True)
     libraries = [*(SITE / "torch" / "lib").glob("*.so"), *SITE.glob("nvidia/**/*.so.*")]
     unresolved = "".join(subprocess.run(["nm", "-D", "--undefined-only", f], capture_output=True, text=True).stdout for f in libraries)
-    runtime, versions = zip(*re.findall(r" (\w+)@libcudart\.so\.(\d+)", unresolved), strict=True) if "@libcudart" in unresolved else ((), ())
-    if len(set(versions)) != 1:
-        sys.exit(f"error: torch in {SITE} links no CUDA runtime, or several: install a CUDA build")
+    used = re.findall(r" (\w+)@libcudart\.so\.(\d+)", unresolved)
+    runtime, versions = {name for name, _ in used}, sorted({version for _, version in used})
+    if len(versions) != 1:
+        sys.exit(f"error: torch in {SITE} links {len(versions)} versions of the CUDA runtime, expected one: install a CUDA build")
     # The driver's functions are looked up by name: torch's and Triton's names are strings in them.
-    texts = [f.read_bytes() for f in [*(SITE / "torch" / "lib").glob("lib*cuda*.so"), SITE / "triton/backends/nvidia/driver.c"] if f.exists()]
-    driver = {m.decode() for text in texts for m in re.findall(rb"\bcu[A-Z]\w+\b", text)
-              if not re.match(rb"cu(blas|sparse|solver|fft|rand|File|BLAS|DNN)", m)}
+    files = *(SITE / "torch" / "lib").glob("lib*cuda*.so"), SITE / "triton" / "backends" / "nvidia" / "driver.c"
+    names = {m.decode() for f in files if f.exists() for m in re.findall(rb"\bcu[A-Z]\w+\b", f.read_bytes())}
     headers = [*(f.parent for f in SITE.glob("nvidia/*/include/driver_types.h")), SITE / "triton" / "backends" / "nvidia" / "include"]
-    preload = make_library(f"libcudart.so.{versions[0]}", versions[0], RUNTIME, set(runtime), headers)
-    make_library("libcuda.so.1", versions[0], DRIVER, driver, [])
+    preload = make_library(f"libcudart.so.{versions[0]}", versions[0], RUNTIME, runtime, headers)
+    make_library("libcuda.so.1", versions[0], DRIVER, names, [])
     return dict(LD_PRELOAD=str(preload), LD_LIBRARY_PATH=str(BUILD))
 
 

@@ -33,8 +33,7 @@ COMMITTED = Path(__file__).with_name("traffic.json")
 TOKENS = 98_304
 
 
-ALL_KERNELS = dict(mlp=tg.fused_mlp("lsb"), split_heads=tg.split_heads_op, gate_heads=tg.gate_heads_op, add_norm=tg.fused_add_norm,
-                   weighted_ce=tg.weighted_ce)
+ALL_KERNELS = dict(mlp=tg.fused_mlp("lsb"), split_heads=tg.split_heads_op, gate_heads=tg.gate_heads_op, head_ce=tg.HeadCe.apply)
 
 
 class Compiler:
@@ -97,7 +96,7 @@ def forward_backward(cfg: tg.Config, adapt: bool, backend=None, device: str = "c
         if not adapt:
             tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
             packing = tg.Packing(torch.zeros(192, dtype=torch.int32, device=device), 2048)
-            (forward(tokens, tokens, order=order, packing=packing, loss_weight=1 / TOKENS).sum() / TOKENS).backward()
+            (forward(tokens, tokens, order=order, packing=packing, training=True).sum() / TOKENS).backward()
             return backend.found()
         model.requires_grad_(False)
         world = tg.World(0, 1, torch.device(device), torch.bfloat16)
@@ -161,7 +160,7 @@ def on_gpu(compile: bool):
     """Lines about S14 by the rules for a GPU: bytes of a micro-batch and of a learning step; or two blocks of it compiled."""
     options = dict(device="cuda", attend=tg.varlen_attention())
     training = dict(definitions={}, **{name: {name: kernel} for name, kernel in ALL_KERNELS.items()}, all=ALL_KERNELS)
-    adapting = dict(definitions={}, all={name: kernel for name, kernel in ALL_KERNELS.items() if name != "weighted_ce"})
+    adapting = dict(definitions={}, all={name: kernel for name, kernel in ALL_KERNELS.items() if name != "head_ce"})
     inductor_config.shape_padding = False  # it times products to decide
     for adapt, variants in ((False, training), (True, adapting)):
         for name, kernels in variants.items():

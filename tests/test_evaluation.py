@@ -271,7 +271,7 @@ def test_scores_round_the_softcap_only_when_asked(random_model, monkeypatch):
             model = tg.build_model(cfg, bf16)
             model.load_state_dict(weights)
             row = torch.arange(5, 30)[None]
-            model(row[:, :-1], row[:, 1:], order=tg.layer_order(cfg, True), loss_weight=1.0)
+            model(row[:, :-1], row[:, 1:], order=tg.layer_order(cfg, True), training=True)
             assert asked == [not fused]
             asked.clear()
             door = tg.ValDoor(data, bf16)

@@ -1,6 +1,7 @@
 """TRAINING: schedules at their corners, a warm-up that leaves no trace, a clock that is never overrun, checkpoints exact to the bit."""
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import os
@@ -636,12 +637,17 @@ def test_training_and_scoring_compile_into_few_whole_graphs(cfg, world, tmp_path
         assert count_graphs() - before <= 3  # packed rows, full batches of windows, and the last one
 
 
-def test_test_time_training_compiles_into_few_whole_graphs(cfg, world, random_model, monkeypatch):
-    """Widths grow with every chunk, so they are dynamic: graphs per (chunk size, learning or not), not per width."""
-    cfg = dataclasses.replace(cfg, **SHALLOW, phased_ttt_enabled=False, val_doc_fraction=0.4)
+@pytest.mark.parametrize("phased", [False, True])
+def test_test_time_training_compiles_into_few_whole_graphs(phased, cfg, world, random_model, monkeypatch):
+    """Widths grow with every chunk, so they are dynamic: graphs per (chunk size, learning or not), not per width. Phases add one."""
+    cfg = dataclasses.replace(cfg, **SHALLOW, phased_ttt_enabled=phased, val_doc_fraction=0.4, ttt_batch_size=2,
+                              phased_ttt_prefix_docs=2, global_ttt_chunk_tokens=cfg.eval_seq_len)
     data = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False))
     model = random_model(cfg).requires_grad_(False).eval()
+    start = copy.deepcopy(model.state_dict())
     expected = tg.TttRun(cfg, world, model, tg.ValDoor(data, world), quiet).run()
+    learned = copy.deepcopy(model.state_dict())
+    model.load_state_dict(start)
     with clean_compiler():
         before = count_graphs()
         ttt = tg.TttRun(dataclasses.replace(cfg, compile_backend="aot_eager"), world, model, tg.ValDoor(data, world), quiet)
@@ -652,7 +658,12 @@ def test_test_time_training_compiles_into_few_whole_graphs(cfg, world, random_mo
     assert ours.loss == pytest.approx(
         expected.loss, abs=1e-3
     )  # padded rows: other kernels, and AdamW turns noise in tiny gradients into steps
-    assert graphs <= 4  # with and without gradients; dynamic widths and chunk sizes may cost one more each
+    assert graphs <= 4 + phased  # with and without gradients; dynamic widths and chunk sizes may cost one more each
+    assert ttt.phases_done == phased
+    moved = {name: (t - start[name]).norm() for name, t in learned.items()}
+    assert phased == any(moved.values())
+    for name, t in model.state_dict().items():
+        assert (t - learned[name]).norm() <= 0.02 * moved[name], name
 
 
 def test_a_compilation_in_timed_training_is_an_error_that_names_its_reason(cfg, world, tmp_path):

@@ -362,7 +362,7 @@ def test_base_weights_are_frozen_but_for_the_phases(world, random_model):
 def test_a_phase_learns_from_scored_documents_alone(world, random_model, monkeypatch):
     cfg, data = tiny_config(phased_ttt_num_phases=2, phased_ttt_prefix_docs=9), some(16)
     ledger, seen = Ledger(data, world), []
-    monkeypatch.setattr(tg, "update_base", lambda c, w, m, tokens, log: seen.append((tokens, ledger.when.copy())))
+    monkeypatch.setattr(tg.BaseLearner, "learn", lambda self, tokens, log: seen.append((tokens, ledger.when.copy())))
     tg.TttRun(cfg, world, ready(random_model(cfg)), ledger, lambda line: None).run()
     starts, ends = data.documents()
     assert len(seen) == 2
@@ -462,7 +462,7 @@ def test_a_global_phase_equals_the_slow_loop(changes, world, random_model):
     model, tokens = random_model(cfg), np.concatenate([[tg.BOS_ID], some(9, longest=100).tokens])[: 4 * 128 + 30]
     assert (np.diff(np.flatnonzero(tokens == tg.BOS_ID)) == 1).any(), "a seam: BOS after BOS"
     expected, got, lines = slow_base(cfg, model, tokens), ready(model), []
-    tg.update_base(cfg, world, got, tokens, lines.append)
+    tg.BaseLearner(cfg, world, got).learn(tokens, lines.append)
     for name, t in got.state_dict().items():
         moved = (expected[name] - model.state_dict()[name]).norm()
         assert (t - expected[name]).norm() <= 1e-3 * moved + 1e-6, name  # gradients summed in another order, fp32
@@ -476,11 +476,11 @@ def test_the_last_chunk_of_a_phase_and_the_remainder_of_a_chunk_are_skipped(worl
     results = []
     for forge in ((), (65, 100), (165, 200), (201, 301), (10, 11)):
         got = ready(model)
-        tg.update_base(cfg, world, got, forged(tg.ValData(tokens, None), *forge).tokens if forge else tokens, lambda line: None)
+        tg.BaseLearner(cfg, world, got).learn(forged(tg.ValData(tokens, None), *forge).tokens if forge else tokens, lambda line: None)
         results.append(digest(got))
     assert results[0] == results[1] == results[2] == results[3] != results[4]
     short = ready(model)
-    tg.update_base(cfg, world, short, tokens[:101], lambda line: None)
+    tg.BaseLearner(cfg, world, short).learn(tokens[:101], lambda line: None)
     assert digest(short) == digest(model), "a single chunk is the last one"
 
 
@@ -585,10 +585,13 @@ def test_a_run_in_graphs_is_a_run(changes, world, random_model, recordings, monk
     batches = tg.document_batches(cfg, data)
     shapes = {(b.chunk, tg.window_width(cfg, b.chunk, i)) for b in batches for i in range(-(-int(b.sizes.max()) // b.chunk))}
     graphs = len(shapes) * (1 + cfg.ttt_short_lora_enabled)
-    assert len(ttt.forward.recorded) == len(tg.Graphed.made) == graphs == len(recordings) / 2 and graphs >= 3
+    phases = len({count for _, count in ttt.base.shares}) * 4 if ttt.base else 0
+    assert len(ttt.forward.recorded) == graphs >= 3 and len(ttt.base.graphs.recorded if ttt.base else ()) == phases
+    assert len(tg.Graphed.made) == graphs + phases == len(recordings) / 2
     replays = sum(recording.replays for recording in recordings)
     score = ttt.run()  # an error if anything were recorded here
-    assert len(ttt.forward.recorded) == graphs and sum(recording.replays for recording in recordings) > replays
+    assert len(tg.Graphed.made) == graphs + phases and sum(recording.replays for recording in recordings) > replays
+    assert not ttt.base or min(recording.replays for recording in recordings[2 * graphs : 2 * graphs + 2]) > 0, "phases are replayed"
     monkeypatch.setattr(tg.Graphed, "__call__", lambda self, *args, **kwargs: self.forward(*args, **kwargs))
     plain, expected = graphed_run(cfg, world, model, data)
     assert plain.static_rows == ttt.static_rows > 0
