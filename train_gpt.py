@@ -231,6 +231,10 @@ def rule_violations(c: Config):
     if c.lqer_enabled and c.lqer_rank > min(c.kv_dim, c.model_dim, c.mlp_dim):
         yield ("lqer_rank", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"), (
             f"LQER_RANK={c.lqer_rank} must be at most the smallest side of a matrix, {min(c.kv_dim, c.model_dim, c.mlp_dim)}")
+    if c.ttt_adam_kernel == "triton" and (c.ttt_beta1 or c.ttt_optimizer == "sgd"):
+        yield ("ttt_adam_kernel", "ttt_beta1", "ttt_optimizer"), (
+            f"TTT_ADAM_KERNEL=triton is AdamW with TTT_BETA1=0, not TTT_OPTIMIZER={c.ttt_optimizer} with TTT_BETA1={c.ttt_beta1:g}; "
+            "set TTT_ADAM_KERNEL=eager")
     if c.phased_ttt_enabled and c.ttt_enabled and c.global_ttt_chunk_tokens < c.eval_seq_len:
         yield ("global_ttt_chunk_tokens", "eval_seq_len"), (
             f"GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} must hold at least one sequence of EVAL_SEQ_LEN={c.eval_seq_len}")
@@ -410,6 +414,7 @@ class Config:
     ttt_beta1: float = knob(0.0, "AdamW of the adapters", lo=0, hi=0.9999)
     ttt_beta2: float = knob(0.99, "AdamW of the adapters", lo=0, hi=0.99999)
     ttt_optimizer: str = knob("adam", "optimizer of the adapters", choices=("adam", "sgd"))
+    ttt_adam_kernel: str = knob("eager", "AdamW without a first moment, which TTT_BETA1=0 does not need", choices=("eager", "triton"))
     ttt_grad_steps: int = knob(1, "updates per scored chunk", lo=1)
     ttt_mask: str = knob("no_qv", "which attention adapters to leave out", choices=("", "all", "baseline_all", "no_q", "no_v", "no_qv"))
     ttt_q_lora: str = knob("auto", "query adapter; auto = as TTT_MASK says", choices=("auto", "0", "1"))
@@ -2165,6 +2170,34 @@ class HeadCe(torch.autograd.Function):
         return (grad * (slope @ head).view(x.shape)).to(x.dtype), slope.T @ (grad * x).to(x.dtype).flatten(0, -2), None, None, None
 
 
+@jit
+def adam_kernel(p, g, v, lr, keep, beta2, correction, eps, n, BLOCK: tl.constexpr):
+    """One program, BLOCK numbers: weight decay (keep), second moment, step; in place."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    grad = tl.load(g + at, mask=at < n, other=0.0)
+    second = beta2 * tl.load(v + at, mask=at < n, other=0.0) + (1 - beta2) * grad * grad
+    tl.store(v + at, second, mask=at < n)
+    step = lr * grad / (correction * tl.sqrt(second) + eps)
+    tl.store(p + at, keep * tl.load(p + at, mask=at < n, other=0.0) - step, mask=at < n)
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """torch.optim.AdamW with beta1 = 0, its parameters contiguous fp32: the gradient is its own first moment, so none is kept or read."""
+
+    def __init__(self, parameters, lr: float, beta2: float, eps: float, weight_decay: float):
+        super().__init__(parameters, dict(lr=lr, beta2=beta2, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, beta2, group["step"] = group["lr"], group["beta2"], group.get("step", 0) + 1
+            for p in (p for p in group["params"] if p.grad is not None):
+                v = self.state[p].setdefault("second", torch.zeros_like(p))
+                adam_kernel[(triton.cdiv(p.numel(), 1024),)](
+                    p, p.grad.contiguous(), v, lr, 1 - lr * group["weight_decay"], beta2, (1 - beta2 ** group["step"]) ** -0.5,
+                    group["eps"], p.numel(), BLOCK=1024)
+
+
 class Kernels(NamedTuple):
     """What computes each fused operation; the definitions by default."""
 
@@ -2180,7 +2213,7 @@ DEFINITIONS = Kernels()
 
 def choose_kernels(cfg: Config, world: World) -> Kernels:
     """The attention this device has, and the kernels that *_KERNEL ask for. Raises RunError where they can not run."""
-    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel")}
+    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel", "ttt_adam_kernel")}
     asked = " ".join(f"{name.upper()}={value}" for name, value in knobs.items() if value != "eager")
     on_gpu = world.device.type == "cuda"
     if asked and not (triton and (on_gpu or INTERPRETED)):
@@ -5277,6 +5310,8 @@ class Lineage:
         lr = self.lr * self.cfg.ttt_local_lr_mult
         if self.cfg.ttt_optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=lr, weight_decay=self.wd)
+        if self.cfg.ttt_adam_kernel == "triton":
+            return FusedAdam(parameters, lr, self.beta2, 1e-10, self.wd)
         return torch.optim.AdamW(parameters, lr=lr, betas=(self.cfg.ttt_beta1, self.beta2), eps=1e-10, weight_decay=self.wd,
                                  fused=parameters[0].device.type in ("cuda", "cpu"))
 
@@ -5660,7 +5695,7 @@ def log_start(run: Run, env) -> None:
     if cfg.quant == "rd" and cfg.target_bytes and cfg.stage != "eval":
         verdict = "CANNOT FIT" if bits < 0.2 else "fits, at a loss: 3 are usual" if bits < 2 else "fits"
         log(f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code}, {bits:.2f} bits each: {verdict}")
-    kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel)
+    kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel, adam=cfg.ttt_adam_kernel)
     attention, _, trials = choose_attention(cfg.attn_backend, run.world, cfg.compile_cache_dir)
     log(f"kernels: attention:{attention} ({trials}) " + " ".join(f"{name}:{kind}" for name, kind in kernels.items()))
 

@@ -427,9 +427,9 @@ def learning_step(cfg, world, forward, rows: int, width: int, chunk: int, padded
 def ttt():
     """B12: learning steps of test-time training at four shapes: definitions; kernels; kernels in CUDA graphs, their windows padded to a
     bucket. The nats of three steps from the same adapters come first: those in graphs must be those of the same windows without."""
-    world, models = make_world(), []
-    for kernels in ({}, {**ALL_KERNELS, "fused_ce_kernel": "eager"}):  # every nat is wanted, not a weighted sum
-        cfg = tg.Config(**SMALL, **kernels)
+    world, models, cfgs = make_world(), [], []
+    for kernels in ({}, {**ALL_KERNELS, "ttt_adam_kernel": "triton"}):
+        cfgs.append(cfg := tg.Config(**SMALL, **kernels))
         model = tg.build_model(cfg, world).requires_grad_(False)
         models.append(tg.compile_forward(model, cfg, world, growing=True))
     definitions, kernels = models
@@ -440,7 +440,7 @@ def ttt():
         nats, ms = {}, {}
         for name in list(kinds):  # one after the other: the adapters and moments of 256 documents are 14 GB
             forward, padded = kinds.pop(name)
-            step = learning_step(cfg, world, forward, rows, width, chunk, padded)
+            step = learning_step(cfgs[name != "definitions"], world, forward, rows, width, chunk, padded)
             nats[name], ms[name] = torch.stack([step() for _ in range(3)]), milliseconds(step, 5)
             del step, forward
             gc.collect()

@@ -439,6 +439,25 @@ def test_head_ce_equals_its_definition(poison, vocab, pos, neg, dtype):
         assert a.grad.dtype == dtype and relative_error(a.grad, b.grad) < (1e-5 if dtype == torch.float32 else 0.02)
 
 
+@pytest.mark.parametrize(("wd", "beta2"), [(0.0, 0.99), (0.5, 0.9)])
+def test_fused_adam_is_adamw_without_a_first_moment(wd, beta2):
+    """Several steps, a size that is no multiple of a block, a gradient that is not contiguous, and one that is zero."""
+    shapes, results = ((3, 700), (5,), (4, 4)), []
+    for make in (lambda ps: tg.FusedAdam(ps, 0.01, beta2, 1e-10, wd),
+                 lambda ps: torch.optim.AdamW(ps, lr=0.01, betas=(0.0, beta2), eps=1e-10, weight_decay=wd)):
+        parameters = [randn(*shape, seed=k).detach().requires_grad_() for k, shape in enumerate(shapes)]
+        optimizer = make(parameters)
+        for step in range(4):
+            for k, p in enumerate(parameters):
+                p.grad = randn(*reversed(p.shape), seed=10 * step + k).T.detach() if k != 2 else torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        results.append(parameters)
+    for ours, theirs, k in zip(*results, range(3), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+        assert not torch.equal(ours, randn(*shapes[k], seed=k)) or (k == 2 and not wd)
+
+
 def test_triton_operators_are_well_formed():
     cfg = tg.Config(model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4, lqer_enabled=False)
     cos, sin = tg.rotary_tables(cfg, 5, 5, torch.device("cpu"))
@@ -454,7 +473,7 @@ def test_triton_operators_are_well_formed():
         torch.library.opcheck(tg.mlp_up_grad, (x, randn(16, 8, dtype=torch.bfloat16), x[:, :8].abs(), 0.5, form, ""))
 
 
-@pytest.mark.parametrize("knob", ["mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel"])
+@pytest.mark.parametrize("knob", ["mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel", "ttt_adam_kernel"])
 def test_kernels_that_can_not_run_are_refused(knob, monkeypatch):
     cfg = tiny_config(**{knob: tg.Config.__dataclass_fields__[knob].metadata["choices"][-1]})
     cpu = tg.World(0, 1, torch.device("cpu"), torch.float32)
@@ -462,7 +481,7 @@ def test_kernels_that_can_not_run_are_refused(knob, monkeypatch):
         with pytest.raises(tg.RunError, match="MLP_KERNEL=lsb needs bf16"):
             tg.choose_kernels(cfg, cpu)
     else:
-        assert tg.choose_kernels(cfg, cpu) != tg.choose_kernels(tiny_config(), cpu)
+        assert (tg.choose_kernels(cfg, cpu) == tg.choose_kernels(tiny_config(), cpu)) == (knob == "ttt_adam_kernel")  # not the forward's
     monkeypatch.setattr(tg, "INTERPRETED", False)
     with pytest.raises(tg.RunError, match=f"{knob.upper()}=.* needs Triton and an NVIDIA GPU.*set them to eager"):
         tg.choose_kernels(cfg, cpu)
@@ -512,7 +531,7 @@ def test_every_kernel_compiles_for_hopper_without_spilling():
     done = subprocess.run([sys.executable, ROOT / "bench" / "cubin.py", "triton"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     made = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(made) == 2 * (len(tg.MLP_KERNELS) - 1) + 6
+    assert len(made) == 2 * (len(tg.MLP_KERNELS) - 1) + 7
     for line in made:
         assert line["stack_bytes"] == line["spills"] == 0 and line["shared_bytes"] <= 232_448 and line["registers"] <= 255
         assert not line["name"].startswith("mlp_") or (line["wgmma"] and line["tma_loads"])

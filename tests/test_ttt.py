@@ -598,6 +598,13 @@ def test_a_run_in_graphs_is_a_run(changes, world, random_model, recordings, monk
     assert plain.run() == score and np.array_equal(expected.nats.numpy(), ledger.nats.numpy())
 
 
+def test_the_adam_kernel_gives_the_scores_of_adamw(world, random_model):
+    cfg, data = tiny_config(**QUIET), of_sizes(60, 60)
+    model = ready(random_model(cfg))
+    base, ours = nats_of(cfg, world, model, data), nats_of(cfg, world, model, data, ttt_adam_kernel="triton")
+    assert np.allclose(ours, base, atol=2e-4) and not np.allclose(base, nats_of(cfg, world, model, data, ttt_local_lr_mult=0.5), atol=2e-4)
+
+
 def test_a_graph_recorded_in_the_scored_evaluation_is_an_error(world, random_model, recordings):
     cfg, data = tiny_config(cuda_graphs=True, **QUIET), some(14)
     model = random_model(cfg)
