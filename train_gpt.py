@@ -175,8 +175,7 @@ def rule_violations(c: Config):
     if c.attn_out_gate_enabled + c.gated_attn_enabled + c.sparse_attn_gate_enabled > 1:
         yield ("attn_out_gate_enabled", "gated_attn_enabled", "sparse_attn_gate_enabled"), (
             "at most one of ATTN_OUT_GATE_ENABLED, GATED_ATTN_ENABLED, SPARSE_ATTN_GATE_ENABLED may be 1")
-    if c.prequant_only + c.quantize_only + c.ttt_eval_only > 1 or (
-            c.stage != "all" and c.prequant_only + c.quantize_only + c.ttt_eval_only):
+    if (c.stage != "all") + c.prequant_only + c.quantize_only + c.ttt_eval_only > 1:
         yield ("stage", "prequant_only", "quantize_only", "ttt_eval_only"), (
             "set only one of STAGE, PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY")
     if c.train_batch_tokens % c.train_microbatch_tokens:
@@ -232,9 +231,7 @@ def rule_violations(c: Config):
         yield ("lqer_rank", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"), (
             f"LQER_RANK={c.lqer_rank} must be at most the smallest side of a matrix, {min(c.kv_dim, c.model_dim, c.mlp_dim)}")
     if c.ttt_adam_kernel == "triton" and (c.ttt_beta1 or c.ttt_optimizer == "sgd"):
-        yield ("ttt_adam_kernel", "ttt_beta1", "ttt_optimizer"), (
-            f"TTT_ADAM_KERNEL=triton is AdamW with TTT_BETA1=0, not TTT_OPTIMIZER={c.ttt_optimizer} with TTT_BETA1={c.ttt_beta1:g}; "
-            "set TTT_ADAM_KERNEL=eager")
+        yield ("ttt_adam_kernel", "ttt_beta1", "ttt_optimizer"), "TTT_ADAM_KERNEL=triton needs TTT_OPTIMIZER=adam and TTT_BETA1=0"
     if c.phased_ttt_enabled and c.ttt_enabled and c.global_ttt_chunk_tokens < c.eval_seq_len:
         yield ("global_ttt_chunk_tokens", "eval_seq_len"), (
             f"GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} must hold at least one sequence of EVAL_SEQ_LEN={c.eval_seq_len}")

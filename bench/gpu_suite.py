@@ -8,13 +8,18 @@ process. `--table FILE` prints the table of an older run; `--dry-run` goes throu
 """
 
 import argparse
+import ctypes
 import gc
 import json
+import lzma
 import math
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import types
 import unittest.mock
 from functools import partial
 from pathlib import Path
@@ -210,18 +215,23 @@ def attentions() -> list[tuple[str, Any]]:
     return sorted(tg.attention_backends(make_world()).items(), key=lambda item: order.index(item[0]))
 
 
+def check_attention(name: str, attend):
+    """Against the loop of SDPA, values and gradients; one that fails costs its own lines only."""
+    for context in (1024, 3072):
+        bounds, inputs = packed_bounds(context), tuple(randn(N, heads, HEAD, grad=True) for heads in (H, G, G))
+        try:
+            ours, reference = (forward_backward(partial(f, cu_seqlens=bounds, max_len=context), inputs)
+                               for f in (attend, tg.document_attention_reference))
+            error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
+            yield dict(name=f"check attention {name} {context}", error=error, tolerance=0.012, reached=error < 0.012)
+        except Exception as e:
+            yield dict(name=f"check attention {name} {context}", error=first_line(e), tolerance=0.012, reached=False)
+
+
 def attention_correctness():
-    """Every attention of this machine against the loop of SDPA, values and gradients; one that fails costs its own lines only."""
+    """Every attention of this machine."""
     for name, attend in attentions():
-        for context in (1024, 3072):
-            bounds, inputs = packed_bounds(context), tuple(randn(N, heads, HEAD, grad=True) for heads in (H, G, G))
-            try:
-                ours, reference = (forward_backward(partial(f, cu_seqlens=bounds, max_len=context), inputs)
-                                   for f in (attend, tg.document_attention_reference))
-                error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
-                yield dict(name=f"check attention {name} {context}", error=error, tolerance=0.012, reached=error < 0.012)
-            except Exception as e:
-                yield dict(name=f"check attention {name} {context}", error=first_line(e), tolerance=0.012, reached=False)
+        yield from check_attention(name, attend)
 
 
 def against_compiled(name, fused, definition, make, gb=(0.0, 0.0), tf: float = 0.0, targets=(0.0, 0.0)):
@@ -316,6 +326,30 @@ def attention():
     """B6: every attention of this machine."""
     for name, attend in attentions():
         yield from time_attention(name, attend, (1024, 2048, 3072))
+
+
+def load_fa3(library: Path, runtime: Path) -> None:
+    """Put FlashAttention 3 in the place of torch's own kernels for this process. library: xz of the one in xformers' wheel, which uses
+    torch's stable interface only and the CUDA 12 runtime."""
+    ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        with lzma.open(library) as packed:
+            shutil.copyfileobj(packed, file, 1 << 24)
+        file.flush()
+        torch.ops.load_library(file.name)
+    sys.modules["flash_attn_interface"] = types.ModuleType("flash_attn_interface")  # torch imports the package and calls the library
+    torch.nn.attention.activate_flash_attention_impl("FA3")
+
+
+def fa3():
+    """B6: FlashAttention 3, what the published runs had, through torch's varlen attention: the others against it, in one process each."""
+    files = BUILD / "flash_attn_3.so.xz", BUILD / "libcudart.so.12"
+    if missing := [f.name for f in files if not f.exists()]:
+        yield dict(name="fa3", skipped=f"build/ lacks {', '.join(missing)}: bench/README.md says where they are from")
+    elif not DRY:
+        load_fa3(*files)
+        yield from check_attention("fa3 of xformers", tg.varlen_attention())
+        yield from time_attention("fa3 of xformers", tg.varlen_attention(), (1024, 2048, 3072))
 
 
 def flex_tiles():
@@ -493,7 +527,7 @@ SECTIONS = dict(  # name: (what runs, its limit in seconds); those that may be c
     ceilings=(ceilings, 40), correctness=(correctness, 90), attention_correctness=(attention_correctness, 90), gemms=(gemms, 30),
     mlp=(mlp, 60), heads=(heads, 60), cross_entropy=(cross_entropy, 40), attention=(attention, 60),
     muon=(muon, 40), train_step=(train_step, 300), evaluation=(evaluation, 90), gptq=(gptq, 60), quantization=(quantization, 60),
-    ttt=(ttt, 180), cutlass=(cutlass, 180), flex_tiles=(flex_tiles, 120))
+    ttt=(ttt, 180), fa3=(fa3, 60), cutlass=(cutlass, 180), flex_tiles=(flex_tiles, 120))
 
 
 def table(lines: list[dict]) -> str:

@@ -106,7 +106,7 @@ def test_nothing_reads_a_later_name_while_importing_or_in_a_signature():
 
 def test_length():
     """The aim is 3,000. Above it lie audit, quantizers, range coder, and Triton kernels, of which those that lose on a GPU will go."""
-    assert sum(bool(line.strip()) for line in LINES) <= 5055
+    assert sum(bool(line.strip()) for line in LINES) <= 5051
 
 
 def test_no_long_function():
