@@ -1,8 +1,8 @@
 """Run a program as if this machine had an H100: `python bench/stand_in.py PROGRAM [ARGUMENT...]`. Needs a CUDA build of torch and gcc.
 
-Two libraries in build/ take the place of the CUDA runtime and driver. The device calls itself an H100, its memory is the host's, and
-every other function says that all went well and does nothing. That is enough for tensors without data, and for compilers, which run to
-their end by their rules for a GPU; no kernel runs and no number computed there means anything.
+Two libraries in build/stand_in/ take the place of the CUDA runtime and driver. The device calls itself an H100, its memory is the
+host's, and every other function says that all went well and does nothing. That is enough for tensors without data, and for compilers,
+which run to their end by their rules for a GPU; no kernel runs and no number computed there means anything.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-BUILD = Path(__file__).parents[1] / "build"
+BUILD = Path(__file__).parents[1] / "build" / "stand_in"  # a folder that nothing else looks into
 SITE = Path(find_spec("torch").origin).parents[1]  # torch itself must not be imported: it would load the real libraries
 RUNTIME = """
 #include <driver_types.h>
@@ -79,7 +79,7 @@ static int attribute(int *v, int what) {  // of a device: capability 9.0, 132 SM
 
 
 def make_library(name: str, version: str, source: str, wanted: set[str], includes: list[Path]) -> Path:
-    """`source` and, for each further name in `wanted`, a function that does nothing, as build/NAME."""
+    """`source` and, for each further name in `wanted`, a function that does nothing, as a library."""
     missing = sorted(wanted - set(re.findall(r"(\w+)\(", source)))
     code = BUILD / f"{name}.c"
     code.write_text(f"#define VERSION {version}\n{ATTRIBUTE}{source}" + "".join(f"long {f}() {{ return 0; }}\n" for f in missing))
@@ -92,7 +92,7 @@ def make_library(name: str, version: str, source: str, wanted: set[str], include
 
 def make() -> dict[str, str]:
     """Build both. Returns the variables that make a process use them."""
-    BUILD.mkdir(exist_ok=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
     libraries = [*(SITE / "torch" / "lib").glob("*.so"), *SITE.glob("nvidia/**/*.so.*")]
     unresolved = "".join(subprocess.run(["nm", "-D", "--undefined-only", f], capture_output=True, text=True).stdout for f in libraries)
     used = re.findall(r" (\w+)@libcudart\.so\.(\d+)", unresolved)
