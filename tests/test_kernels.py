@@ -449,7 +449,8 @@ def test_fused_adam_is_adamw_without_a_first_moment(wd, beta2):
         optimizer = make(parameters)
         for step in range(4):
             for k, p in enumerate(parameters):
-                p.grad = randn(*reversed(p.shape), seed=10 * step + k).T.detach() if k != 2 else torch.zeros_like(p)
+                turned = randn(*reversed(p.shape), seed=10 * step + k).permute(*reversed(range(p.ndim)))
+                p.grad = turned.detach() if k != 2 else torch.zeros_like(p)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         results.append(parameters)
