@@ -1528,7 +1528,7 @@ def varlen_attention():
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    options = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # a check; kernels always knew
+    options = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # a check, no other kernel
 
     def document_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=(window - 1, 0), **options)
@@ -2152,7 +2152,7 @@ def ce_with_slope(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Ten
 
 class HeadCe(torch.autograd.Function):
     """`softcapped_ce` of a linear head by one pass over the logits. What comes in backward scales rows of the narrow factors of the two
-    products, not of the wide one. (It must not be left out: a backward that does without it misleads the compiler about what to keep.)"""
+    products, not of the wide one. Left out, it would leave AOTAutograd without a backward that depends on the loss."""
 
     @staticmethod
     def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor) -> Tensor:
