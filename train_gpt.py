@@ -8,7 +8,7 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
 train -> EMA -> Hessians -> GPTQ -> artifact on disk -> reload from its bytes -> score -> test-time training -> one JSON line.
 
 Reads top to bottom, a name is used below its definition:
-CONFIG, RUNTIME, DATA, KERNELS, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, AUDIT, EVALUATION, TEST-TIME TRAINING, MAIN.
+CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, AUDIT, KERNELS, MAIN.
 Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width, V vocabulary,
 L blocks, S slots (positions in the unrolled layer order), W ranks.
 """
@@ -1323,7 +1323,7 @@ class ValData:
 
 
 # ==================================================================================================
-# KERNELS - each a definition first; where a faster form exists, it is held to the definition by a test.
+# MODEL - one network, one forward: training, scoring, calibration and test-time training differ by its arguments.
 # ==================================================================================================
 
 def softcap(logits: Tensor, cap_pos: Tensor, cap_neg: Tensor) -> Tensor:
@@ -1443,6 +1443,3337 @@ def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Te
                       for start, end in pairwise(bounds) if end > start])
 
 
+class Kernels(NamedTuple):
+    """What computes each fused operation; the definitions by default."""
+
+    attend: Any = document_attention_reference
+    mlp: Any = leaky_mlp
+    split_heads: Any = split_heads
+    gate_heads: Any = gate_heads
+    head_ce: Any = None  # None: the loss of training and its gradient by `softcapped_ce` and autograd
+    viterbi: Any = None  # None: the trellis's search of the same name
+    adam: Any = None     # None: torch's AdamW for the adapters
+
+
+DEFINITIONS = Kernels()
+
+
+class Lora(NamedTuple):
+    """Low-rank deltas of one site, one per document b: delta(x)[b] = scale x[b] A[b]^T B[b]^T."""
+
+    A: Tensor  # (S, B, r, n_in), or (B, r, n_in) for one slot
+    B: Tensor  # (S, B, n_out, r), or (B, n_out, r)
+    scale: float
+
+
+class Adapters(NamedTuple):
+    """Adapters by site. q k v sit on the projections; o and mlp run beside the sublayer and read its normed input."""
+
+    q: Lora | None = None
+    k: Lora | None = None
+    v: Lora | None = None
+    o: Lora | None = None
+    mlp: Lora | None = None
+    head: Lora | None = None  # one slot, reads the final normed hidden state
+
+    def slots(self, blocks: list[Block]) -> list[Adapters]:
+        """One Adapters per slot, given its block. unbind, not indexing: its backward writes each gradient once."""
+        sites = {site: lora for site, lora in zip(self._fields, self, strict=True) if lora is not None and site != "head"}
+        columns = {site: zip(lora.A.unbind(0), lora.B.unbind(0), strict=True) for site, lora in sites.items()}
+        return [Adapters(**{site: block.fold_adapter(site, Lora(*next(column), sites[site].scale)) for site, column in columns.items()})
+                for block in blocks]
+
+    def rows(self, first: int, end: int) -> Adapters:
+        """Views of the adapters of documents [first, end)."""
+        return Adapters(*(lora and Lora(*(t[..., first:end, :, :] for t in lora[:2]), lora.scale) for lora in self))
+
+
+NO_ADAPTERS = Adapters()
+
+
+class Weights(NamedTuple):
+    """The matrices of one block, (n_out, n_in) each, in the activation dtype, with the block's constant and learned scales folded in."""
+
+    qkv: Tensor  # Q, K and V below one another
+    o: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class Packing(NamedTuple):
+    """Attention segments of a packed row (1, T); None in its place means plain causal attention."""
+
+    cu_seqlens: Tensor
+    max_len: int
+
+
+class Cache:
+    """What rows (B, T) leave behind: their last token and, by slot, their keys and values. With it a forward goes on where it stopped."""
+
+    def __init__(self, max_len: int):
+        self.max_len, self.length, self.last, self.kv = max_len, 0, None, {}
+
+    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values (B, T, G, d) of new tokens; returns those of all tokens so far."""
+        B, T, G, d = k.shape
+        if slot not in self.kv:
+            self.kv[slot] = k.new_empty(2, B, G, self.max_len, d).transpose(2, 3)  # a head's positions lie side by side: half the time
+        held = self.kv[slot][:, :, : self.length + T]
+        held[0, :, self.length :], held[1, :, self.length :] = k, v
+        return held[0], held[1]
+
+
+def at_positions(x: Tensor, at: Tensor | None) -> Tensor:
+    """x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
+    return x if at is None else x.gather(1, at.view(*at.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
+
+
+def add_deltas(y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)) -> Tensor:
+    """y (B, T, width) plus the deltas of adapters that read x, each from its own of the `columns` on: one product by all A, one by all B,
+    added up inside it."""
+    found = [(lora, first) for lora, first in zip(loras, columns, strict=True) if lora is not None]
+    if not found:
+        return y
+    A = torch.cat([lora.A for lora, _ in found], 1).to(x.dtype)
+    B = torch.cat([F.pad(lora.scale * lora.B, (0, 0, first, y.shape[-1] - first - lora.B.shape[1])) for lora, first in found], 2)
+    return torch.baddbmm(y, x @ A.mT, B.to(x.dtype).mT)
+
+
+def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
+    """Blocks in execution order; when looping, the middle segment runs 1 + NUM_LOOPS times."""
+    if not (looping and cfg.num_loops):
+        return tuple(range(cfg.num_layers))
+    segment = tuple(range(cfg.loop_start, cfg.loop_end + 1))
+    return (*range(cfg.loop_start), *(segment * (1 + cfg.num_loops)), *range(cfg.loop_end + 1, cfg.num_layers))
+
+
+def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, 1, rope_dims / 2) of the row positions: only differences matter, so documents need no reset.
+
+    The frequencies are rounded to bf16 because published checkpoints were trained with rounded ones. With ROPE_YARN the base
+    grows where the attention context exceeds ROPE_TRAIN_SEQ_LEN.
+    """
+    base = cfg.rope_base
+    if cfg.rope_yarn and context > cfg.rope_train_seq_len:
+        base *= (context / cfg.rope_train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
+    exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32, device=device) / cfg.rope_dims
+    frequencies = (base**-exponents).bfloat16().float()
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+class Attention(nn.Module):
+    """Small tensors of one attention sublayer; its matrices live in the banks."""
+
+    def __init__(self, cfg: Config, layer: int, norm_scale: float):
+        super().__init__()
+        self.cfg, self.norm_scale, self.window = cfg, norm_scale, cfg.window(layer)
+        self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
+        self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
+        if cfg.attn_gate == "out":
+            self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
+        elif cfg.attn_gate != "none":
+            self.attn_gate_w = nn.Parameter(torch.empty(cfg.num_heads, cfg.model_dim if cfg.attn_gate == "dense" else cfg.gate_window))
+
+    def gate(self, n: Tensor, q_raw: Tensor) -> Tensor:
+        """(B, T, H): how much of each head's output passes. n lacks the norm scale, which the weights take over."""
+        cfg = self.cfg
+        if cfg.attn_gate == "dense":
+            return torch.sigmoid(F.linear(n, (self.norm_scale * self.attn_gate_w).to(n.dtype)))
+        if cfg.attn_gate == "sparse":
+            weight = cfg.sparse_attn_gate_scale * self.norm_scale * self.attn_gate_w
+            return torch.sigmoid(F.linear(n[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
+        from_norm = cfg.attn_out_gate_src == "proj"
+        source, weight = (n, self.norm_scale * self.attn_gate_proj.weight) if from_norm else (q_raw, self.attn_gate_proj.weight)
+        return 2 * torch.sigmoid(F.linear(source[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
+
+    def qkv(self, n: Tensor, w: Weights, lora: Adapters) -> Tensor:
+        """(B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
+        D, kv = self.cfg.model_dim, self.cfg.kv_dim
+        return add_deltas(F.linear(n, w.qkv), n, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
+
+    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, past, tap, name: str, at) -> Tensor:
+        """n (B, T, D) normed, without its norm scale -> (B, T, D); at (B, m): (B, m, D), only at these positions."""
+        cfg = self.cfg
+        if tap is not None:
+            tap(f"{name}.attn_in", self.norm_scale * n)
+        qkv = self.qkv(n, w, lora)
+        q, k, v = kernels.split_heads(qkv, self.q_gain, *rope, cfg.num_kv_heads)
+        if packing is None:
+            y = causal_attention(at_positions(q, at), *((k, v) if past is None else past(k, v)), self.window, at)
+        else:
+            rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
+            y = kernels.attend(*rows, packing.cu_seqlens, packing.max_len, self.window)[None]
+        n, qkv, v = (at_positions(t, at) for t in (n, qkv, v))
+        gate = None if cfg.attn_gate == "none" else self.gate(n, qkv)
+        if self.exclusive and gate is not None:
+            y = kernels.gate_heads(y, v, gate)
+        elif self.exclusive:
+            y = without_own_value(y, v)
+        elif gate is not None:
+            y = y * gate.unsqueeze(-1)
+        y = y.flatten(2)
+        if tap is not None:
+            tap(f"{name}.attn_out", y)
+        return add_deltas(F.linear(y, w.o), n, lora.o)
+
+
+class Block(nn.Module):
+    """Small tensors of one block and the two sublayers."""
+
+    def __init__(self, cfg: Config, layer: int):
+        super().__init__()
+        self.cfg, self.name = cfg, f"blocks.{layer}"
+        self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
+        self.attn = Attention(cfg, layer, self.norm_scale)
+        self.attn_scale = nn.Parameter(torch.empty(cfg.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
+        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
+
+    def fold(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Weights:
+        """Scales of a sublayer's input and output, moved into its matrices: they cost a pass over weights instead of activations."""
+        qkv, o = self.norm_scale * torch.cat((q, k, v)), self.attn_scale[:, None] * o
+        up, down = self.norm_scale * up, self.mlp_scale[:, None] * down
+        return Weights(*(matrix.to(dtype) for matrix in (qkv, o, up, down)))
+
+    def fold_adapter(self, site: str, lora: Lora) -> Lora:
+        """The same for an adapter."""
+        learned = dict(o=self.attn_scale, mlp=self.mlp_scale).get(site)
+        return Lora(lora.A, lora.B if learned is None else learned[:, None] * lora.B, lora.scale * self.norm_scale)
+
+    def mlp(self, n: Tensor, w: Weights, lora: Adapters, kernels: Kernels, tap) -> Tensor:
+        """What the MLP adds to the residual stream, from that stream normed, n (B, T, D)."""
+        if tap is None:
+            out = kernels.mlp(n, w.up, w.down, self.cfg.mlp_slope)
+        else:
+            tap(f"{self.name}.mlp_in", self.norm_scale * n)
+            out = leaky_mlp(n, w.up, w.down, self.cfg.mlp_slope, partial(tap, f"{self.name}.mlp_mid"))
+        return add_deltas(out, n, lora.mlp)
+
+
+class GPT(nn.Module):
+    """The S14 network. Parameter names are those of published checkpoints.
+
+    The matrices of all blocks are stacked into four banks, so that the optimizer shards whole matrices over the ranks:
+    qo_bank (2L, D, D): rows i < L are Q of block i, rows L + i its output projection; kv_bank (2L, G d, D): K, then V;
+    mlp_up_bank (L, F, D); mlp_down_bank (L, D, F). Masters are fp32, the embedding has the activation dtype.
+    """
+
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, kernels: Kernels = DEFINITIONS):
+        super().__init__()
+        self.cfg, self.kernels = cfg, kernels
+        L, D = cfg.num_layers, cfg.model_dim
+        looped = layer_order(cfg, looping=True)
+        # `init_rules` fill it. nn.Embedding would draw numbers, which on the meta device imports the compiler.
+        self.tok_emb = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, D, dtype=dtype), freeze=False)
+        self.lm_head = None if cfg.tie_embeddings else nn.Linear(D, cfg.vocab_size, bias=False, dtype=dtype)
+        self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
+        self.kv_bank = nn.Parameter(torch.empty(2 * L, cfg.kv_dim, D))
+        self.mlp_up_bank = nn.Parameter(torch.empty(L, cfg.mlp_dim, D))
+        self.mlp_down_bank = nn.Parameter(torch.empty(L, D, cfg.mlp_dim))
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(L))
+        self.skip_weights = nn.Parameter(torch.empty(len(looped) // 2, D))
+        self.skip_gates = nn.Parameter(torch.empty(len(looped) // 2, D)) if cfg.skip_gates_enabled else None
+        self.parallel_post_lambdas = nn.Parameter(torch.empty(L, 2, 2)) if cfg.parallel_start_layer else None
+        self.parallel_resid_lambdas = nn.Parameter(torch.empty(L, 2)) if cfg.parallel_start_layer else None
+        self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False) if cfg.smear_gate_enabled else None
+        self.smear_lambda = nn.Parameter(torch.empty(1)) if cfg.smear_gate_enabled else None
+        # Never trained, in no optimizer: stored because published checkpoints store them.
+        self.softcap_pos = nn.Parameter(torch.tensor(cfg.logit_softcap), requires_grad=False) if cfg.asym_logit_rescale else None
+        self.softcap_neg = nn.Parameter(torch.tensor(cfg.logit_softcap), requires_grad=False) if cfg.asym_logit_rescale else None
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, D), each token with a gated share of its predecessor."""
+        x = self.tok_emb(tokens)
+        if self.smear_gate is not None:
+            weight, strength = self.smear_gate.weight.to(x.dtype), self.smear_lambda.to(x.dtype)
+            gate = strength * torch.sigmoid(F.linear(x[:, 1:, : self.cfg.gate_window].contiguous(), weight))
+            if self.cfg.smear_gate_bos_fix:
+                # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
+                gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
+            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+        return rms_norm(x)
+
+    def weights(self, dtype: torch.dtype) -> list[Weights]:
+        """The banks cut into blocks. unbind, not indexing: its backward writes each gradient once."""
+        L = self.cfg.num_layers
+        qo, kv, up, down = (bank.unbind(0) for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
+        return [b.fold(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i], dtype) for i, b in enumerate(self.blocks)]
+
+    def skip(self, x: Tensor, skipped: Tensor, j: int) -> Tensor:
+        """Combine the decoder's x with an encoder output; rows of the weights count decoder positions, not blocks."""
+        skipped = self.skip_weights[j].to(x.dtype) * skipped
+        if self.skip_gates is None:
+            return x + skipped
+        return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[j]).to(x.dtype))
+
+    def hidden(self, tokens: Tensor, packing: Packing | None, order: tuple[int, ...], adapters: Adapters, positions, cache, tap) -> Tensor:
+        """Tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`, and then the last slot computes the others' keys
+        and values alone. The first half of `order` pushes skips, the second half pops them.
+
+        From the first decoder slot with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
+        the first, the MLP reads the second, and both sublayers write to both.
+        """
+        cfg, T, start = self.cfg, tokens.shape[1], 0 if cache is None else cache.length
+        x0 = lane = self.embed(torch.cat((cache.last, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
+        context = next((c.max_len for c in (packing, cache) if c is not None), T)
+        rope = tuple(table[start:] for table in rotary_tables(cfg, start + T, context, tokens.device))
+        loras = adapters.slots([self.blocks[layer] for layer in order])
+        weights, half, skips, mlp_lane, mlp_in = self.weights(x0.dtype), len(order) // 2, [], None, None
+        for slot, layer in enumerate(order):
+            block, w, lora, j = self.blocks[layer], weights[layer], loras[slot], slot - half
+            if j >= 0 and cfg.parallel_start_layer and layer >= cfg.parallel_start_layer and mlp_lane is None:
+                mlp_lane, mlp_in = lane, rms_norm(lane)
+            if j >= 0 and skips:
+                lane = self.skip(lane, skips.pop(), j)
+            past, at = None if cache is None else partial(cache.extend, slot), positions if slot == len(order) - 1 else None
+            u, n = add_norm(block.resid_mix, lane, x0)  # the stream with its share of the embedding, per channel
+            a = block.attn(n, w, lora, rope, self.kernels, packing, past, tap, block.name, at)
+            u, lane, mlp_lane, mlp_in = (t if t is None else at_positions(t, at) for t in (u, lane, mlp_lane, mlp_in))
+            if mlp_lane is None:
+                lane, n = add_norm(None, u, a)
+                lane = lane + block.mlp(n, w, lora, self.kernels, tap)
+            else:
+                m = block.mlp(mlp_in, w, lora, self.kernels, tap)
+                post, resid = self.parallel_post_lambdas[layer], self.parallel_resid_lambdas[layer, :, None]
+                mixes = torch.cat((resid, post), dim=1)[..., None]  # (2 lanes, 3 streams, 1)
+                lane, (mlp_lane, mlp_in) = add_streams(mixes[0], lane, a, m), add_norm(mixes[1], mlp_lane, a, m)
+            if j < 0:
+                skips.append(lane)
+        if cache is not None:
+            cache.last, cache.length = tokens[:, -1:], start + T
+        if mlp_lane is not None:
+            lane = dict(mean=(lane + mlp_lane) / 2, mlp=mlp_lane, attn=lane)[cfg.parallel_final_lane]
+        return rms_norm(lane)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None,
+        *,
+        order: tuple[int, ...],
+        packing: Packing | None = None,
+        cache: Cache | None = None,
+        adapters: Adapters = NO_ADAPTERS,
+        positions: Tensor | None = None,
+        shift: Tensor | None = None,
+        training: bool = False,
+        tap=None,
+    ) -> Tensor:
+        """Nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
+
+        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
+        dimension for several candidates each; None: the capped logits (B, T, V). order: `layer_order`. packing: segments of a packed
+        row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1, 1, D):
+        added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
+        FUSED_CE_ENABLED says, not EVAL_SOFTCAP_FP32; without adapters.
+        """
+        x = self.hidden(tokens, packing, order, adapters, positions, cache, tap)
+        if shift is not None:
+            x = (x + shift).to(x.dtype)
+        if tap is not None:
+            tap("head", x)
+        head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+        cap = torch.full((), self.cfg.logit_softcap, device=x.device)
+        caps = (cap, cap) if self.softcap_pos is None else (self.softcap_pos, self.softcap_neg)
+        round_cap = not (self.cfg.fused_ce_enabled if training else self.cfg.eval_softcap_fp32)
+        if training and self.kernels.head_ce is not None and not round_cap:
+            return self.kernels.head_ce(x, head, targets, *caps)
+        logits = add_deltas(F.linear(x, head), x, adapters.head)
+        return softcap(logits, *caps) if targets is None else softcapped_ce(logits, targets, *caps, round_cap)
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of a forward pass; a multiplication and an addition are two. Elementwise work is not counted."""
+
+    matmul: float     # with the model's own matrices
+    lora: float       # with those of adapters
+    attention: float
+
+
+def causal_pairs(lengths: np.ndarray, window: int) -> float:
+    """Pairs of a query and a key that it sees, over segments of these lengths."""
+    full = np.minimum(lengths, window or np.inf)  # queries whose window the start of the segment cuts short
+    return (full * (full + 1) / 2 + (lengths - full) * window).sum()
+
+
+def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0) -> Flops:
+    """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, gates, logits and
+    adapters, and attention by the causal pairs there really are. scored: share of the tokens, at the end of the segments, that are
+    scored; the last slot computes keys and values of the others, but not what follows. Zeros that adapters are padded with do not count."""
+    order, H, D, n = layer_order(cfg, looping), cfg.num_heads, cfg.model_dim, np.asarray(lengths, dtype=np.float64)
+    later = D * (D + 2 * cfg.mlp_dim) + H * dict(none=0, dense=D).get(cfg.attn_gate, cfg.gate_window)  # in a block, behind attention
+    block = D * (D + 2 * cfg.kv_dim) + later
+    smear, spared = cfg.gate_window if cfg.smear_gate_enabled else 0, 1 - scored
+    last = dict(o=1 / len(order), mlp=1 / len(order), head=1)  # share of an adapter's work that only scored tokens need
+    deltas = sum((lora.A.numel() + lora.B.numel()) / lora.A.shape[-3] * (1 - spared * last.get(site, 0))
+                 for site, lora in zip(adapters._fields, adapters, strict=True) if lora is not None)
+    pairs = sum(causal_pairs(n, cfg.window(layer)) for layer in order) - causal_pairs(spared * n, cfg.window(order[-1]))
+    products = len(order) * block - spared * later + scored * D * cfg.vocab_size + smear
+    return Flops(2 * products, 2 * deltas, 4 * D * pairs / n.sum())
+
+
+PASSES = {  # how often the forward's matrix, adapter and attention FLOPs are done: as the model defines it, and as the hardware runs it
+    "score": ((1, 1, 1), (1, 1, 1)),
+    "train": ((3, 3, 3), (3, 3, 3.5)),  # the backward of flash attention computes the scores again: 5 products instead of 4
+    "adapt": ((2, 3, 3), (2, 3, 3.5)),  # frozen matrices have no gradient of their own
+}
+
+
+class Work:
+    """FLOPs of one rank: of the model, as the hardware runs it, and the part of the model's that belongs to scored tokens."""
+
+    def __init__(self):
+        self.model = self.hardware = self.useful = 0.0
+
+    def add(self, flops: Flops, kind: str, tokens: int, scored: float) -> None:
+        """Passes over `tokens` positions, padding and context included, `scored` of which count for the loss."""
+        model, hardware = (tokens * sum(f * times for f, times in zip(flops, passes, strict=True)) for passes in PASSES[kind])
+        self.model, self.hardware, self.useful = self.model + model, self.hardware + hardware, self.useful + model * scored / tokens
+
+
+def init_orthogonal(p: Tensor) -> None:
+    """Each matrix of a bank orthogonal, gain 1."""
+    for matrix in p:
+        nn.init.orthogonal_(matrix)
+
+
+def init_half_orthogonal(p: Tensor) -> None:
+    """Q orthogonal, the output projection zero: every block starts as the identity."""
+    init_orthogonal(p[: len(p) // 2])
+    p[len(p) // 2 :].zero_()
+
+
+def init_resid_mix(p: Tensor) -> None:
+    """All of the residual stream, nothing of the embedding."""
+    p[0].fill_(1)
+    p[1].zero_()
+
+
+def init_rules(cfg: Config):
+    """(pattern, how to fill the parameter); first match wins."""
+    gate_std = cfg.gated_attn_init_std if cfg.attn_gate == "dense" else cfg.sparse_attn_gate_init_std
+    return (
+        ("tok_emb.weight", partial(nn.init.normal_, std=cfg.tied_embed_init_std)),
+        ("lm_head.weight", nn.init.zeros_),
+        ("qo_bank", init_half_orthogonal),
+        ("kv_bank", init_orthogonal),
+        ("mlp_up_bank", init_orthogonal),
+        ("mlp_down_bank", nn.init.zeros_),
+        ("*.q_gain", partial(nn.init.constant_, val=cfg.qk_gain_init)),
+        ("*.attn_gate_w", partial(nn.init.normal_, std=gate_std)),
+        ("*.attn_gate_proj.weight", nn.init.zeros_),
+        ("*.attn_scale", nn.init.ones_),
+        ("*.mlp_scale", nn.init.ones_),
+        ("*.resid_mix", init_resid_mix),
+        ("skip_weights", nn.init.ones_),
+        ("skip_gates", nn.init.zeros_),
+        ("parallel_post_lambdas", nn.init.ones_),
+        ("parallel_resid_lambdas", partial(nn.init.constant_, val=1.1)),
+        ("smear_gate.weight", nn.init.zeros_),
+        ("smear_lambda", nn.init.zeros_),
+        ("softcap_*", partial(nn.init.constant_, val=cfg.logit_softcap)),
+    )
+
+
+def first_match(rules, name: str):
+    """The right-hand side of the first rule whose pattern fits. Raises LookupError: a new tensor needs a line in every table."""
+    for pattern, *rule in rules:
+        if fnmatch.fnmatchcase(name, pattern):
+            return rule
+    raise LookupError(f"no rule for {name!r}: add one line to the table")
+
+
+@torch.no_grad()
+def build_model(cfg: Config, world: World, kernels: Kernels = DEFINITIONS) -> GPT:
+    """A freshly initialised model on this rank's device; the same on every rank and on every device type."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg, world.dtype, kernels)
+    for name, p in model.named_parameters():
+        first_match(init_rules(cfg), name)[0](p)
+    return model.to(world.device)
+
+
+def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False):
+    """The forward that everything calls: compiled without graph breaks where COMPILE_BACKEND says so, else the model itself.
+
+    The same code serves packed rows of any number of segments and, if `growing`, rows of any width.
+    """
+    backend = cfg.compile_backend
+    if backend == "auto":
+        backend = "inductor" if world.device.type == "cuda" else "none"
+    if backend == "none":
+        return model
+    torch._dynamo.config.recompile_limit = cfg.dynamo_cache_size_limit
+    torch._dynamo.config.accumulated_recompile_limit = cfg.dynamo_accumulated_cache_size_limit
+    torch._dynamo.utils.set_compilation_metrics_limit(1 << 16)  # `compilations` counts all of them
+    compiled = torch.compile(model, backend=backend, dynamic=None if growing else False, fullgraph=True)
+
+    def forward(tokens: Tensor, targets: Tensor | None, packing: Packing | None = None, **options) -> Tensor:
+        for t, size in ((packing and packing.cu_seqlens, 0), (tokens if growing else None, 1)):
+            if t is not None:
+                torch._dynamo.maybe_mark_dynamic(t, size)
+        return compiled(tokens, targets, packing=packing, **options)
+
+    return forward
+
+
+# ==================================================================================================
+# OPTIMIZERS - which parameter is learned how, and one step of it on any number of ranks.
+# ==================================================================================================
+
+# Polar Express (arXiv:2505.16932): rows are (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X.
+# Five of them map singular values in [1e-3, 1] into [0.86, 1.14].
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(G: Tensor, steps: int) -> Tensor:
+    """Nearest semi-orthogonal matrix, approximately, of each of G (n, rows, cols). Zero matrices stay zero."""
+    X = G.mT if G.shape[-2] > G.shape[-1] else G
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if G.shape[-2] > G.shape[-1] else X
+
+
+def muon_direction(G: Tensor, M: Tensor, momentum: float, steps: int, row_normalize: bool) -> tuple[Tensor, Tensor]:
+    """One Muon update for matrices G (n, rows, cols) with momentum buffer M, and the next M.
+
+    Nesterov momentum, rows scaled to norm 1 (MuonEq-R), orthogonalised, scaled by sqrt(max(1, rows / cols)).
+    """
+    M = torch.add(G, M, alpha=momentum)
+    U = torch.add(G, M, alpha=momentum)
+    if row_normalize:
+        U = U / torch.linalg.vector_norm(U, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(U.dtype)
+    return polar_express(U, steps) * max(1.0, G.shape[-2] / G.shape[-1]) ** 0.5, M
+
+
+PARAM_RULES = (  # pattern, optimizer, learning rate, weight decay; first match wins, no match is an error
+    ("*_bank", "muon", "matrix_lr", "muon_wd"),
+    ("tok_emb.weight", "adamw", "tied_embed_lr", "embed_wd"),
+    ("lm_head.weight", "adamw", "tied_embed_lr", "embed_wd"),
+    ("blocks.*", "adamw", "scalar_lr", "adam_wd"),
+    ("skip_*", "adamw", "scalar_lr", "adam_wd"),
+    ("parallel_*", "adamw", "scalar_lr", "adam_wd"),
+    ("smear_*", "adamw", "scalar_lr", "adam_wd"),
+    ("softcap_*", "fixed", "", ""),
+)
+
+
+class Bank:
+    """A weight bank and this rank's share of it: `per_rank` whole matrices, zero padding behind the last."""
+
+    def __init__(self, p: nn.Parameter, lr: float, wd: float, world: World):
+        self.p, self.lr, self.wd, self.world = p, lr, wd, world
+        self.per_rank = -(-len(p) // world.size)
+        self.first = min(world.rank * self.per_rank, len(p))
+        self.momentum = p.new_zeros(self.per_rank, *p.shape[1:], dtype=world.dtype)
+        self.shard = torch.empty_like(self.momentum)
+        padded = (self.per_rank * world.size, *p.shape[1:])
+        self.padded = p.new_zeros(padded, dtype=world.dtype) if world.size > 1 else self.shard
+        self.update = self.pending = None
+
+    def launch_reduce(self) -> None:
+        """Start averaging the gradient over the ranks; each receives its share in `shard`."""
+        self.padded[: len(self.p)].copy_(self.p.grad)
+        if self.world.size > 1:
+            reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            self.pending = reduce_scatter(self.shard, self.padded, dist.ReduceOp.AVG, async_op=True)
+
+    def launch_gather(self, update: Tensor) -> None:
+        """Start collecting every rank's share of the update."""
+        self.update = update
+        if self.world.size > 1:
+            all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            self.update, self.pending = self.padded, all_gather(self.padded, update.contiguous(), async_op=True)
+
+    def wait(self) -> None:
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
+
+    def apply(self, lr_scale: float) -> None:
+        """Decay, then move along the gathered update."""
+        self.wait()
+        lr = self.lr * lr_scale
+        self.p.mul_(1 - lr * self.wd).add_(self.update[: len(self.p)], alpha=-lr)
+        self.update = None
+
+    def full_momentum(self) -> Tensor:
+        """Momentum of all matrices, on every rank."""
+        shares = [self.momentum.clone() for _ in range(self.world.size)]
+        if self.world.size > 1:
+            dist.all_gather(shares, self.momentum)
+        return torch.cat(shares)[: len(self.p)]
+
+    def load_momentum(self, full: Tensor) -> None:
+        mine = full[self.first : self.first + self.per_rank]
+        self.momentum.zero_()[: len(mine)].copy_(mine)
+
+
+class TrainOptimizer:
+    """Muon on the banks, each rank owning whole matrices, and AdamW on everything else, replicated."""
+
+    def __init__(self, model: GPT, cfg: Config, world: World):
+        self.cfg, self.world, self.banks, groups = cfg, world, [], {}
+        for name, p in model.named_parameters():
+            kind, lr, wd = first_match(PARAM_RULES, name)
+            if name == "tok_emb.weight" and not cfg.tie_embeddings:
+                lr = "embed_lr"
+            if kind == "muon":
+                self.banks.append(Bank(p, getattr(cfg, lr), getattr(cfg, wd), world))
+            elif kind == "adamw":
+                groups.setdefault((lr, wd), []).append(p)
+        self.banks.sort(key=lambda bank: -bank.p.numel())  # the largest reduction starts first
+        self.replicated = [p for group in groups.values() for p in group]
+        self.adamw = torch.optim.AdamW(
+            [dict(params=ps, base_lr=getattr(cfg, lr), weight_decay=getattr(cfg, wd)) for (lr, wd), ps in groups.items()],
+            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=world.device.type in ("cuda", "cpu"))
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, momentum: float) -> float:
+        """Reduce the gradients, clip them, update. Returns the gradient norm before clipping.
+
+        Raises FloatingPointError, leaving the weights as they were, when the norm is not finite.
+        """
+        self.reduce()
+        norm, cfg, wide = self.grad_norm(), self.cfg, self.world.wide
+        told, momenta, clip = Readback(norm), [], cfg.grad_clip_norm or math.inf
+        factor = (clip / (norm.to(wide) + 1e-6)).clamp(max=1.0).float()
+        for bank in self.banks:  # the gather of one bank overlaps the orthogonalisation of the next
+            bank.shard.mul_(factor.expand_as(bank.shard))  # as a scalar it would be rounded to bf16 first
+            update, M = muon_direction(bank.shard, bank.momentum, momentum, cfg.muon_backend_steps, cfg.muon_row_normalize)
+            bank.launch_gather(update)
+            momenta.append(M)  # a bad norm must leave no trace in the old one
+        value = told.read()  # the host waits for the norm alone: the device has the directions to compute meanwhile
+        if not math.isfinite(value):
+            for bank in self.banks:
+                bank.wait()
+            raise FloatingPointError(f"the gradient norm is {value}")
+        grads = [p.grad for p in self.replicated]
+        torch._foreach_mul_([g for g in grads if g.dtype == torch.float32], factor)
+        for g in (g for g in grads if g.dtype != torch.float32):
+            g.mul_(factor.expand_as(g))
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adamw.step()
+        for bank, M in zip(self.banks, momenta, strict=True):
+            bank.momentum = M
+            bank.apply(lr_scale)
+        self.zero_grad()
+        return value
+
+    def reduce(self) -> None:
+        """Average all gradients over the ranks: banks scattered, small tensors in one flat message. Clipping comes after."""
+        for p in self.replicated:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a tensor this model has no use for, as skips of one block
+        for bank in self.banks:
+            bank.launch_reduce()
+        if self.world.size > 1:
+            large = [p.grad for p in self.replicated if p.numel() > 32768]
+            small = [p.grad for p in self.replicated if p.numel() <= 32768]
+            handles = [dist.all_reduce(g, dist.ReduceOp.AVG, async_op=True) for g in large]
+            self.world.sum_(*small)
+            torch._foreach_div_(small, self.world.size)
+            for handle in handles:
+                handle.wait()
+        for bank in self.banks:
+            bank.wait()
+
+    def grad_norm(self) -> Tensor:
+        """Norm of the averaged gradient, on the device: the same number on every rank."""
+        parts = [bank.shard for bank in self.banks] + [p.grad for p in self.replicated]
+        groups = ([t for t in parts if (t.dtype == torch.float32) == full] for full in (False, True))  # a kernel for each; banks first
+        squares = torch.stack([n for group in groups if group for n in torch._foreach_norm(group, dtype=torch.float32)]).square()
+        mine = squares[: len(self.banks)].sum()
+        self.world.sum_(mine)
+        return (mine + squares[len(self.banks) :].sum()).sqrt()
+
+    def zero_grad(self) -> None:
+        for p in [*self.replicated, *(bank.p for bank in self.banks)]:
+            p.grad = None
+
+    def state_dict(self) -> dict:
+        return dict(adamw=self.adamw.state_dict(), momentum=[bank.full_momentum().cpu() for bank in self.banks])
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        for bank, full in zip(self.banks, state["momentum"], strict=True):
+            bank.load_momentum(full.to(self.world.device))
+
+
+class Ema:
+    """Moving average of every tensor of the model, in fp32, started at the initial weights, without debiasing."""
+
+    def __init__(self, model: GPT, decay: float):
+        self.decay = decay
+        self.shadow = {name: t.detach().float().clone() for name, t in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: GPT) -> None:
+        live = model.state_dict()
+        torch._foreach_lerp_(list(self.shadow.values()), [live[name].float() for name in self.shadow], 1 - self.decay)
+
+    def copy_to(self, model: GPT) -> None:
+        """Replace the weights by their average, each in its own dtype."""
+        model.load_state_dict(self.shadow)
+
+
+# ==================================================================================================
+# TRAINING - schedules as pure functions of progress, exact warm-up, and a loop that never overruns its clock.
+# ==================================================================================================
+
+def lr_scale(cfg: Config, progress: float, step: int = 0, step_seconds: float = 0.0) -> float:
+    """Share of the peak learning rate: 1, then linear down to MIN_LR over the last WARMDOWN_FRAC; progress runs from 0 to 1.
+
+    With WARMDOWN_ITERS the warmdown lasts that many steps instead: counted back from ITERATIONS, or from the end of the
+    clock at `step_seconds` per step.
+    """
+    if cfg.warmdown_iters:
+        budget = cfg.train_budget_seconds
+        by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget and step_seconds
+        left = budget * (1 - progress) / step_seconds if by_clock else cfg.iterations - step
+        return max(min(1.0, left / cfg.warmdown_iters), cfg.min_lr)
+    if progress < 1 - cfg.warmdown_frac or not cfg.warmdown_frac:
+        return 1.0
+    return max((1 - progress) / cfg.warmdown_frac, cfg.min_lr)
+
+
+def context_length(cfg: Config, progress: float) -> int:
+    """Attention context: the first stage whose end fraction has not passed."""
+    return next(length for length, end in cfg.seq_schedule if progress <= end)
+
+
+def midrun_cap(cfg: Config, progress: float) -> float:
+    """Factor of MIDRUN_CAP_SCHEDULE in force: that of the last fraction reached, 1 before the first."""
+    caps = [(at, factor) for factor, at in parse_steps(cfg.midrun_cap_schedule, "@") if at <= progress]
+    return max(caps)[1] if caps else 1.0
+
+
+def rewarmup(cfg: Config, steps_since_change: int | None) -> float:
+    """Ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None = no change yet."""
+    if steps_since_change is None or not cfg.seq_change_warmup_steps:
+        return 1.0
+    return min(1.0, steps_since_change / cfg.seq_change_warmup_steps)
+
+
+def muon_momentum(cfg: Config, step: int) -> float:
+    """Linear warm-up over MUON_MOMENTUM_WARMUP_STEPS, then constant."""
+    share = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
+    return cfg.muon_momentum_warmup_start + share * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
+
+
+def looping_at(cfg: Config, progress: float) -> bool:
+    """Whether the middle blocks repeat at this point of the run."""
+    return cfg.num_loops > 0 and progress >= cfg.enable_looping_at
+
+
+def warm_shapes(cfg: Config) -> list[tuple[int, bool]]:
+    """(context, looping) combinations the run will meet, in the order it meets them."""
+    if not cfg.compile_shape_warmup:
+        return list(dict.fromkeys([(cfg.train_seq_len, False), (cfg.train_seq_len, cfg.num_loops > 0)]))
+    modes, shapes, start = cfg.compile_shape_warmup_loop_modes, [], 0.0
+    for length, end in cfg.seq_schedule:
+        plain = modes in ("inactive", "both") or (modes == "auto" and (not cfg.num_loops or start < cfg.enable_looping_at))
+        looped = cfg.num_loops > 0 and (modes in ("active", "both") or (modes == "auto" and end > cfg.enable_looping_at))
+        shapes += [(length, looping) for looping, wanted in ((False, plain), (True, looped)) if wanted]
+        start = end
+    return list(dict.fromkeys(shapes))
+
+
+def warm_lengths(tokens: int, context: int) -> list[int]:
+    """Lengths of cu_seqlens to warm for rows of `tokens`: the least there can be, and three more buckets."""
+    segments = -(-tokens // context)
+    return [CU_SEQLENS_BUCKET * (segments // CU_SEQLENS_BUCKET + k) for k in range(1, 5)]
+
+
+def warm_rows(row: Row, context: int) -> list[Row]:
+    """`row` cut every `context` tokens, once for each of its `warm_lengths`."""
+    n, device = row.targets.numel(), row.inputs.device
+    bounds = (torch.arange(length, dtype=torch.int32).mul(context).clamp(max=n) for length in warm_lengths(n, context))
+    return [row._replace(cu_seqlens=cu_seqlens.to(device), max_len=context) for cu_seqlens in bounds]
+
+
+def nats_of_row(row: Row, forward, graphs: Graphed | None, **options) -> Tensor:
+    """Nats (1, T). A row of more segments than were warmed does without a graph."""
+    few = len(row.cu_seqlens) in warm_lengths(row.targets.numel(), row.max_len)
+    run = graphs if graphs and few else forward
+    return run(row.inputs, row.targets, packing=Packing(row.cu_seqlens, row.max_len), **options)
+
+
+class StepClock:
+    """Seconds of training so far, and a forecast of the next step. Pausing excludes validation and checkpoints."""
+
+    def __init__(self, seconds: float = 0.0, recent: tuple[float, ...] = ()):
+        self.seconds, self.start, self.recent = seconds, None, [*recent]  # start None: paused
+
+    def now(self) -> float:
+        return self.seconds + (0.0 if self.start is None else time.perf_counter() - self.start)
+
+    def pause(self) -> None:
+        self.seconds, self.start = self.now(), None
+
+    def go_on(self) -> None:
+        self.start = time.perf_counter()
+
+    def record(self, seconds: float, applications: int) -> None:
+        """Seconds of one step that ran `applications` blocks."""
+        self.recent = [*self.recent[-9:], seconds / applications]
+
+    def forecast(self, applications: int) -> float:
+        """Upper estimate of a step: the slowest recent one, per block, plus 10 %."""
+        return 1.1 * max(self.recent, default=0.0) * applications
+
+
+class StopRequest:
+    """Turns the first Ctrl-C (or SIGTERM) into a request that the loop honours between two steps; the second one kills."""
+
+    def __init__(self):
+        self.requested, self.previous = False, {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread
+                self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, _frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+class Interrupted(RunError):
+    """Training was asked to stop; its checkpoint has been written."""
+
+
+class Utilization:
+    """How busy the device is kept: FLOPs per second as a share of what it could do. seconds: of the work, pauses left out."""
+
+    def __init__(self, world: World, work: Work | None = None, seconds: float = 0.0):
+        name, self.measured = hardware_name(world), measured_peak(world)
+        self.datasheet = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+        self.work, self.seconds, self.marked, self.marked_at = work or Work(), seconds, (Work(), 0.0), time.perf_counter()
+
+    def share(self, flops: float, seconds: float) -> dict[str, float | None]:
+        """`flops` in `seconds`, of the datasheet's peak (None where there is none) and of the measured one."""
+        rate = flops / seconds if seconds else 0.0
+        return dict(mfu=rate / self.datasheet if self.datasheet else None, of_measured=rate / self.measured)
+
+    def interval(self) -> str:
+        """Since the last call, for the log: the model's FLOPs, then, of the datasheet's peak or else of the measured one, those of
+        scored tokens, those the hardware ran, and the model's again with validation and checkpoints in the time."""
+        (old, old_seconds), now = self.marked, time.perf_counter()
+        model, useful, hardware = (getattr(self.work, kind) - getattr(old, kind) for kind in ("model", "useful", "hardware"))
+        seconds, wall = self.seconds - old_seconds, max(now - self.marked_at, self.seconds - old_seconds)
+        shares = self.share(model, seconds)
+        for name, flops, time_of in (("useful", useful, seconds), ("hardware", hardware, seconds), ("with_pauses", model, wall)):
+            of_datasheet, of_measured = self.share(flops, time_of).values()
+            shares[name] = of_measured if of_datasheet is None else of_datasheet
+        self.marked, self.marked_at = (copy.copy(self.work), self.seconds), now
+        return " ".join(f"{name}:{'n/a' if value is None else format(value, '.4f')}" for name, value in shares.items())
+
+    def result(self, wall_seconds: float) -> dict:
+        """Of all of it: three kinds of FLOPs, each without and with pauses for validation and checkpoints."""
+        kinds = ("model", "useful", "hardware")
+        return dict(
+            **{kind: self.share(getattr(self.work, kind), self.seconds) for kind in kinds},
+            **{f"{kind}_with_pauses": self.share(getattr(self.work, kind), wall_seconds) for kind in kinds},
+            model_flops=self.work.model, peak_flops=dict(datasheet=self.datasheet, measured=self.measured))
+
+
+class Trainer:
+    """Model, optimizer, average and data of one training run, and the state a checkpoint keeps."""
+
+    def __init__(self, cfg: Config, world: World, files: Dataset, kernels: Kernels = DEFINITIONS):
+        self.cfg, self.world, self.files = cfg, world, files
+        self.model = build_model(cfg, world, kernels)
+        self.forward = compile_forward(self.model, cfg, world)
+        self.graphs = Graphed(self.forward, (p for p in self.model.parameters() if p.requires_grad)) if cfg.cuda_graphs else None
+        self.optimizer = TrainOptimizer(self.model, cfg, world)
+        self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
+        self.accumulate = cfg.micro_batches // world.size
+        self.utilization = Utilization(world)
+        self.loader = self.open_loader()
+        self.step, self.clock, self.changed_at, self.stage_len = 0, StepClock(), None, cfg.seq_schedule[0][0]
+        self.looping, self.cap, self.losses = False, 1.0, []
+
+    def open_loader(self, position: tuple[int, int] | None = None) -> TrainLoader:
+        cfg = self.cfg
+        return TrainLoader(self.files.train, cfg.train_microbatch_tokens, cfg.micro_batches, cfg.vocab_size, position)
+
+    def loss(self, row: Row, order: tuple[int, ...]) -> Tensor:
+        """This row's part of the mean loss of the rank's micro-batches."""
+        weight = 1 / (row.targets.numel() * self.accumulate)
+        return weight * nats_of_row(row, self.forward, self.graphs, order=order, training=True).sum()
+
+    def train_step(self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float) -> float:
+        """One optimizer step on a window (rows, span) of all ranks; returns the mean loss in nats, the same on every rank.
+
+        Raises FloatingPointError before any weight is touched when loss or gradient is not finite.
+        """
+        order, total = layer_order(self.cfg, looping), torch.zeros((), device=self.world.device)
+        for tokens in window[self.world.rank * self.accumulate : (self.world.rank + 1) * self.accumulate]:
+            row = packed_row(tokens, context, self.world.device)
+            loss = self.loss(row, order)
+            loss.backward()
+            n = row.targets.numel()
+            self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", n, n)
+            total += (loss := loss.detach())  # its graph goes: see `Graphed` on accumulators
+        self.world.sum_(total)
+        mean = Readback(total / self.world.size)
+        with torch.profiler.record_function("optimizer"):
+            self.optimizer.step(lr, momentum)
+        return mean.read()
+
+    def state(self) -> dict:
+        """Everything that decides how the run goes on."""
+        return dict(
+            config_hash=config_hash(self.cfg), seed=self.cfg.seed, step=self.step, seconds=self.clock.now(), recent=self.clock.recent,
+            position=self.loader.position,
+            changed_at=self.changed_at, stage_len=self.stage_len, looping=self.looping, losses=self.losses,
+            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema.shadow if self.ema else {},
+        )
+
+    def load_state(self, state: dict) -> None:
+        """Go on where `state` was taken. Raises RunError when it belongs to another recipe."""
+        if (state.get("config_hash"), state.get("seed")) != (config_hash(self.cfg), self.cfg.seed):
+            found = f"{state.get('config_hash')}, seed {state.get('seed')}"
+            raise RunError(f"checkpoint.pt was written by another configuration or seed ({found}); "
+                           "resume with the same variables, or start afresh with RESUME=0")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.shadow = {name: t.to(self.world.device) for name, t in state["ema"].items()}
+        self.loader.close()
+        self.loader = self.open_loader(tuple(state["position"]))
+        self.step, self.clock, self.changed_at = state["step"], StepClock(state["seconds"], state["recent"]), state["changed_at"]
+        self.stage_len, self.looping, self.losses = state["stage_len"], state["looping"], state["losses"]
+
+    def checkpoint(self, path: Path) -> None:
+        state = self.state()
+        if self.world.main:
+            save_tensors(path, state)
+
+    def warm_up(self, log: Log) -> None:
+        """Compile every shape and run WARMUP_STEPS steps per loop mode, then put back weights, moments and data exactly."""
+        cfg = self.cfg
+        compiled = self.graphs or self.forward is not self.model
+        if not compiled and not cfg.warmup_steps:
+            return
+        model, generator = {name: t.detach().clone() for name, t in self.model.state_dict().items()}, torch.get_rng_state()
+        optimizer = copy.deepcopy(self.optimizer.state_dict())
+        window = self.loader.next_step()
+        if compiled:
+            self.warm_shapes(window[0], log)
+        for looping in dict.fromkeys((False, cfg.num_loops > 0)):
+            order = layer_order(cfg, looping)
+            if looping:
+                log(f"loop_warmup:enabled encoder:{list(order[: len(order) // 2])} decoder:{list(order[len(order) // 2 :])}")
+            for k in range(cfg.warmup_steps):
+                try:
+                    self.train_step(window, cfg.seq_schedule[0][0], looping, 1.0, muon_momentum(cfg, k))
+                except FloatingPointError as e:
+                    raise RunError(f"warm-up step {k + 1}: {e}; lower MATRIX_LR or TIED_EMBED_LR, or look at the data") from None
+                if k < 6 or (k + 1) % 10 == 0 or k + 1 == cfg.warmup_steps:
+                    log(f"{'loop_warmup_step' if looping else 'warmup_step'}: {k + 1}/{cfg.warmup_steps}")
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+        self.optimizer.zero_grad()
+        self.loader.close()
+        self.loader, self.utilization = self.open_loader(), Utilization(self.world)
+        torch.set_rng_state(generator)
+
+    def warm_shapes(self, tokens: np.ndarray, log: Log) -> None:
+        """Forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
+        cfg, shapes, n = self.cfg, warm_shapes(self.cfg), self.cfg.train_microbatch_tokens
+        log("compile_shape_warmup:start " + ",".join(f"{n}x{'loop' if loop else 'plain'}" for n, loop in shapes))
+        row = packed_row(tokens, cfg.train_seq_len, self.world.device)
+        for length, looping in shapes * (cfg.compile_shape_warmup_iters + bool(self.graphs)):  # graphs are recorded in the second round
+            log(f"compile_shape_warmup:shape seq_len:{length} loop:{int(looping)} "
+                f"warmup_cu_buckets:{','.join(map(str, warm_lengths(n, length)))} iters_each:{cfg.compile_shape_warmup_iters}")
+            for shaped in warm_rows(row, length):
+                self.loss(shaped, layer_order(cfg, looping)).backward()
+                self.optimizer.zero_grad()
+
+    def plan_step(self, elapsed: float, log: Log) -> tuple[int, bool, float]:
+        """Context, loop mode and learning-rate factor of the step about to run."""
+        cfg = self.cfg
+        budget = cfg.train_budget_seconds
+        by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget > 0
+        progress = min(1.0, elapsed / budget if by_clock else self.step / max(1, cfg.iterations))
+        context = context_length(cfg, progress)
+        if context != self.stage_len:
+            self.stage_len, self.changed_at = context, self.step
+            log(f"growth_stage:seq_len:{context} progress:{progress:.3f} step:{self.step}")
+            if cfg.seq_change_warmup_steps:
+                log(f"growth_stage_rewarmup:start step:{self.step} steps:{cfg.seq_change_warmup_steps} seq_len:{context}")
+        if looping_at(cfg, progress) and not self.looping:
+            self.looping, order = True, layer_order(cfg, True)
+            log(f"layer_loop:enabled step:{self.step} frac:{progress:.3f} encoder:{list(order[: len(order) // 2])} "
+                f"decoder:{list(order[len(order) // 2 :])}")
+        cap = midrun_cap(cfg, progress)
+        if cfg.midrun_cap_log_updates and cap != self.cap:
+            log(f"midrun_cap:update step:{self.step} factor:{cap:g}")
+        self.cap = cap
+        ramp = rewarmup(cfg, None if self.changed_at is None else self.step - self.changed_at + 1)
+        per_step = elapsed / self.step if self.step else 0.0
+        return context, self.looping, lr_scale(cfg, progress, self.step, per_step) * cap * ramp
+
+
+def log_training_start(cfg: Config, trainer: Trainer, log: Log) -> None:
+    """What is about to be trained, by which schedule, on a device of which speed."""
+    log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
+    measured, datasheet = trainer.utilization.measured, trainer.utilization.datasheet
+    log(f"peak_tflops: measured:{measured / 1e12:.4g} datasheet:{'n/a' if datasheet is None else format(datasheet / 1e12, '.4g')}")
+    log("train_seq_schedule:" + ",".join(f"{n}@{end:.3f}" for n, end in cfg.seq_schedule))
+    if cfg.midrun_cap_schedule:
+        log(f"midrun_cap_schedule:{cfg.midrun_cap_schedule}")
+    log(f"local_microbatch_tokens:{cfg.train_microbatch_tokens}")
+    log(f"growth_stage:seq_len:{cfg.seq_schedule[0][0]} progress:0.000")
+    log(f"gptq:reserving {cfg.reserve_seconds:.0f}s, effective={cfg.train_budget_seconds * 1000:.0f}ms")
+
+
+def step_profiler(cfg: Config, trainer: Trainer, path: Path):
+    """torch's profiler over PROFILE steps after the third, and the speeds they are to be measured by; None without PROFILE."""
+    if not cfg.profile or not trainer.world.main:
+        return None
+    device = trainer.world.device
+    source = torch.ones(1 << 26, device=device)
+    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=2 * source.nbytes / quickest(trainer.world, source.clone))
+    write_atomic(path.with_name("profile_speeds.json"), json.dumps(speeds).encode())
+    kinds = torch.profiler.ProfilerActivity
+    return torch.profiler.profile(
+        activities=[kinds.CPU, *([kinds.CUDA] if device.type == "cuda" else [])], record_shapes=True,
+        schedule=torch.profiler.schedule(wait=2, warmup=1, active=cfg.profile, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
+
+
+def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=None) -> None:
+    """The timed loop. Stops at ITERATIONS, at FORCE_STOP_STEP, or before the step that would overrun the budget.
+
+    validate(): scores the model as it stands, clock stopped. forecast(tokens): what the main rank's log says of the artifact so far,
+    clock running, only where that takes less than 1 % of the time since it last did. Raises Interrupted on Ctrl-C and RunError when
+    loss or gradient is no longer finite; in both cases checkpoint.pt holds the last good state.
+    """
+    cfg, world, clock = trainer.cfg, trainer.world, trainer.clock
+    budget, checkpointed, tokens_per_step, compiled = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens, len(compilations())
+    profiler, asked, cost = step_profiler(cfg, trainer, checkpoint_path.with_name("profile.json.gz")), 0.0, 0.0
+    clock.go_on()
+    with StopRequest() as stop, profiler or contextlib.nullcontext():
+        while trainer.step < (cfg.force_stop_step or cfg.iterations):
+            made = [] if cfg.compile_allow_recompiles else compilations()[compiled:]
+            elapsed, per_block, requested, recompiled = world.max(clock.now(), clock.forecast(1), float(stop.requested), len(made))
+            context, looping, lr = trainer.plan_step(elapsed, log)
+            applications = len(layer_order(cfg, looping))
+            if requested or recompiled:
+                clock.pause()
+                trainer.checkpoint(checkpoint_path)
+                go_on = f"{checkpoint_path} holds it: go on with RESUME=1 and the same variables (ARTIFACT_DIR={checkpoint_path.parent})"
+                if requested:
+                    raise Interrupted(f"interrupted after step {trainer.step}; {go_on}")
+                raise recompile_error(f"step {trainer.step}", made, f"COMPILE_SHAPE_WARMUP=1 may avoid it. {go_on}")
+            if budget and not cfg.force_stop_step and elapsed + per_block * applications > budget:
+                log(f"stopping_early: wallclock_cap train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}")
+                break
+            position, window = trainer.loader.position, trainer.loader.next_step()
+            try:
+                loss = trainer.train_step(window, context, looping, lr, muon_momentum(cfg, trainer.step))
+            except FloatingPointError as e:
+                trainer.loader.position = position
+                trainer.optimizer.zero_grad()
+                trainer.checkpoint(checkpoint_path)
+                raise RunError(f"step {trainer.step + 1}: {e}; the weights before it are in {checkpoint_path}. Lower MATRIX_LR or "
+                               "TIED_EMBED_LR, or look at the data of this step") from None
+            trainer.step += 1
+            if trainer.ema:
+                trainer.ema.update(trainer.model)
+            now = clock.now()
+            clock.record(now - elapsed, applications)
+            trainer.utilization.seconds += now - elapsed
+            if profiler:
+                profiler.step()
+            trainer.losses.append((trainer.step, round(now, 3), round(loss, 5)))
+            if trainer.step <= 5 or trainer.step % cfg.train_log_every == 0:
+                log(f"{trainer.step}/{cfg.iterations} train_loss: {loss:.4f} train_time: {now / 60:.1f}m "
+                    f"tok/s: {trainer.step * tokens_per_step / now:.0f} seconds:{now:.2f} lr_scale:{lr:.4f} "
+                    f"tok/s_now:{tokens_per_step / (now - elapsed):.0f} {trainer.utilization.interval()}")
+                price = cost or 3 * (now - elapsed)  # until it is known: as much as three steps
+                if forecast and world.main and now - asked > 100 * price and (not budget or now + 2 * price < budget):
+                    log(f"{trainer.step}/{cfg.iterations} {forecast(window[0])}")
+                    asked, compiled = clock.now(), len(compilations())
+                    cost = asked - now
+            if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
+                clock.pause()
+                score, compiled = validate(), len(compilations())
+                log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
+                clock.go_on()
+            if cfg.checkpoint_seconds and (agreed := world.max(now)[0]) - checkpointed >= cfg.checkpoint_seconds:
+                clock.pause()
+                checkpointed = agreed
+                trainer.checkpoint(checkpoint_path)
+                clock.go_on()
+        world.synchronize()
+        clock.pause()
+    trainer.loader.close()
+    if not trainer.step:
+        raise RunError(f"no step fits into {budget:g} s of training: raise MAX_WALLCLOCK_SECONDS or lower TRAIN_BATCH_TOKENS")
+    score = validate()
+    log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
+
+
+# ==================================================================================================
+# QUANTIZATION - weights -> small integers and scales. Each codec is an encode next to its decode; rules choose.
+# ==================================================================================================
+
+class Hessians:
+    """GPTQ's H = sum of x^T x over every matmul input, by site; handed to the forward as its tap."""
+
+    def __init__(self):
+        self.H: dict[str, Tensor] = {}
+        self.count: dict[str, int] = {}
+        self.squares: dict[str, Tensor] = {}  # QUANT=rd: sum of squared gradients of the loss, by matrix (rows, cols)
+
+    def __call__(self, site: str, x: Tensor) -> None:
+        x = x.detach().flatten(0, -2).float()
+        if site not in self.H:
+            self.H[site] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        self.H[site].addmm_(x.T, x)
+        self.count[site] = self.count.get(site, 0) + len(x)
+
+    def add_gradients(self, gradients: dict[str, Tensor]) -> None:
+        """Gradients of the summed loss of one window. The embedding is read as input and as head, so its H are its gradients'."""
+        for name, g in gradients.items():
+            self.squares[name] = g.float().square() if name not in self.squares else self.squares[name].addcmul_(g, g)
+            if name == "tok_emb.weight":
+                self(name, g)
+
+    def rms(self, site: str) -> Tensor:
+        """Root mean square of each input column."""
+        return (self.H[site].diagonal() / self.count[site]).sqrt()
+
+
+def kind_of(name: str) -> str:
+    """The name without its block: "blocks.3.attn.q_gain" -> "blocks.*.attn.q_gain"."""
+    return ".".join("*" if word.isdigit() else word for word in name.split("."))
+
+
+def unbank(cfg: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict -> one 2-D tensor per matrix, under the names of published artifacts; everything else as it is."""
+    L, out = cfg.num_layers, {name: t for name, t in state.items() if not name.endswith("_bank")}
+    for i in range(L):
+        out[f"blocks.{i}.attn.c_q.weight"] = state["qo_bank"][i]
+        out[f"blocks.{i}.attn.c_k.weight"] = state["kv_bank"][i]
+        out[f"blocks.{i}.attn.c_v.weight"] = state["kv_bank"][L + i]
+        out[f"blocks.{i}.attn.proj.weight"] = state["qo_bank"][L + i]
+        out[f"blocks.{i}.mlp.fc.weight"] = state["mlp_up_bank"][i]
+        out[f"blocks.{i}.mlp.proj.weight"] = state["mlp_down_bank"][i]
+    return out
+
+
+def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `unbank`."""
+    def stack(*roles: str) -> Tensor:
+        return torch.stack([tensors[f"blocks.{i}.{role}.weight"] for role in roles for i in range(cfg.num_layers)])
+
+    roles = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
+    out = {name: t for name, t in tensors.items() if not any(name.endswith(f".{role}.weight") for role in roles)}
+    return out | dict(qo_bank=stack("attn.c_q", "attn.proj"), kv_bank=stack("attn.c_k", "attn.c_v"),
+                      mlp_up_bank=stack("mlp.fc"), mlp_down_bank=stack("mlp.proj"))
+
+
+@torch.no_grad()
+def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, length: int = 2048, temperature: float = 0.8) -> np.ndarray:
+    """Text of the model's own for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences, T = min(length,
+    TRAIN_SEQ_LEN). The first token is uniform, the others are drawn at `temperature`; SEED decides them, on any number of ranks."""
+    size, order = min(length, cfg.train_seq_len) + 1, layer_order(cfg, looping=True)
+    draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))[world.rank :: world.size].to(world.device)
+    tokens, cache = (draws * cfg.vocab_size).long(), Cache(size - 1)
+    for t in range(1, size):
+        odds = (model(tokens[:, t - 1 : t], None, order=order, cache=cache)[:, 0] / temperature).softmax(-1).cumsum(-1)
+        tokens[:, t] = torch.searchsorted(odds, draws[:, t : t + 1] * odds[:, -1:])[:, 0]
+    return tokens.cpu().numpy()
+
+
+def calibration_parts(cfg: Config) -> int:
+    """Windows per micro-batch of calibration: gradients want more samples and less memory."""
+    return min(8, cfg.train_microbatch_tokens // cfg.train_seq_len) if cfg.quant == "rd" else 1
+
+
+def calibrate(cfg: Config, world: World, model: GPT, weights: dict[str, Tensor], tokens: np.ndarray, hessians: Hessians) -> None:
+    """Add one window to `hessians`, run through the looped network with documents masked as in training; its gradients with QUANT=rd.
+    weights: parameters by name, which take the place of the model's own."""
+    row, banks = packed_row(tokens, cfg.train_seq_len, world.device), ("_bank", "tok_emb.weight", "lm_head.weight")
+    matrices = {name: t for name, t in weights.items() if name.endswith(banks)}
+    how = dict(order=layer_order(cfg, looping=True), packing=Packing(row.cu_seqlens, row.max_len), tap=hessians)
+    with torch.set_grad_enabled(cfg.quant == "rd"):
+        nats = torch.func.functional_call(model, weights, (row.inputs, row.targets), how)
+        if cfg.quant == "rd":
+            gradients = torch.autograd.grad(nats.sum(), list(matrices.values()))
+            hessians.add_gradients(unbank(cfg, dict(zip(matrices, gradients, strict=True))))
+
+
+@torch.no_grad()
+def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Hessians:
+    """Calibrate on windows of training data or on text of the model's own, and add up over the ranks."""
+    hessians, batches, parts = Hessians(), cfg.gptq_calibration_batches * cfg.micro_batches, calibration_parts(cfg)
+    start = time.perf_counter()
+    if cfg.gptq_calibration == "self":
+        windows = write_sequences(cfg, world, model)
+        log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {time.perf_counter() - start:.1f}s")
+    else:
+        windows = calibration_windows(files.train, cfg.train_microbatch_tokens // parts, batches * parts)[world.rank :: world.size]
+    eta, weights = Eta(len(windows)), dict(model.named_parameters())
+    for tokens in windows:
+        calibrate(cfg, world, model, weights, tokens, hessians)
+        eta.add(1)
+        if eta.done == 1 and eta.left > 20:
+            log(f"GPTQ:calibration takes about {eta.left:.0f}s more")
+    world.sum_(*hessians.H.values(), *hessians.squares.values())
+    counts = torch.tensor(list(hessians.count.values()), device=world.device)
+    world.sum_(counts)
+    hessians.count = dict(zip(hessians.count, counts.tolist(), strict=True))
+    return hessians
+
+
+def step_size(clip: Tensor, q_max: float) -> Tensor:
+    """fp16 steps that put `clip` on `q_max` steps: fp16 because that is what is stored; never zero, so a zero row decodes to zeros."""
+    return (clip / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
+
+
+def inverse_cholesky(H: Tensor) -> Tensor:
+    """Upper U with U^T U = H^-1, for a stack of positive definite H: Cholesky of the flipped H, one triangular solve."""
+    R = torch.linalg.cholesky(H.flip(-2, -1)).flip(-2, -1)  # H = R R^T, R upper
+    identity = torch.eye(H.shape[-1], device=H.device, dtype=H.dtype).expand_as(H)
+    return torch.linalg.solve_triangular(R, identity, upper=True)
+
+
+def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+    """Damped H (n, cols, cols) -> the order in which GPTQ walks the columns, largest diagonal first (n, cols), and `inverse_cholesky`
+    of H in that order. A column that no input uses (dead) counts as 1."""
+    H = H.clone()
+    diag = H.diagonal(dim1=-2, dim2=-1)
+    diag[diag == 0] = 1
+    diag += damping * diag.mean(-1, keepdim=True)
+    perm = diag.argsort(dim=-1, descending=True, stable=True)  # act-order
+    H = H.gather(1, perm[:, :, None].expand_as(H)).gather(2, perm[:, None].expand_as(H))
+    return perm, inverse_cholesky(H)
+
+
+def walk_columns(W: Tensor, perm: Tensor, U: Tensor, step: Tensor, choose, block: int = 128) -> Tensor:
+    """GPTQ (arXiv:2210.17323): quantize column after column, each error passed on to the columns that follow.
+
+    W and step (n, rows, cols), perm and U from `factor`. choose(x, j): column x (n, rows) in steps, from column j (n,) -> its integers
+    and the values they stand for, in steps. Returns the integers, fp32, in the order of W.
+    """
+    cols, index = W.shape[2], perm[:, None].expand_as(W)
+    W, step, Q = W.gather(2, index), step.gather(2, index), torch.empty_like(W)
+    for start in range(0, cols, block):
+        end = min(start + block, cols)
+        err = torch.empty_like(W[:, :, start:end])
+        for j in range(start, end):
+            s = step[:, :, j]
+            Q[:, :, j], value = choose(W[:, :, j] / s, perm[:, j])
+            e = (W[:, :, j] - value * s) / U[:, j, j, None]
+            W[:, :, j:end] -= e[:, :, None] * U[:, j, None, j:end]
+            err[:, :, j - start] = e
+        W[:, :, end:] -= err @ U[:, start:end, end:]
+    return Q.gather(2, perm.argsort(-1)[:, None].expand_as(Q))
+
+
+def without_dead_columns(W: Tensor, H: Tensor) -> Tensor:
+    """W (n, rows, cols) with zeros where no input ever is."""
+    return W.masked_fill((H.diagonal(dim1=-2, dim2=-1) == 0)[:, None], 0)
+
+
+def gptq(W: Tensor, H: Tensor, clip: Tensor, bits: int, protected: Tensor, hi_bits: int, block: int = 128):
+    """GPTQ with one scale per row, for a stack of matrices of one shape.
+
+    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols) bool: columns on the
+    finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and of protected columns.
+    """
+    q_max, hi_max = 2 ** (bits - 1) - 1, 2 ** (hi_bits - 1) - 1
+    scale, hi_scale = step_size(clip, q_max), step_size(clip, hi_max)
+    step = torch.where(protected[:, None], hi_scale.float()[:, :, None], scale.float()[:, :, None])
+    limit = torch.where(protected, hi_max, q_max).float()
+
+    def choose(x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        top = limit.gather(1, j[:, None])
+        q = x.round().clamp(-top, top)
+        return q, q
+
+    q = walk_columns(without_dead_columns(W, H), *factor(H), step, choose, block)
+    return q.to(torch.int8), scale, hi_scale
+
+
+# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state by state and parity);
+# it starts at 0 in every segment, and in odd states the second of two quantizers is active: k stands for 2 k steps in the first, for
+# 2 k - sign(k) in the second. Together they have every multiple of a step (dependent quantization, as in the VVC video standard).
+TRELLIS_SEGMENT = 128
+TRELLIS_NEXT = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
+TRELLIS_INTO = torch.tensor([[2 * s + p for s in range(8) for p in (0, 1) if TRELLIS_NEXT[s][p] == t] for t in range(8)])  # (8, 2)
+TRELLIS_ERROR = 0.24  # mean squared error of its nearest path, in steps squared
+
+
+def trellis_values(q: Tensor) -> Tensor:
+    """Integers (n, rows) -> what they stand for, in steps."""
+    (n, rows), height = q.shape, min(max(q.shape[1], 1), TRELLIS_SEGMENT)
+    lanes = F.pad(q.long(), (0, -rows % height)).reshape(-1, height).T
+    following = torch.tensor(TRELLIS_NEXT, device=q.device).view(-1)
+    second, state = torch.empty_like(lanes), torch.zeros_like(lanes[0])
+    for t, k in enumerate(lanes):
+        second[t] = state & 1
+        state = following[2 * state + (k & 1)]
+    return (2 * lanes - second * lanes.sign()).T.reshape(n, -1)[:, :rows].float()
+
+
+def viterbi(lanes: Tensor) -> tuple[Tensor, Tensor]:
+    """`trellis_path` of segments side by side, lanes (height, segments) -> two of its shape."""
+    height = len(lanes)
+    a, sign = lanes.abs(), torch.where(lanes < 0, -1.0, 1.0)
+    k = torch.stack((  # the nearest integers by quantizer and parity: even and odd of the first, even and odd of the second
+        2 * (a / 4).round().clamp_max(63), 2 * ((a - 2) / 4).round().clamp(0, 63) + 1,
+        torch.where(a < 1.5, 0, 2 * ((a + 1) / 4).round().clamp(1, 63)), 2 * ((a - 1) / 4).round().clamp(0, 63) + 1), 1)
+    value = 2 * k
+    value[:, 2:] -= k[:, 2:].sign()
+    branch = (value - a[:, None]).square()  # (steps, 4, lanes)
+    into = TRELLIS_INTO.to(lanes.device)
+    source, kind = into // 2, into // 2 % 2 * 2 + into % 2  # state and branch of the two ways into each state (8, 2)
+    branch = branch[:, kind.T]  # (steps, 2, 8, lanes)
+    cost = torch.full((8, lanes.shape[1]), math.inf, device=lanes.device)
+    cost[0] = 0
+    second = torch.empty((height, *cost.shape), dtype=torch.bool, device=lanes.device)
+    for t in range(height):
+        ways = cost[source.T] + branch[t]
+        torch.lt(ways[1], ways[0], out=second[t])
+        cost = torch.minimum(ways[0], ways[1])
+    state, best = cost.argmin(0, keepdim=True), torch.empty_like(lanes, dtype=torch.long)
+    way = torch.where(second, into[:, 1, None], into[:, 0, None])  # 2 * state + parity by which each state was reached
+    for t in reversed(range(height)):
+        best[t] = reached = way[t].gather(0, state)[0]
+        state = reached[None] // 2
+    chosen = (best // 2 % 2 * 2 + best % 2)[:, None]
+    return tuple(sign * y.gather(1, chosen)[:, 0] for y in (k, value))
+
+
+def trellis_path(x: Tensor, search=viterbi) -> tuple[Tensor, Tensor]:
+    """The integers |k| <= 127 whose values are nearest to x (n, rows) in steps, over whole segments, and those values."""
+    (n, rows), height = x.shape, min(max(x.shape[1], 1), TRELLIS_SEGMENT)
+    lanes = F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()  # (steps, lanes)
+    return tuple(y.T.reshape(n, -1)[:, :rows] for y in search(lanes))
+
+
+class Stored(NamedTuple):
+    """One tensor of the artifact: its codecs, whose decoded values add up, and their parts by (codec, part)."""
+
+    parts: dict[tuple[str, str], Tensor]
+
+    def decode(self) -> Tensor:
+        """fp32 values."""
+        codecs = dict.fromkeys(codec for codec, _ in self.parts)
+        return sum(CODECS[codec].decode({part: t for (c, part), t in self.parts.items() if c == codec}) for codec in codecs)
+
+
+class Float16:
+    """Half precision, as it is."""
+
+    @staticmethod
+    def encode(w: Tensor) -> dict[str, Tensor]:
+        return dict(w=w.half())
+
+    @staticmethod
+    def decode(parts: dict[str, Tensor]) -> Tensor:
+        return parts["w"].float()
+
+
+class Int8Rows:
+    """Symmetric int8, one fp16 scale per row."""
+
+    @staticmethod
+    def encode(w: Tensor) -> dict[str, Tensor]:
+        scale = step_size(w.abs().amax(1), 127)
+        return dict(q=(w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale=scale)
+
+    @staticmethod
+    def decode(parts: dict[str, Tensor]) -> Tensor:
+        return parts["q"].float() * parts["scale"].float()[:, None]
+
+
+class Gptq:
+    """What `gptq` chose: integers, a scale per row, and a finer scale for the protected column groups (AWQ-lite, PR #1908)."""
+
+    @staticmethod
+    def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: list[int], hi_size: int) -> dict[str, Tensor]:
+        parts = dict(q=q, scale=scale)
+        if hi_starts:
+            hi_start, size = torch.tensor(hi_starts, dtype=torch.int16), torch.tensor([hi_size], dtype=torch.int16)
+            parts |= dict(hi_start=hi_start, hi_size=size, hi_scale=hi_scale)
+        return parts
+
+    @staticmethod
+    def decode(parts: dict[str, Tensor]) -> Tensor:
+        q = parts["q"].float()
+        w, high = q * parts["scale"].float()[:, None], torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)
+        if "hi_start" in parts:
+            for start in parts["hi_start"].unique().tolist():
+                high[start : start + int(parts["hi_size"])] = True
+            w[:, high] = q[:, high] * parts["hi_scale"].float()[:, None]
+        return w
+
+
+RD_DAMPING, RD_FLOOR = 0.05, 1e-2
+HALF_OCTAVES = torch.tensor([math.ldexp((1, math.sqrt(2))[n & 1], n >> 1) for n in range(-256, 256)])
+
+
+class Trellis:
+    """A trellis of integers down the rows of each column, with a step for each row and each column, in half octaves."""
+
+    @staticmethod
+    def encode(q: Tensor, row: Tensor, col: Tensor, step: Tensor, octave: Tensor) -> dict[str, Tensor]:
+        """q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,), common to all."""
+        return dict(q=q, row=row, col=col, step=step, octave=octave)
+
+    @staticmethod
+    def steps(parts: dict[str, Tensor]) -> Tensor:
+        """(rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half octaves from a table."""
+        codes = parts["row"].int()[:, None] + parts["col"].int()
+        return math.ldexp(int(parts["step"]), int(parts["octave"])) * HALF_OCTAVES.to(codes.device)[256 + codes]
+
+    @staticmethod
+    def decode(parts: dict[str, Tensor]) -> Tensor:
+        return trellis_values(parts["q"].T).T * Trellis.steps(parts)
+
+
+class LowRank:
+    """Low-rank correction with symmetric integer factors, one fp16 scale per row of A and of B (LQER, arXiv:2402.02446)."""
+
+    @staticmethod
+    def encode(A: Tensor, B: Tensor, bits: int) -> dict[str, Tensor]:
+        parts, q_max = {}, 2 ** (bits - 1) - 1
+        for name, factor in (("A", A), ("B", B)):
+            scale = step_size(factor.abs().amax(1), q_max)
+            parts |= {name: (factor / scale.float()[:, None]).round().clamp(-q_max, q_max).to(torch.int8), f"{name}_scale": scale}
+        return parts
+
+    @staticmethod
+    def decode(parts: dict[str, Tensor]) -> Tensor:
+        A, B = (parts[name].float() * parts[f"{name}_scale"].float()[:, None] for name in ("A", "B"))
+        return A @ B
+
+
+class LowRankAsym:
+    """Low-rank correction, A in {-2..1} with one scale, B in {-8..7} with one scale per group of values (PR #1797)."""
+
+    @staticmethod
+    def encode(A: Tensor, B: Tensor, group: int) -> dict[str, Tensor]:
+        a_scale = step_size(A.abs().max(), 1.5)
+        groups = B.reshape(-1, group)
+        b_scale = step_size(groups.abs().amax(1), 7.5)
+        return dict(
+            A=(A / a_scale.float()).round().clamp(-2, 1).to(torch.int8), A_scale=a_scale.view(1),
+            B=(groups / b_scale.float()[:, None]).round().clamp(-8, 7).to(torch.int8).view_as(B), B_scale=b_scale)
+
+    @staticmethod
+    def decode(parts: dict[str, Tensor]) -> Tensor:
+        B = parts["B"].float().reshape(len(parts["B_scale"]), -1) * parts["B_scale"].float()[:, None]
+        return (parts["A"].float() * parts["A_scale"].float()) @ B.view_as(parts["B"])
+
+
+CODECS = dict(float16=Float16, int8_row=Int8Rows, gptq=Gptq, trellis=Trellis, low_rank=LowRank, low_rank_asym=LowRankAsym)
+CODEC_PARTS = dict(  # what an artifact may hold of each codec, and its dtype
+    float16=dict(w="f2"), int8_row=dict(q="i1", scale="f2"), gptq=dict(q="i1", scale="f2", hi_start="i2", hi_size="i2", hi_scale="f2"),
+    trellis=dict(q="i1", row="i1", col="i1", step="i2", octave="i1"), low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
+    low_rank_asym=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
+)
+
+QUANT_RULES = (  # pattern, codec, bits, clip, site of the Hessian; first match wins
+    ("tok_emb.weight", "gptq", "embed_bits", "embed_clip_sigmas", "head"),
+    ("lm_head.weight", "gptq", "matrix_bits", "matrix_clip_sigmas", "head"),
+    ("blocks.*.attn.c_?.weight", "gptq", "matrix_bits", "attn_clip_sigmas", "attn_in"),
+    ("blocks.*.attn.proj.weight", "gptq", "matrix_bits", "attn_clip_sigmas", "attn_out"),
+    ("blocks.*.mlp.fc.weight", "gptq", "matrix_bits", "mlp_clip_sigmas", "mlp_in"),
+    ("blocks.*.mlp.proj.weight", "gptq", "matrix_bits", "mlp_clip_sigmas", "mlp_mid"),
+    ("blocks.*.attn.attn_gate_w", "int8_row", "", "", ""),
+    ("*", "float16", "", "", ""),
+)
+
+PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QUANT=s05 tries to end its grid
+
+LQER_SCOPES = dict(all="*", mlp="*.mlp.*", attn="*.attn.*", embed="tok_emb.weight")
+
+
+def quant_rules(cfg: Config) -> tuple:
+    """QUANT_RULES, and what QUANT changes in it."""
+    return (("tok_emb.weight", "int8_row", "", "", ""), *QUANT_RULES) if cfg.quant == "s05" else QUANT_RULES
+
+
+class Task(NamedTuple):
+    """One matrix for GPTQ."""
+
+    name: str
+    W: Tensor  # (rows, cols) fp32
+    bits: int
+    clip_sigmas: float
+    site: str | None  # None: no matmul reads it (the embedding of an untied head), so every column counts alike
+
+
+def gptq_tasks(cfg: Config, tensors: dict[str, Tensor]) -> list[Task]:
+    """The tensors that the rules send to GPTQ, with their settings."""
+    tasks = []
+    for name, t in tensors.items():
+        codec, bits, clip, site = first_match(quant_rules(cfg), name)
+        if codec == "gptq":
+            block = ".".join(name.split(".")[:2]) + "." if name.startswith("blocks.") else ""
+            site = None if name == "tok_emb.weight" and not cfg.tie_embeddings else block + site
+            tasks.append(Task(name, t.float(), getattr(cfg, bits), getattr(cfg, clip), site))
+    return tasks
+
+
+def mixed_bits(cfg: Config, tasks: list[Task], hessians: Hessians) -> list[Task]:
+    """QUANT=s05: the N_INT6_LAYERS matrices with the largest trace of H keep their bits, the others lose one (PR #1105)."""
+    if cfg.quant != "s05":
+        return tasks
+    ranked = sorted(tasks, key=lambda t: -hessians.H[t.site].trace().item())
+    kept = {task.name for task in ranked[: cfg.n_int6_layers]}
+    return [t if t.name in kept else t._replace(bits=t.bits - 1) for t in tasks]
+
+
+def protected_groups(cfg: Config, tasks: list[Task], hessians: Hessians) -> dict[str, list[int]]:
+    """AWQ-lite: first columns of the groups with the largest sum of rms(x_j) mean|W_j|, the best over all tensors."""
+    if not cfg.awq_lite_enabled:
+        return {}
+    size, scored = cfg.awq_lite_group_size, []
+    for task in tasks:
+        if task.bits < cfg.awq_lite_bits and task.site is not None:
+            column = hessians.rms(task.site) * task.W.abs().mean(0)
+            groups = column[: len(column) // size * size].view(-1, size).sum(1)
+            scored += [(score, task.name, g * size) for g, score in enumerate(groups.tolist())]
+    chosen: dict[str, list[int]] = {}
+    for _, name, start in sorted(scored, key=lambda s: (-s[0], s[1], s[2]))[: cfg.awq_lite_group_top_k]:
+        chosen.setdefault(name, []).append(start)
+    return chosen
+
+
+def clip_candidates(cfg: Config, W: Tensor, sigmas: float) -> Tensor:
+    """Where the grid of a row may end, for W (n, rows, cols): (n, candidates, rows). One multiple of the row's standard deviation
+    (SDClip), or PERCENTILES of its |w|, at least 1 as published: rows of smaller weights share one step."""
+    if cfg.quant != "s05":
+        return sigmas * W.std(-1)[:, None]
+    levels = torch.tensor(PERCENTILES, device=W.device)
+    return torch.stack([w.abs().quantile(levels, dim=1).clamp_min(1) for w in W])
+
+
+def run_gptq(cfg: Config, tasks: list[Task], hessians: Hessians, protected: dict[str, list[int]]) -> dict[str, Stored]:
+    """GPTQ over all tasks, matrices of one shape and setting batched. Raises RunError when a Hessian is not positive definite."""
+    batches, out = {}, {}
+    for task in tasks:
+        batches.setdefault((task.W.shape, task.bits, task.clip_sigmas), []).append(task)
+    for ((_, cols), bits, clip), batch in batches.items():
+        mask = torch.zeros(len(batch), cols, dtype=torch.bool, device=batch[0].W.device)
+        for row, task in zip(mask, batch, strict=True):
+            for start in protected.get(task.name, ()):
+                row[start : start + cfg.awq_lite_group_size] = True
+        H = torch.stack([torch.eye(cols, device=mask.device) if t.site is None else hessians.H[t.site] for t in batch])
+        W = torch.stack([t.W for t in batch])
+        clips = clip_candidates(cfg, W, clip)
+        if cfg.quant == "s05":  # damped twice, as published: here and in the solver
+            H += torch.eye(cols, device=mask.device) * H.diagonal(dim1=-2, dim2=-1).mean(-1).mul(0.01).clamp_min(1e-6)[:, None, None]
+        try:  # rows do not influence each other, so candidates are just more rows
+            results = gptq(W.repeat(1, clips.shape[1], 1), H, clips.flatten(1), bits, mask, cfg.awq_lite_bits)
+        except torch.linalg.LinAlgError as e:
+            raise RunError(f"GPTQ of {batch[0].name} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
+        for task, *tried in zip(batch, *results, strict=True):
+            found = []
+            for q, scale, hi_scale in zip(*(t.chunk(clips.shape[1]) for t in tried), strict=True):
+                parts = Gptq.encode(q, scale, hi_scale, protected.get(task.name, []), cfg.awq_lite_group_size)
+                found.append(Stored({("gptq", part): t for part, t in parts.items()}))
+            out[task.name] = min(found, key=lambda s: (task.W - s.decode()).square().sum().item()) if len(found) > 1 else found[0]
+    return out
+
+
+class RateDistortion:
+    """QUANT=rd: every weight at one slope of predicted loss against coded bits, so that one number, `delta`, sets the size of all.
+
+    The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean squared gradient of the row's
+    output (diagonal Fisher information, with the labels of the text). GPTQ makes it 1/2 sum_rj g_r d_j e_rj^2 with d_j = 1 / U_jj^2 and
+    errors e of the size of the steps; by reverse water-filling (Cover and Thomas, 10.3) the step of weight (r, j) is delta / sqrt(g_r d_j).
+    """
+
+    def __init__(self, tasks: list[Task], hessians: Hessians, search=None):
+        self.batches, groups, self.search = [], {}, search or viterbi
+        self.tokens, self.weights = hessians.count["head"], sum(task.W.numel() for task in tasks)
+        self.histogram = torch.zeros(4096, dtype=torch.float64)  # of the weights' variances, in steps squared at a delta of 1
+        self.ratios = 2 ** (torch.arange(-2048, 2048, dtype=torch.float64) / 16)
+        for task in tasks:
+            groups.setdefault(task.W.shape, []).append(task)
+        for group in groups.values():
+            names, W = [task.name for task in group], torch.stack([task.W for task in group])
+            H = torch.stack([hessians.H[name if name == "tok_emb.weight" else task.site] for name, task in zip(names, group, strict=True)])
+            try:
+                perm, U = factor(H, RD_DAMPING)
+            except torch.linalg.LinAlgError as e:
+                raise RunError(f"GPTQ of {names[0]} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
+            diag, squares = H.diagonal(dim1=-2, dim2=-1), torch.stack([hessians.squares[name] for name in names])
+            g = (squares / diag.clamp_min(1e-9 * diag.amax())[:, None]).mean(-1)
+            g = g.clamp_min(RD_FLOOR * g.mean(-1, keepdim=True)).clamp_min(1e-30)
+            d = U.diagonal(dim1=-2, dim2=-1).square().reciprocal().gather(1, perm.argsort(-1))
+            W = without_dead_columns(W, H)
+            power = W.square()
+            variance = power.mean(2, keepdim=True) * power.mean(1, keepdim=True) / power.mean((1, 2), keepdim=True).clamp_min(1e-30)
+            octaves = (variance * g[:, :, None] * d[:, None]).clamp_min(1e-30).log2().mul(16).round().clamp(-2047, 2047)
+            self.histogram += torch.bincount(octaves.flatten().long().cpu() + 2048, minlength=4096)
+            codes, level = zip(*(self.codes(x) for x in (g, d)), strict=True)
+            self.batches.append((names, W, perm, U, *codes, sum(level)))
+
+    @staticmethod
+    def codes(x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (n, k) -> 1 / sqrt(x) in half octaves, int8 around zero, and the zero of each matrix (n,) in half octaves."""
+        level = -x.log2()
+        zero = level.mean(-1, keepdim=True).round()
+        return (level - zero).round().clamp(-100, 100).to(torch.int8), zero[:, 0]
+
+    def delta(self, loss: float) -> float:
+        """The delta at which the predicted loss is so many nats per token."""
+        return math.sqrt(2 * loss * self.tokens / self.weights / TRELLIS_ERROR)
+
+    def parts(self, W: Tensor, row: Tensor, col: Tensor, level: float, delta: float) -> dict[str, Tensor]:
+        """The steps of W. Columns, then rows whose integers would not fit into 8 bits get coarser ones."""
+        mantissa, exponent = math.frexp(delta * 2 ** (level / 2))
+        step, octave = min(round(mantissa * 2**15), 2**15 - 1), min(max(exponent - 15, -128), 127)
+        out = dict(row=row, col=col, step=torch.tensor([step], dtype=torch.int16), octave=torch.tensor([octave], dtype=torch.int8))
+        for part, dim in (("col", 0), ("row", 1)):
+            excess = W.abs() / (160 * Trellis.steps(out))
+            excess = excess.square().mean(dim).sqrt() * 4 if part == "col" else excess.amax(dim)
+            out[part] = out[part] + (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
+        return out
+
+    def __call__(self, delta: float, choose=None) -> dict[str, Stored]:
+        """Quantize all matrices, by the trellis unless `choose` is another column rounder for `walk_columns`."""
+        out, choose = {}, choose or (lambda x, _: trellis_path(x, self.search))
+        for names, W, perm, U, rows, cols, levels in self.batches:
+            parts = [self.parts(*x, delta) for x in zip(W, rows, cols, levels.tolist(), strict=True)]
+            step = torch.stack([Trellis.steps(p) for p in parts])
+            q = walk_columns(W, perm, U, step, choose).to(torch.int8)
+            for name, k, p in zip(names, q, parts, strict=True):
+                out[name] = Stored({("trellis", part): t for part, t in Trellis.encode(k, **p).items()})
+        return out
+
+    def bits(self, delta: float) -> float:
+        """What the integers should need: of a Gaussian weight, half the logarithm of its variance in steps squared."""
+        return float((self.histogram * (1 + 4.3 * self.ratios / delta**2).log2()).sum() / 2)
+
+    def delta_for(self, bits: float) -> float:
+        """The delta at which `bits` says so, by bisection."""
+        low, high = 1e-12, 1e12
+        for _ in range(100):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self.bits(middle) > bits else (low, middle)
+        return low
+
+
+def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank, rows, cols): its leading singular
+    vectors, by the eigenvectors of the smaller Gram matrix in fp64. The largest number in each row of B is positive: that makes the
+    result unique, and the same on every device up to rounding."""
+    X = (E if E.shape[0] >= E.shape[1] else E.T).to("cpu" if E.device.type == "mps" else E.device, torch.float64)
+    squares, V = (t[..., -rank:].flip(-1) for t in torch.linalg.eigh(X.T @ X))
+    A, B = X @ V, V.T
+    if E.shape[0] < E.shape[1]:
+        S = squares.clamp_min(1e-60).sqrt()
+        A, B = V * S, (A / S).T
+    sign = torch.where(B.gather(1, B.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+    return (A * sign.T).to(E), (B * sign).to(E)
+
+
+def low_rank_corrections(cfg: Config, tasks: list[Task], stored: dict[str, Stored]) -> dict[str, Stored]:
+    """LQER: rank-r factors of W - W_hat for the tensors with the largest residual, or the largest gain (LQER_GAIN_SELECT)."""
+    if not cfg.lqer_enabled:
+        return {}
+
+    def fit(E: Tensor) -> Stored:
+        A, B = low_rank_factors(E, cfg.lqer_rank)
+        codec = "low_rank_asym" if cfg.lqer_asym_enabled else "low_rank"
+        parts = LowRankAsym.encode(A, B, cfg.lqer_asym_group) if cfg.lqer_asym_enabled else LowRank.encode(A, B, cfg.lqer_factor_bits)
+        return Stored({(codec, part): t for part, t in parts.items()})
+
+    scope = LQER_SCOPES[cfg.lqer_scope]
+    residuals = {t.name: t.W - stored[t.name].decode() for t in tasks if fnmatch.fnmatchcase(t.name, scope)}
+    fits = {name: fit(E) for name, E in residuals.items()} if cfg.lqer_gain_select else {}
+    sizes = [E.norm() - ((E - fits[name].decode()).norm() if fits else 0) for name, E in residuals.items()]
+    worth = dict(zip(residuals, torch.stack(sizes).tolist() if sizes else (), strict=True))  # one wait for the device, not one a matrix
+    best = sorted(worth, key=lambda name: (-worth[name], name))[: cfg.lqer_top_k]
+    return {name: fits.get(name) or fit(residuals[name]) for name in best}
+
+
+@contextlib.contextmanager
+def full_fp32():
+    """No TF32 inside: GPTQ divides by what it subtracts."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@torch.no_grad()
+@full_fp32()
+def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, matrices: dict | None = None) -> dict[str, Stored]:
+    """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`. matrices: what `RateDistortion` made of them, if it did."""
+    tensors = unbank(cfg, state)
+    tasks, protected = mixed_bits(cfg, gptq_tasks(cfg, tensors), hessians), {}
+    if cfg.quant == "rd":
+        plan = RateDistortion(tasks, hessians) if matrices is None else None
+        stored = dict(matrices or plan(plan.delta(cfg.rd_loss)))
+        tasks = []
+    else:
+        protected = protected_groups(cfg, tasks, hessians)
+        stored = run_gptq(cfg, tasks, hessians, protected)
+        for name, extra in low_rank_corrections(cfg, tasks, stored).items():
+            stored[name] = Stored(stored[name].parts | extra.parts)
+    for name, t in tensors.items():
+        if name not in stored:
+            codec = first_match(quant_rules(cfg), name)[0]
+            codec = "float16" if name.endswith("attn_gate_w") and not cfg.gated_attn_quant_gate else codec
+            stored[name] = Stored({(codec, part): x for part, x in CODECS[codec].encode(t.float()).items()})
+    log("Quantized weights:")
+    kinds: dict[str, set[str]] = {}
+    bits = {task.name: f" (int{task.bits})" for task in tasks}
+    for name, s in stored.items():
+        kind = "+".join(dict.fromkeys(c for c, _ in s.parts)) + bits.get(name, "")
+        kind += f"+awqgrpint{cfg.awq_lite_bits}" if name in protected else ""
+        kinds.setdefault(kind, set()).add(kind_of(name))
+    for kind, names in sorted(kinds.items()):
+        log(f"  {kind}: {', '.join(sorted(names))}")
+    return {name: Stored({k: t.cpu() for k, t in stored[name].parts.items()}) for name in tensors}
+
+
+def dequantized_state(cfg: Config, stored: dict[str, Stored]) -> dict[str, Tensor]:
+    """What the artifact stands for, as a state dict in fp32."""
+    return rebank(cfg, {name: s.decode() for name, s in stored.items()})
+
+
+# ==================================================================================================
+# PACKING - tensors <-> bytes. The only section that knows the artifact's layout.
+# ==================================================================================================
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 3  # bump the version whenever any byte of the output could change its meaning
+MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it; artifacts list the values, so only append
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "tie_embeddings", "logit_softcap",
+    "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
+    "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled",
+    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled",
+    "smear_gate_bos_fix", "asym_logit_rescale",
+)
+
+STREAM_RULES = (  # array "tensor:codec.part", its stream, sort its rows by similarity when COMPRESSOR=pergroup; first match wins
+    ("tok_emb.weight:*.q", "tok_emb", True),
+    ("blocks.*.attn.c_k.weight:*.q", "attn.c_k", False),
+    ("blocks.*.attn.c_q.weight:*.q", "attn.c_q", True),
+    ("blocks.*.attn.c_v.weight:*.q", "attn.c_v", False),
+    ("blocks.*.attn.proj.weight:*.q", "attn.proj", False),
+    ("blocks.*.mlp.fc.weight:*.q", "mlp.fc", True),
+    ("blocks.*.mlp.proj.weight:*.q", "mlp.proj", False),
+    ("lm_head.weight:*.q", "lm_head", False),
+    ("*:*", "rest", False),
+)
+STREAMS = (*dict.fromkeys(stream for _, stream, _ in STREAM_RULES), "row_order")
+TOKEN_STREAMS = ("tok_emb", "lm_head")  # a row per token: rows of rare tokens resemble each other
+
+
+class ArtifactError(RunError):
+    """The bytes are no artifact of ours, are damaged, or belong to another model."""
+
+
+HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becomes an ArtifactError
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
+    brotli.error, lzma.LZMAError, subprocess.TimeoutExpired,
+)
+
+
+def need_lrzip() -> str:
+    """Path of the lrzip program. Raises RunError saying how to get it."""
+    if path := shutil.which("lrzip"):
+        return path
+    raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and Ubuntu: "
+                   "apt-get install lrzip), or set COMPRESSOR=range")
+
+
+def need_constriction() -> Any:
+    """The constriction library. Raises RunError saying how to get it."""
+    try:
+        return importlib.import_module("constriction")
+    except ImportError:
+        raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip install -r requirements.txt, "
+                       "or set COMPRESSOR=brotli") from None
+
+
+def lrzip(data: bytes, size: int | None = None) -> bytes:
+    """lrzip's form of `data`, or what it stands for, `size` bytes, which its own header must announce too: the program sees no bomb.
+
+    One thread, so that the bytes do not depend on the machine. Its time and, on Linux, memory and disk have limits of several times what
+    that size usually takes, whatever the data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
+    """
+    if size is not None and (data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size):
+        raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
+    flags, size = (["-z", "-L", "9"], len(data)) if size is None else (["-d"], size)
+    seconds = 1 + size // 50_000
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder, "in.lrz"), Path(folder, "out")
+        source.write_bytes(data)
+        command = [need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            for limit, most in dict(CPU=seconds, AS=(512 << 20) + 16 * size, FSIZE=(32 << 10) + size).items():
+                if hasattr(resource, "prlimit"):
+                    resource.prlimit(process.pid, getattr(resource, f"RLIMIT_{limit}"), (most, most))
+            try:
+                said, complaint = process.communicate(timeout=10 * seconds)
+            finally:
+                process.kill()
+        if process.returncode or not result.exists():
+            words = (complaint.strip() or said.strip()).decode(errors="replace")
+            raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: {words}")
+        return result.read_bytes()
+
+
+CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, holding little more than that)
+    "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24),
+               lambda data, size: brotli.Decompressor().process(data, output_buffer_limit=size + 1)),
+    "lzma": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+             lambda data, size: lzma.LZMADecompressor(memlimit=100 << 20).decompress(data, size + 1)),
+    "lrzip": (lrzip, lrzip),
+}
+
+
+def stream_coder(compressor: str, stream: str) -> str:
+    """Which coder a stream gets: pergroup means lrzip for the integer matrices and brotli for the rest."""
+    return compressor if compressor != "pergroup" else "brotli" if stream in ("rest", "row_order") else "lrzip"
+
+
+# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine, and no table is sent:
+# encoder and decoder count what they have seen. All of it is written once for both, from `code_arrays` below up to here: an
+# encoder leaves the values it is given as they are, a decoder fills them in, a counter of bits adds up what they would cost.
+POWERS = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
+LEVELS, LEVEL_ONE = 41, 12  # classes of mean magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
+level = partial(np.arange(LEVELS, dtype=np.int8).repeat(np.diff((0, *POWERS[73:153:2], 2**20))).take, mode="clip")  # of a mean in 2^-12
+SEEN = 64  # what one symbol adds to its count
+
+
+@cache
+def gaussian_counts() -> np.ndarray:
+    """Counts to start from, int64 (2 * LEVELS, 256), for each class under both quantizers of a trellis: a Gaussian of its mean
+    magnitude m, worth 256 symbols, and a floor. At k it has fallen by k^2 / (pi m^2 ln 2) octaves, here eighths, m^2 in 2^-10."""
+    magnitude = np.minimum(np.arange(256), 256 - np.arange(256))  # of an int8 whose bits are the index
+    weight = POWERS[np.maximum(8 * 14 - magnitude**2 * 3762 // POWERS[32 + 4 * np.arange(LEVELS)][:, None], 0)]
+    return np.tile(1 + 256 * SEEN * weight // weight.sum(1, keepdims=True), (2, 1))
+
+
+class RangeCoder:
+    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, only adds up the bits of each owner."""
+
+    def __init__(self, data: bytes | None = None, owners: int = 0, version: int = ARTIFACT_VERSION):
+        library, self.bits, self.version = need_constriction().stream, np.zeros(owners), version
+        self.model, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
+        self.decoder = None if data is None else library.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+
+    def code(self, counts: np.ndarray, context: np.ndarray, values: np.ndarray, owner: np.ndarray) -> None:
+        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count them.
+        `owner`, of n values, says whose they are.
+
+        The library's tables have 24 bits and no zeros: it adds 1 to each frequency. They are given as integers with exactly the
+        sum that makes its scaling a multiplication by one.
+        """
+        contexts, symbols = counts.shape
+        sizes = np.bincount(context, minlength=contexts)
+        used = np.flatnonzero(sizes)
+        tables, sizes = counts[used], sizes[used]
+        most, tables = tables.argmax(1), tables * (2**24 - symbols) // tables.sum(1, keepdims=True)
+        tables[np.arange(len(used)), most] += 2**24 - symbols - tables.sum(1)
+        if len(self.bits):
+            bits = (24 - np.log2(tables + 1))[used.searchsorted(context), values]
+            self.bits += np.bincount(owner.ravel(), bits, len(self.bits))
+        else:
+            order = np.argsort(context, kind="stable")
+            ordered, tables = (values[order] if self.decoder is None else values).astype(np.int32), tables.astype(np.float32)
+            if symbols == 16:  # small tables are cheap: one for each number, in one call
+                calls = [(ordered, self.model(perfect=False), [np.repeat(tables, sizes, axis=0)])]
+            else:
+                parts = (slice(end - n, end) for n, end in zip(sizes.tolist(), sizes.cumsum().tolist(), strict=True))
+                calls = ((ordered[part], self.model(table, perfect=False), []) for part, table in zip(parts, tables, strict=True))
+            for numbers, model, parameters in calls:
+                if self.decoder is None:
+                    self.encoder.encode(numbers, model, *parameters)
+                else:
+                    numbers[:] = self.decoder.decode(model, *(parameters or [len(numbers)]))
+            if self.decoder is not None:
+                values[order] = ordered
+        index = context.astype(np.uint32) * np.uint32(symbols) + values
+        counts += SEEN * np.bincount(index, minlength=counts.size).reshape(counts.shape)
+
+
+def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray) -> None:
+    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it; the lowest
+    four of sixteen are alone. Blocks grow with what is known, and what is known fades: layers differ."""
+    counts, done = np.full((1 + 16 + 256 + 1, 16), SEEN // 4), 0
+    least, pace = (8, 16) if coder.version == 2 else (4, 6)
+    while done < len(values):
+        here = slice(done, done + least + done // pace)
+        block, prefix = values[here], np.zeros(len(values[here]), np.uint16)
+        for shift, first in zip(range(8 * values.itemsize - 4, -1, -4), (0, 1, 17, 273), strict=False):
+            nibble = (block >> shift & 15).astype(np.uint8)
+            coder.code(counts, first + prefix * (first < 273), nibble, owner[here])
+            prefix = prefix * 16 + nibble
+        block[:] = prefix
+        counts -= (counts - SEEN // 4) // pace
+        done = here.stop
+
+
+def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What an encoder tells about rows: class of magnitude + 64 * (weight of the reference in halves), uint8, and the reference.
+
+    A reference is the most similar row that a decoder has by then: one higher up in any segment. It costs about two bytes and must
+    save more, and the class is that of the whole matrix unless the row differs enough to pay for saying so. Scalar products are
+    exact in fp32, so the choice is the same on every machine.
+    """
+    rows, cols = q.shape
+    index, weight, step, residual = np.zeros(rows, np.uint16), np.zeros(rows, np.uint8), np.arange(rows) % TRELLIS_SEGMENT, q.copy()
+    if similar:
+        order, starts = step.argsort(kind="stable"), np.bincount(step).cumsum().tolist()
+        x = torch.from_numpy(q[order, :256]).float()  # enough to find it
+        norm = (x.square().sum(1) + 1).sqrt()
+        for start, end in pairwise(starts):
+            here, best = order[start:end], order[(x[start:end] @ x[:start].T).div_(norm[:start]).argmax(1).numpy()]
+            left = np.stack([q[here] - (q[best].astype(np.int16) * halves + 1 >> 1) for halves in range(3)])
+            error = np.square(left, dtype=np.int32).sum(2) * [[2.0 ** (-18 / cols)], [1], [1]]
+            index[here], weight[here] = best, error.argmin(0)
+            residual[here] = left[weight[here], np.arange(len(here))]
+    total = np.abs(residual).view(np.uint8).sum(1, dtype=np.int64) << 12
+    usual, own = (level(x).astype(int) for x in (total.sum() // q.size, total // cols))
+    return (np.where(cols * (own - usual) ** 2 < 400, usual, own) + 64 * weight).astype(np.uint8), index
+
+
+def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: list[int], trellis: bool, similar: bool) -> np.ndarray:
+    """Code int8 matrices (n, rows, cols), side by side: step t takes row t of every segment of every matrix. Returns them.
+
+    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all segments)
+    and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256. Symbols are
+    no more than the largest magnitude (sent) needs: 0 and up, then the negative ones.
+    """
+    n, rows, cols = q.shape
+    info, index, most = np.zeros(n * rows, np.uint8), np.zeros(n * rows, np.uint16), np.full(1, 127, np.uint8)
+    if coder.decoder is None:
+        info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in q), strict=True))
+        most[:] = 127 if coder.version == 2 or (info > 63).any() else max(1, q.max(), -int(q.min())) - 1
+    owner = np.repeat(owners, rows)
+    code_numbers(coder, info, owner)
+    referring = index[info > 63]
+    code_numbers(coder, referring, owner[info > 63])
+    index[info > 63] = referring
+    if coder.version > 2:
+        code_numbers(coder, most, owner[:1])
+    symbols = min(2 * int(most[0]) + 3, 256)
+    gap, axes = np.uint8(256 - symbols), (1, 2, 0) if coder.version == 2 else (0, 1, 2)
+
+    def steps(a: np.ndarray) -> np.ndarray:
+        """(n * rows, ...) -> (steps, segments, n, width)."""
+        a = np.pad(a.reshape(n, rows, -1), ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0)))
+        return np.ascontiguousarray(a.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2]).transpose(2, 1, 0, 3))
+
+    x, info, index, owner = steps(q), steps(info), steps(index).astype(np.int64), np.array(owners)[:, None]
+    row, halves = np.minimum(info & 63, LEVELS - 1).astype(np.int8), info >> 6
+    scale = POWERS[120 - 2 * row.astype(int)].astype(np.uint32)
+    column, total, seen = np.zeros((n, cols), np.int8), np.full((n, cols), 8 << 12), 8
+    state, following = np.zeros(x.shape[1:], np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
+    kept = np.arange(symbols) + gap * (np.arange(symbols) > symbols // 2)
+    tables = counts[:, kept]
+    for t in range(min(rows, TRELLIS_SEGMENT)):
+        live = -(-(rows - t) // TRELLIS_SEGMENT)  # segments with a row t
+        here, prediction = x[t, :live], np.int8(0)
+        if halves[t].any():
+            segment, step = np.divmod(index[t, :live, :, 0], TRELLIS_SEGMENT)
+            known = x[step, np.minimum(segment, x.shape[1] - 1), np.arange(n)].astype(np.int16)
+            prediction = (known * halves[t, :live] + 1 >> 1).astype(np.int8)
+        context = np.clip(row[t, :live] + column, 0, LEVELS - 1).astype(np.uint8) + LEVELS * (state[:live] & 1)
+        residual = here - prediction
+        symbol = (residual.view(np.uint8) - gap * (residual < 0)).transpose(axes)
+        coded = symbol.reshape(-1)
+        coder.code(tables, context.transpose(axes).reshape(-1), coded, np.broadcast_to(owner, here.shape))
+        coded += gap * (coded > symbols // 2)
+        residual = coded.view(np.int8).reshape(symbol.shape).transpose(np.argsort(axes))
+        here[:] = residual + prediction
+        total += (np.abs(residual).view(np.uint8) * scale[t, :live]).sum(0, dtype=np.uint32)
+        seen += live
+        column = level(total // seen) - LEVEL_ONE
+        if trellis:
+            state = following.take(2 * state + (x[t] & 1).view(np.uint8))
+    counts[:, kept] = tables
+    return x.transpose(2, 1, 0, 3).reshape(n, -1, cols)[:, :rows]
+
+
+def code_arrays(arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) -> dict[str, np.ndarray]:
+    """Code every array "tensor:codec.part" with its stream's coder. Returns them.
+
+    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All other numbers of one
+    kind (the same tensor of every block, codec and part) share theirs.
+    """
+    start, groups, out = gaussian_counts(), {}, dict(arrays)
+    for i, (name, a) in enumerate(arrays.items()):
+        stream = STREAMS.index(first_match(STREAM_RULES, name)[0])
+        if a.size:
+            kind = (kind_of(name),) if STREAMS[stream] == "rest" else (":trellis." in name, a.shape)
+            groups.setdefault((stream, *kind), []).append((i, name, a))
+    counts = start.copy()
+    for (number, *kind), group in sorted(groups.items()):
+        stream, (owners, names, given) = STREAMS[number], zip(*group, strict=True)
+        if stream == "rest":
+            sizes, flat = [a.size for a in given], np.concatenate([a.reshape(-1) for a in given])
+            code_numbers(coders[stream], flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
+            coded = [x.reshape(a.shape) for x, a in zip(np.split(flat, np.cumsum(sizes)[:-1]), given, strict=True)]
+        else:
+            counts = start + (counts - start) // 8
+            coded = code_matrices(coders[stream], counts, np.stack(given), owners, kind[0], stream in TOKEN_STREAMS)
+        out |= zip(names, coded, strict=True)
+    return out
+
+
+def coded_bits(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Bits (fp64) that COMPRESSOR=range needs for each array "tensor:codec.part" (int8, int16 or fp16) of an artifact of just these, in
+    their order, without coding anything: what `pack` writes is within 0.1 %, and up to 8 bytes a stream. Tables are shared."""
+    counter = RangeCoder(owners=len(arrays))
+    code_arrays(arrays, dict.fromkeys(STREAMS, counter))
+    return counter.bits
+
+
+def similarity_order(q: np.ndarray) -> np.ndarray:
+    """Greedy chain of rows: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,).
+
+    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are computed."""
+    rows = torch.from_numpy(q).to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    distance, used, order = torch.cdist(rows, rows, p=1).cpu().numpy(), np.zeros(len(q), np.float32), np.zeros(len(q), np.uint16)
+    for i in range(1, len(q)):
+        used[order[i - 1]] = np.inf
+        order[i] = (distance[order[i - 1]] + used).argmin()
+    return order
+
+
+def byte_planes(a: np.ndarray) -> np.ndarray:
+    """All first bytes, then all second bytes, ...: halves of fp16 compress better apart."""
+    return np.ascontiguousarray(a).reshape(-1).view(np.uint8).reshape(a.size, a.itemsize).T
+
+
+def stream_views(compressor: str, arrays: dict[str, np.ndarray], order_of) -> tuple[dict[str, list[np.ndarray]], list]:
+    """What a stream's bytes are when they are not range-coded: uint8 arrays one after another, views of `arrays` to read or to fill in.
+
+    Integer matrices of `pergroup` are transposed, and copies where STREAM_RULES has their rows sorted: those are returned too, as
+    (matrix, `order_of` it, which is uint16 in stream row_order, its rows in that order). All others are byte planes.
+    """
+    views, copies = {stream: [] for stream in STREAMS}, []
+    for name, a in arrays.items():
+        stream, sort = first_match(STREAM_RULES, name)
+        if stream_coder(compressor, stream) != "lrzip":
+            views[stream].append(byte_planes(a))
+            continue
+        if sort:
+            copies.append((a, order := order_of(a), a := a[order]))
+            views["row_order"].append(byte_planes(order))
+        views[stream].append(a.view(np.uint8).T)
+    return views, copies
+
+
+def encode_streams(compressor: str, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
+    """Arrays "tensor:codec.part" -> the bytes of every stream."""
+    if compressor == "range":
+        coders = {stream: RangeCoder() for stream in STREAMS}
+        code_arrays(arrays, coders)
+        return {stream: coder.encoder.get_compressed().astype("<u4").tobytes() for stream, coder in coders.items()}
+    views, _ = stream_views(compressor, arrays, similarity_order)
+    raw = {stream: b"".join(view.tobytes() for view in own) for stream, own in views.items()}
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(raw, pool.map(lambda s: CODERS[stream_coder(compressor, s)][0](raw[s]) if raw[s] else b"", raw), strict=True))
+
+
+def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes], version: int = ARTIFACT_VERSION):
+    """The inverse of `encode_streams`: fills in `arrays` and returns them. Raises ArtifactError or what a coder raises."""
+    if compressor == "range":
+        return code_arrays(arrays, {stream: RangeCoder(data, version=version) for stream, data in coded.items()})
+    views, copies = stream_views(compressor, arrays, lambda a: np.zeros(len(a), "<u2"))
+    sizes = {stream: sum(view.size for view in own) for stream, own in views.items()}
+    with ThreadPoolExecutor() as pool:
+        raw = pool.map(lambda s: CODERS[stream_coder(compressor, s)][1](coded[s], sizes[s]) if coded[s] else b"", STREAMS)
+    for stream, data in zip(STREAMS, raw, strict=True):
+        if len(data) != sizes[stream]:
+            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes instead of {sizes[stream]}; make it again")
+        left = io.BytesIO(data)
+        for view in views[stream]:
+            view[:] = np.frombuffer(left.read(view.size), np.uint8).reshape(view.shape)
+    for a, order, rows in copies:
+        a[order] = rows
+    return arrays
+
+
+@cache
+def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
+    with torch.device("meta"):
+        state = GPT(cfg).state_dict()
+    return {name: tuple(t.shape) for name, t in unbank(cfg, state).items()}
+
+
+def arrays_of(stored: dict[str, Stored]) -> dict[str, np.ndarray]:
+    """All parts of all tensors, named "tensor:codec.part"."""
+    return {f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()}
+
+
+def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
+    """Tensors -> artifact. Deterministic: the same tensors give the same bytes. Raises RunError if they are not the model's.
+
+    magic "PGA1" | u16 version | u32 header size | 16-byte blake2b of all but the magic and itself | header | streams.
+    The header is brotli-coded JSON: [compressor, values of MODEL_FIELDS, bytes of each stream, kinds, kind of each tensor]. A
+    kind lists the parts of a tensor, [codec, part, sizes]; a size -1 - i is the tensor's own size i. Names and shapes of tensors
+    follow from the model, dtypes from the codec.
+    """
+    shapes = tensor_shapes(cfg)
+    if shapes.keys() != stored.keys():
+        raise RunError(f"these are not the model's tensors: {', '.join(sorted(shapes.keys() ^ stored.keys()))}")
+    stored = {name: stored[name] for name in shapes}
+    arrays, kinds = arrays_of(stored), [
+        [[codec, part, [-1 - shape.index(n) if n in shape else n for n in t.shape]] for (codec, part), t in s.parts.items()]
+        for shape, s in zip(shapes.values(), stored.values(), strict=True)]
+    if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
+        raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
+    streams = encode_streams(cfg.compressor, arrays)
+    distinct = [json.loads(text) for text in dict.fromkeys(map(json.dumps, kinds))]
+    header = [cfg.compressor, [getattr(cfg, f) for f in MODEL_FIELDS], [len(data) for data in streams.values()], distinct,
+              [distinct.index(kind) for kind in kinds]]
+    head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
+    body = head + b"".join(streams.values())
+    prefix = struct.pack("<HI", ARTIFACT_VERSION, len(head))
+    return ARTIFACT_MAGIC + prefix + hashlib.blake2b(prefix + body, digest_size=16).digest() + body
+
+
+class Header(NamedTuple):
+    """What an artifact says about itself, nothing of it checked against a model."""
+
+    version: int
+    compressor: str
+    model: dict[str, Any]  # MODEL_FIELDS
+    kinds: list  # of tensors, as `pack` writes them
+    chosen: list[int]  # the kind of each tensor
+    sizes: dict[str, int]  # bytes of each stream
+    start: int  # of the first stream
+
+
+def read_header(blob: bytes) -> Header:
+    """Header of an artifact of any version (1 lists names and shapes of all arrays), checksum verified. Raises ArtifactError."""
+    if blob[:4] != ARTIFACT_MAGIC or len(blob) < 26:
+        raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} in {len(blob)} bytes")
+    version, size = struct.unpack("<HI", blob[4:10])
+    if not 1 <= version <= ARTIFACT_VERSION:
+        raise ArtifactError(f"artifact version {version}; this script reads 1 to {ARTIFACT_VERSION}: use the script it was written by")
+    if hashlib.blake2b(blob[4:10] + blob[26:], digest_size=16).digest() != blob[10:26]:
+        raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy or make it again")
+    try:
+        header = json.loads(brotli.Decompressor().process(blob[26 : 26 + size], output_buffer_limit=1 << 20))
+        if version == 1:
+            (_, coders, sizes, _), parts = zip(*header["streams"], strict=True), {}
+            (compressor,) = [c for c in ("brotli", "lzma", "pergroup") if [stream_coder(c, s) for s in STREAMS] == [*coders]]
+            for name, codec, part, _, shape, _ in header["arrays"]:
+                parts.setdefault(name, []).append([codec, part, shape])
+            model, kinds, chosen = dict(header["model"]), [*parts.values()], range(len(parts))
+        else:
+            compressor, values, sizes, kinds, chosen = header
+            model = dict(zip(MODEL_FIELDS, values, strict=False))
+        if compressor not in COMPRESSORS or min(sizes) < 0 or 26 + size + sum(sizes) != len(blob):
+            raise ValueError("its streams do not fill it")
+        return Header(version, compressor, model, kinds, chosen, dict(zip(STREAMS, sizes, strict=True)), 26 + size)
+    except HOSTILE as e:
+        raise ArtifactError(f"the header of this artifact makes no sense: {e!r}; make it again") from None
+
+
+def check_model_fields(cfg: Config, saved: dict) -> None:
+    """Raises ArtifactError naming every variable by which this run differs from the one that wrote the artifact. A variable
+    younger than the artifact had its default."""
+    values = [(f.name, saved.get(f.name, f.default), getattr(cfg, f.name)) for f in fields(Config) if f.name in MODEL_FIELDS]
+    differ = [f"{name.upper()}: artifact {theirs}, this run {ours}" for name, theirs, ours in values if theirs != ours]
+    if differ:
+        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run that wrote it")
+
+
+def empty_arrays(cfg: Config, header: Header) -> dict[str, np.ndarray]:
+    """The arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of known codecs, as large as
+    the model's tensors allow."""
+    out: dict[str, np.ndarray] = {}
+    for (name, shape), chosen in zip(tensor_shapes(cfg).items(), header.chosen, strict=True):
+        room = 4 * math.prod(shape) + 16  # integers, low-rank factors and scales
+        for codec, part, sizes in header.kinds[chosen]:
+            sizes = [shape[-1 - n] if n < 0 else n for n in sizes]
+            room -= math.prod(sizes)
+            if room < 0 or f"{name}:{codec}.{part}" in out or (part in ("q", "w") and tuple(sizes) != shape):
+                raise ValueError(f"{name}, of shape {shape}, can not have {codec}.{part} of shape {sizes}")
+            out[f"{name}:{codec}.{part}"] = np.zeros(sizes, "<" + CODEC_PARTS[codec][part])
+    return out
+
+
+def unpack(cfg: Config, blob: bytes) -> dict[str, Stored]:
+    """Artifact of any version -> tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes, and never needs more
+    memory than the integers of four such models."""
+    header = read_header(blob)
+    check_model_fields(cfg, header.model)
+    ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
+    try:
+        coded = {stream: blob[start:end] for stream, (start, end) in zip(STREAMS, pairwise(ends), strict=True)}
+        arrays = decode_streams(header.compressor, empty_arrays(cfg, header), coded, header.version)
+        if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
+            raise ValueError(f"not all finite: {', '.join(bad)}")
+    except HOSTILE as e:
+        raise ArtifactError(f"this artifact makes no sense: {e!r}; make it again") from None
+    out: dict[str, Stored] = {name: Stored({}) for name in tensor_shapes(cfg)}
+    for name, a in arrays.items():
+        tensor, _, part = name.rpartition(":")
+        out[tensor].parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
+    return out
+
+
+def bytes_by_part(blob: bytes) -> dict[str, int]:
+    """Bytes of each stream of an artifact, and of its header; they add up to its size."""
+    header = read_header(blob)
+    return dict(header=header.start, **header.sizes)
+
+
+def load_artifact(cfg: Config, world: World, path: Path, kernels: Kernels = DEFINITIONS) -> GPT:
+    """The model that the bytes on disk stand for. Raises ArtifactError."""
+    model = GPT(cfg, world.dtype, kernels)
+    try:
+        model.load_state_dict(dequantized_state(cfg, unpack(cfg, path.read_bytes())))
+    except OSError as e:
+        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
+    except (LookupError, RuntimeError, ValueError) as e:
+        raise ArtifactError(f"{path} does not hold the tensors of this model: {e}; make it again") from None
+    return model.to(world.device).requires_grad_(False)
+
+
+def load_checkpoint_model(cfg: Config, world: World, path: Path, kernels: Kernels = DEFINITIONS) -> GPT:
+    """A model from final_model.pt, ours or a published one. Raises RunError."""
+    state = load_tensors(path, "cpu")
+    model = GPT(cfg, world.dtype, kernels)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise RunError(f"{path} does not fit this configuration: {e}") from None
+    return model.to(world.device)
+
+
+def upstream_code_bytes() -> int | None:
+    """Code size by the convention of published records: a minified, compressed, base85 script that is never written. None
+    when python_minifier is not installed. Our own count is the size of the script that runs."""
+    try:
+        import python_minifier
+    except ImportError:
+        return None
+    source = "".join(linecache.getlines(upstream_code_bytes.__code__.co_filename))  # also when the script runs packed
+    small = python_minifier.minify(source, rename_locals=False, hoist_literals=False, remove_literal_statements=True, remove_asserts=True)
+    return len(brotli.compress(small.encode(), quality=11)) * 5 // 4 + 67
+
+
+# ==================================================================================================
+# BUDGET - the searches for a size: as good a model as fits into TARGET_BYTES beside the script.
+# ==================================================================================================
+
+class Pruning:
+    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first; what one costs is the square of
+    the weight it stands for. `code_bits` predicts, without a coder, how many bits a number of zeros leaves."""
+
+    def __init__(self, stored: dict[str, Stored]):
+        self.stored, self.names = stored, [name for name, s in stored.items() if ("gptq", "q") in s.parts]
+        matrices = [{part: t for (codec, part), t in stored[name].parts.items() if codec == "gptq"} for name in self.names]
+        self.q = torch.cat([parts["q"].flatten() for parts in matrices])
+        self.sizes = [parts["q"].numel() for parts in matrices]
+        ones = (self.q.abs() == 1).nonzero()[:, 0]
+        cost = torch.cat([Gptq.decode(parts).flatten() for parts in matrices])[ones].square()
+        self.order = ones[cost.argsort(stable=True)]
+        owner = torch.repeat_interleave(torch.arange(len(matrices)), torch.tensor(self.sizes))
+        self.counts = torch.bincount(256 * owner + self.q + 128, minlength=256 * len(matrices)).view(-1, 256)
+        self.bins = 256 * owner[self.order] + self.q[self.order] + 128
+
+    def code_bits(self, count: int) -> float:
+        """Entropy of the integers, matrix by matrix, once the cheapest `count` are zero."""
+        moved = torch.bincount(self.bins[:count], minlength=self.counts.numel()).view_as(self.counts)
+        p = (self.counts - moved).double()
+        p[:, 128] += moved.sum(1)
+        return (torch.special.xlogy(p, p.sum(1, keepdim=True)) - torch.special.xlogy(p, p)).sum().item() / math.log(2)
+
+    def zeros_for(self, bits: float) -> int:
+        """The fewest zeros that leave at most so many bits; all of them if none do."""
+        return bisect.bisect_left(range(len(self.order)), -bits, key=lambda count: -self.code_bits(count))
+
+    def apply(self, count: int) -> dict[str, Stored]:
+        """The tensors with the cheapest `count` integers zeroed."""
+        q = self.q.clone()
+        q[self.order[:count]] = 0
+        new = {name: t.view_as(self.stored[name].parts["gptq", "q"]) for name, t in zip(self.names, q.split(self.sizes), strict=True)}
+        return self.stored | {name: Stored(self.stored[name].parts | {("gptq", "q"): t}) for name, t in new.items()}
+
+
+def pack_to_fit(cfg: Config, stored: dict[str, Stored], code_bytes: int, log: Log) -> tuple[dict[str, Stored], bytes]:
+    """`pack`; with QUANT=s05 pruned until artifact and script have at most TARGET_BYTES. Size is nearly linear in the entropy of the
+    integers, so at most three more packs come within 0.05 % (COMPRESSOR=range) or 0.5 %. Raises RunError naming the smallest size."""
+    blob, target, packs, fit = pack(cfg, stored), cfg.target_bytes - code_bytes, 0, None
+    if cfg.quant != "s05" or not cfg.target_bytes or len(blob) <= target:
+        return stored, blob
+    pruning = Pruning(stored)
+    over, under = (pruning.code_bits(0), len(blob)), None  # (bits of the integers, bytes): the points nearest to the target so far
+    while fit is None or (packs < 3 and len(fit[1]) < 0.9995 * target):
+        bits_per_byte = (over[0] - under[0]) / (over[1] - under[1]) if under else over[0] / over[1] * (1 + packs / 2)
+        count = pruning.zeros_for(over[0] - (over[1] - 0.9998 * target) * bits_per_byte)
+        tried, packs = pruning.apply(count), packs + 1
+        blob = pack(cfg, tried)
+        log(f"prune: {count} of {len(pruning.order)} integers +-1 to zero, {len(blob)} bytes of {target} beside the script")
+        if len(blob) <= target:
+            under, fit = (pruning.code_bits(count), len(blob)), (tried, blob)
+        elif count == len(pruning.order):
+            raise RunError(f"TARGET_BYTES={cfg.target_bytes}: every +-1 at zero leaves {len(blob) + code_bytes} bytes, {code_bytes} "
+                           "of them the script: lower MATRIX_BITS, or ship the packed script (tools/pack_code.py)")
+        else:
+            over = pruning.code_bits(count), len(blob)
+    return fit
+
+
+@torch.no_grad()
+@full_fp32()
+def quantize_to_fit(
+    cfg: Config, state: dict[str, Tensor], hessians: Hessians, code_bytes: int, log, search=None
+) -> tuple[dict[str, Stored], bytes]:
+    """`quantize` and `pack`. QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs fewer.
+
+    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes within 0.2 % on both sides of
+    the target end the search: the first matrices from the finer pass, the others from the coarser, as many as fit. Raises RunError
+    naming the smallest size when even steps that destroy the model do not fit.
+    """
+    if cfg.quant != "rd":
+        return pack_to_fit(cfg, quantize(cfg, state, hessians, log), code_bytes, log)
+    tensors, quiet = unbank(cfg, state), lambda line: None
+    plan = RateDistortion(gptq_tasks(cfg, tensors), hessians, search)
+    target, finest, coarsest = cfg.target_bytes or math.inf, plan.delta(cfg.rd_loss), plan.delta(max(100.0, cfg.rd_loss))
+
+    def attempt(matrices: dict[str, Stored]) -> tuple[int, dict[str, Stored], bytes]:
+        blob = pack(cfg, quantize(cfg, state, hessians, quiet, matrices))
+        return len(blob) + code_bytes, matrices, blob
+
+    over, under, delta = None, None, finest
+    # (what the formula gives, size) of the passes so far; the first is a guess: two bytes for every number outside the matrices.
+    known = [(plan.bits(finest), code_bytes + plan.bits(finest) / 8 + 2 * (sum(t.numel() for t in tensors.values()) - plan.weights))]
+    while len(known) < 12:
+        (bits, size), slope = known[-1], 1 / 8
+        if len(known) > 2 and bits != known[-2][0]:
+            slope = min(max((size - known[-2][1]) / (bits - known[-2][0]), 1 / 16), 1 / 4)
+        if size > target or len(known) > 1:
+            delta = min(max(plan.delta_for(bits + (0.99975 * target - size) / slope), finest), coarsest)
+        expected = size + slope * (plan.bits(delta) - bits)
+        tried = attempt(plan(delta))
+        known.append((plan.bits(delta), tried[0]))
+        log(f"rd: predicted loss {cfg.rd_loss * (delta / finest) ** 2:.5f}, {tried[0]} bytes with the script, predicted {expected:.0f}"
+            + (f", TARGET_BYTES {target}" if cfg.target_bytes else ""))
+        over, under = (over, tried) if tried[0] <= target else (tried, under)
+        near = under and (under[0] > 0.9995 * target or (over and over[0] - under[0] < 0.002 * target))
+        if near or delta == (finest if under else coarsest):
+            break
+    if not under:
+        raise RunError(f"TARGET_BYTES={target}: the smallest reachable size is {tried[0]} bytes, {code_bytes} of them the script; "
+                       "make the model smaller, or ship the packed script (tools/pack_code.py)")
+    fine, coarse, names = over and over[1], under[1], list(under[1])
+    for turn in range(min(8, len(names)) if over else 0):  # matrices are of unequal size: another order may end closer to the target
+        order, low, high = names[turn:] + names[:turn], 0, len(names)
+        while under[0] <= 0.9995 * target and high - low > 1:
+            middle = (low + high) // 2
+            tried = attempt({name: (fine if name in order[:middle] else coarse)[name] for name in names})
+            low, high = (middle, high) if tried[0] <= target else (low, middle)
+            under = tried if under[0] < tried[0] <= target else under
+    return quantize(cfg, state, hessians, log, under[1]), under[2]
+
+
+@torch.no_grad()
+@full_fp32()
+def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor], tokens: np.ndarray, code_bytes: int) -> str:
+    """The size that an artifact of these weights would have, with the script: calibrated on one micro-batch, measured by `coded_bits`.
+    QUANT=rd without the trellis, on steps that err as much. Changes neither the model nor a random generator."""
+    live, hessians, parts, quiet = dict(model.named_parameters()), Hessians(), calibration_parts(cfg), lambda line: None
+    weights = {name: t.detach().to(live[name].dtype).clone().requires_grad_() for name, t in state.items()}
+    for k in range(parts):
+        n = (len(tokens) - 1) // parts
+        calibrate(cfg, world, model, weights, tokens[k * n : (k + 1) * n + 1], hessians)
+    plan = matrices = None
+    if cfg.quant == "rd":
+        plan, wide = RateDistortion(gptq_tasks(cfg, unbank(cfg, weights)), hessians), math.sqrt(12 * TRELLIS_ERROR)
+        matrices = plan(finest := plan.delta(cfg.rd_loss), lambda x, _: ((q := (x / wide).round().clamp(-127, 127)), q * wide))
+    stored = quantize(cfg, weights, hessians, quiet, matrices)
+    bits = coded_bits(arrays_of(stored))
+    size, text = code_bytes + bits.sum() / 8, f" for RD_LOSS {cfg.rd_loss:g}" if plan else ""
+    if plan and 0 < cfg.target_bytes < size:
+        delta = plan.delta_for(plan.bits(finest) + 8 * (cfg.target_bytes - size))
+        text += f"; at TARGET_BYTES {cfg.target_bytes} the predicted loss is {cfg.rd_loss * (delta / finest) ** 2:.5f}"
+    return f"predicted_size: {size:.0f} bytes with the script{text}"
+
+
+# ==================================================================================================
+# SCORING - bits per byte: every target scored once, every byte counted once, all of it in a chained ledger.
+# ==================================================================================================
+
+class Ledger:
+    """Append-only account of a run. A line {"n", "prev", "kind", .., "hash"} names the hash of the one before: an edit breaks the chain.
+    A later stage in the same folder goes on behind the last line. Without a path (ranks but the first) nothing is kept."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.lines, self.last = path, 0, ""
+        if path is not None and path.exists():
+            try:
+                entry = json.loads(path.read_text().splitlines()[-1])
+                self.lines, self.last = entry["n"] + 1, entry["hash"]
+            except (OSError, ValueError, LookupError, TypeError):
+                raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose another ARTIFACT_DIR") from None
+
+    @staticmethod
+    def digest(entry: dict) -> str:
+        """blake2b-128, in hex, of the canonical JSON of a line without its "hash"."""
+        canonical = json.dumps({k: v for k, v in entry.items() if k != "hash"}, sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+    def add(self, kind: str, payload: dict) -> None:
+        """Append one line, at once. Raises RunError."""
+        if self.path is None:
+            return
+        entry = dict(n=self.lines, prev=self.last, kind=kind, **payload)
+        self.lines, self.last = self.lines + 1, self.digest(entry)
+        try:
+            with self.path.open("a") as f:
+                f.write(json.dumps(entry | dict(hash=self.last), separators=(",", ":")) + "\n")
+        except OSError as e:
+            raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another ARTIFACT_DIR") from None
+
+
+def state_hash(*states: Any) -> str:
+    """blake2b-128, in hex, of nested states: every tensor's bytes, every other value as text."""
+    h = hashlib.blake2b(digest_size=16)
+    for x in torch.utils._pytree.tree_leaves(states):
+        h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if isinstance(x, Tensor) else repr(x).encode())
+    return h.hexdigest()
+
+
+class Score(NamedTuple):
+    """What an evaluation comes to."""
+
+    loss: float  # nats per token
+    bpb: float   # bits per byte
+    tokens: int
+    bytes: int
+
+
+def graded(forward, targets: Tensor, hints: Tensor | None, boost: float) -> tuple[Tensor, Tensor]:
+    """Nats of targets, (B, n) or (B, n, K), as the model sees them, for learning, and as they count. forward(targets) -> nats.
+
+    The two differ where there is a hint, (B, n), -1 = none: its probability q is multiplied by e^boost and all probabilities are
+    divided by their new sum, 1 + q (e^boost - 1), whatever the target is.
+    """
+    if hints is None:
+        return (nats := forward(targets)), nats
+    hint = hints.unsqueeze(-1)
+    candidates = targets.view(*hints.shape, -1)
+    nats = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
+    nats, hinted = nats[..., :-1], nats[..., -1:]
+    tilted = nats - boost * (candidates == hint) + torch.log1p((-hinted).exp() * math.expm1(boost))
+    return nats.reshape(targets.shape), torch.where(hint < 0, nats, tilted).reshape(targets.shape)
+
+
+class ValDoor:
+    """The one way from an evaluation to the validation tokens; target i is token i + 1. `prefix` shows what comes before targets, `score`
+    grades them, each once, `release` hands out graded ones to learn from, `sync` merges the ranks and writes the receipts."""
+
+    def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
+        self._data, self.world, self.name, self.ledger = data, world, name, ledger
+        self.documents, self.total = data.documents, len(data.target_bytes)
+        self.own, self.graded = np.zeros(self.total, np.uint8), np.zeros(self.total, bool)  # by this rank; by any, at the last sync
+        self.nats = torch.zeros(self.total, device=world.device)
+        self.sum = torch.zeros((), dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
+        self.tokens, self.bytes, self.steps, self.early, self.work = 0, 0, 0, False, Work()
+        self.hints, self.boost, self.order = None, 0.0, np.arange(self.total)  # see `graded`, `foresee`
+        self.due: list[np.ndarray] = []                   # targets whose prefix is out, to be graded next
+        self.fresh: dict[str, list[np.ndarray]] = {}      # graded and released since the last receipt
+        self.receipts: list[tuple[str, np.ndarray]] = []  # since the last sync
+
+    def prefix(self, start: int, at: np.ndarray) -> np.ndarray:
+        """Inputs for the targets `at`, -1 = none: tokens from `start` to the one before the last of them. The next `score` must grade
+        them all: nothing is seen that is not scored."""
+        self.due.append(at[at >= 0])
+        return self._data.tokens[start : self.due[-1].max(initial=-1) + 1]
+
+    def foresee(self, order: np.ndarray, guess, boost: float) -> None:
+        """Hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. Nothing else is handed the stream
+        at once, so it is asked again with a forged future, from a drawn target on; RunError where that changes a hint up to there."""
+        tokens, cut = self._data.tokens, int(np.random.default_rng(self.total).integers(self.total))
+        future, forged = order[cut:][tokens[order[cut:] + 1] != BOS_ID] + 1, tokens.copy()  # where documents start is known
+        forged[future] = tokens[future[::-1]]
+        self.hints, self.boost, past = guess(tokens, order), boost, order[: cut + 1]
+        if (self.hints[past] != guess(forged, order)[past]).any():
+            raise RunError(f"{self.name}: a hint depends on its target or on what comes after it: a bug, please report it")
+
+    def _targets(self, at: np.ndarray) -> Tensor:
+        return torch.from_numpy(self._data.tokens[at + 1].astype(np.int64)).to(self.world.device, non_blocking=True)
+
+    def _hints(self, at: np.ndarray) -> Tensor | None:
+        return None if self.hints is None else torch.from_numpy(self.hints[at].astype(np.int64)).to(self.world.device, non_blocking=True)
+
+    def score(self, at: np.ndarray, forward) -> Tensor:
+        """Grade. at (B, n): targets, none of them graded before (RunError), -1 = none; forward(targets (B, n) int64) -> nats (B, n),
+        which come back; what counts is what `graded` makes of them."""
+        flat, device = np.flatnonzero(at >= 0), self.world.device
+        index = at.reshape(-1)[flat]
+        if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
+            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
+        seen, self.due = np.concatenate([*self.due, index[:0]]), []
+        if not np.isin(seen, index).all():
+            raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are scored: a bug, please report it")
+        self.steps, (nats, counted) = 0, graded(forward, self._targets(at), self._hints(at), self.boost)
+        counted = counted.detach().reshape(-1)[torch.from_numpy(flat).to(device, non_blocking=True)].float()
+        self.nats[torch.from_numpy(index).to(device, non_blocking=True)] = counted
+        self.sum += counted.to(self.sum.dtype).sum()
+        self.own[index] = 1
+        self.tokens, self.bytes = self.tokens + len(index), self.bytes + int(self._data.target_bytes[index].sum())
+        self.fresh.setdefault("score", []).append(index)
+        return nats
+
+    def release(self, at: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
+        """Targets to learn from, as for `score`; one step of an optimizer may follow, with what = "base" any number until `score`.
+        RunError: one has not been graded; `early`, for methods that break this rule, puts that into the ledger instead."""
+        index = at[at >= 0]
+        ready = bool((self.own[index] | self.graded[index]).all())
+        if not ready and not early:
+            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
+        self.early |= not ready
+        self.steps = 1 if what == "adapters" else math.inf
+        self.fresh.setdefault(what if ready else f"early {what}", []).append(index)
+        return self._targets(at)
+
+    @contextlib.contextmanager
+    def guard(self):
+        """Meanwhile every step of a torch optimizer without a release raises RunError."""
+        def before_step(*_):
+            if self.steps < 1:
+                raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: a bug, please report it")
+            self.steps -= 1
+
+        with register_optimizer_step_pre_hook(before_step):
+            yield
+
+    def sums(self) -> tuple[float, int, int]:
+        """Nats, tokens and bytes graded by this rank so far."""
+        return self.sum.item(), self.tokens, self.bytes
+
+    def receipt(self) -> None:
+        """One line for what was scored, and one for what was learned from, since the last receipt."""
+        self.receipts += [(kind, np.unique(np.concatenate(index))) for kind, index in self.fresh.items()]
+        self.fresh = {}
+
+    def entry(self, nats: np.ndarray, kind: str, index: np.ndarray) -> tuple[str, dict]:
+        """Ledger line of a receipt: ranges [a, b) of targets, and for scores nats and bytes of each range."""
+        starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)
+        line = {"pass": self.name, "ranges": np.stack((index[starts], index[np.append(starts[1:], len(index)) - 1] + 1), 1).tolist()}
+        if kind != "score":
+            return "update", line | dict(what=kind.removeprefix("early "), early=kind.startswith("early "))
+        sums = (np.add.reduceat(a[index].astype(t), starts).tolist() for a, t in ((nats, np.float64), (self._data.target_bytes, np.int64)))
+        return "score", line | dict(zip(("nats", "bytes"), sums, strict=True))
+
+    def sync(self) -> None:
+        """Merge the ranks, all together. Raises RunError when two of them have graded the same target."""
+        self.receipt()
+        counts = torch.tensor(self.own, device=self.world.device)
+        self.world.sum_(counts)
+        self.graded = (counts > 0).cpu().numpy()
+        if (counts > 1).any():
+            raise RunError(f"{self.name}: two ranks scored the same targets: a bug, please report it")
+        nats = self.nats.cpu().numpy()
+        entries, self.receipts = [self.entry(nats, *receipt) for receipt in self.receipts if len(receipt[1])], []
+        for line in (line for lines in self.world.gather(entries) for line in lines) if self.ledger is not None else ():
+            self.ledger.add(*line)
+
+    def finish(self) -> Score:
+        """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target. Raises RunError when one was left out."""
+        self.sync()
+        self.world.sum_(self.nats)  # zero where another rank has graded
+        nats, size, count = self.nats.cpu().numpy(), int(self._data.target_bytes.sum()), int(self.graded.sum())
+        total = float(nats.sum(dtype=np.float64))
+        if count != self.total or not math.isfinite(total):
+            raise RunError(f"scored {count} targets instead of {self.total}, {total:g} nats: a bug, please report it with the log")
+        if self.ledger is not None and self.ledger.path is not None:
+            buffer, path = io.BytesIO(), self.ledger.path.with_name(f"token_nats_{self.name}.npy")
+            np.save(buffer, nats)
+            write_atomic(path, buffer.getvalue())
+            self.ledger.add("tokens", {"pass": self.name, "file": path.name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
+        return Score(total / count, total / math.log(2) / size, count, size)
+
+
+def run_starts(x: Tensor) -> Tensor:
+    """(n,) -> for each element, the index at which its run of equal elements starts."""
+    first = torch.ones_like(x, dtype=torch.bool)
+    first[1:] = x[1:] != x[:-1]
+    return torch.where(first, torch.arange(len(x), device=x.device), 0).cummax(0).values
+
+
+def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torch.device | str) -> np.ndarray:
+    """A guess for each target of the stream from those scored before it (the token-only n-gram of PR #2135).
+
+    tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often followed the same
+    TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where its share is below TOKEN_THRESHOLD or
+    there is none. Sorts instead of a loop over hash tables; contexts are told apart exactly, from 1 token to 2, 4, 8, ...: they
+    are equal if both halves are.
+    """
+    stream, order, n = torch.from_numpy(tokens.astype(np.int64)).to(device), torch.from_numpy(order).to(device), cfg.token_order - 1
+    names, length, base = stream[:-1], 1, max(len(stream), 1 << 16)
+    begin = torch.where(names == BOS_ID, torch.arange(len(names), device=device), 0).cummax(0).values
+    order = order[order - begin[order] >= n - 1]
+    while length < n:
+        step = min(length, n - length)
+        key, at = (names[step:] * base + names[:-step]).sort()
+        names, length = torch.empty_like(at).scatter_(0, at, run_starts(key)), length + step
+    context, at = names[order - (n - 1)].sort(stable=True)
+    order, place = order[at], torch.arange(len(at), device=device)  # by context, then as they are scored
+    follows = stream[order + 1]
+    pair, at = (context * base + follows).sort(stable=True)
+    count = torch.empty_like(place).scatter_(0, at, place - run_starts(pair) + 1)
+    leader = run_starts((context * base + count).cummax(0).values)  # where the highest count so far was reached
+    seen, before = place - run_starts(context), leader.roll(1)
+    sure = (seen > 0) & (count[before].double() / seen >= cfg.token_threshold)
+    hints = torch.full((len(stream) - 1,), -1, dtype=torch.int32, device=device)
+    hints[order[sure]] = follows[before[sure]].int()
+    return hints.cpu().numpy()
+
+
+def prepare(cfg: Config, door: ValDoor, order: np.ndarray) -> ValDoor:
+    """Tell the door in which order its targets come, and the guesses that NGRAM_TILT_ENABLED asks for. On the evaluation's clock."""
+    door.order = order
+    if cfg.ngram_tilt_enabled:
+        device = door.world.device if door.world.device.type == "cuda" else "cpu"
+        door.foresee(order, partial(ngram_hints, cfg, device=device), cfg.token_boost)
+    return door
+
+
+class EvalBatch(NamedTuple):
+    """Inputs (B, T) int64, the target that each predicts or -1 (B, T), and the packing of a packed row."""
+
+    inputs: Tensor
+    at: np.ndarray
+    packing: Packing | None
+    learn: np.ndarray | None = None  # (B, T) likewise: targets that SLOT learns from
+
+
+def packed_rows(door: ValDoor, context: int, row_tokens: int) -> list[tuple[int, int]]:
+    """Cut the stream into rows of at most `row_tokens` inputs that never cut a piece: a document, or `context` tokens of a long one."""
+    cuts = document_cu_seqlens(door.documents()[0], door.total, context, bucket=1)
+    rows, start = [], 0
+    while start < door.total:
+        end = int(cuts[np.searchsorted(cuts, start + row_tokens, side="right") - 1])
+        rows.append((start, end))
+        start = end
+    return rows
+
+
+def packed_batches(cfg: Config, door: ValDoor, rank: int, size: int):
+    """Whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
+    context = cfg.eval_seq_len
+    row_tokens = min(max(cfg.val_batch_tokens // 8, context), -(-door.total // context) * context)
+    for start, end in packed_rows(door, context, row_tokens)[rank::size]:
+        n = end - start
+        inputs, at = np.zeros((1, row_tokens), np.int64), np.full((1, row_tokens), -1)
+        at[0, :n] = np.arange(start, end)
+        inputs[0, :n] = door.prefix(start, at)
+        starts = np.flatnonzero(inputs[0, :n] == BOS_ID)
+        cu_seqlens = document_cu_seqlens(np.append(starts, n) if n < row_tokens else starts, row_tokens, context)
+        yield EvalBatch(torch.from_numpy(inputs), at, Packing(torch.from_numpy(cu_seqlens), context))
+
+
+def sliding_batches(cfg: Config, door: ValDoor, rank: int, size: int):
+    """Windows every EVAL_STRIDE tokens, documents not masked; each scores the targets no earlier window has scored.
+
+    Each row walks through a stretch of its own: most of what its window shows has been scored by the same row in earlier batches.
+    """
+    seq, stride = cfg.eval_seq_len, cfg.eval_stride
+    starts = np.arange(0, max(1, door.total - (seq - stride)), stride)
+    per_batch = max(1, cfg.val_batch_tokens // 8 // seq)
+    steps = -(-len(starts) // (size * per_batch))
+    for step in range(steps):
+        window = np.arange(rank * per_batch, (rank + 1) * per_batch) * steps + step
+        window = window[window < len(starts)]
+        if not len(window):
+            continue
+        at = starts[window][:, None] + np.arange(seq)
+        at = np.where(at < door.total, at, -1)
+        first, fresh = (np.where(starts[w] == 0, 0, starts[w] + seq - stride)[:, None] for w in (window - step, window))
+        learn = at if cfg.slot == "published" else np.where((at >= first) & (at < fresh), at, -1)
+        at, inputs = np.where(at >= fresh, at, -1), np.zeros(at.shape, np.int64)
+        for row, targets in enumerate(at):
+            seen = door.prefix(starts[window[row]], targets)
+            inputs[row, : len(seen)] = seen
+        yield EvalBatch(torch.from_numpy(inputs), at, None, learn)
+
+
+@torch.enable_grad()
+def slot_shift(cfg: Config, door: ValDoor, score, learn: np.ndarray) -> Tensor:
+    """A shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
+
+    published: one shift for the batch, from all its targets, those about to be scored included, which breaks the rules. causal:
+    one for each window, from targets that its row has scored before. score(targets, shift=...) -> nats. -> (1 or B, 1, D).
+    """
+    alone, chosen, device = cfg.slot == "causal", torch.from_numpy(learn >= 0), door.world.device
+    targets = door.release(learn, "slot", early=not alone)
+    weight = (chosen / chosen.sum(1 if alone else None, keepdim=alone).clamp_min(1)).to(device)
+    shift = torch.zeros(len(learn) if alone else 1, 1, cfg.model_dim, device=device, requires_grad=True)
+    optimizer = torch.optim.AdamW([shift], lr=cfg.slot_lr, eps=1e-5, weight_decay=1e-8)
+    for _ in range(cfg.slot_steps):
+        shift.grad = torch.autograd.grad((score(targets, shift=shift) * weight).sum(), shift)[0]
+        optimizer.step()
+    return shift.detach()
+
+
+@torch.no_grad()
+def evaluate(cfg: Config, world: World, forward, door: ValDoor, looping: bool = True) -> Score:
+    """Score everything behind the door with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
+    order, batches = layer_order(cfg, looping), packed_batches if cfg.eval_method == "packed" else sliding_batches
+    with prepare(cfg, door, np.arange(door.total)).guard():
+        for batch in batches(cfg, door, world.rank, world.size):
+            packing = batch.packing and Packing(batch.packing.cu_seqlens.to(world.device), batch.packing.max_len)
+            score = partial(forward, batch.inputs.to(world.device), order=order, packing=packing)
+            if cfg.slot != "off":
+                door.receipt()  # what is learned now comes after what was scored up to here
+                score = partial(score, shift=slot_shift(cfg, door, score, batch.learn))
+            door.score(batch.at, score)
+            lengths = np.diff(batch.packing.cu_seqlens.numpy()) if batch.packing else np.full(*batch.at.shape)
+            door.work.add(flops_per_token(cfg, lengths, looping), "score", batch.at.size, int((batch.at >= 0).sum()))
+        return door.finish()
+
+
+# ==================================================================================================
+# TEST-TIME TRAINING - score a chunk, then learn from it: a prediction never depends on what it predicts.
+# ==================================================================================================
+
+class Batch(NamedTuple):
+    """Documents side by side. starts and sizes (n,): first input token and number of predictions, sizes ascending."""
+
+    number: int  # position in the order of ascending length
+    starts: np.ndarray
+    sizes: np.ndarray
+    chunk: int
+
+
+def chunk_size(cfg: Config, length: int) -> int:
+    """Tokens scored between two updates, for a batch whose longest document has `length` tokens, its last target included."""
+    if not cfg.ttt_short_score_first_enabled:
+        return cfg.ttt_chunk_size
+    if cfg.ttt_short_score_first_steps:
+        steps = parse_steps(cfg.ttt_short_score_first_steps, ":")
+        return next((int(chunk) for limit, chunk in steps if length <= limit), cfg.ttt_chunk_size)
+    return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
+
+
+def document_batches(cfg: Config, door: ValDoor) -> list[Batch]:
+    """All documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
+    starts, ends = door.documents()
+    sizes = ends - starts
+    order = np.argsort(sizes, kind="stable")
+    groups = [order[i : i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
+    return [Batch(i, starts[g], sizes[g], chunk_size(cfg, int(sizes[g].max()) + 1)) for i, g in enumerate(groups)]
+
+
+def chunk_window(size: int, chunk: int, index: int, context: int) -> tuple[int, int, int]:
+    """(window start, chunk start, end) in inputs of a document with `size` predictions: chunk `index` sees up to `context` tokens.
+
+    Example: size 100, chunk 48, context 3072 -> (0, 0, 48), (0, 48, 96), (0, 96, 100).
+    """
+    start, end = index * chunk, min((index + 1) * chunk, size)
+    return max(0, end - context), start, end
+
+
+def window_width(cfg: Config, chunk: int, index: int) -> int:
+    """Tokens of all windows of a batch at its chunk `index`. With CUDA_GRAPHS they are padded to a multiple of TTT_BUCKET, as nothing that
+    is scored looks behind itself; not with ROPE_YARN, whose base follows the width."""
+    bucket = cfg.ttt_bucket if cfg.cuda_graphs and not cfg.rope_yarn else 1
+    return min(-(-(index + 1) * chunk // bucket) * bucket, cfg.ttt_eval_seq_len)
+
+
+def batch_cost(batch: Batch, context: int) -> float:
+    """Token positions a batch runs through the network, the unit of its duration."""
+    chunks = -(-int(batch.sizes.max()) // batch.chunk)
+    growing = min(chunks, context // batch.chunk)
+    return len(batch.sizes) * (batch.chunk * growing * (growing + 1) / 2 + (chunks - growing) * context)
+
+
+def phase_segments(cfg: Config, batches: list[Batch]) -> list[tuple[list[Batch], int]]:
+    """The scoring order cut at the global phases: [(batches, documents the phase after them learns from; 0 = no phase)].
+
+    Longest first, because they cost most and teach most; TTT_EVAL_BATCHES turns that round. A function of the data alone.
+    """
+    order = batches if cfg.ttt_eval_batches else batches[::-1]
+    total = sum(len(b.sizes) for b in batches)
+    prefix = min(total, cfg.phased_ttt_prefix_docs) if cfg.phased_ttt_enabled else 0
+    boundaries = [prefix * (p + 1) // cfg.phased_ttt_num_phases for p in range(cfg.phased_ttt_num_phases)] if prefix else []
+    segments, current, done = [], [], 0
+    for batch in order:
+        current.append(batch)
+        done += len(batch.sizes)
+        if reached := [b for b in boundaries if b <= done]:  # several at once make one phase, over all of their documents
+            segments.append((current, reached[-1]))
+            boundaries, current = boundaries[len(reached) :], []
+    return [*segments, (current, 0)] if current else [*segments[:-1], (segments[-1][0], 0)]
+
+
+def deal(costs: list[float], lanes: int) -> list[list[int]]:
+    """Items to lanes, in the given order, each to the least loaded lane: balanced when costs fall, and the same on every run."""
+    load, hands = [(0.0, lane) for lane in range(lanes)], [[] for _ in range(lanes)]
+    for i, cost in enumerate(costs):
+        total, lane = heapq.heappop(load)
+        hands[lane].append(i)
+        heapq.heappush(load, (total + cost, lane))
+    return hands
+
+
+def scoring_order(cfg: Config, segments: list[tuple[list[Batch], int]]) -> np.ndarray:
+    """All targets in the order in which one rank scores them: (N,) places in the stream."""
+    places = []
+    for batches in (segment for segment, _ in segments):
+        for i in (i for hand in deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in batches], cfg.ttt_lanes) for i in hand):
+            rows = [np.arange(size) for size in batches[i].sizes]
+            chunks = np.concatenate(rows) // batches[i].chunk
+            places.append(np.concatenate([start + row for start, row in zip(batches[i].starts, rows, strict=True)])
+                          [np.argsort(chunks, kind="stable")])
+    return np.concatenate(places)
+
+
+class Lineage:
+    """The adapters of one lane, passed on from batch to batch: B starts at zero every time, A is kept (TTT_WARM_START_A).
+
+    What is passed on comes from tokens scored in earlier batches only.
+    """
+
+    def __init__(self, cfg: Config, world: World, rows: int, rank: int, lr: float, wd: float, beta2: float, seed: int, adam=None):
+        self.cfg, self.lr, self.wd, self.beta2, self.adam, self.generator = cfg, lr, wd, beta2, adam, torch.Generator()
+        D, slots, scale = cfg.model_dim, len(layer_order(cfg, looping=True)), cfg.ttt_lora_alpha / rank
+        n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
+
+        def lora(site: str) -> Lora:
+            lead = (rows,) if site == "head" else (slots, rows)
+            A = torch.empty(*lead, rank, D, device=world.device, requires_grad=True)
+            return Lora(A, torch.zeros(*lead, n_out[site], rank, device=world.device, requires_grad=True), scale)
+
+        self.adapters = Adapters(**{site: lora(site) for site in (*cfg.lora_sites, "head")})
+        self.loras = [lora for lora in self.adapters if lora is not None]
+        self.restart(seed)
+
+    def restart(self, seed: int) -> None:
+        """Become another lane's lineage, at the same place in memory."""
+        self.generator.manual_seed(seed)
+        self.template = None
+        self.draw()
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Fresh A, uniform in +-1/sqrt(n_in)."""
+        for lora in self.loras:
+            bound = lora.A.shape[-1] ** -0.5
+            lora.A.copy_(torch.empty(lora.A.shape).uniform_(-bound, bound, generator=self.generator))
+
+    @torch.no_grad()
+    def begin(self, from_mean: bool) -> torch.optim.Optimizer:
+        """Reset for a new batch and return its optimizer. from_mean: start every row from the mean of finished adapters."""
+        if not self.cfg.ttt_warm_start_a:
+            self.draw()
+        for i, lora in enumerate(self.loras):
+            lora.B.zero_()
+            if from_mean and self.template is not None:
+                lora.A.copy_(self.template[i][0].expand_as(lora.A))
+                lora.B.copy_(self.template[i][1].expand_as(lora.B))
+        parameters = [t for lora in self.loras for t in (lora.A, lora.B)]
+        lr = self.lr * self.cfg.ttt_local_lr_mult
+        if self.cfg.ttt_optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=lr, weight_decay=self.wd)
+        if self.adam is not None:
+            return self.adam(parameters, lr, self.beta2, 1e-10, self.wd)
+        return torch.optim.AdamW(parameters, lr=lr, betas=(self.cfg.ttt_beta1, self.beta2), eps=1e-10, weight_decay=self.wd,
+                                 fused=parameters[0].device.type in ("cuda", "cpu"))
+
+    @torch.no_grad()
+    def finish(self, documents: int) -> None:
+        """Move the template towards the mean adapter of the `documents` of the batch that was just scored."""
+        if not self.cfg.ttt_warm_start_mean_enabled:
+            return
+        means = [tuple(t[..., :documents, :, :].mean(-3, keepdim=True) for t in (lora.A, lora.B)) for lora in self.loras]
+        m = self.cfg.ttt_warm_start_mean_momentum
+        if self.template is not None:
+            means = [(a.lerp(new_a, 1 - m), b.lerp(new_b, 1 - m)) for (a, b), (new_a, new_b) in zip(self.template, means, strict=True)]
+        self.template = means
+
+
+class Lane:
+    """One adapter lineage per kind of document: all alike, or short ones with their own rank and rate (TTT_SHORT_LORA_ENABLED)."""
+
+    def __init__(self, cfg: Config, world: World, rows: int, seed: int, adam=None):
+        self.cfg = cfg
+        normal = (cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2)
+        short = (cfg.ttt_short_lora_rank, cfg.ttt_short_lora_lr, cfg.ttt_short_lora_weight_decay, cfg.ttt_short_lora_beta2)
+        self.normal = Lineage(cfg, world, rows, *normal, seed, adam)
+        self.short = Lineage(cfg, world, rows, *short, seed + 1, adam) if cfg.ttt_short_lora_enabled else self.normal
+
+    def restart(self, seed: int) -> Lane:
+        """Become another lane, as if made anew."""
+        for i, lineage in enumerate(dict.fromkeys((self.normal, self.short))):
+            lineage.restart(seed + i)
+        return self
+
+    def is_short(self, batch: Batch) -> bool:
+        return self.cfg.ttt_short_lora_enabled and int(batch.sizes.max()) + 1 <= self.cfg.ttt_short_doc_len
+
+    def lineage(self, batch: Batch) -> Lineage:
+        return self.short if self.is_short(batch) else self.normal
+
+
+class Chunk(NamedTuple):
+    """One step of a batch: windows (B, w), the positions to score in them (B, c), the targets there or -1 (B, c)."""
+
+    inputs: Tensor
+    positions: Tensor
+    at: np.ndarray
+
+
+def build_chunk(door: ValDoor, batch: Batch, first: int, rows: int, index: int, context: int, width: int = 0) -> Chunk:
+    """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing.
+    width: of the windows; 0 = no padding behind the chunk."""
+    c, width = batch.chunk, width or min((index + 1) * batch.chunk, context)
+    inputs, positions, at = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64), np.full((rows, c), -1)
+    for row, (origin, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
+        window, start, end = chunk_window(size, c, index, context)
+        if start >= size:
+            continue
+        at[row, : end - start] = np.arange(origin + start, origin + end)
+        inputs[row, : end - window] = door.prefix(origin + window, at[row])
+        positions[row] = np.minimum(start - window + np.arange(c), width - 1)
+    return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), at)
+
+
+def score_batch(
+    cfg: Config, world: World, forward, door: ValDoor, batch: Batch, lineage: Lineage, from_mean: bool, static_rows: int = 0
+) -> None:
+    """Two verbs, in this order: grade a chunk with adapters that have never seen it, then learn from it.
+
+    Each document has its own adapters and the loss is a sum over documents, so they do not influence each other. A document's
+    last chunk is scored and not learned from. static_rows: a compiled forward wants this many rows at every step; otherwise
+    documents that have ended are left out (sizes ascend, so they are the first).
+    """
+    optimizer, order, context, device = lineage.begin(from_mean), layer_order(cfg, looping=True), cfg.ttt_eval_seq_len, world.device
+    low, high = cfg.ttt_train_min_doc_len, cfg.ttt_train_max_doc_len or math.inf
+    may_learn = (batch.sizes + 1 >= low) & (batch.sizes + 1 <= high)
+    chunks = -(-batch.sizes // batch.chunk)
+    for index in range(int(chunks.max())):
+        first = 0 if static_rows else int(np.searchsorted(chunks, index, side="right"))
+        rows = static_rows or len(chunks) - first
+        chunk = build_chunk(door, batch, first, rows, index, context, window_width(cfg, batch.chunk, index))
+        inputs, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.positions))
+        learn = torch.zeros(rows)
+        learn[: len(chunks) - first] = torch.from_numpy(((chunks > index + 1) & may_learn)[first:])
+        adapters = lineage.adapters if static_rows else lineage.adapters.rows(first, first + rows)
+        score = partial(forward, inputs, order=order, adapters=adapters, positions=positions)
+        with torch.set_grad_enabled(bool(learn.any())):
+            nats = door.score(chunk.at, score)
+        width, steps = inputs.shape[1], cfg.ttt_grad_steps if learn.any() else 0
+        flops = flops_per_token(cfg, [width], True, lineage.adapters, batch.chunk / width)
+        door.work.add(flops, "adapt" if steps else "score", max(steps, 1) * inputs.numel(), int((chunk.at >= 0).sum()))
+        for repeat in range(steps):
+            targets = door.release(np.where(learn.bool()[:, None], chunk.at, -1))
+            loss = ((nats if repeat == 0 else score(targets)).mean(1) * learn.to(device)).sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    lineage.finish(len(batch.sizes))
+    door.receipt()
+
+
+def base_lr(cfg: Config, chunk: int, chunks: int) -> float:
+    """Learning rate of a global phase: linear warm-up, then a cosine to zero."""
+    warm = cfg.global_ttt_warmup_chunks
+    if chunk < warm:
+        return cfg.global_ttt_warmup_start_lr + (cfg.global_ttt_lr - cfg.global_ttt_warmup_start_lr) * chunk / warm
+    return cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (chunk - warm) / max(1, chunks - 1 - warm)))
+
+
+class BaseLearner:
+    """Global phases: SGD on all weights over scored tokens, all ranks together.
+
+    Every rank joins every collective, with zero gradients when a chunk has fewer sequences than there are ranks, and the mean
+    is over the chunk's tokens: the result does not depend on the ranks (but for the smear gate at a row's first token).
+    """
+
+    def __init__(self, cfg: Config, world: World, model: GPT):
+        self.cfg, self.world, self.order = cfg, world, layer_order(cfg, looping=True)
+        self.parameters = [p for name, p in model.named_parameters() if not name.startswith("softcap_")]
+        self.forward = compile_forward(model, cfg, world)
+        self.graphs = Graphed(self.forward, self.parameters) if cfg.cuda_graphs else None
+        self.per_chunk, most = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len, cfg.global_ttt_batch_seqs
+        first, end = (self.per_chunk * rank // world.size for rank in (world.rank, world.rank + 1))
+        self.shares = [(s, min(most, end - s)) for s in range(first, end, most)]  # (first sequence of a chunk, how many) of each forward
+
+    def add_gradient(self, row: Row) -> None:
+        """Of this row's part of the mean loss of a chunk."""
+        seq = self.cfg.eval_seq_len
+        if self.cfg.global_ttt_respect_doc_boundaries:
+            nats = nats_of_row(row, self.forward, self.graphs, order=self.order)
+        else:
+            nats = (self.graphs or self.forward)(row.inputs.view(-1, seq), row.targets.view(-1, seq), order=self.order)
+        (nats.sum() / (self.per_chunk * seq)).backward()
+
+    def warm_up(self) -> None:
+        """Compile, and record, what `learn` will run, on random tokens; no weight changes."""
+        seq, rng = self.cfg.eval_seq_len, np.random.default_rng(0)
+        for p in self.parameters:
+            p.requires_grad_(True)
+        for count in [*dict.fromkeys(count for _, count in self.shares)] * (1 + bool(self.graphs)):
+            tokens = rng.integers(0, self.cfg.vocab_size, count * seq + 1)
+            for row in warm_rows(packed_row(tokens, seq, self.world.device, every=seq), seq):
+                self.add_gradient(row)
+        for p in self.parameters:
+            p.requires_grad_(False).grad = None
+
+    def learn(self, tokens: np.ndarray, log: Log) -> None:
+        """One phase; the last, partial chunk is skipped."""
+        cfg, seq, size, parameters = self.cfg, self.cfg.eval_seq_len, self.cfg.global_ttt_chunk_tokens, self.parameters
+        chunks = -(-(len(tokens) - 1) // size)
+        for p in parameters:
+            p.requires_grad_(True)
+        optimizer = torch.optim.SGD(parameters, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+        eta = Eta(cfg.global_ttt_epochs * (chunks - 1))
+        for chunk in (c for _ in range(cfg.global_ttt_epochs) for c in range(chunks - 1)):
+            for first, count in self.shares:
+                at = chunk * size + first * seq
+                # Cut at every sequence: how many of them share a row depends on the ranks, what a token sees must not.
+                self.add_gradient(packed_row(tokens[at : at + count * seq + 1], seq, self.world.device, every=seq))
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            self.world.sum_(*(p.grad for p in parameters))
+            if cfg.global_ttt_grad_clip:
+                torch.nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = base_lr(cfg, chunk, chunks)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            eta.add(1)
+            if chunk % 50 == 0 or chunk == chunks - 2:
+                log(f"tttg: c{chunk + 1}/{chunks} lr:{base_lr(cfg, chunk, chunks):.6f} t:{eta.elapsed:.1f}s")
+        for p in parameters:
+            p.requires_grad_(False)
+
+
+def warm_up_ttt(cfg: Config, world: World, forward, lane: Lane, shapes: list[tuple[int, int]], log: Log) -> None:
+    """Compile the scoring step for (chunk size, width of windows) on random tokens; model in eval mode, adapters of no use after."""
+    log(f"ttt_lora:warming up compile (random tokens, no val data) shapes:{len(shapes)}")
+    start, order, generator = time.perf_counter(), layer_order(cfg, looping=True), torch.Generator().manual_seed(0)
+    for lineage in dict.fromkeys((lane.normal, lane.short)):
+        optimizer, rows = lineage.begin(False), lineage.adapters.head.A.shape[0]
+        for chunk, width in shapes * (1 + cfg.cuda_graphs):  # graphs are recorded in the second round
+            inputs, targets = (torch.randint(0, cfg.vocab_size, (rows, n), generator=generator).to(world.device) for n in (width, chunk))
+            positions = torch.arange(width - chunk, width, device=world.device).expand(rows, -1).contiguous()
+            targets = torch.stack((targets, targets), -1) if cfg.ngram_tilt_enabled else targets
+            for learn in (False, True):
+                with torch.set_grad_enabled(learn):
+                    nats = forward(inputs, targets, order=order, adapters=lineage.adapters, positions=positions)
+            nats.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    log(f"ttt_lora:compile warmup done ({time.perf_counter() - start:.1f}s)")
+
+
+class TttRun:
+    """One scored evaluation with test-time training: its door, its clock and its log lines. like: a run whose graphs it can use."""
+
+    def __init__(self, cfg: Config, world: World, model: GPT, door: ValDoor, log: Log, like: TttRun | None = None):
+        self.cfg, self.world, self.model, self.door, self.log = cfg, world, model, door, log
+        self.forward = like.forward if like else compile_forward(model, cfg, world, growing=True)
+        if cfg.cuda_graphs and not like:
+            gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
+            self.forward = Graphed(self.forward)
+        self.batches = document_batches(cfg, door)
+        self.rows = like.rows if like else max(len(b.sizes) for b in self.batches)
+        self.base = like.base if like else BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
+        self.static_rows = 0 if self.forward is model else self.rows
+        self.lane = like.lane if like else Lane(cfg, world, self.rows, cfg.seed, model.kernels.adam)  # one after the other, all in its place
+        self.phases_done = self.scored_docs = 0
+        self.reported = {int(n) for n in filter(None, cfg.ttt_eval_batches.split(","))}
+        self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
+
+    def warm_up(self) -> None:
+        """Compile what the evaluation will run, if anything is compiled; for CUDA graphs every width."""
+        cfg, few = self.cfg, (0, 1, 1 << 30)
+        chunks = ((b.chunk, range(-(-int(b.sizes.max()) // b.chunk)) if cfg.cuda_graphs else few) for b in self.batches)
+        shapes = list(dict.fromkeys((c, window_width(cfg, c, i)) for c, indices in chunks for i in indices))
+        if self.static_rows:
+            warm_up_ttt(cfg, self.world, self.forward, self.lane, shapes, self.log)
+            if self.base:
+                self.base.warm_up()
+
+    def check_budget(self, batch: Batch) -> None:
+        """Raises RunError before the batch that would break MAX_EVAL_SECONDS."""
+        budget, cost = self.cfg.max_eval_seconds, batch_cost(batch, self.cfg.ttt_eval_seq_len)
+        forecast = self.eta.elapsed + (self.eta.elapsed / self.eta.done * cost if self.eta.done else 0)
+        if budget and forecast > budget:
+            raise RunError(
+                f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {self.eta.elapsed:.0f} s used, {self.scored_docs} documents scored, "
+                f"about {self.eta.left:.0f} s to go. Use larger TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, "
+                "fewer PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
+
+    def report(self, batch: Batch, before: tuple[float, int, int], short: bool) -> None:
+        """Log a batch and this rank's running score; before: the sums ahead of the batch."""
+        if self.reported and batch.number + 1 not in self.reported:
+            return
+        total = self.door.sums()
+        nats, tokens, size = (now - old for now, old in zip(total, before, strict=True))
+        self.log(f"ttp: b{batch.number + 1}/{len(self.batches)} bl:{nats / tokens:.4f} bb:{nats / math.log(2) / max(1, size):.4f} "
+                 f"rl:{total[0] / total[1]:.4f} rb:{total[0] / math.log(2) / max(1, total[2]):.4f} "
+                 f"dl:{batch.sizes.min() + 1}-{batch.sizes.max() + 1} gd:{self.phases_done} sr:{int(short)} "
+                 f"sf:{int(batch.chunk != self.cfg.ttt_chunk_size)} t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")
+
+    def score_segment(self, segment: list[Batch], phase: int) -> None:
+        """All batches between two phases: dealt to lanes, each lane one adapter lineage, lanes shared out over the ranks."""
+        cfg, world = self.cfg, self.world
+        hands = deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in segment], cfg.ttt_lanes)
+        for number in range(world.rank, cfg.ttt_lanes, world.size):
+            if not hands[number]:
+                continue
+            lane = self.lane.restart(cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
+            for batch in (segment[i] for i in hands[number]):
+                self.check_budget(batch)
+                before = self.door.sums()
+                from_mean = cfg.ttt_warm_start_mean_enabled and int(batch.sizes.max()) + 1 <= cfg.ttt_warm_start_mean_doc_len
+                score_batch(cfg, world, self.forward, self.door, batch, lane.lineage(batch), from_mean, self.static_rows)
+                self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
+                self.scored_docs += len(batch.sizes)
+                self.report(batch, before, lane.is_short(batch))
+                if not cfg.compile_allow_recompiles and (made := compilations()[self.compiled :]):
+                    raise recompile_error(f"evaluation batch {batch.number + 1}", made, "the artifact exists: go on with STAGE=eval")
+
+    def learn_base(self, segments: list[Batch], documents: int) -> None:
+        """A global phase over the first `documents` scored documents in the order of ascending length."""
+        records = sorted((b.number, i) for b in segments for i in range(len(b.sizes)))[:documents]
+        by_number = {b.number: b for b in segments}
+        pieces = [(int(by_number[n].starts[i]), int(by_number[n].sizes[i])) for n, i in records]
+        tokens = self.door.release(np.concatenate([np.r_[-1, at : at + size] for at, size in pieces]), "base").cpu().numpy()
+        self.log(f"ttpp: phase:{self.phases_done + 1}/{self.cfg.phased_ttt_num_phases} pd:{sum(len(b.sizes) for b in segments)} "
+                 f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
+        self.world.barrier()
+        self.base.learn(tokens, self.log)
+        learned, lengths = self.cfg.global_ttt_epochs * len(tokens) / self.world.size, [min(n, self.cfg.eval_seq_len) for _, n in pieces]
+        self.door.work.add(flops_per_token(self.cfg, lengths, True), "train", learned, 0)
+        self.phases_done += 1
+        self.log(f"ttpr: phase:{self.phases_done}/{self.cfg.phased_ttt_num_phases} t:{self.eta.elapsed:.1f}s")
+
+    def run(self) -> Score:
+        """Score every document. Returns the number the run is judged by."""
+        cfg = self.cfg
+        segments = phase_segments(cfg, self.batches)
+        boundaries = [documents for _, documents in segments if documents]
+        total = sum(len(b.sizes) for b in self.batches)
+        prefix = max(boundaries, default=0)
+        self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
+                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.door.total}")
+        self.eta, self.compiled = Eta(self.eta.total), len(compilations())
+        scored: list[Batch] = []
+        with prepare(cfg, self.door, scoring_order(cfg, segments)).guard():
+            for phase, (segment, documents) in enumerate(segments):
+                self.score_segment(segment, phase)
+                scored += segment
+                if documents:
+                    self.door.sync()
+                    self.learn_base(scored, documents)
+            return self.door.finish()
+
+
+# ==================================================================================================
+# AUDIT - probes of the scored pass, and a verdict for each rule of the contest.
+# ==================================================================================================
+
+class Watch:
+    """What Python opens, connects to and starts within `with`: an audit hook. It cannot be removed, so `open_watch` makes one. Training
+    data that is opened then is a RunError."""
+
+    def __init__(self):
+        self.on, self.seen = False, []
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, args: tuple) -> None:
+        if self.on and event in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+            self.seen.append((event, what := args[1] if event == "socket.connect" else args[0]))
+            if event == "open" and not isinstance(what, int) and Path(os.fsdecode(what)).name.startswith("fineweb_train_"):
+                raise RunError(f"{os.fsdecode(what)}: training data was about to be read in an evaluation: a bug, please report it")
+
+    def __enter__(self) -> Watch:
+        self.on, self.seen = True, []
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.on = False
+
+    def strangers(self, data: Path, ours: list[Path]) -> list[str]:
+        """What an evaluation has no business with: data but `ours`, files of neither Python, the system nor the run, other machines."""
+        system = [sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib"]
+        ours, places = (tuple(str(Path(path).resolve()) for path in paths) for paths in (ours, [*system, Path(__file__).parent]))
+        programs, found = ("lrzip", "gcc", "g++", "cc", "c++", "clang", "ptxas", "ldconfig", "python"), {}
+        for event, what in self.seen:
+            path = str(Path(os.fsdecode(what)).resolve()) if isinstance(what, (str, bytes, os.PathLike)) else ""
+            place = (path.startswith(places) and not path.startswith(f"{data.resolve()}{os.sep}")) or ".cache/" in path
+            fine = {"open": not path or path.startswith(ours) or place,
+                    "socket.connect": not isinstance(what, tuple) or what[0] in ("127.0.0.1", "::1", "localhost")}
+            if not fine.get(event, Path(path).name.startswith(programs)):
+                found[f"{event} {path or what}"] = None
+        return list(found)
+
+
+open_watch = cache(Watch)
+Finding = tuple[str, str]  # a verdict, and the evidence in one line
+SEVERITY = ("FAIL", "NEEDS-RULING", "NOT-MEASURED", "PASS")
+RULES = dict(  # rule -> the findings that decide it; tools/validity.md says what each of them asks
+    R1=("bytes",), R2=("P7",), R3=("P9",), R4=("P4", "P5", "P10"), R5=("P2",), R6=("P1", "P3"), R7=("order",), R8=("P6",), R9=("P11",),
+    R10=("P12",), R11=("sum",), R12=("P8",))
+UNRULED = (  # rule, when, what no maintainer has ruled on
+    ("R7", lambda c: c.slot == "causal", "a shift of the hidden states learned from scored targets (SLOT, issue #1336)"),
+    ("R4", lambda c: not c.caseops_enabled, "bytes are those of the normalized pieces, not of a sidecar"),
+)
+
+
+def holds(good: bool, evidence: str, known: bool = True) -> Finding:
+    """PASS or FAIL, or NOT-MEASURED where nobody could know."""
+    return ("PASS" if good else "FAIL") if known else "NOT-MEASURED", evidence
+
+
+def worst(findings: list[Finding]) -> Finding:
+    """The gravest verdict, with the evidence of all that share it."""
+    verdict = min((v for v, _ in findings), key=SEVERITY.index)
+    return verdict, "; ".join(dict.fromkeys(text for v, text in findings if v == verdict))
+
+
+def verdicts(cfg: Config, findings: dict[str, Finding]) -> dict[str, Finding]:
+    """Rule by rule. What nobody looked at is NOT-MEASURED."""
+    missing = ("NOT-MEASURED", "AUDIT=off" if cfg.audit == "off" else "no part of this stage")
+    unruled = {rule: [("NEEDS-RULING", why) for r, applies, why in UNRULED if r == rule and applies(cfg) and findings] for rule in RULES}
+    return {rule: worst([findings.get(name, missing) for name in names] + unruled[rule]) for rule, names in RULES.items()}
+
+
+class ProbeDoor(ValDoor):
+    """Where target `watch` is scored, it asks for the nats of the whole vocabulary too: `row` at that target, `excess` anywhere near it."""
+
+    def __init__(self, data: ValData, world: World, watch: int, vocab: int):
+        super().__init__(data, world, "probe")
+        self.watch, self.vocab, self.row, self.excess = watch, vocab, None, math.inf
+
+    def score(self, at: np.ndarray, forward) -> Tensor:
+        if (at == self.watch).any():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # one shape, once: not worth a graph
+                whole = torch.arange(self.vocab, device=self.world.device).expand(*at.shape, -1)
+                nats = graded(forward, whole, self._hints(at), self.boost)[1].cpu()
+            self.excess = float((nats[torch.from_numpy(at >= 0)].double().neg().exp().sum(-1) - 1).abs().max())
+            self.row = nats[torch.from_numpy(at == self.watch)]
+        return super().score(at, forward)
+
+
+def short_stream(data: ValData, count: int, length: int, generator: np.random.Generator) -> ValData:
+    """The first `length` tokens of `count` random documents that have so many, or of the longest ones."""
+    starts, ends = data.documents()
+    sizes, count = ends - starts, min(count, len(starts))
+    picked = generator.choice(np.argsort(sizes)[-max(count, (sizes >= length).sum()) :], count, replace=False)
+    tokens = np.append(np.concatenate([data.tokens[starts[i] : starts[i] + min(sizes[i], length)] for i in picked]), BOS_ID)
+    return ValData(tokens.astype(np.uint16), np.ones(len(tokens) - 1, np.int32))
+
+
+def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, length: int, rounds: int, seed: int, isolated: bool = True):
+    """P1 forged future, P2 sum over the vocabulary, P3 neighbours (if isolated): {id: finding}. replay(door), the scored pass from
+    a fresh start, scores `count` short documents as they are, and with one forged from a random target on. All before that in
+    the order of scoring, and the other documents, must keep the same bits; so must the distribution at the first forged target."""
+    generator, past, others, row, excess = np.random.Generator(np.random.PCG64(seed)), 0.0, 0.0, 0.0, 0.0
+    for _ in range(rounds):
+        true = short_stream(data, count, length, generator)
+        starts, ends = true.documents()
+        start, end = starts[len(starts) // 2], ends[len(starts) // 2]
+        if end - start < 3:
+            return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", "the documents are too short"))
+        cut = int(generator.integers(start + (end - start) // 3, end - 1))  # token cut + 1 is the first to be forged
+        tokens = true.tokens.astype(np.int64)
+        tokens[cut + 1 : end] = 2 + (tokens[cut + 1 : end] - 1 + generator.integers(0, vocab - 3, end - cut - 1)) % (vocab - 2)
+        doors = [ProbeDoor(ValData(t, true.target_bytes), world, cut, vocab) for t in (true.tokens, tokens.astype(np.uint16), true.tokens)]
+        for door in doors[:2]:
+            replay(door)
+        moved = (doors[1].nats - doors[0].nats).abs().cpu().numpy()
+        before = np.concatenate((doors[0].order[: int(np.flatnonzero(doors[0].order == cut)[0])], np.arange(start, cut)))
+        past, others = max(past, moved[before].max(initial=0.0)), max(others, np.delete(moved, np.s_[start:end]).max(initial=0.0))
+        row, excess = max(row, float((doors[1].row - doors[0].row).abs().max())), max(excess, doors[0].excess)
+        if max(row, past, others) > 0:
+            replay(doors[2])
+            if noise := float((doors[2].nats - doors[0].nats).abs().max()):
+                return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", f"scoring the same text twice differs by {noise:.2g} nats here"))
+    return dict(
+        P1=holds(past == row == 0, f"a forged future moves the scores before it by {past:.3g}, its own distribution by {row:.3g} nats"),
+        P2=holds(excess < 1e-4 and row == 0, f"sums over {vocab} tokens are off by {excess:.2g}"),
+        P3=holds(others == 0, f"a forged document moves scores of its {count - 1} neighbours by {others:.3g} nats", isolated))
+
+
+def document_hashes(tokens: np.ndarray, offset: int, length: int) -> np.ndarray:
+    """64-bit hash of tokens [offset, offset + length) of every document, 0 for those without the first of them."""
+    starts = np.flatnonzero(tokens == BOS_ID)
+    ends, h = np.append(starts[1:], len(tokens)), np.zeros(len(starts), np.uint64)
+    for at in (starts + offset + j for j in range(length)):
+        token = np.where(at < ends, tokens[np.minimum(at, len(tokens) - 1)], 0).astype(np.uint64)
+        h = (h ^ token ^ (h >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
+    return np.where(starts + offset < ends, h, np.uint64(0))
+
+
+def probe_overlap(shards: tuple[Path, ...], val: np.ndarray, seconds: float) -> dict[str, Finding]:
+    """P9: validation documents whose first 64 tokens start a training document; and others that share 32 tokens further in."""
+    spans, deadline, read = ((1, 64), (65, 32), (129, 32), (257, 32)), time.perf_counter() + seconds, 0
+    ours = [document_hashes(val, *span) for span in spans]
+    hits = np.zeros((len(spans), len(ours[0])), bool)
+    while read < len(shards) and time.perf_counter() < deadline:
+        tokens, read = np.array(read_shard(shards[read])), read + 1
+        hits |= [np.isin(hashes, document_hashes(tokens, *span)) & (hashes > 0) for hashes, span in zip(ours, spans, strict=True)]
+    exact, near = int(hits[0].sum()), int((hits[1:].any(0) & ~hits[0]).sum())
+    verdict = "PASS" if not exact else "FAIL" if exact > 0.01 * len(ours[0]) else "NEEDS-RULING"
+    return dict(P9=(verdict, f"{exact} of {len(ours[0])} documents are in {read} of {len(shards)} training shards, {near} more in part"))
+
+
+def probe_round_trip(cfg: Config, data: ValData, count: int, seed: int) -> Finding:
+    """P10: documents decoded to text must have the bytes that were counted for them, and give the same tokens when encoded again."""
+    try:
+        import sentencepiece
+        decode = importlib.import_module("lossless_caps").decode if cfg.caseops_enabled else str
+        model = sentencepiece.SentencePieceProcessor(model_file=str(cfg.tokenizer_file))
+    except (ImportError, OSError, RuntimeError) as e:
+        return "NOT-MEASURED", f"the text cannot be decoded here: {str(e).splitlines()[0]}"
+    starts, broken, lost, total = data.documents()[0], 0, 0, 0
+    ends = np.append(starts[1:], len(data.tokens))
+    picked = np.random.Generator(np.random.PCG64(seed)).choice(len(starts), min(count, len(starts)), replace=False)
+    for start, end in zip(starts[picked].tolist(), ends[picked].tolist(), strict=True):
+        ids, counted = data.tokens[start + 1 : end].tolist(), int(data.target_bytes[start : end - 1].sum())
+        coded = model.decode(ids)
+        missing = abs(counted - len(decode(coded).encode()))
+        broken, lost, total = broken + bool(missing or model.encode(coded) != ids), lost + missing, total + counted
+    return ("NEEDS-RULING" if broken else "PASS"), f"{broken} of {len(picked)} documents and {lost} of {total} bytes do not come back"
+
+
+# ==================================================================================================
+# KERNELS - faster forms of the definitions above, each held to its definition by a test; no section but MAIN needs it.
+# ==================================================================================================
+
 def operator(fake, backward=None):
     """Register a function as one node of compiled graphs: fake(*args) makes tensors of its results' shapes.
 
@@ -1480,8 +4811,6 @@ def with_saved_results(op, backward) -> None:
 
 # On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop, whose trip count
 # depends on data, out of the compiler's sight, and its backward reuses the saved log-sum-exp instead of recomputing.
-
-
 def segments(cu_seqlens: Tensor, window: int, *tensors: Tensor):
     """Of each segment: where it lies, its mask, and its part of the tensors (T, heads, d) as (1, heads, n, d)."""
     for start, end in pairwise(cu_seqlens.tolist()):
@@ -1702,7 +5031,6 @@ def choose_attention(wanted: str, world: World, cache_dir: str = "") -> tuple[st
 
 # Triton kernels, each behind an operator with the definition's gradients. Tensors are read once and written once; sums are fp32.
 # Under Triton's interpreter they run on a CPU, where products must be widened by hand: it multiplies the bits of bf16.
-
 jit = triton.jit if triton else lambda kernel: kernel  # without Triton no kernel is ever called
 INTERPRETED = bool(triton and triton.knobs.runtime.interpret)
 
@@ -2195,1363 +5523,6 @@ class FusedAdam(torch.optim.Optimizer):
                     group["eps"], p.numel(), BLOCK=1024)
 
 
-class Kernels(NamedTuple):
-    """What computes each fused operation; the definitions by default."""
-
-    attend: Any = document_attention_reference
-    mlp: Any = leaky_mlp
-    split_heads: Any = split_heads
-    gate_heads: Any = gate_heads
-    head_ce: Any = None  # None: the loss of training and its gradient by `softcapped_ce` and autograd
-
-
-DEFINITIONS = Kernels()
-
-
-def choose_kernels(cfg: Config, world: World) -> Kernels:
-    """The attention this device has, and the kernels that *_KERNEL ask for. Raises RunError where they can not run."""
-    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel", "ttt_adam_kernel")}
-    asked = " ".join(f"{name.upper()}={value}" for name, value in knobs.items() if value != "eager")
-    on_gpu = world.device.type == "cuda"
-    if asked and not (triton and (on_gpu or INTERPRETED)):
-        raise RunError(f"{asked} need{'' if ' ' in asked else 's'} Triton and an NVIDIA GPU, this is {world.device}; set them to eager")
-    if cfg.mlp_kernel != "eager":
-        capability = torch.cuda.get_device_capability(world.device) if on_gpu else None
-        if world.dtype != torch.bfloat16 or (capability and capability[0] not in MLP_TILES):
-            raise RunError(f"MLP_KERNEL={cfg.mlp_kernel} needs bf16 activations and compute capability {', '.join(map(str, MLP_TILES))}.x "
-                           f"(TMA), not {world.dtype} on {capability}; set MLP_KERNEL=eager")
-    library = ""
-    if cfg.mlp_backward == "cutlass":
-        if not capability or capability[0] != 9:
-            raise RunError(f"MLP_BACKWARD=cutlass is made for compute capability 9.0 (Hopper), not {capability}; set MLP_BACKWARD=triton")
-        library = cutlass_library(cfg, world)
-        if problem := cutlass_entry(library)(None, None, None, None, 1, cfg.mlp_dim, cfg.model_dim, 0, None):
-            raise RunError(f"MLP_BACKWARD=cutlass needs multiples of 8, not {cfg.model_dim} (MODEL_DIM), {cfg.mlp_dim}: {problem.decode()}")
-    name, attention, _ = choose_attention(cfg.attn_backend, world, cfg.compile_cache_dir)
-    if cfg.cuda_graphs and name == "sdpa":
-        raise RunError("CUDA_GRAPHS=1 needs an attention that does not loop on the host, and here is only sdpa; set CUDA_GRAPHS=0")
-    return Kernels(
-        attention,
-        leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel, library),
-        split_heads if cfg.qk_kernel == "eager" else split_heads_op,
-        gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
-        None if cfg.fused_ce_kernel == "eager" else HeadCe.apply)
-
-
-# ==================================================================================================
-# MODEL - one network, one forward: training, scoring, calibration and test-time training differ by its arguments.
-# ==================================================================================================
-
-class Lora(NamedTuple):
-    """Low-rank deltas of one site, one per document b: delta(x)[b] = scale x[b] A[b]^T B[b]^T."""
-
-    A: Tensor  # (S, B, r, n_in), or (B, r, n_in) for one slot
-    B: Tensor  # (S, B, n_out, r), or (B, n_out, r)
-    scale: float
-
-
-class Adapters(NamedTuple):
-    """Adapters by site. q k v sit on the projections; o and mlp run beside the sublayer and read its normed input."""
-
-    q: Lora | None = None
-    k: Lora | None = None
-    v: Lora | None = None
-    o: Lora | None = None
-    mlp: Lora | None = None
-    head: Lora | None = None  # one slot, reads the final normed hidden state
-
-    def slots(self, blocks: list[Block]) -> list[Adapters]:
-        """One Adapters per slot, given its block. unbind, not indexing: its backward writes each gradient once."""
-        sites = {site: lora for site, lora in zip(self._fields, self, strict=True) if lora is not None and site != "head"}
-        columns = {site: zip(lora.A.unbind(0), lora.B.unbind(0), strict=True) for site, lora in sites.items()}
-        return [Adapters(**{site: block.fold_adapter(site, Lora(*next(column), sites[site].scale)) for site, column in columns.items()})
-                for block in blocks]
-
-    def rows(self, first: int, end: int) -> Adapters:
-        """Views of the adapters of documents [first, end)."""
-        return Adapters(*(lora and Lora(*(t[..., first:end, :, :] for t in lora[:2]), lora.scale) for lora in self))
-
-
-NO_ADAPTERS = Adapters()
-
-
-class Weights(NamedTuple):
-    """The matrices of one block, (n_out, n_in) each, in the activation dtype, with the block's constant and learned scales folded in."""
-
-    qkv: Tensor  # Q, K and V below one another
-    o: Tensor
-    up: Tensor
-    down: Tensor
-
-
-class Packing(NamedTuple):
-    """Attention segments of a packed row (1, T); None in its place means plain causal attention."""
-
-    cu_seqlens: Tensor
-    max_len: int
-
-
-class Cache:
-    """What rows (B, T) leave behind: their last token and, by slot, their keys and values. With it a forward goes on where it stopped."""
-
-    def __init__(self, max_len: int):
-        self.max_len, self.length, self.last, self.kv = max_len, 0, None, {}
-
-    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, T, G, d) of new tokens; returns those of all tokens so far."""
-        B, T, G, d = k.shape
-        if slot not in self.kv:
-            self.kv[slot] = k.new_empty(2, B, G, self.max_len, d).transpose(2, 3)  # a head's positions lie side by side: half the time
-        held = self.kv[slot][:, :, : self.length + T]
-        held[0, :, self.length :], held[1, :, self.length :] = k, v
-        return held[0], held[1]
-
-
-def at_positions(x: Tensor, at: Tensor | None) -> Tensor:
-    """x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
-    return x if at is None else x.gather(1, at.view(*at.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
-
-
-def add_deltas(y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)) -> Tensor:
-    """y (B, T, width) plus the deltas of adapters that read x, each from its own of the `columns` on: one product by all A, one by all B,
-    added up inside it."""
-    found = [(lora, first) for lora, first in zip(loras, columns, strict=True) if lora is not None]
-    if not found:
-        return y
-    A = torch.cat([lora.A for lora, _ in found], 1).to(x.dtype)
-    B = torch.cat([F.pad(lora.scale * lora.B, (0, 0, first, y.shape[-1] - first - lora.B.shape[1])) for lora, first in found], 2)
-    return torch.baddbmm(y, x @ A.mT, B.to(x.dtype).mT)
-
-
-def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
-    """Blocks in execution order; when looping, the middle segment runs 1 + NUM_LOOPS times."""
-    if not (looping and cfg.num_loops):
-        return tuple(range(cfg.num_layers))
-    segment = tuple(range(cfg.loop_start, cfg.loop_end + 1))
-    return (*range(cfg.loop_start), *(segment * (1 + cfg.num_loops)), *range(cfg.loop_end + 1, cfg.num_layers))
-
-
-def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, 1, rope_dims / 2) of the row positions: only differences matter, so documents need no reset.
-
-    The frequencies are rounded to bf16 because published checkpoints were trained with rounded ones. With ROPE_YARN the base
-    grows where the attention context exceeds ROPE_TRAIN_SEQ_LEN.
-    """
-    base = cfg.rope_base
-    if cfg.rope_yarn and context > cfg.rope_train_seq_len:
-        base *= (context / cfg.rope_train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
-    exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32, device=device) / cfg.rope_dims
-    frequencies = (base**-exponents).bfloat16().float()
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
-    return angles.cos()[:, None], angles.sin()[:, None]
-
-
-class Attention(nn.Module):
-    """Small tensors of one attention sublayer; its matrices live in the banks."""
-
-    def __init__(self, cfg: Config, layer: int, norm_scale: float):
-        super().__init__()
-        self.cfg, self.norm_scale, self.window = cfg, norm_scale, cfg.window(layer)
-        self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
-        self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
-        if cfg.attn_gate == "out":
-            self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
-        elif cfg.attn_gate != "none":
-            self.attn_gate_w = nn.Parameter(torch.empty(cfg.num_heads, cfg.model_dim if cfg.attn_gate == "dense" else cfg.gate_window))
-
-    def gate(self, n: Tensor, q_raw: Tensor) -> Tensor:
-        """(B, T, H): how much of each head's output passes. n lacks the norm scale, which the weights take over."""
-        cfg = self.cfg
-        if cfg.attn_gate == "dense":
-            return torch.sigmoid(F.linear(n, (self.norm_scale * self.attn_gate_w).to(n.dtype)))
-        if cfg.attn_gate == "sparse":
-            weight = cfg.sparse_attn_gate_scale * self.norm_scale * self.attn_gate_w
-            return torch.sigmoid(F.linear(n[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
-        from_norm = cfg.attn_out_gate_src == "proj"
-        source, weight = (n, self.norm_scale * self.attn_gate_proj.weight) if from_norm else (q_raw, self.attn_gate_proj.weight)
-        return 2 * torch.sigmoid(F.linear(source[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
-
-    def qkv(self, n: Tensor, w: Weights, lora: Adapters) -> Tensor:
-        """(B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
-        D, kv = self.cfg.model_dim, self.cfg.kv_dim
-        return add_deltas(F.linear(n, w.qkv), n, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
-
-    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, past, tap, name: str, at) -> Tensor:
-        """n (B, T, D) normed, without its norm scale -> (B, T, D); at (B, m): (B, m, D), only at these positions."""
-        cfg = self.cfg
-        if tap is not None:
-            tap(f"{name}.attn_in", self.norm_scale * n)
-        qkv = self.qkv(n, w, lora)
-        q, k, v = kernels.split_heads(qkv, self.q_gain, *rope, cfg.num_kv_heads)
-        if packing is None:
-            y = causal_attention(at_positions(q, at), *((k, v) if past is None else past(k, v)), self.window, at)
-        else:
-            rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
-            y = kernels.attend(*rows, packing.cu_seqlens, packing.max_len, self.window)[None]
-        n, qkv, v = (at_positions(t, at) for t in (n, qkv, v))
-        gate = None if cfg.attn_gate == "none" else self.gate(n, qkv)
-        if self.exclusive and gate is not None:
-            y = kernels.gate_heads(y, v, gate)
-        elif self.exclusive:
-            y = without_own_value(y, v)
-        elif gate is not None:
-            y = y * gate.unsqueeze(-1)
-        y = y.flatten(2)
-        if tap is not None:
-            tap(f"{name}.attn_out", y)
-        return add_deltas(F.linear(y, w.o), n, lora.o)
-
-
-class Block(nn.Module):
-    """Small tensors of one block and the two sublayers."""
-
-    def __init__(self, cfg: Config, layer: int):
-        super().__init__()
-        self.cfg, self.name = cfg, f"blocks.{layer}"
-        self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
-        self.attn = Attention(cfg, layer, self.norm_scale)
-        self.attn_scale = nn.Parameter(torch.empty(cfg.model_dim))
-        self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
-        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
-
-    def fold(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Weights:
-        """Scales of a sublayer's input and output, moved into its matrices: they cost a pass over weights instead of activations."""
-        qkv, o = self.norm_scale * torch.cat((q, k, v)), self.attn_scale[:, None] * o
-        up, down = self.norm_scale * up, self.mlp_scale[:, None] * down
-        return Weights(*(matrix.to(dtype) for matrix in (qkv, o, up, down)))
-
-    def fold_adapter(self, site: str, lora: Lora) -> Lora:
-        """The same for an adapter."""
-        learned = dict(o=self.attn_scale, mlp=self.mlp_scale).get(site)
-        return Lora(lora.A, lora.B if learned is None else learned[:, None] * lora.B, lora.scale * self.norm_scale)
-
-    def mlp(self, n: Tensor, w: Weights, lora: Adapters, kernels: Kernels, tap) -> Tensor:
-        """What the MLP adds to the residual stream, from that stream normed, n (B, T, D)."""
-        if tap is None:
-            out = kernels.mlp(n, w.up, w.down, self.cfg.mlp_slope)
-        else:
-            tap(f"{self.name}.mlp_in", self.norm_scale * n)
-            out = leaky_mlp(n, w.up, w.down, self.cfg.mlp_slope, partial(tap, f"{self.name}.mlp_mid"))
-        return add_deltas(out, n, lora.mlp)
-
-
-class GPT(nn.Module):
-    """The S14 network. Parameter names are those of published checkpoints.
-
-    The matrices of all blocks are stacked into four banks, so that the optimizer shards whole matrices over the ranks:
-    qo_bank (2L, D, D): rows i < L are Q of block i, rows L + i its output projection; kv_bank (2L, G d, D): K, then V;
-    mlp_up_bank (L, F, D); mlp_down_bank (L, D, F). Masters are fp32, the embedding has the activation dtype.
-    """
-
-    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, kernels: Kernels = DEFINITIONS):
-        super().__init__()
-        self.cfg, self.kernels = cfg, kernels
-        L, D = cfg.num_layers, cfg.model_dim
-        looped = layer_order(cfg, looping=True)
-        # `init_rules` fill it. nn.Embedding would draw numbers, which on the meta device imports the compiler.
-        self.tok_emb = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, D, dtype=dtype), freeze=False)
-        self.lm_head = None if cfg.tie_embeddings else nn.Linear(D, cfg.vocab_size, bias=False, dtype=dtype)
-        self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
-        self.kv_bank = nn.Parameter(torch.empty(2 * L, cfg.kv_dim, D))
-        self.mlp_up_bank = nn.Parameter(torch.empty(L, cfg.mlp_dim, D))
-        self.mlp_down_bank = nn.Parameter(torch.empty(L, D, cfg.mlp_dim))
-        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(L))
-        self.skip_weights = nn.Parameter(torch.empty(len(looped) // 2, D))
-        self.skip_gates = nn.Parameter(torch.empty(len(looped) // 2, D)) if cfg.skip_gates_enabled else None
-        self.parallel_post_lambdas = nn.Parameter(torch.empty(L, 2, 2)) if cfg.parallel_start_layer else None
-        self.parallel_resid_lambdas = nn.Parameter(torch.empty(L, 2)) if cfg.parallel_start_layer else None
-        self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False) if cfg.smear_gate_enabled else None
-        self.smear_lambda = nn.Parameter(torch.empty(1)) if cfg.smear_gate_enabled else None
-        # Never trained, in no optimizer: stored because published checkpoints store them.
-        self.softcap_pos = nn.Parameter(torch.tensor(cfg.logit_softcap), requires_grad=False) if cfg.asym_logit_rescale else None
-        self.softcap_neg = nn.Parameter(torch.tensor(cfg.logit_softcap), requires_grad=False) if cfg.asym_logit_rescale else None
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, D), each token with a gated share of its predecessor."""
-        x = self.tok_emb(tokens)
-        if self.smear_gate is not None:
-            weight, strength = self.smear_gate.weight.to(x.dtype), self.smear_lambda.to(x.dtype)
-            gate = strength * torch.sigmoid(F.linear(x[:, 1:, : self.cfg.gate_window].contiguous(), weight))
-            if self.cfg.smear_gate_bos_fix:
-                # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
-                gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
-            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
-        return rms_norm(x)
-
-    def weights(self, dtype: torch.dtype) -> list[Weights]:
-        """The banks cut into blocks. unbind, not indexing: its backward writes each gradient once."""
-        L = self.cfg.num_layers
-        qo, kv, up, down = (bank.unbind(0) for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
-        return [b.fold(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i], dtype) for i, b in enumerate(self.blocks)]
-
-    def skip(self, x: Tensor, skipped: Tensor, j: int) -> Tensor:
-        """Combine the decoder's x with an encoder output; rows of the weights count decoder positions, not blocks."""
-        skipped = self.skip_weights[j].to(x.dtype) * skipped
-        if self.skip_gates is None:
-            return x + skipped
-        return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[j]).to(x.dtype))
-
-    def hidden(self, tokens: Tensor, packing: Packing | None, order: tuple[int, ...], adapters: Adapters, positions, cache, tap) -> Tensor:
-        """Tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`, and then the last slot computes the others' keys
-        and values alone. The first half of `order` pushes skips, the second half pops them.
-
-        From the first decoder slot with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
-        the first, the MLP reads the second, and both sublayers write to both.
-        """
-        cfg, T, start = self.cfg, tokens.shape[1], 0 if cache is None else cache.length
-        x0 = lane = self.embed(torch.cat((cache.last, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
-        context = next((c.max_len for c in (packing, cache) if c is not None), T)
-        rope = tuple(table[start:] for table in rotary_tables(cfg, start + T, context, tokens.device))
-        loras = adapters.slots([self.blocks[layer] for layer in order])
-        weights, half, skips, mlp_lane, mlp_in = self.weights(x0.dtype), len(order) // 2, [], None, None
-        for slot, layer in enumerate(order):
-            block, w, lora, j = self.blocks[layer], weights[layer], loras[slot], slot - half
-            if j >= 0 and cfg.parallel_start_layer and layer >= cfg.parallel_start_layer and mlp_lane is None:
-                mlp_lane, mlp_in = lane, rms_norm(lane)
-            if j >= 0 and skips:
-                lane = self.skip(lane, skips.pop(), j)
-            past, at = None if cache is None else partial(cache.extend, slot), positions if slot == len(order) - 1 else None
-            u, n = add_norm(block.resid_mix, lane, x0)  # the stream with its share of the embedding, per channel
-            a = block.attn(n, w, lora, rope, self.kernels, packing, past, tap, block.name, at)
-            u, lane, mlp_lane, mlp_in = (t if t is None else at_positions(t, at) for t in (u, lane, mlp_lane, mlp_in))
-            if mlp_lane is None:
-                lane, n = add_norm(None, u, a)
-                lane = lane + block.mlp(n, w, lora, self.kernels, tap)
-            else:
-                m = block.mlp(mlp_in, w, lora, self.kernels, tap)
-                post, resid = self.parallel_post_lambdas[layer], self.parallel_resid_lambdas[layer, :, None]
-                mixes = torch.cat((resid, post), dim=1)[..., None]  # (2 lanes, 3 streams, 1)
-                lane, (mlp_lane, mlp_in) = add_streams(mixes[0], lane, a, m), add_norm(mixes[1], mlp_lane, a, m)
-            if j < 0:
-                skips.append(lane)
-        if cache is not None:
-            cache.last, cache.length = tokens[:, -1:], start + T
-        if mlp_lane is not None:
-            lane = dict(mean=(lane + mlp_lane) / 2, mlp=mlp_lane, attn=lane)[cfg.parallel_final_lane]
-        return rms_norm(lane)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None,
-        *,
-        order: tuple[int, ...],
-        packing: Packing | None = None,
-        cache: Cache | None = None,
-        adapters: Adapters = NO_ADAPTERS,
-        positions: Tensor | None = None,
-        shift: Tensor | None = None,
-        training: bool = False,
-        tap=None,
-    ) -> Tensor:
-        """Nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
-
-        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
-        dimension for several candidates each; None: the capped logits (B, T, V). order: `layer_order`. packing: segments of a packed
-        row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1, 1, D):
-        added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
-        FUSED_CE_ENABLED says, not EVAL_SOFTCAP_FP32; without adapters.
-        """
-        x = self.hidden(tokens, packing, order, adapters, positions, cache, tap)
-        if shift is not None:
-            x = (x + shift).to(x.dtype)
-        if tap is not None:
-            tap("head", x)
-        head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        cap = torch.full((), self.cfg.logit_softcap, device=x.device)
-        caps = (cap, cap) if self.softcap_pos is None else (self.softcap_pos, self.softcap_neg)
-        round_cap = not (self.cfg.fused_ce_enabled if training else self.cfg.eval_softcap_fp32)
-        if training and self.kernels.head_ce is not None and not round_cap:
-            return self.kernels.head_ce(x, head, targets, *caps)
-        logits = add_deltas(F.linear(x, head), x, adapters.head)
-        return softcap(logits, *caps) if targets is None else softcapped_ce(logits, targets, *caps, round_cap)
-
-
-class Flops(NamedTuple):
-    """Floating-point operations of a forward pass; a multiplication and an addition are two. Elementwise work is not counted."""
-
-    matmul: float     # with the model's own matrices
-    lora: float       # with those of adapters
-    attention: float
-
-
-def causal_pairs(lengths: np.ndarray, window: int) -> float:
-    """Pairs of a query and a key that it sees, over segments of these lengths."""
-    full = np.minimum(lengths, window or np.inf)  # queries whose window the start of the segment cuts short
-    return (full * (full + 1) / 2 + (lengths - full) * window).sum()
-
-
-def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0) -> Flops:
-    """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, gates, logits and
-    adapters, and attention by the causal pairs there really are. scored: share of the tokens, at the end of the segments, that are
-    scored; the last slot computes keys and values of the others, but not what follows. Zeros that adapters are padded with do not count."""
-    order, H, D, n = layer_order(cfg, looping), cfg.num_heads, cfg.model_dim, np.asarray(lengths, dtype=np.float64)
-    later = D * (D + 2 * cfg.mlp_dim) + H * dict(none=0, dense=D).get(cfg.attn_gate, cfg.gate_window)  # in a block, behind attention
-    block = D * (D + 2 * cfg.kv_dim) + later
-    smear, spared = cfg.gate_window if cfg.smear_gate_enabled else 0, 1 - scored
-    last = dict(o=1 / len(order), mlp=1 / len(order), head=1)  # share of an adapter's work that only scored tokens need
-    deltas = sum((lora.A.numel() + lora.B.numel()) / lora.A.shape[-3] * (1 - spared * last.get(site, 0))
-                 for site, lora in zip(adapters._fields, adapters, strict=True) if lora is not None)
-    pairs = sum(causal_pairs(n, cfg.window(layer)) for layer in order) - causal_pairs(spared * n, cfg.window(order[-1]))
-    products = len(order) * block - spared * later + scored * D * cfg.vocab_size + smear
-    return Flops(2 * products, 2 * deltas, 4 * D * pairs / n.sum())
-
-
-PASSES = {  # how often the forward's matrix, adapter and attention FLOPs are done: as the model defines it, and as the hardware runs it
-    "score": ((1, 1, 1), (1, 1, 1)),
-    "train": ((3, 3, 3), (3, 3, 3.5)),  # the backward of flash attention computes the scores again: 5 products instead of 4
-    "adapt": ((2, 3, 3), (2, 3, 3.5)),  # frozen matrices have no gradient of their own
-}
-
-
-class Work:
-    """FLOPs of one rank: of the model, as the hardware runs it, and the part of the model's that belongs to scored tokens."""
-
-    def __init__(self):
-        self.model = self.hardware = self.useful = 0.0
-
-    def add(self, flops: Flops, kind: str, tokens: int, scored: float) -> None:
-        """Passes over `tokens` positions, padding and context included, `scored` of which count for the loss."""
-        model, hardware = (tokens * sum(f * times for f, times in zip(flops, passes, strict=True)) for passes in PASSES[kind])
-        self.model, self.hardware, self.useful = self.model + model, self.hardware + hardware, self.useful + model * scored / tokens
-
-
-def init_orthogonal(p: Tensor) -> None:
-    """Each matrix of a bank orthogonal, gain 1."""
-    for matrix in p:
-        nn.init.orthogonal_(matrix)
-
-
-def init_half_orthogonal(p: Tensor) -> None:
-    """Q orthogonal, the output projection zero: every block starts as the identity."""
-    init_orthogonal(p[: len(p) // 2])
-    p[len(p) // 2 :].zero_()
-
-
-def init_resid_mix(p: Tensor) -> None:
-    """All of the residual stream, nothing of the embedding."""
-    p[0].fill_(1)
-    p[1].zero_()
-
-
-def init_rules(cfg: Config):
-    """(pattern, how to fill the parameter); first match wins."""
-    gate_std = cfg.gated_attn_init_std if cfg.attn_gate == "dense" else cfg.sparse_attn_gate_init_std
-    return (
-        ("tok_emb.weight", partial(nn.init.normal_, std=cfg.tied_embed_init_std)),
-        ("lm_head.weight", nn.init.zeros_),
-        ("qo_bank", init_half_orthogonal),
-        ("kv_bank", init_orthogonal),
-        ("mlp_up_bank", init_orthogonal),
-        ("mlp_down_bank", nn.init.zeros_),
-        ("*.q_gain", partial(nn.init.constant_, val=cfg.qk_gain_init)),
-        ("*.attn_gate_w", partial(nn.init.normal_, std=gate_std)),
-        ("*.attn_gate_proj.weight", nn.init.zeros_),
-        ("*.attn_scale", nn.init.ones_),
-        ("*.mlp_scale", nn.init.ones_),
-        ("*.resid_mix", init_resid_mix),
-        ("skip_weights", nn.init.ones_),
-        ("skip_gates", nn.init.zeros_),
-        ("parallel_post_lambdas", nn.init.ones_),
-        ("parallel_resid_lambdas", partial(nn.init.constant_, val=1.1)),
-        ("smear_gate.weight", nn.init.zeros_),
-        ("smear_lambda", nn.init.zeros_),
-        ("softcap_*", partial(nn.init.constant_, val=cfg.logit_softcap)),
-    )
-
-
-def first_match(rules, name: str):
-    """The right-hand side of the first rule whose pattern fits. Raises LookupError: a new tensor needs a line in every table."""
-    for pattern, *rule in rules:
-        if fnmatch.fnmatchcase(name, pattern):
-            return rule
-    raise LookupError(f"no rule for {name!r}: add one line to the table")
-
-
-@torch.no_grad()
-def build_model(cfg: Config, world: World) -> GPT:
-    """A freshly initialised model on this rank's device; the same on every rank and on every device type."""
-    torch.manual_seed(cfg.seed)
-    model = GPT(cfg, world.dtype, choose_kernels(cfg, world))
-    for name, p in model.named_parameters():
-        first_match(init_rules(cfg), name)[0](p)
-    return model.to(world.device)
-
-
-def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False):
-    """The forward that everything calls: compiled without graph breaks where COMPILE_BACKEND says so, else the model itself.
-
-    The same code serves packed rows of any number of segments and, if `growing`, rows of any width.
-    """
-    backend = cfg.compile_backend
-    if backend == "auto":
-        backend = "inductor" if world.device.type == "cuda" else "none"
-    if backend == "none":
-        return model
-    torch._dynamo.config.recompile_limit = cfg.dynamo_cache_size_limit
-    torch._dynamo.config.accumulated_recompile_limit = cfg.dynamo_accumulated_cache_size_limit
-    torch._dynamo.utils.set_compilation_metrics_limit(1 << 16)  # `compilations` counts all of them
-    compiled = torch.compile(model, backend=backend, dynamic=None if growing else False, fullgraph=True)
-
-    def forward(tokens: Tensor, targets: Tensor | None, packing: Packing | None = None, **options) -> Tensor:
-        for t, size in ((packing and packing.cu_seqlens, 0), (tokens if growing else None, 1)):
-            if t is not None:
-                torch._dynamo.maybe_mark_dynamic(t, size)
-        return compiled(tokens, targets, packing=packing, **options)
-
-    return forward
-
-
-# ==================================================================================================
-# OPTIMIZERS - which parameter is learned how, and one step of it on any number of ranks.
-# ==================================================================================================
-
-# Polar Express (arXiv:2505.16932): rows are (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X.
-# Five of them map singular values in [1e-3, 1] into [0.86, 1.14].
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-
-
-def polar_express(G: Tensor, steps: int) -> Tensor:
-    """Nearest semi-orthogonal matrix, approximately, of each of G (n, rows, cols). Zero matrices stay zero."""
-    X = G.mT if G.shape[-2] > G.shape[-1] else G
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in POLAR_EXPRESS[:steps]:
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if G.shape[-2] > G.shape[-1] else X
-
-
-def muon_direction(G: Tensor, M: Tensor, momentum: float, steps: int, row_normalize: bool) -> tuple[Tensor, Tensor]:
-    """One Muon update for matrices G (n, rows, cols) with momentum buffer M, and the next M.
-
-    Nesterov momentum, rows scaled to norm 1 (MuonEq-R), orthogonalised, scaled by sqrt(max(1, rows / cols)).
-    """
-    M = torch.add(G, M, alpha=momentum)
-    U = torch.add(G, M, alpha=momentum)
-    if row_normalize:
-        U = U / torch.linalg.vector_norm(U, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(U.dtype)
-    return polar_express(U, steps) * max(1.0, G.shape[-2] / G.shape[-1]) ** 0.5, M
-
-
-PARAM_RULES = (  # pattern, optimizer, learning rate, weight decay; first match wins, no match is an error
-    ("*_bank", "muon", "matrix_lr", "muon_wd"),
-    ("tok_emb.weight", "adamw", "tied_embed_lr", "embed_wd"),
-    ("lm_head.weight", "adamw", "tied_embed_lr", "embed_wd"),
-    ("blocks.*", "adamw", "scalar_lr", "adam_wd"),
-    ("skip_*", "adamw", "scalar_lr", "adam_wd"),
-    ("parallel_*", "adamw", "scalar_lr", "adam_wd"),
-    ("smear_*", "adamw", "scalar_lr", "adam_wd"),
-    ("softcap_*", "fixed", "", ""),
-)
-
-
-class Bank:
-    """A weight bank and this rank's share of it: `per_rank` whole matrices, zero padding behind the last."""
-
-    def __init__(self, p: nn.Parameter, lr: float, wd: float, world: World):
-        self.p, self.lr, self.wd, self.world = p, lr, wd, world
-        self.per_rank = -(-len(p) // world.size)
-        self.first = min(world.rank * self.per_rank, len(p))
-        self.momentum = p.new_zeros(self.per_rank, *p.shape[1:], dtype=world.dtype)
-        self.shard = torch.empty_like(self.momentum)
-        padded = (self.per_rank * world.size, *p.shape[1:])
-        self.padded = p.new_zeros(padded, dtype=world.dtype) if world.size > 1 else self.shard
-        self.update = self.pending = None
-
-    def launch_reduce(self) -> None:
-        """Start averaging the gradient over the ranks; each receives its share in `shard`."""
-        self.padded[: len(self.p)].copy_(self.p.grad)
-        if self.world.size > 1:
-            reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-            self.pending = reduce_scatter(self.shard, self.padded, dist.ReduceOp.AVG, async_op=True)
-
-    def launch_gather(self, update: Tensor) -> None:
-        """Start collecting every rank's share of the update."""
-        self.update = update
-        if self.world.size > 1:
-            all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            self.update, self.pending = self.padded, all_gather(self.padded, update.contiguous(), async_op=True)
-
-    def wait(self) -> None:
-        if self.pending is not None:
-            self.pending.wait()
-            self.pending = None
-
-    def apply(self, lr_scale: float) -> None:
-        """Decay, then move along the gathered update."""
-        self.wait()
-        lr = self.lr * lr_scale
-        self.p.mul_(1 - lr * self.wd).add_(self.update[: len(self.p)], alpha=-lr)
-        self.update = None
-
-    def full_momentum(self) -> Tensor:
-        """Momentum of all matrices, on every rank."""
-        shares = [self.momentum.clone() for _ in range(self.world.size)]
-        if self.world.size > 1:
-            dist.all_gather(shares, self.momentum)
-        return torch.cat(shares)[: len(self.p)]
-
-    def load_momentum(self, full: Tensor) -> None:
-        mine = full[self.first : self.first + self.per_rank]
-        self.momentum.zero_()[: len(mine)].copy_(mine)
-
-
-class TrainOptimizer:
-    """Muon on the banks, each rank owning whole matrices, and AdamW on everything else, replicated."""
-
-    def __init__(self, model: GPT, cfg: Config, world: World):
-        self.cfg, self.world, self.banks, groups = cfg, world, [], {}
-        for name, p in model.named_parameters():
-            kind, lr, wd = first_match(PARAM_RULES, name)
-            if name == "tok_emb.weight" and not cfg.tie_embeddings:
-                lr = "embed_lr"
-            if kind == "muon":
-                self.banks.append(Bank(p, getattr(cfg, lr), getattr(cfg, wd), world))
-            elif kind == "adamw":
-                groups.setdefault((lr, wd), []).append(p)
-        self.banks.sort(key=lambda bank: -bank.p.numel())  # the largest reduction starts first
-        self.replicated = [p for group in groups.values() for p in group]
-        self.adamw = torch.optim.AdamW(
-            [dict(params=ps, base_lr=getattr(cfg, lr), weight_decay=getattr(cfg, wd)) for (lr, wd), ps in groups.items()],
-            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=world.device.type in ("cuda", "cpu"))
-
-    @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float) -> float:
-        """Reduce the gradients, clip them, update. Returns the gradient norm before clipping.
-
-        Raises FloatingPointError, leaving the weights as they were, when the norm is not finite.
-        """
-        self.reduce()
-        norm, cfg, wide = self.grad_norm(), self.cfg, self.world.wide
-        told, momenta, clip = Readback(norm), [], cfg.grad_clip_norm or math.inf
-        factor = (clip / (norm.to(wide) + 1e-6)).clamp(max=1.0).float()
-        for bank in self.banks:  # the gather of one bank overlaps the orthogonalisation of the next
-            bank.shard.mul_(factor.expand_as(bank.shard))  # as a scalar it would be rounded to bf16 first
-            update, M = muon_direction(bank.shard, bank.momentum, momentum, cfg.muon_backend_steps, cfg.muon_row_normalize)
-            bank.launch_gather(update)
-            momenta.append(M)  # a bad norm must leave no trace in the old one
-        value = told.read()  # the host waits for the norm alone: the device has the directions to compute meanwhile
-        if not math.isfinite(value):
-            for bank in self.banks:
-                bank.wait()
-            raise FloatingPointError(f"the gradient norm is {value}")
-        grads = [p.grad for p in self.replicated]
-        torch._foreach_mul_([g for g in grads if g.dtype == torch.float32], factor)
-        for g in (g for g in grads if g.dtype != torch.float32):
-            g.mul_(factor.expand_as(g))
-        for group in self.adamw.param_groups:
-            group["lr"] = group["base_lr"] * lr_scale
-        self.adamw.step()
-        for bank, M in zip(self.banks, momenta, strict=True):
-            bank.momentum = M
-            bank.apply(lr_scale)
-        self.zero_grad()
-        return value
-
-    def reduce(self) -> None:
-        """Average all gradients over the ranks: banks scattered, small tensors in one flat message. Clipping comes after."""
-        for p in self.replicated:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a tensor this model has no use for, as skips of one block
-        for bank in self.banks:
-            bank.launch_reduce()
-        if self.world.size > 1:
-            large = [p.grad for p in self.replicated if p.numel() > 32768]
-            small = [p.grad for p in self.replicated if p.numel() <= 32768]
-            handles = [dist.all_reduce(g, dist.ReduceOp.AVG, async_op=True) for g in large]
-            self.world.sum_(*small)
-            torch._foreach_div_(small, self.world.size)
-            for handle in handles:
-                handle.wait()
-        for bank in self.banks:
-            bank.wait()
-
-    def grad_norm(self) -> Tensor:
-        """Norm of the averaged gradient, on the device: the same number on every rank."""
-        parts = [bank.shard for bank in self.banks] + [p.grad for p in self.replicated]
-        groups = ([t for t in parts if (t.dtype == torch.float32) == full] for full in (False, True))  # a kernel for each; banks first
-        squares = torch.stack([n for group in groups if group for n in torch._foreach_norm(group, dtype=torch.float32)]).square()
-        mine = squares[: len(self.banks)].sum()
-        self.world.sum_(mine)
-        return (mine + squares[len(self.banks) :].sum()).sqrt()
-
-    def zero_grad(self) -> None:
-        for p in [*self.replicated, *(bank.p for bank in self.banks)]:
-            p.grad = None
-
-    def state_dict(self) -> dict:
-        return dict(adamw=self.adamw.state_dict(), momentum=[bank.full_momentum().cpu() for bank in self.banks])
-
-    def load_state_dict(self, state: dict) -> None:
-        self.adamw.load_state_dict(state["adamw"])
-        for bank, full in zip(self.banks, state["momentum"], strict=True):
-            bank.load_momentum(full.to(self.world.device))
-
-
-class Ema:
-    """Moving average of every tensor of the model, in fp32, started at the initial weights, without debiasing."""
-
-    def __init__(self, model: GPT, decay: float):
-        self.decay = decay
-        self.shadow = {name: t.detach().float().clone() for name, t in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: GPT) -> None:
-        live = model.state_dict()
-        torch._foreach_lerp_(list(self.shadow.values()), [live[name].float() for name in self.shadow], 1 - self.decay)
-
-    def copy_to(self, model: GPT) -> None:
-        """Replace the weights by their average, each in its own dtype."""
-        model.load_state_dict(self.shadow)
-
-
-# ==================================================================================================
-# TRAINING - schedules as pure functions of progress, exact warm-up, and a loop that never overruns its clock.
-# ==================================================================================================
-
-def lr_scale(cfg: Config, progress: float, step: int = 0, step_seconds: float = 0.0) -> float:
-    """Share of the peak learning rate: 1, then linear down to MIN_LR over the last WARMDOWN_FRAC; progress runs from 0 to 1.
-
-    With WARMDOWN_ITERS the warmdown lasts that many steps instead: counted back from ITERATIONS, or from the end of the
-    clock at `step_seconds` per step.
-    """
-    if cfg.warmdown_iters:
-        budget = cfg.train_budget_seconds
-        by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget and step_seconds
-        left = budget * (1 - progress) / step_seconds if by_clock else cfg.iterations - step
-        return max(min(1.0, left / cfg.warmdown_iters), cfg.min_lr)
-    if progress < 1 - cfg.warmdown_frac or not cfg.warmdown_frac:
-        return 1.0
-    return max((1 - progress) / cfg.warmdown_frac, cfg.min_lr)
-
-
-def context_length(cfg: Config, progress: float) -> int:
-    """Attention context: the first stage whose end fraction has not passed."""
-    return next(length for length, end in cfg.seq_schedule if progress <= end)
-
-
-def midrun_cap(cfg: Config, progress: float) -> float:
-    """Factor of MIDRUN_CAP_SCHEDULE in force: that of the last fraction reached, 1 before the first."""
-    caps = [(at, factor) for factor, at in parse_steps(cfg.midrun_cap_schedule, "@") if at <= progress]
-    return max(caps)[1] if caps else 1.0
-
-
-def rewarmup(cfg: Config, steps_since_change: int | None) -> float:
-    """Ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None = no change yet."""
-    if steps_since_change is None or not cfg.seq_change_warmup_steps:
-        return 1.0
-    return min(1.0, steps_since_change / cfg.seq_change_warmup_steps)
-
-
-def muon_momentum(cfg: Config, step: int) -> float:
-    """Linear warm-up over MUON_MOMENTUM_WARMUP_STEPS, then constant."""
-    share = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
-    return cfg.muon_momentum_warmup_start + share * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
-
-
-def looping_at(cfg: Config, progress: float) -> bool:
-    """Whether the middle blocks repeat at this point of the run."""
-    return cfg.num_loops > 0 and progress >= cfg.enable_looping_at
-
-
-def warm_shapes(cfg: Config) -> list[tuple[int, bool]]:
-    """(context, looping) combinations the run will meet, in the order it meets them."""
-    if not cfg.compile_shape_warmup:
-        return list(dict.fromkeys([(cfg.train_seq_len, False), (cfg.train_seq_len, cfg.num_loops > 0)]))
-    modes, shapes, start = cfg.compile_shape_warmup_loop_modes, [], 0.0
-    for length, end in cfg.seq_schedule:
-        plain = modes in ("inactive", "both") or (modes == "auto" and (not cfg.num_loops or start < cfg.enable_looping_at))
-        looped = cfg.num_loops > 0 and (modes in ("active", "both") or (modes == "auto" and end > cfg.enable_looping_at))
-        shapes += [(length, looping) for looping, wanted in ((False, plain), (True, looped)) if wanted]
-        start = end
-    return list(dict.fromkeys(shapes))
-
-
-def warm_lengths(tokens: int, context: int) -> list[int]:
-    """Lengths of cu_seqlens to warm for rows of `tokens`: the least there can be, and three more buckets."""
-    segments = -(-tokens // context)
-    return [CU_SEQLENS_BUCKET * (segments // CU_SEQLENS_BUCKET + k) for k in range(1, 5)]
-
-
-def warm_rows(row: Row, context: int) -> list[Row]:
-    """`row` cut every `context` tokens, once for each of its `warm_lengths`."""
-    n, device = row.targets.numel(), row.inputs.device
-    bounds = (torch.arange(length, dtype=torch.int32).mul(context).clamp(max=n) for length in warm_lengths(n, context))
-    return [row._replace(cu_seqlens=cu_seqlens.to(device), max_len=context) for cu_seqlens in bounds]
-
-
-def nats_of_row(row: Row, forward, graphs: Graphed | None, **options) -> Tensor:
-    """Nats (1, T). A row of more segments than were warmed does without a graph."""
-    few = len(row.cu_seqlens) in warm_lengths(row.targets.numel(), row.max_len)
-    run = graphs if graphs and few else forward
-    return run(row.inputs, row.targets, packing=Packing(row.cu_seqlens, row.max_len), **options)
-
-
-class StepClock:
-    """Seconds of training so far, and a forecast of the next step. Pausing excludes validation and checkpoints."""
-
-    def __init__(self, seconds: float = 0.0, recent: tuple[float, ...] = ()):
-        self.seconds, self.start, self.recent = seconds, None, [*recent]  # start None: paused
-
-    def now(self) -> float:
-        return self.seconds + (0.0 if self.start is None else time.perf_counter() - self.start)
-
-    def pause(self) -> None:
-        self.seconds, self.start = self.now(), None
-
-    def go_on(self) -> None:
-        self.start = time.perf_counter()
-
-    def record(self, seconds: float, applications: int) -> None:
-        """Seconds of one step that ran `applications` blocks."""
-        self.recent = [*self.recent[-9:], seconds / applications]
-
-    def forecast(self, applications: int) -> float:
-        """Upper estimate of a step: the slowest recent one, per block, plus 10 %."""
-        return 1.1 * max(self.recent, default=0.0) * applications
-
-
-class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a request that the loop honours between two steps; the second one kills."""
-
-    def __init__(self):
-        self.requested, self.previous = False, {}
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread
-                self.previous[number] = signal.signal(number, self.handle)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, _frame) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-
-
-class Interrupted(RunError):
-    """Training was asked to stop; its checkpoint has been written."""
-
-
-class Utilization:
-    """How busy the device is kept: FLOPs per second as a share of what it could do. seconds: of the work, pauses left out."""
-
-    def __init__(self, world: World, work: Work | None = None, seconds: float = 0.0):
-        name, self.measured = hardware_name(world), measured_peak(world)
-        self.datasheet = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-        self.work, self.seconds, self.marked, self.marked_at = work or Work(), seconds, (Work(), 0.0), time.perf_counter()
-
-    def share(self, flops: float, seconds: float) -> dict[str, float | None]:
-        """`flops` in `seconds`, of the datasheet's peak (None where there is none) and of the measured one."""
-        rate = flops / seconds if seconds else 0.0
-        return dict(mfu=rate / self.datasheet if self.datasheet else None, of_measured=rate / self.measured)
-
-    def interval(self) -> str:
-        """Since the last call, for the log: the model's FLOPs, then, of the datasheet's peak or else of the measured one, those of
-        scored tokens, those the hardware ran, and the model's again with validation and checkpoints in the time."""
-        (old, old_seconds), now = self.marked, time.perf_counter()
-        model, useful, hardware = (getattr(self.work, kind) - getattr(old, kind) for kind in ("model", "useful", "hardware"))
-        seconds, wall = self.seconds - old_seconds, max(now - self.marked_at, self.seconds - old_seconds)
-        shares = self.share(model, seconds)
-        for name, flops, time_of in (("useful", useful, seconds), ("hardware", hardware, seconds), ("with_pauses", model, wall)):
-            of_datasheet, of_measured = self.share(flops, time_of).values()
-            shares[name] = of_measured if of_datasheet is None else of_datasheet
-        self.marked, self.marked_at = (copy.copy(self.work), self.seconds), now
-        return " ".join(f"{name}:{'n/a' if value is None else format(value, '.4f')}" for name, value in shares.items())
-
-    def result(self, wall_seconds: float) -> dict:
-        """Of all of it: three kinds of FLOPs, each without and with pauses for validation and checkpoints."""
-        kinds = ("model", "useful", "hardware")
-        return dict(
-            **{kind: self.share(getattr(self.work, kind), self.seconds) for kind in kinds},
-            **{f"{kind}_with_pauses": self.share(getattr(self.work, kind), wall_seconds) for kind in kinds},
-            model_flops=self.work.model, peak_flops=dict(datasheet=self.datasheet, measured=self.measured))
-
-
-class Trainer:
-    """Model, optimizer, average and data of one training run, and the state a checkpoint keeps."""
-
-    def __init__(self, cfg: Config, world: World, files: Dataset):
-        self.cfg, self.world, self.files = cfg, world, files
-        self.model = build_model(cfg, world)
-        self.forward = compile_forward(self.model, cfg, world)
-        self.graphs = Graphed(self.forward, (p for p in self.model.parameters() if p.requires_grad)) if cfg.cuda_graphs else None
-        self.optimizer = TrainOptimizer(self.model, cfg, world)
-        self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
-        self.accumulate = cfg.micro_batches // world.size
-        self.utilization = Utilization(world)
-        self.loader = self.open_loader()
-        self.step, self.clock, self.changed_at, self.stage_len = 0, StepClock(), None, cfg.seq_schedule[0][0]
-        self.looping, self.cap, self.losses = False, 1.0, []
-
-    def open_loader(self, position: tuple[int, int] | None = None) -> TrainLoader:
-        cfg = self.cfg
-        return TrainLoader(self.files.train, cfg.train_microbatch_tokens, cfg.micro_batches, cfg.vocab_size, position)
-
-    def loss(self, row: Row, order: tuple[int, ...]) -> Tensor:
-        """This row's part of the mean loss of the rank's micro-batches."""
-        weight = 1 / (row.targets.numel() * self.accumulate)
-        return weight * nats_of_row(row, self.forward, self.graphs, order=order, training=True).sum()
-
-    def train_step(self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float) -> float:
-        """One optimizer step on a window (rows, span) of all ranks; returns the mean loss in nats, the same on every rank.
-
-        Raises FloatingPointError before any weight is touched when loss or gradient is not finite.
-        """
-        order, total = layer_order(self.cfg, looping), torch.zeros((), device=self.world.device)
-        for tokens in window[self.world.rank * self.accumulate : (self.world.rank + 1) * self.accumulate]:
-            row = packed_row(tokens, context, self.world.device)
-            loss = self.loss(row, order)
-            loss.backward()
-            n = row.targets.numel()
-            self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", n, n)
-            total += (loss := loss.detach())  # its graph goes: see `Graphed` on accumulators
-        self.world.sum_(total)
-        mean = Readback(total / self.world.size)
-        with torch.profiler.record_function("optimizer"):
-            self.optimizer.step(lr, momentum)
-        return mean.read()
-
-    def state(self) -> dict:
-        """Everything that decides how the run goes on."""
-        return dict(
-            config_hash=config_hash(self.cfg), seed=self.cfg.seed, step=self.step, seconds=self.clock.now(), recent=self.clock.recent,
-            position=self.loader.position,
-            changed_at=self.changed_at, stage_len=self.stage_len, looping=self.looping, losses=self.losses,
-            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema.shadow if self.ema else {},
-        )
-
-    def load_state(self, state: dict) -> None:
-        """Go on where `state` was taken. Raises RunError when it belongs to another recipe."""
-        if (state.get("config_hash"), state.get("seed")) != (config_hash(self.cfg), self.cfg.seed):
-            found = f"{state.get('config_hash')}, seed {state.get('seed')}"
-            raise RunError(f"checkpoint.pt was written by another configuration or seed ({found}); "
-                           "resume with the same variables, or start afresh with RESUME=0")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
-            self.ema.shadow = {name: t.to(self.world.device) for name, t in state["ema"].items()}
-        self.loader.close()
-        self.loader = self.open_loader(tuple(state["position"]))
-        self.step, self.clock, self.changed_at = state["step"], StepClock(state["seconds"], state["recent"]), state["changed_at"]
-        self.stage_len, self.looping, self.losses = state["stage_len"], state["looping"], state["losses"]
-
-    def checkpoint(self, path: Path) -> None:
-        state = self.state()
-        if self.world.main:
-            save_tensors(path, state)
-
-    def warm_up(self, log: Log) -> None:
-        """Compile every shape and run WARMUP_STEPS steps per loop mode, then put back weights, moments and data exactly."""
-        cfg = self.cfg
-        compiled = self.graphs or self.forward is not self.model
-        if not compiled and not cfg.warmup_steps:
-            return
-        model, generator = {name: t.detach().clone() for name, t in self.model.state_dict().items()}, torch.get_rng_state()
-        optimizer = copy.deepcopy(self.optimizer.state_dict())
-        window = self.loader.next_step()
-        if compiled:
-            self.warm_shapes(window[0], log)
-        for looping in dict.fromkeys((False, cfg.num_loops > 0)):
-            order = layer_order(cfg, looping)
-            if looping:
-                log(f"loop_warmup:enabled encoder:{list(order[: len(order) // 2])} decoder:{list(order[len(order) // 2 :])}")
-            for k in range(cfg.warmup_steps):
-                try:
-                    self.train_step(window, cfg.seq_schedule[0][0], looping, 1.0, muon_momentum(cfg, k))
-                except FloatingPointError as e:
-                    raise RunError(f"warm-up step {k + 1}: {e}; lower MATRIX_LR or TIED_EMBED_LR, or look at the data") from None
-                if k < 6 or (k + 1) % 10 == 0 or k + 1 == cfg.warmup_steps:
-                    log(f"{'loop_warmup_step' if looping else 'warmup_step'}: {k + 1}/{cfg.warmup_steps}")
-        self.model.load_state_dict(model)
-        self.optimizer.load_state_dict(optimizer)
-        self.optimizer.zero_grad()
-        self.loader.close()
-        self.loader, self.utilization = self.open_loader(), Utilization(self.world)
-        torch.set_rng_state(generator)
-
-    def warm_shapes(self, tokens: np.ndarray, log: Log) -> None:
-        """Forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
-        cfg, shapes, n = self.cfg, warm_shapes(self.cfg), self.cfg.train_microbatch_tokens
-        log("compile_shape_warmup:start " + ",".join(f"{n}x{'loop' if loop else 'plain'}" for n, loop in shapes))
-        row = packed_row(tokens, cfg.train_seq_len, self.world.device)
-        for length, looping in shapes * (cfg.compile_shape_warmup_iters + bool(self.graphs)):  # graphs are recorded in the second round
-            log(f"compile_shape_warmup:shape seq_len:{length} loop:{int(looping)} "
-                f"warmup_cu_buckets:{','.join(map(str, warm_lengths(n, length)))} iters_each:{cfg.compile_shape_warmup_iters}")
-            for shaped in warm_rows(row, length):
-                self.loss(shaped, layer_order(cfg, looping)).backward()
-                self.optimizer.zero_grad()
-
-    def plan_step(self, elapsed: float, log: Log) -> tuple[int, bool, float]:
-        """Context, loop mode and learning-rate factor of the step about to run."""
-        cfg = self.cfg
-        budget = cfg.train_budget_seconds
-        by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget > 0
-        progress = min(1.0, elapsed / budget if by_clock else self.step / max(1, cfg.iterations))
-        context = context_length(cfg, progress)
-        if context != self.stage_len:
-            self.stage_len, self.changed_at = context, self.step
-            log(f"growth_stage:seq_len:{context} progress:{progress:.3f} step:{self.step}")
-            if cfg.seq_change_warmup_steps:
-                log(f"growth_stage_rewarmup:start step:{self.step} steps:{cfg.seq_change_warmup_steps} seq_len:{context}")
-        if looping_at(cfg, progress) and not self.looping:
-            self.looping, order = True, layer_order(cfg, True)
-            log(f"layer_loop:enabled step:{self.step} frac:{progress:.3f} encoder:{list(order[: len(order) // 2])} "
-                f"decoder:{list(order[len(order) // 2 :])}")
-        cap = midrun_cap(cfg, progress)
-        if cfg.midrun_cap_log_updates and cap != self.cap:
-            log(f"midrun_cap:update step:{self.step} factor:{cap:g}")
-        self.cap = cap
-        ramp = rewarmup(cfg, None if self.changed_at is None else self.step - self.changed_at + 1)
-        per_step = elapsed / self.step if self.step else 0.0
-        return context, self.looping, lr_scale(cfg, progress, self.step, per_step) * cap * ramp
-
-
-def log_training_start(cfg: Config, trainer: Trainer, log: Log) -> None:
-    """What is about to be trained, by which schedule, on a device of which speed."""
-    log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
-    measured, datasheet = trainer.utilization.measured, trainer.utilization.datasheet
-    log(f"peak_tflops: measured:{measured / 1e12:.4g} datasheet:{'n/a' if datasheet is None else format(datasheet / 1e12, '.4g')}")
-    log("train_seq_schedule:" + ",".join(f"{n}@{end:.3f}" for n, end in cfg.seq_schedule))
-    if cfg.midrun_cap_schedule:
-        log(f"midrun_cap_schedule:{cfg.midrun_cap_schedule}")
-    log(f"local_microbatch_tokens:{cfg.train_microbatch_tokens}")
-    log(f"growth_stage:seq_len:{cfg.seq_schedule[0][0]} progress:0.000")
-    log(f"gptq:reserving {cfg.reserve_seconds:.0f}s, effective={cfg.train_budget_seconds * 1000:.0f}ms")
-
-
-def step_profiler(cfg: Config, trainer: Trainer, path: Path):
-    """torch's profiler over PROFILE steps after the third, and the speeds they are to be measured by; None without PROFILE."""
-    if not cfg.profile or not trainer.world.main:
-        return None
-    device = trainer.world.device
-    source = torch.ones(1 << 26, device=device)
-    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=2 * source.nbytes / quickest(trainer.world, source.clone))
-    write_atomic(path.with_name("profile_speeds.json"), json.dumps(speeds).encode())
-    kinds = torch.profiler.ProfilerActivity
-    return torch.profiler.profile(
-        activities=[kinds.CPU, *([kinds.CUDA] if device.type == "cuda" else [])], record_shapes=True,
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=cfg.profile, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
-
-
-def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=None) -> None:
-    """The timed loop. Stops at ITERATIONS, at FORCE_STOP_STEP, or before the step that would overrun the budget.
-
-    validate(): scores the model as it stands, clock stopped. forecast(tokens): what the main rank's log says of the artifact so far,
-    clock running, only where that takes less than 1 % of the time since it last did. Raises Interrupted on Ctrl-C and RunError when
-    loss or gradient is no longer finite; in both cases checkpoint.pt holds the last good state.
-    """
-    cfg, world, clock = trainer.cfg, trainer.world, trainer.clock
-    budget, checkpointed, tokens_per_step, compiled = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens, len(compilations())
-    profiler, asked, cost = step_profiler(cfg, trainer, checkpoint_path.with_name("profile.json.gz")), 0.0, 0.0
-    clock.go_on()
-    with StopRequest() as stop, profiler or contextlib.nullcontext():
-        while trainer.step < (cfg.force_stop_step or cfg.iterations):
-            made = [] if cfg.compile_allow_recompiles else compilations()[compiled:]
-            elapsed, per_block, requested, recompiled = world.max(clock.now(), clock.forecast(1), float(stop.requested), len(made))
-            context, looping, lr = trainer.plan_step(elapsed, log)
-            applications = len(layer_order(cfg, looping))
-            if requested or recompiled:
-                clock.pause()
-                trainer.checkpoint(checkpoint_path)
-                go_on = f"{checkpoint_path} holds it: go on with RESUME=1 and the same variables (ARTIFACT_DIR={checkpoint_path.parent})"
-                if requested:
-                    raise Interrupted(f"interrupted after step {trainer.step}; {go_on}")
-                raise recompile_error(f"step {trainer.step}", made, f"COMPILE_SHAPE_WARMUP=1 may avoid it. {go_on}")
-            if budget and not cfg.force_stop_step and elapsed + per_block * applications > budget:
-                log(f"stopping_early: wallclock_cap train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}")
-                break
-            position, window = trainer.loader.position, trainer.loader.next_step()
-            try:
-                loss = trainer.train_step(window, context, looping, lr, muon_momentum(cfg, trainer.step))
-            except FloatingPointError as e:
-                trainer.loader.position = position
-                trainer.optimizer.zero_grad()
-                trainer.checkpoint(checkpoint_path)
-                raise RunError(f"step {trainer.step + 1}: {e}; the weights before it are in {checkpoint_path}. Lower MATRIX_LR or "
-                               "TIED_EMBED_LR, or look at the data of this step") from None
-            trainer.step += 1
-            if trainer.ema:
-                trainer.ema.update(trainer.model)
-            now = clock.now()
-            clock.record(now - elapsed, applications)
-            trainer.utilization.seconds += now - elapsed
-            if profiler:
-                profiler.step()
-            trainer.losses.append((trainer.step, round(now, 3), round(loss, 5)))
-            if trainer.step <= 5 or trainer.step % cfg.train_log_every == 0:
-                log(f"{trainer.step}/{cfg.iterations} train_loss: {loss:.4f} train_time: {now / 60:.1f}m "
-                    f"tok/s: {trainer.step * tokens_per_step / now:.0f} seconds:{now:.2f} lr_scale:{lr:.4f} "
-                    f"tok/s_now:{tokens_per_step / (now - elapsed):.0f} {trainer.utilization.interval()}")
-                price = cost or 3 * (now - elapsed)  # until it is known: as much as three steps
-                if forecast and world.main and now - asked > 100 * price and (not budget or now + 2 * price < budget):
-                    log(f"{trainer.step}/{cfg.iterations} {forecast(window[0])}")
-                    asked, compiled = clock.now(), len(compilations())
-                    cost = asked - now
-            if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
-                clock.pause()
-                score, compiled = validate(), len(compilations())
-                log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
-                clock.go_on()
-            if cfg.checkpoint_seconds and (agreed := world.max(now)[0]) - checkpointed >= cfg.checkpoint_seconds:
-                clock.pause()
-                checkpointed = agreed
-                trainer.checkpoint(checkpoint_path)
-                clock.go_on()
-        world.synchronize()
-        clock.pause()
-    trainer.loader.close()
-    if not trainer.step:
-        raise RunError(f"no step fits into {budget:g} s of training: raise MAX_WALLCLOCK_SECONDS or lower TRAIN_BATCH_TOKENS")
-    score = validate()
-    log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
-
-
-# ==================================================================================================
-# QUANTIZATION - weights -> small integers and scales. Each codec is an encode next to its decode; rules choose.
-# ==================================================================================================
-
-class Hessians:
-    """GPTQ's H = sum of x^T x over every matmul input, by site; handed to the forward as its tap."""
-
-    def __init__(self):
-        self.H: dict[str, Tensor] = {}
-        self.count: dict[str, int] = {}
-        self.squares: dict[str, Tensor] = {}  # QUANT=rd: sum of squared gradients of the loss, by matrix (rows, cols)
-
-    def __call__(self, site: str, x: Tensor) -> None:
-        x = x.detach().flatten(0, -2).float()
-        if site not in self.H:
-            self.H[site] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        self.H[site].addmm_(x.T, x)
-        self.count[site] = self.count.get(site, 0) + len(x)
-
-    def add_gradients(self, gradients: dict[str, Tensor]) -> None:
-        """Gradients of the summed loss of one window. The embedding is read as input and as head, so its H are its gradients'."""
-        for name, g in gradients.items():
-            self.squares[name] = g.float().square() if name not in self.squares else self.squares[name].addcmul_(g, g)
-            if name == "tok_emb.weight":
-                self(name, g)
-
-    def rms(self, site: str) -> Tensor:
-        """Root mean square of each input column."""
-        return (self.H[site].diagonal() / self.count[site]).sqrt()
-
-
-def kind_of(name: str) -> str:
-    """The name without its block: "blocks.3.attn.q_gain" -> "blocks.*.attn.q_gain"."""
-    return ".".join("*" if word.isdigit() else word for word in name.split("."))
-
-
-def unbank(cfg: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict -> one 2-D tensor per matrix, under the names of published artifacts; everything else as it is."""
-    L, out = cfg.num_layers, {name: t for name, t in state.items() if not name.endswith("_bank")}
-    for i in range(L):
-        out[f"blocks.{i}.attn.c_q.weight"] = state["qo_bank"][i]
-        out[f"blocks.{i}.attn.c_k.weight"] = state["kv_bank"][i]
-        out[f"blocks.{i}.attn.c_v.weight"] = state["kv_bank"][L + i]
-        out[f"blocks.{i}.attn.proj.weight"] = state["qo_bank"][L + i]
-        out[f"blocks.{i}.mlp.fc.weight"] = state["mlp_up_bank"][i]
-        out[f"blocks.{i}.mlp.proj.weight"] = state["mlp_down_bank"][i]
-    return out
-
-
-def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `unbank`."""
-    def stack(*roles: str) -> Tensor:
-        return torch.stack([tensors[f"blocks.{i}.{role}.weight"] for role in roles for i in range(cfg.num_layers)])
-
-    roles = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
-    out = {name: t for name, t in tensors.items() if not any(name.endswith(f".{role}.weight") for role in roles)}
-    return out | dict(qo_bank=stack("attn.c_q", "attn.proj"), kv_bank=stack("attn.c_k", "attn.c_v"),
-                      mlp_up_bank=stack("mlp.fc"), mlp_down_bank=stack("mlp.proj"))
-
-
-@torch.no_grad()
-def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, length: int = 2048, temperature: float = 0.8) -> np.ndarray:
-    """Text of the model's own for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences, T = min(length,
-    TRAIN_SEQ_LEN). The first token is uniform, the others are drawn at `temperature`; SEED decides them, on any number of ranks."""
-    size, order = min(length, cfg.train_seq_len) + 1, layer_order(cfg, looping=True)
-    draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))[world.rank :: world.size].to(world.device)
-    tokens, cache = (draws * cfg.vocab_size).long(), Cache(size - 1)
-    for t in range(1, size):
-        odds = (model(tokens[:, t - 1 : t], None, order=order, cache=cache)[:, 0] / temperature).softmax(-1).cumsum(-1)
-        tokens[:, t] = torch.searchsorted(odds, draws[:, t : t + 1] * odds[:, -1:])[:, 0]
-    return tokens.cpu().numpy()
-
-
-def calibration_parts(cfg: Config) -> int:
-    """Windows per micro-batch of calibration: gradients want more samples and less memory."""
-    return min(8, cfg.train_microbatch_tokens // cfg.train_seq_len) if cfg.quant == "rd" else 1
-
-
-def calibrate(cfg: Config, world: World, model: GPT, weights: dict[str, Tensor], tokens: np.ndarray, hessians: Hessians) -> None:
-    """Add one window to `hessians`, run through the looped network with documents masked as in training; its gradients with QUANT=rd.
-    weights: parameters by name, which take the place of the model's own."""
-    row, banks = packed_row(tokens, cfg.train_seq_len, world.device), ("_bank", "tok_emb.weight", "lm_head.weight")
-    matrices = {name: t for name, t in weights.items() if name.endswith(banks)}
-    how = dict(order=layer_order(cfg, looping=True), packing=Packing(row.cu_seqlens, row.max_len), tap=hessians)
-    with torch.set_grad_enabled(cfg.quant == "rd"):
-        nats = torch.func.functional_call(model, weights, (row.inputs, row.targets), how)
-        if cfg.quant == "rd":
-            gradients = torch.autograd.grad(nats.sum(), list(matrices.values()))
-            hessians.add_gradients(unbank(cfg, dict(zip(matrices, gradients, strict=True))))
-
-
-@torch.no_grad()
-def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Hessians:
-    """Calibrate on windows of training data or on text of the model's own, and add up over the ranks."""
-    hessians, batches, parts = Hessians(), cfg.gptq_calibration_batches * cfg.micro_batches, calibration_parts(cfg)
-    start = time.perf_counter()
-    if cfg.gptq_calibration == "self":
-        windows = write_sequences(cfg, world, model)
-        log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {time.perf_counter() - start:.1f}s")
-    else:
-        windows = calibration_windows(files.train, cfg.train_microbatch_tokens // parts, batches * parts)[world.rank :: world.size]
-    eta, weights = Eta(len(windows)), dict(model.named_parameters())
-    for tokens in windows:
-        calibrate(cfg, world, model, weights, tokens, hessians)
-        eta.add(1)
-        if eta.done == 1 and eta.left > 20:
-            log(f"GPTQ:calibration takes about {eta.left:.0f}s more")
-    world.sum_(*hessians.H.values(), *hessians.squares.values())
-    counts = torch.tensor(list(hessians.count.values()), device=world.device)
-    world.sum_(counts)
-    hessians.count = dict(zip(hessians.count, counts.tolist(), strict=True))
-    return hessians
-
-
-def step_size(clip: Tensor, q_max: float) -> Tensor:
-    """fp16 steps that put `clip` on `q_max` steps: fp16 because that is what is stored; never zero, so a zero row decodes to zeros."""
-    return (clip / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
-
-
-def inverse_cholesky(H: Tensor) -> Tensor:
-    """Upper U with U^T U = H^-1, for a stack of positive definite H: Cholesky of the flipped H, one triangular solve."""
-    R = torch.linalg.cholesky(H.flip(-2, -1)).flip(-2, -1)  # H = R R^T, R upper
-    identity = torch.eye(H.shape[-1], device=H.device, dtype=H.dtype).expand_as(H)
-    return torch.linalg.solve_triangular(R, identity, upper=True)
-
-
-def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
-    """Damped H (n, cols, cols) -> the order in which GPTQ walks the columns, largest diagonal first (n, cols), and `inverse_cholesky`
-    of H in that order. A column that no input uses (dead) counts as 1."""
-    H = H.clone()
-    diag = H.diagonal(dim1=-2, dim2=-1)
-    diag[diag == 0] = 1
-    diag += damping * diag.mean(-1, keepdim=True)
-    perm = diag.argsort(dim=-1, descending=True, stable=True)  # act-order
-    H = H.gather(1, perm[:, :, None].expand_as(H)).gather(2, perm[:, None].expand_as(H))
-    return perm, inverse_cholesky(H)
-
-
-def walk_columns(W: Tensor, perm: Tensor, U: Tensor, step: Tensor, choose, block: int = 128) -> Tensor:
-    """GPTQ (arXiv:2210.17323): quantize column after column, each error passed on to the columns that follow.
-
-    W and step (n, rows, cols), perm and U from `factor`. choose(x, j): column x (n, rows) in steps, from column j (n,) -> its integers
-    and the values they stand for, in steps. Returns the integers, fp32, in the order of W.
-    """
-    cols, index = W.shape[2], perm[:, None].expand_as(W)
-    W, step, Q = W.gather(2, index), step.gather(2, index), torch.empty_like(W)
-    for start in range(0, cols, block):
-        end = min(start + block, cols)
-        err = torch.empty_like(W[:, :, start:end])
-        for j in range(start, end):
-            s = step[:, :, j]
-            Q[:, :, j], value = choose(W[:, :, j] / s, perm[:, j])
-            e = (W[:, :, j] - value * s) / U[:, j, j, None]
-            W[:, :, j:end] -= e[:, :, None] * U[:, j, None, j:end]
-            err[:, :, j - start] = e
-        W[:, :, end:] -= err @ U[:, start:end, end:]
-    return Q.gather(2, perm.argsort(-1)[:, None].expand_as(Q))
-
-
-def without_dead_columns(W: Tensor, H: Tensor) -> Tensor:
-    """W (n, rows, cols) with zeros where no input ever is."""
-    return W.masked_fill((H.diagonal(dim1=-2, dim2=-1) == 0)[:, None], 0)
-
-
-def gptq(W: Tensor, H: Tensor, clip: Tensor, bits: int, protected: Tensor, hi_bits: int, block: int = 128):
-    """GPTQ with one scale per row, for a stack of matrices of one shape.
-
-    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols) bool: columns on the
-    finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and of protected columns.
-    """
-    q_max, hi_max = 2 ** (bits - 1) - 1, 2 ** (hi_bits - 1) - 1
-    scale, hi_scale = step_size(clip, q_max), step_size(clip, hi_max)
-    step = torch.where(protected[:, None], hi_scale.float()[:, :, None], scale.float()[:, :, None])
-    limit = torch.where(protected, hi_max, q_max).float()
-
-    def choose(x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        top = limit.gather(1, j[:, None])
-        q = x.round().clamp(-top, top)
-        return q, q
-
-    q = walk_columns(without_dead_columns(W, H), *factor(H), step, choose, block)
-    return q.to(torch.int8), scale, hi_scale
-
-
-# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state by state and parity);
-# it starts at 0 in every segment, and in odd states the second of two quantizers is active: k stands for 2 k steps in the first, for
-# 2 k - sign(k) in the second. Together they have every multiple of a step (dependent quantization, as in the VVC video standard).
-TRELLIS_SEGMENT = 128
-TRELLIS_NEXT = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
-TRELLIS_INTO = torch.tensor([[2 * s + p for s in range(8) for p in (0, 1) if TRELLIS_NEXT[s][p] == t] for t in range(8)])  # (8, 2)
-TRELLIS_ERROR = 0.24  # mean squared error of its nearest path, in steps squared
-
-
-def trellis_values(q: Tensor) -> Tensor:
-    """Integers (n, rows) -> what they stand for, in steps."""
-    (n, rows), height = q.shape, min(max(q.shape[1], 1), TRELLIS_SEGMENT)
-    lanes = F.pad(q.long(), (0, -rows % height)).reshape(-1, height).T
-    following = torch.tensor(TRELLIS_NEXT, device=q.device).view(-1)
-    second, state = torch.empty_like(lanes), torch.zeros_like(lanes[0])
-    for t, k in enumerate(lanes):
-        second[t] = state & 1
-        state = following[2 * state + (k & 1)]
-    return (2 * lanes - second * lanes.sign()).T.reshape(n, -1)[:, :rows].float()
-
-
-def viterbi(lanes: Tensor) -> tuple[Tensor, Tensor]:
-    """`trellis_path` of segments side by side, lanes (height, segments) -> two of its shape."""
-    height = len(lanes)
-    a, sign = lanes.abs(), torch.where(lanes < 0, -1.0, 1.0)
-    k = torch.stack((  # the nearest integers by quantizer and parity: even and odd of the first, even and odd of the second
-        2 * (a / 4).round().clamp_max(63), 2 * ((a - 2) / 4).round().clamp(0, 63) + 1,
-        torch.where(a < 1.5, 0, 2 * ((a + 1) / 4).round().clamp(1, 63)), 2 * ((a - 1) / 4).round().clamp(0, 63) + 1), 1)
-    value = 2 * k
-    value[:, 2:] -= k[:, 2:].sign()
-    branch = (value - a[:, None]).square()  # (steps, 4, lanes)
-    into = TRELLIS_INTO.to(lanes.device)
-    source, kind = into // 2, into // 2 % 2 * 2 + into % 2  # state and branch of the two ways into each state (8, 2)
-    branch = branch[:, kind.T]  # (steps, 2, 8, lanes)
-    cost = torch.full((8, lanes.shape[1]), math.inf, device=lanes.device)
-    cost[0] = 0
-    second = torch.empty((height, *cost.shape), dtype=torch.bool, device=lanes.device)
-    for t in range(height):
-        ways = cost[source.T] + branch[t]
-        torch.lt(ways[1], ways[0], out=second[t])
-        cost = torch.minimum(ways[0], ways[1])
-    state, best = cost.argmin(0, keepdim=True), torch.empty_like(lanes, dtype=torch.long)
-    way = torch.where(second, into[:, 1, None], into[:, 0, None])  # 2 * state + parity by which each state was reached
-    for t in reversed(range(height)):
-        best[t] = reached = way[t].gather(0, state)[0]
-        state = reached[None] // 2
-    chosen = (best // 2 % 2 * 2 + best % 2)[:, None]
-    return tuple(sign * y.gather(1, chosen)[:, 0] for y in (k, value))
-
-
 @jit
 def nearest_on_way(a, way):
     """The integer k >= 0 nearest to a >= 0 on a way, 2 * state + parity, and its value, both fp32. 1.5 * 2^23 rounds to even."""
@@ -3607,2001 +5578,36 @@ def choose_viterbi(device: torch.device):
     return fused if all(torch.equal(a, b) for a, b in zip(fused(x), viterbi(x), strict=True)) else viterbi
 
 
-def trellis_path(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The integers |k| <= 127 whose values are nearest to x (n, rows) in steps, over whole segments (Viterbi), and those values."""
-    (n, rows), height = x.shape, min(max(x.shape[1], 1), TRELLIS_SEGMENT)
-    lanes = F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()  # (steps, lanes)
-    return tuple(y.T.reshape(n, -1)[:, :rows] for y in choose_viterbi(x.device)(lanes))
-
-
-class Stored(NamedTuple):
-    """One tensor of the artifact: its codecs, whose decoded values add up, and their parts by (codec, part)."""
-
-    parts: dict[tuple[str, str], Tensor]
-
-    def decode(self) -> Tensor:
-        """fp32 values."""
-        codecs = dict.fromkeys(codec for codec, _ in self.parts)
-        return sum(CODECS[codec].decode({part: t for (c, part), t in self.parts.items() if c == codec}) for codec in codecs)
-
-
-class Float16:
-    """Half precision, as it is."""
-
-    @staticmethod
-    def encode(w: Tensor) -> dict[str, Tensor]:
-        return dict(w=w.half())
-
-    @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        return parts["w"].float()
-
-
-class Int8Rows:
-    """Symmetric int8, one fp16 scale per row."""
-
-    @staticmethod
-    def encode(w: Tensor) -> dict[str, Tensor]:
-        scale = step_size(w.abs().amax(1), 127)
-        return dict(q=(w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale=scale)
-
-    @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        return parts["q"].float() * parts["scale"].float()[:, None]
-
-
-class Gptq:
-    """What `gptq` chose: integers, a scale per row, and a finer scale for the protected column groups (AWQ-lite, PR #1908)."""
-
-    @staticmethod
-    def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: list[int], hi_size: int) -> dict[str, Tensor]:
-        parts = dict(q=q, scale=scale)
-        if hi_starts:
-            hi_start, size = torch.tensor(hi_starts, dtype=torch.int16), torch.tensor([hi_size], dtype=torch.int16)
-            parts |= dict(hi_start=hi_start, hi_size=size, hi_scale=hi_scale)
-        return parts
-
-    @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        q = parts["q"].float()
-        w, high = q * parts["scale"].float()[:, None], torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)
-        if "hi_start" in parts:
-            for start in parts["hi_start"].unique().tolist():
-                high[start : start + int(parts["hi_size"])] = True
-            w[:, high] = q[:, high] * parts["hi_scale"].float()[:, None]
-        return w
-
-
-RD_DAMPING, RD_FLOOR = 0.05, 1e-2
-HALF_OCTAVES = torch.tensor([math.ldexp((1, math.sqrt(2))[n & 1], n >> 1) for n in range(-256, 256)])
-
-
-class Trellis:
-    """A trellis of integers down the rows of each column, with a step for each row and each column, in half octaves."""
-
-    @staticmethod
-    def encode(q: Tensor, row: Tensor, col: Tensor, step: Tensor, octave: Tensor) -> dict[str, Tensor]:
-        """q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,), common to all."""
-        return dict(q=q, row=row, col=col, step=step, octave=octave)
-
-    @staticmethod
-    def steps(parts: dict[str, Tensor]) -> Tensor:
-        """(rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half octaves from a table."""
-        codes = parts["row"].int()[:, None] + parts["col"].int()
-        return math.ldexp(int(parts["step"]), int(parts["octave"])) * HALF_OCTAVES.to(codes.device)[256 + codes]
-
-    @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        return trellis_values(parts["q"].T).T * Trellis.steps(parts)
-
-
-class LowRank:
-    """Low-rank correction with symmetric integer factors, one fp16 scale per row of A and of B (LQER, arXiv:2402.02446)."""
-
-    @staticmethod
-    def encode(A: Tensor, B: Tensor, bits: int) -> dict[str, Tensor]:
-        parts, q_max = {}, 2 ** (bits - 1) - 1
-        for name, factor in (("A", A), ("B", B)):
-            scale = step_size(factor.abs().amax(1), q_max)
-            parts |= {name: (factor / scale.float()[:, None]).round().clamp(-q_max, q_max).to(torch.int8), f"{name}_scale": scale}
-        return parts
-
-    @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        A, B = (parts[name].float() * parts[f"{name}_scale"].float()[:, None] for name in ("A", "B"))
-        return A @ B
-
-
-class LowRankAsym:
-    """Low-rank correction, A in {-2..1} with one scale, B in {-8..7} with one scale per group of values (PR #1797)."""
-
-    @staticmethod
-    def encode(A: Tensor, B: Tensor, group: int) -> dict[str, Tensor]:
-        a_scale = step_size(A.abs().max(), 1.5)
-        groups = B.reshape(-1, group)
-        b_scale = step_size(groups.abs().amax(1), 7.5)
-        return dict(
-            A=(A / a_scale.float()).round().clamp(-2, 1).to(torch.int8), A_scale=a_scale.view(1),
-            B=(groups / b_scale.float()[:, None]).round().clamp(-8, 7).to(torch.int8).view_as(B), B_scale=b_scale)
-
-    @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        B = parts["B"].float().reshape(len(parts["B_scale"]), -1) * parts["B_scale"].float()[:, None]
-        return (parts["A"].float() * parts["A_scale"].float()) @ B.view_as(parts["B"])
-
-
-CODECS = dict(float16=Float16, int8_row=Int8Rows, gptq=Gptq, trellis=Trellis, low_rank=LowRank, low_rank_asym=LowRankAsym)
-CODEC_PARTS = dict(  # what an artifact may hold of each codec, and its dtype
-    float16=dict(w="f2"), int8_row=dict(q="i1", scale="f2"), gptq=dict(q="i1", scale="f2", hi_start="i2", hi_size="i2", hi_scale="f2"),
-    trellis=dict(q="i1", row="i1", col="i1", step="i2", octave="i1"), low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
-    low_rank_asym=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
-)
-
-QUANT_RULES = (  # pattern, codec, bits, clip, site of the Hessian; first match wins
-    ("tok_emb.weight", "gptq", "embed_bits", "embed_clip_sigmas", "head"),
-    ("lm_head.weight", "gptq", "matrix_bits", "matrix_clip_sigmas", "head"),
-    ("blocks.*.attn.c_?.weight", "gptq", "matrix_bits", "attn_clip_sigmas", "attn_in"),
-    ("blocks.*.attn.proj.weight", "gptq", "matrix_bits", "attn_clip_sigmas", "attn_out"),
-    ("blocks.*.mlp.fc.weight", "gptq", "matrix_bits", "mlp_clip_sigmas", "mlp_in"),
-    ("blocks.*.mlp.proj.weight", "gptq", "matrix_bits", "mlp_clip_sigmas", "mlp_mid"),
-    ("blocks.*.attn.attn_gate_w", "int8_row", "", "", ""),
-    ("*", "float16", "", "", ""),
-)
-
-PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QUANT=s05 tries to end its grid
-
-LQER_SCOPES = dict(all="*", mlp="*.mlp.*", attn="*.attn.*", embed="tok_emb.weight")
-
-
-def quant_rules(cfg: Config) -> tuple:
-    """QUANT_RULES, and what QUANT changes in it."""
-    return (("tok_emb.weight", "int8_row", "", "", ""), *QUANT_RULES) if cfg.quant == "s05" else QUANT_RULES
-
-
-class Task(NamedTuple):
-    """One matrix for GPTQ."""
-
-    name: str
-    W: Tensor  # (rows, cols) fp32
-    bits: int
-    clip_sigmas: float
-    site: str | None  # None: no matmul reads it (the embedding of an untied head), so every column counts alike
-
-
-def gptq_tasks(cfg: Config, tensors: dict[str, Tensor]) -> list[Task]:
-    """The tensors that the rules send to GPTQ, with their settings."""
-    tasks = []
-    for name, t in tensors.items():
-        codec, bits, clip, site = first_match(quant_rules(cfg), name)
-        if codec == "gptq":
-            block = ".".join(name.split(".")[:2]) + "." if name.startswith("blocks.") else ""
-            site = None if name == "tok_emb.weight" and not cfg.tie_embeddings else block + site
-            tasks.append(Task(name, t.float(), getattr(cfg, bits), getattr(cfg, clip), site))
-    return tasks
-
-
-def mixed_bits(cfg: Config, tasks: list[Task], hessians: Hessians) -> list[Task]:
-    """QUANT=s05: the N_INT6_LAYERS matrices with the largest trace of H keep their bits, the others lose one (PR #1105)."""
-    if cfg.quant != "s05":
-        return tasks
-    ranked = sorted(tasks, key=lambda t: -hessians.H[t.site].trace().item())
-    kept = {task.name for task in ranked[: cfg.n_int6_layers]}
-    return [t if t.name in kept else t._replace(bits=t.bits - 1) for t in tasks]
-
-
-def protected_groups(cfg: Config, tasks: list[Task], hessians: Hessians) -> dict[str, list[int]]:
-    """AWQ-lite: first columns of the groups with the largest sum of rms(x_j) mean|W_j|, the best over all tensors."""
-    if not cfg.awq_lite_enabled:
-        return {}
-    size, scored = cfg.awq_lite_group_size, []
-    for task in tasks:
-        if task.bits < cfg.awq_lite_bits and task.site is not None:
-            column = hessians.rms(task.site) * task.W.abs().mean(0)
-            groups = column[: len(column) // size * size].view(-1, size).sum(1)
-            scored += [(score, task.name, g * size) for g, score in enumerate(groups.tolist())]
-    chosen: dict[str, list[int]] = {}
-    for _, name, start in sorted(scored, key=lambda s: (-s[0], s[1], s[2]))[: cfg.awq_lite_group_top_k]:
-        chosen.setdefault(name, []).append(start)
-    return chosen
-
-
-def clip_candidates(cfg: Config, W: Tensor, sigmas: float) -> Tensor:
-    """Where the grid of a row may end, for W (n, rows, cols): (n, candidates, rows). One multiple of the row's standard deviation
-    (SDClip), or PERCENTILES of its |w|, at least 1 as published: rows of smaller weights share one step."""
-    if cfg.quant != "s05":
-        return sigmas * W.std(-1)[:, None]
-    levels = torch.tensor(PERCENTILES, device=W.device)
-    return torch.stack([w.abs().quantile(levels, dim=1).clamp_min(1) for w in W])
-
-
-def run_gptq(cfg: Config, tasks: list[Task], hessians: Hessians, protected: dict[str, list[int]]) -> dict[str, Stored]:
-    """GPTQ over all tasks, matrices of one shape and setting batched. Raises RunError when a Hessian is not positive definite."""
-    batches, out = {}, {}
-    for task in tasks:
-        batches.setdefault((task.W.shape, task.bits, task.clip_sigmas), []).append(task)
-    for ((_, cols), bits, clip), batch in batches.items():
-        mask = torch.zeros(len(batch), cols, dtype=torch.bool, device=batch[0].W.device)
-        for row, task in zip(mask, batch, strict=True):
-            for start in protected.get(task.name, ()):
-                row[start : start + cfg.awq_lite_group_size] = True
-        H = torch.stack([torch.eye(cols, device=mask.device) if t.site is None else hessians.H[t.site] for t in batch])
-        W = torch.stack([t.W for t in batch])
-        clips = clip_candidates(cfg, W, clip)
-        if cfg.quant == "s05":  # damped twice, as published: here and in the solver
-            H += torch.eye(cols, device=mask.device) * H.diagonal(dim1=-2, dim2=-1).mean(-1).mul(0.01).clamp_min(1e-6)[:, None, None]
-        try:  # rows do not influence each other, so candidates are just more rows
-            results = gptq(W.repeat(1, clips.shape[1], 1), H, clips.flatten(1), bits, mask, cfg.awq_lite_bits)
-        except torch.linalg.LinAlgError as e:
-            raise RunError(f"GPTQ of {batch[0].name} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
-        for task, *tried in zip(batch, *results, strict=True):
-            found = []
-            for q, scale, hi_scale in zip(*(t.chunk(clips.shape[1]) for t in tried), strict=True):
-                parts = Gptq.encode(q, scale, hi_scale, protected.get(task.name, []), cfg.awq_lite_group_size)
-                found.append(Stored({("gptq", part): t for part, t in parts.items()}))
-            out[task.name] = min(found, key=lambda s: (task.W - s.decode()).square().sum().item()) if len(found) > 1 else found[0]
-    return out
-
-
-class RateDistortion:
-    """QUANT=rd: every weight at one slope of predicted loss against coded bits, so that one number, `delta`, sets the size of all.
-
-    The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean squared gradient of the row's
-    output (diagonal Fisher information, with the labels of the text). GPTQ makes it 1/2 sum_rj g_r d_j e_rj^2 with d_j = 1 / U_jj^2 and
-    errors e of the size of the steps; by reverse water-filling (Cover and Thomas, 10.3) the step of weight (r, j) is delta / sqrt(g_r d_j).
-    """
-
-    def __init__(self, tasks: list[Task], hessians: Hessians):
-        self.batches, groups = [], {}
-        self.tokens, self.weights = hessians.count["head"], sum(task.W.numel() for task in tasks)
-        self.histogram = torch.zeros(4096, dtype=torch.float64)  # of the weights' variances, in steps squared at a delta of 1
-        self.ratios = 2 ** (torch.arange(-2048, 2048, dtype=torch.float64) / 16)
-        for task in tasks:
-            groups.setdefault(task.W.shape, []).append(task)
-        for group in groups.values():
-            names, W = [task.name for task in group], torch.stack([task.W for task in group])
-            H = torch.stack([hessians.H[name if name == "tok_emb.weight" else task.site] for name, task in zip(names, group, strict=True)])
-            try:
-                perm, U = factor(H, RD_DAMPING)
-            except torch.linalg.LinAlgError as e:
-                raise RunError(f"GPTQ of {names[0]} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
-            diag, squares = H.diagonal(dim1=-2, dim2=-1), torch.stack([hessians.squares[name] for name in names])
-            g = (squares / diag.clamp_min(1e-9 * diag.amax())[:, None]).mean(-1)
-            g = g.clamp_min(RD_FLOOR * g.mean(-1, keepdim=True)).clamp_min(1e-30)
-            d = U.diagonal(dim1=-2, dim2=-1).square().reciprocal().gather(1, perm.argsort(-1))
-            W = without_dead_columns(W, H)
-            power = W.square()
-            variance = power.mean(2, keepdim=True) * power.mean(1, keepdim=True) / power.mean((1, 2), keepdim=True).clamp_min(1e-30)
-            octaves = (variance * g[:, :, None] * d[:, None]).clamp_min(1e-30).log2().mul(16).round().clamp(-2047, 2047)
-            self.histogram += torch.bincount(octaves.flatten().long().cpu() + 2048, minlength=4096)
-            codes, level = zip(*(self.codes(x) for x in (g, d)), strict=True)
-            self.batches.append((names, W, perm, U, *codes, sum(level)))
-
-    @staticmethod
-    def codes(x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n, k) -> 1 / sqrt(x) in half octaves, int8 around zero, and the zero of each matrix (n,) in half octaves."""
-        level = -x.log2()
-        zero = level.mean(-1, keepdim=True).round()
-        return (level - zero).round().clamp(-100, 100).to(torch.int8), zero[:, 0]
-
-    def delta(self, loss: float) -> float:
-        """The delta at which the predicted loss is so many nats per token."""
-        return math.sqrt(2 * loss * self.tokens / self.weights / TRELLIS_ERROR)
-
-    def parts(self, W: Tensor, row: Tensor, col: Tensor, level: float, delta: float) -> dict[str, Tensor]:
-        """The steps of W. Columns, then rows whose integers would not fit into 8 bits get coarser ones."""
-        mantissa, exponent = math.frexp(delta * 2 ** (level / 2))
-        step, octave = min(round(mantissa * 2**15), 2**15 - 1), min(max(exponent - 15, -128), 127)
-        out = dict(row=row, col=col, step=torch.tensor([step], dtype=torch.int16), octave=torch.tensor([octave], dtype=torch.int8))
-        for part, dim in (("col", 0), ("row", 1)):
-            excess = W.abs() / (160 * Trellis.steps(out))
-            excess = excess.square().mean(dim).sqrt() * 4 if part == "col" else excess.amax(dim)
-            out[part] = out[part] + (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
-        return out
-
-    def __call__(self, delta: float, choose=lambda x, _: trellis_path(x)) -> dict[str, Stored]:
-        """Quantize all matrices."""
-        out = {}
-        for names, W, perm, U, rows, cols, levels in self.batches:
-            parts = [self.parts(*x, delta) for x in zip(W, rows, cols, levels.tolist(), strict=True)]
-            step = torch.stack([Trellis.steps(p) for p in parts])
-            q = walk_columns(W, perm, U, step, choose).to(torch.int8)
-            for name, k, p in zip(names, q, parts, strict=True):
-                out[name] = Stored({("trellis", part): t for part, t in Trellis.encode(k, **p).items()})
-        return out
-
-    def bits(self, delta: float) -> float:
-        """What the integers should need: of a Gaussian weight, half the logarithm of its variance in steps squared."""
-        return float((self.histogram * (1 + 4.3 * self.ratios / delta**2).log2()).sum() / 2)
-
-    def delta_for(self, bits: float) -> float:
-        """The delta at which `bits` says so, by bisection."""
-        low, high = 1e-12, 1e12
-        for _ in range(100):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if self.bits(middle) > bits else (low, middle)
-        return low
-
-
-def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank, rows, cols): its leading singular
-    vectors, by the eigenvectors of the smaller Gram matrix in fp64. The largest number in each row of B is positive: that makes the
-    result unique, and the same on every device up to rounding."""
-    X = (E if E.shape[0] >= E.shape[1] else E.T).to("cpu" if E.device.type == "mps" else E.device, torch.float64)
-    squares, V = (t[..., -rank:].flip(-1) for t in torch.linalg.eigh(X.T @ X))
-    A, B = X @ V, V.T
-    if E.shape[0] < E.shape[1]:
-        S = squares.clamp_min(1e-60).sqrt()
-        A, B = V * S, (A / S).T
-    sign = torch.where(B.gather(1, B.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
-    return (A * sign.T).to(E), (B * sign).to(E)
-
-
-def low_rank_corrections(cfg: Config, tasks: list[Task], stored: dict[str, Stored]) -> dict[str, Stored]:
-    """LQER: rank-r factors of W - W_hat for the tensors with the largest residual, or the largest gain (LQER_GAIN_SELECT)."""
-    if not cfg.lqer_enabled:
-        return {}
-
-    def fit(E: Tensor) -> Stored:
-        A, B = low_rank_factors(E, cfg.lqer_rank)
-        codec = "low_rank_asym" if cfg.lqer_asym_enabled else "low_rank"
-        parts = LowRankAsym.encode(A, B, cfg.lqer_asym_group) if cfg.lqer_asym_enabled else LowRank.encode(A, B, cfg.lqer_factor_bits)
-        return Stored({(codec, part): t for part, t in parts.items()})
-
-    scope = LQER_SCOPES[cfg.lqer_scope]
-    residuals = {t.name: t.W - stored[t.name].decode() for t in tasks if fnmatch.fnmatchcase(t.name, scope)}
-    fits = {name: fit(E) for name, E in residuals.items()} if cfg.lqer_gain_select else {}
-    sizes = [E.norm() - ((E - fits[name].decode()).norm() if fits else 0) for name, E in residuals.items()]
-    worth = dict(zip(residuals, torch.stack(sizes).tolist() if sizes else (), strict=True))  # one wait for the device, not one a matrix
-    best = sorted(worth, key=lambda name: (-worth[name], name))[: cfg.lqer_top_k]
-    return {name: fits.get(name) or fit(residuals[name]) for name in best}
-
-
-@contextlib.contextmanager
-def full_fp32():
-    """No TF32 inside: GPTQ divides by what it subtracts."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@torch.no_grad()
-@full_fp32()
-def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, matrices: dict | None = None) -> dict[str, Stored]:
-    """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`. matrices: what `RateDistortion` made of them, if it did."""
-    tensors = unbank(cfg, state)
-    tasks, protected = mixed_bits(cfg, gptq_tasks(cfg, tensors), hessians), {}
-    if cfg.quant == "rd":
-        plan = RateDistortion(tasks, hessians) if matrices is None else None
-        stored = dict(matrices or plan(plan.delta(cfg.rd_loss)))
-        tasks = []
-    else:
-        protected = protected_groups(cfg, tasks, hessians)
-        stored = run_gptq(cfg, tasks, hessians, protected)
-        for name, extra in low_rank_corrections(cfg, tasks, stored).items():
-            stored[name] = Stored(stored[name].parts | extra.parts)
-    for name, t in tensors.items():
-        if name not in stored:
-            codec = first_match(quant_rules(cfg), name)[0]
-            codec = "float16" if name.endswith("attn_gate_w") and not cfg.gated_attn_quant_gate else codec
-            stored[name] = Stored({(codec, part): x for part, x in CODECS[codec].encode(t.float()).items()})
-    log("Quantized weights:")
-    kinds: dict[str, set[str]] = {}
-    bits = {task.name: f" (int{task.bits})" for task in tasks}
-    for name, s in stored.items():
-        kind = "+".join(dict.fromkeys(c for c, _ in s.parts)) + bits.get(name, "")
-        kind += f"+awqgrpint{cfg.awq_lite_bits}" if name in protected else ""
-        kinds.setdefault(kind, set()).add(kind_of(name))
-    for kind, names in sorted(kinds.items()):
-        log(f"  {kind}: {', '.join(sorted(names))}")
-    return {name: Stored({k: t.cpu() for k, t in stored[name].parts.items()}) for name in tensors}
-
-
-class Pruning:
-    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first; what one costs is the square of
-    the weight it stands for. `code_bits` predicts, without a coder, how many bits a number of zeros leaves."""
-
-    def __init__(self, stored: dict[str, Stored]):
-        self.stored, self.names = stored, [name for name, s in stored.items() if ("gptq", "q") in s.parts]
-        matrices = [{part: t for (codec, part), t in stored[name].parts.items() if codec == "gptq"} for name in self.names]
-        self.q = torch.cat([parts["q"].flatten() for parts in matrices])
-        self.sizes = [parts["q"].numel() for parts in matrices]
-        ones = (self.q.abs() == 1).nonzero()[:, 0]
-        cost = torch.cat([Gptq.decode(parts).flatten() for parts in matrices])[ones].square()
-        self.order = ones[cost.argsort(stable=True)]
-        owner = torch.repeat_interleave(torch.arange(len(matrices)), torch.tensor(self.sizes))
-        self.counts = torch.bincount(256 * owner + self.q + 128, minlength=256 * len(matrices)).view(-1, 256)
-        self.bins = 256 * owner[self.order] + self.q[self.order] + 128
-
-    def code_bits(self, count: int) -> float:
-        """Entropy of the integers, matrix by matrix, once the cheapest `count` are zero."""
-        moved = torch.bincount(self.bins[:count], minlength=self.counts.numel()).view_as(self.counts)
-        p = (self.counts - moved).double()
-        p[:, 128] += moved.sum(1)
-        return (torch.special.xlogy(p, p.sum(1, keepdim=True)) - torch.special.xlogy(p, p)).sum().item() / math.log(2)
-
-    def zeros_for(self, bits: float) -> int:
-        """The fewest zeros that leave at most so many bits; all of them if none do."""
-        return bisect.bisect_left(range(len(self.order)), -bits, key=lambda count: -self.code_bits(count))
-
-    def apply(self, count: int) -> dict[str, Stored]:
-        """The tensors with the cheapest `count` integers zeroed."""
-        q = self.q.clone()
-        q[self.order[:count]] = 0
-        new = {name: t.view_as(self.stored[name].parts["gptq", "q"]) for name, t in zip(self.names, q.split(self.sizes), strict=True)}
-        return self.stored | {name: Stored(self.stored[name].parts | {("gptq", "q"): t}) for name, t in new.items()}
-
-
-def dequantized_state(cfg: Config, stored: dict[str, Stored]) -> dict[str, Tensor]:
-    """What the artifact stands for, as a state dict in fp32."""
-    return rebank(cfg, {name: s.decode() for name, s in stored.items()})
-
-
-# ==================================================================================================
-# PACKING - tensors <-> bytes. The only section that knows the artifact's layout.
-# ==================================================================================================
-
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 3  # bump the version whenever any byte of the output could change its meaning
-MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it; artifacts list the values, so only append
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "tie_embeddings", "logit_softcap",
-    "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
-    "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled",
-    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled",
-    "smear_gate_bos_fix", "asym_logit_rescale",
-)
-
-STREAM_RULES = (  # array "tensor:codec.part", its stream, sort its rows by similarity when COMPRESSOR=pergroup; first match wins
-    ("tok_emb.weight:*.q", "tok_emb", True),
-    ("blocks.*.attn.c_k.weight:*.q", "attn.c_k", False),
-    ("blocks.*.attn.c_q.weight:*.q", "attn.c_q", True),
-    ("blocks.*.attn.c_v.weight:*.q", "attn.c_v", False),
-    ("blocks.*.attn.proj.weight:*.q", "attn.proj", False),
-    ("blocks.*.mlp.fc.weight:*.q", "mlp.fc", True),
-    ("blocks.*.mlp.proj.weight:*.q", "mlp.proj", False),
-    ("lm_head.weight:*.q", "lm_head", False),
-    ("*:*", "rest", False),
-)
-STREAMS = (*dict.fromkeys(stream for _, stream, _ in STREAM_RULES), "row_order")
-TOKEN_STREAMS = ("tok_emb", "lm_head")  # a row per token: rows of rare tokens resemble each other
-
-
-class ArtifactError(RunError):
-    """The bytes are no artifact of ours, are damaged, or belong to another model."""
-
-
-HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becomes an ArtifactError
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
-    brotli.error, lzma.LZMAError, subprocess.TimeoutExpired,
-)
-
-
-def need_lrzip() -> str:
-    """Path of the lrzip program. Raises RunError saying how to get it."""
-    if path := shutil.which("lrzip"):
-        return path
-    raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and Ubuntu: "
-                   "apt-get install lrzip), or set COMPRESSOR=range")
-
-
-def need_constriction() -> Any:
-    """The constriction library. Raises RunError saying how to get it."""
-    try:
-        return importlib.import_module("constriction")
-    except ImportError:
-        raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip install -r requirements.txt, "
-                       "or set COMPRESSOR=brotli") from None
-
-
-def lrzip(data: bytes, size: int | None = None) -> bytes:
-    """lrzip's form of `data`, or what it stands for, `size` bytes, which its own header must announce too: the program sees no bomb.
-
-    One thread, so that the bytes do not depend on the machine. Its time and, on Linux, memory and disk have limits of several times what
-    that size usually takes, whatever the data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
-    """
-    if size is not None and (data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size):
-        raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
-    flags, size = (["-z", "-L", "9"], len(data)) if size is None else (["-d"], size)
-    seconds = 1 + size // 50_000
-    with tempfile.TemporaryDirectory() as folder:
-        source, result = Path(folder, "in.lrz"), Path(folder, "out")
-        source.write_bytes(data)
-        command = [need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            for limit, most in dict(CPU=seconds, AS=(512 << 20) + 16 * size, FSIZE=(32 << 10) + size).items():
-                if hasattr(resource, "prlimit"):
-                    resource.prlimit(process.pid, getattr(resource, f"RLIMIT_{limit}"), (most, most))
-            try:
-                said, complaint = process.communicate(timeout=10 * seconds)
-            finally:
-                process.kill()
-        if process.returncode or not result.exists():
-            words = (complaint.strip() or said.strip()).decode(errors="replace")
-            raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: {words}")
-        return result.read_bytes()
-
-
-CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, holding little more than that)
-    "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24),
-               lambda data, size: brotli.Decompressor().process(data, output_buffer_limit=size + 1)),
-    "lzma": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-             lambda data, size: lzma.LZMADecompressor(memlimit=100 << 20).decompress(data, size + 1)),
-    "lrzip": (lrzip, lrzip),
-}
-
-
-def stream_coder(compressor: str, stream: str) -> str:
-    """Which coder a stream gets: pergroup means lrzip for the integer matrices and brotli for the rest."""
-    return compressor if compressor != "pergroup" else "brotli" if stream in ("rest", "row_order") else "lrzip"
-
-
-# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine, and no table is sent:
-# encoder and decoder count what they have seen. All of it is written once for both, from `code_arrays` below up to here: an
-# encoder leaves the values it is given as they are, a decoder fills them in, a counter of bits adds up what they would cost.
-
-POWERS = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
-LEVELS, LEVEL_ONE = 41, 12  # classes of mean magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
-level = partial(np.arange(LEVELS, dtype=np.int8).repeat(np.diff((0, *POWERS[73:153:2], 2**20))).take, mode="clip")  # of a mean in 2^-12
-SEEN = 64  # what one symbol adds to its count
-
-
-@cache
-def gaussian_counts() -> np.ndarray:
-    """Counts to start from, int64 (2 * LEVELS, 256), for each class under both quantizers of a trellis: a Gaussian of its mean
-    magnitude m, worth 256 symbols, and a floor. At k it has fallen by k^2 / (pi m^2 ln 2) octaves, here eighths, m^2 in 2^-10."""
-    magnitude = np.minimum(np.arange(256), 256 - np.arange(256))  # of an int8 whose bits are the index
-    weight = POWERS[np.maximum(8 * 14 - magnitude**2 * 3762 // POWERS[32 + 4 * np.arange(LEVELS)][:, None], 0)]
-    return np.tile(1 + 256 * SEEN * weight // weight.sum(1, keepdims=True), (2, 1))
-
-
-class RangeCoder:
-    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, only adds up the bits of each owner."""
-
-    def __init__(self, data: bytes | None = None, owners: int = 0, version: int = ARTIFACT_VERSION):
-        library, self.bits, self.version = need_constriction().stream, np.zeros(owners), version
-        self.model, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
-        self.decoder = None if data is None else library.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
-
-    def code(self, counts: np.ndarray, context: np.ndarray, values: np.ndarray, owner: np.ndarray) -> None:
-        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count them.
-        `owner`, of n values, says whose they are.
-
-        The library's tables have 24 bits and no zeros: it adds 1 to each frequency. They are given as integers with exactly the
-        sum that makes its scaling a multiplication by one.
-        """
-        contexts, symbols = counts.shape
-        sizes = np.bincount(context, minlength=contexts)
-        used = np.flatnonzero(sizes)
-        tables, sizes = counts[used], sizes[used]
-        most, tables = tables.argmax(1), tables * (2**24 - symbols) // tables.sum(1, keepdims=True)
-        tables[np.arange(len(used)), most] += 2**24 - symbols - tables.sum(1)
-        if len(self.bits):
-            bits = (24 - np.log2(tables + 1))[used.searchsorted(context), values]
-            self.bits += np.bincount(owner.ravel(), bits, len(self.bits))
-        else:
-            order = np.argsort(context, kind="stable")
-            ordered, tables = (values[order] if self.decoder is None else values).astype(np.int32), tables.astype(np.float32)
-            if symbols == 16:  # small tables are cheap: one for each number, in one call
-                calls = [(ordered, self.model(perfect=False), [np.repeat(tables, sizes, axis=0)])]
-            else:
-                parts = (slice(end - n, end) for n, end in zip(sizes.tolist(), sizes.cumsum().tolist(), strict=True))
-                calls = ((ordered[part], self.model(table, perfect=False), []) for part, table in zip(parts, tables, strict=True))
-            for numbers, model, parameters in calls:
-                if self.decoder is None:
-                    self.encoder.encode(numbers, model, *parameters)
-                else:
-                    numbers[:] = self.decoder.decode(model, *(parameters or [len(numbers)]))
-            if self.decoder is not None:
-                values[order] = ordered
-        index = context.astype(np.uint32) * np.uint32(symbols) + values
-        counts += SEEN * np.bincount(index, minlength=counts.size).reshape(counts.shape)
-
-
-def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray) -> None:
-    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it; the lowest
-    four of sixteen are alone. Blocks grow with what is known, and what is known fades: layers differ."""
-    counts, done = np.full((1 + 16 + 256 + 1, 16), SEEN // 4), 0
-    least, pace = (8, 16) if coder.version == 2 else (4, 6)
-    while done < len(values):
-        here = slice(done, done + least + done // pace)
-        block, prefix = values[here], np.zeros(len(values[here]), np.uint16)
-        for shift, first in zip(range(8 * values.itemsize - 4, -1, -4), (0, 1, 17, 273), strict=False):
-            nibble = (block >> shift & 15).astype(np.uint8)
-            coder.code(counts, first + prefix * (first < 273), nibble, owner[here])
-            prefix = prefix * 16 + nibble
-        block[:] = prefix
-        counts -= (counts - SEEN // 4) // pace
-        done = here.stop
-
-
-def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What an encoder tells about rows: class of magnitude + 64 * (weight of the reference in halves), uint8, and the reference.
-
-    A reference is the most similar row that a decoder has by then: one higher up in any segment. It costs about two bytes and must
-    save more, and the class is that of the whole matrix unless the row differs enough to pay for saying so. Scalar products are
-    exact in fp32, so the choice is the same on every machine.
-    """
-    rows, cols = q.shape
-    index, weight, step, residual = np.zeros(rows, np.uint16), np.zeros(rows, np.uint8), np.arange(rows) % TRELLIS_SEGMENT, q.copy()
-    if similar:
-        order, starts = step.argsort(kind="stable"), np.bincount(step).cumsum().tolist()
-        x = torch.from_numpy(q[order, :256]).float()  # enough to find it
-        norm = (x.square().sum(1) + 1).sqrt()
-        for start, end in pairwise(starts):
-            here, best = order[start:end], order[(x[start:end] @ x[:start].T).div_(norm[:start]).argmax(1).numpy()]
-            left = np.stack([q[here] - (q[best].astype(np.int16) * halves + 1 >> 1) for halves in range(3)])
-            error = np.square(left, dtype=np.int32).sum(2) * [[2.0 ** (-18 / cols)], [1], [1]]
-            index[here], weight[here] = best, error.argmin(0)
-            residual[here] = left[weight[here], np.arange(len(here))]
-    total = np.abs(residual).view(np.uint8).sum(1, dtype=np.int64) << 12
-    usual, own = (level(x).astype(int) for x in (total.sum() // q.size, total // cols))
-    return (np.where(cols * (own - usual) ** 2 < 400, usual, own) + 64 * weight).astype(np.uint8), index
-
-
-def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: list[int], trellis: bool, similar: bool) -> np.ndarray:
-    """Code int8 matrices (n, rows, cols), side by side: step t takes row t of every segment of every matrix. Returns them.
-
-    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all segments)
-    and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256. Symbols are
-    no more than the largest magnitude (sent) needs: 0 and up, then the negative ones.
-    """
-    n, rows, cols = q.shape
-    info, index, most = np.zeros(n * rows, np.uint8), np.zeros(n * rows, np.uint16), np.full(1, 127, np.uint8)
-    if coder.decoder is None:
-        info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in q), strict=True))
-        most[:] = 127 if coder.version == 2 or (info > 63).any() else max(1, q.max(), -int(q.min())) - 1
-    owner = np.repeat(owners, rows)
-    code_numbers(coder, info, owner)
-    referring = index[info > 63]
-    code_numbers(coder, referring, owner[info > 63])
-    index[info > 63] = referring
-    if coder.version > 2:
-        code_numbers(coder, most, owner[:1])
-    symbols = min(2 * int(most[0]) + 3, 256)
-    gap, axes = np.uint8(256 - symbols), (1, 2, 0) if coder.version == 2 else (0, 1, 2)
-
-    def steps(a: np.ndarray) -> np.ndarray:
-        """(n * rows, ...) -> (steps, segments, n, width)."""
-        a = np.pad(a.reshape(n, rows, -1), ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0)))
-        return np.ascontiguousarray(a.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2]).transpose(2, 1, 0, 3))
-
-    x, info, index, owner = steps(q), steps(info), steps(index).astype(np.int64), np.array(owners)[:, None]
-    row, halves = np.minimum(info & 63, LEVELS - 1).astype(np.int8), info >> 6
-    scale = POWERS[120 - 2 * row.astype(int)].astype(np.uint32)
-    column, total, seen = np.zeros((n, cols), np.int8), np.full((n, cols), 8 << 12), 8
-    state, following = np.zeros(x.shape[1:], np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
-    kept = np.arange(symbols) + gap * (np.arange(symbols) > symbols // 2)
-    tables = counts[:, kept]
-    for t in range(min(rows, TRELLIS_SEGMENT)):
-        live = -(-(rows - t) // TRELLIS_SEGMENT)  # segments with a row t
-        here, prediction = x[t, :live], np.int8(0)
-        if halves[t].any():
-            segment, step = np.divmod(index[t, :live, :, 0], TRELLIS_SEGMENT)
-            known = x[step, np.minimum(segment, x.shape[1] - 1), np.arange(n)].astype(np.int16)
-            prediction = (known * halves[t, :live] + 1 >> 1).astype(np.int8)
-        context = np.clip(row[t, :live] + column, 0, LEVELS - 1).astype(np.uint8) + LEVELS * (state[:live] & 1)
-        residual = here - prediction
-        symbol = (residual.view(np.uint8) - gap * (residual < 0)).transpose(axes)
-        coded = symbol.reshape(-1)
-        coder.code(tables, context.transpose(axes).reshape(-1), coded, np.broadcast_to(owner, here.shape))
-        coded += gap * (coded > symbols // 2)
-        residual = coded.view(np.int8).reshape(symbol.shape).transpose(np.argsort(axes))
-        here[:] = residual + prediction
-        total += (np.abs(residual).view(np.uint8) * scale[t, :live]).sum(0, dtype=np.uint32)
-        seen += live
-        column = level(total // seen) - LEVEL_ONE
-        if trellis:
-            state = following.take(2 * state + (x[t] & 1).view(np.uint8))
-    counts[:, kept] = tables
-    return x.transpose(2, 1, 0, 3).reshape(n, -1, cols)[:, :rows]
-
-
-def code_arrays(arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) -> dict[str, np.ndarray]:
-    """Code every array "tensor:codec.part" with its stream's coder. Returns them.
-
-    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All other numbers of one
-    kind (the same tensor of every block, codec and part) share theirs.
-    """
-    start, groups, out = gaussian_counts(), {}, dict(arrays)
-    for i, (name, a) in enumerate(arrays.items()):
-        stream = STREAMS.index(first_match(STREAM_RULES, name)[0])
-        if a.size:
-            kind = (kind_of(name),) if STREAMS[stream] == "rest" else (":trellis." in name, a.shape)
-            groups.setdefault((stream, *kind), []).append((i, name, a))
-    counts = start.copy()
-    for (number, *kind), group in sorted(groups.items()):
-        stream, (owners, names, given) = STREAMS[number], zip(*group, strict=True)
-        if stream == "rest":
-            sizes, flat = [a.size for a in given], np.concatenate([a.reshape(-1) for a in given])
-            code_numbers(coders[stream], flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
-            coded = [x.reshape(a.shape) for x, a in zip(np.split(flat, np.cumsum(sizes)[:-1]), given, strict=True)]
-        else:
-            counts = start + (counts - start) // 8
-            coded = code_matrices(coders[stream], counts, np.stack(given), owners, kind[0], stream in TOKEN_STREAMS)
-        out |= zip(names, coded, strict=True)
-    return out
-
-
-def coded_bits(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Bits (fp64) that COMPRESSOR=range needs for each array "tensor:codec.part" (int8, int16 or fp16) of an artifact of just these, in
-    their order, without coding anything: what `pack` writes is within 0.1 %, and up to 8 bytes a stream. Tables are shared."""
-    counter = RangeCoder(owners=len(arrays))
-    code_arrays(arrays, dict.fromkeys(STREAMS, counter))
-    return counter.bits
-
-
-def similarity_order(q: np.ndarray) -> np.ndarray:
-    """Greedy chain of rows: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,).
-
-    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are computed."""
-    rows = torch.from_numpy(q).to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
-    distance, used, order = torch.cdist(rows, rows, p=1).cpu().numpy(), np.zeros(len(q), np.float32), np.zeros(len(q), np.uint16)
-    for i in range(1, len(q)):
-        used[order[i - 1]] = np.inf
-        order[i] = (distance[order[i - 1]] + used).argmin()
-    return order
-
-
-def byte_planes(a: np.ndarray) -> np.ndarray:
-    """All first bytes, then all second bytes, ...: halves of fp16 compress better apart."""
-    return np.ascontiguousarray(a).reshape(-1).view(np.uint8).reshape(a.size, a.itemsize).T
-
-
-def stream_views(compressor: str, arrays: dict[str, np.ndarray], order_of) -> tuple[dict[str, list[np.ndarray]], list]:
-    """What a stream's bytes are when they are not range-coded: uint8 arrays one after another, views of `arrays` to read or to fill in.
-
-    Integer matrices of `pergroup` are transposed, and copies where STREAM_RULES has their rows sorted: those are returned too, as
-    (matrix, `order_of` it, which is uint16 in stream row_order, its rows in that order). All others are byte planes.
-    """
-    views, copies = {stream: [] for stream in STREAMS}, []
-    for name, a in arrays.items():
-        stream, sort = first_match(STREAM_RULES, name)
-        if stream_coder(compressor, stream) != "lrzip":
-            views[stream].append(byte_planes(a))
-            continue
-        if sort:
-            copies.append((a, order := order_of(a), a := a[order]))
-            views["row_order"].append(byte_planes(order))
-        views[stream].append(a.view(np.uint8).T)
-    return views, copies
-
-
-def encode_streams(compressor: str, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
-    """Arrays "tensor:codec.part" -> the bytes of every stream."""
-    if compressor == "range":
-        coders = {stream: RangeCoder() for stream in STREAMS}
-        code_arrays(arrays, coders)
-        return {stream: coder.encoder.get_compressed().astype("<u4").tobytes() for stream, coder in coders.items()}
-    views, _ = stream_views(compressor, arrays, similarity_order)
-    raw = {stream: b"".join(view.tobytes() for view in own) for stream, own in views.items()}
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(raw, pool.map(lambda s: CODERS[stream_coder(compressor, s)][0](raw[s]) if raw[s] else b"", raw), strict=True))
-
-
-def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes], version: int = ARTIFACT_VERSION):
-    """The inverse of `encode_streams`: fills in `arrays` and returns them. Raises ArtifactError or what a coder raises."""
-    if compressor == "range":
-        return code_arrays(arrays, {stream: RangeCoder(data, version=version) for stream, data in coded.items()})
-    views, copies = stream_views(compressor, arrays, lambda a: np.zeros(len(a), "<u2"))
-    sizes = {stream: sum(view.size for view in own) for stream, own in views.items()}
-    with ThreadPoolExecutor() as pool:
-        raw = pool.map(lambda s: CODERS[stream_coder(compressor, s)][1](coded[s], sizes[s]) if coded[s] else b"", STREAMS)
-    for stream, data in zip(STREAMS, raw, strict=True):
-        if len(data) != sizes[stream]:
-            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes instead of {sizes[stream]}; make it again")
-        left = io.BytesIO(data)
-        for view in views[stream]:
-            view[:] = np.frombuffer(left.read(view.size), np.uint8).reshape(view.shape)
-    for a, order, rows in copies:
-        a[order] = rows
-    return arrays
-
-
-@cache
-def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
-    with torch.device("meta"):
-        state = GPT(cfg).state_dict()
-    return {name: tuple(t.shape) for name, t in unbank(cfg, state).items()}
-
-
-def arrays_of(stored: dict[str, Stored]) -> dict[str, np.ndarray]:
-    """All parts of all tensors, named "tensor:codec.part"."""
-    return {f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()}
-
-
-def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
-    """Tensors -> artifact. Deterministic: the same tensors give the same bytes. Raises RunError if they are not the model's.
-
-    magic "PGA1" | u16 version | u32 header size | 16-byte blake2b of all but the magic and itself | header | streams.
-    The header is brotli-coded JSON: [compressor, values of MODEL_FIELDS, bytes of each stream, kinds, kind of each tensor]. A
-    kind lists the parts of a tensor, [codec, part, sizes]; a size -1 - i is the tensor's own size i. Names and shapes of tensors
-    follow from the model, dtypes from the codec.
-    """
-    shapes = tensor_shapes(cfg)
-    if shapes.keys() != stored.keys():
-        raise RunError(f"these are not the model's tensors: {', '.join(sorted(shapes.keys() ^ stored.keys()))}")
-    stored = {name: stored[name] for name in shapes}
-    arrays, kinds = arrays_of(stored), [
-        [[codec, part, [-1 - shape.index(n) if n in shape else n for n in t.shape]] for (codec, part), t in s.parts.items()]
-        for shape, s in zip(shapes.values(), stored.values(), strict=True)]
-    if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
-        raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
-    streams = encode_streams(cfg.compressor, arrays)
-    distinct = [json.loads(text) for text in dict.fromkeys(map(json.dumps, kinds))]
-    header = [cfg.compressor, [getattr(cfg, f) for f in MODEL_FIELDS], [len(data) for data in streams.values()], distinct,
-              [distinct.index(kind) for kind in kinds]]
-    head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
-    body = head + b"".join(streams.values())
-    prefix = struct.pack("<HI", ARTIFACT_VERSION, len(head))
-    return ARTIFACT_MAGIC + prefix + hashlib.blake2b(prefix + body, digest_size=16).digest() + body
-
-
-def pack_to_fit(cfg: Config, stored: dict[str, Stored], code_bytes: int, log: Log) -> tuple[dict[str, Stored], bytes]:
-    """`pack`; with QUANT=s05 pruned until artifact and script have at most TARGET_BYTES. Size is nearly linear in the entropy of the
-    integers, so at most three more packs come within 0.05 % (COMPRESSOR=range) or 0.5 %. Raises RunError naming the smallest size."""
-    blob, target, packs, fit = pack(cfg, stored), cfg.target_bytes - code_bytes, 0, None
-    if cfg.quant != "s05" or not cfg.target_bytes or len(blob) <= target:
-        return stored, blob
-    pruning = Pruning(stored)
-    over, under = (pruning.code_bits(0), len(blob)), None  # (bits of the integers, bytes): the points nearest to the target so far
-    while fit is None or (packs < 3 and len(fit[1]) < 0.9995 * target):
-        bits_per_byte = (over[0] - under[0]) / (over[1] - under[1]) if under else over[0] / over[1] * (1 + packs / 2)
-        count = pruning.zeros_for(over[0] - (over[1] - 0.9998 * target) * bits_per_byte)
-        tried, packs = pruning.apply(count), packs + 1
-        blob = pack(cfg, tried)
-        log(f"prune: {count} of {len(pruning.order)} integers +-1 to zero, {len(blob)} bytes of {target} beside the script")
-        if len(blob) <= target:
-            under, fit = (pruning.code_bits(count), len(blob)), (tried, blob)
-        elif count == len(pruning.order):
-            raise RunError(f"TARGET_BYTES={cfg.target_bytes}: every +-1 at zero leaves {len(blob) + code_bytes} bytes, {code_bytes} "
-                           "of them the script: lower MATRIX_BITS, or ship the packed script (tools/pack_code.py)")
-        else:
-            over = pruning.code_bits(count), len(blob)
-    return fit
-
-
-@torch.no_grad()
-@full_fp32()
-def quantize_to_fit(cfg: Config, state: dict[str, Tensor], hessians: Hessians, code_bytes: int, log) -> tuple[dict[str, Stored], bytes]:
-    """`quantize` and `pack`. QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs fewer.
-
-    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes within 0.2 % on both sides of
-    the target end the search: the first matrices from the finer pass, the others from the coarser, as many as fit. Raises RunError
-    naming the smallest size when even steps that destroy the model do not fit.
-    """
-    if cfg.quant != "rd":
-        return pack_to_fit(cfg, quantize(cfg, state, hessians, log), code_bytes, log)
-    tensors, quiet = unbank(cfg, state), lambda line: None
-    plan = RateDistortion(gptq_tasks(cfg, tensors), hessians)
-    target, finest, coarsest = cfg.target_bytes or math.inf, plan.delta(cfg.rd_loss), plan.delta(max(100.0, cfg.rd_loss))
-
-    def attempt(matrices: dict[str, Stored]) -> tuple[int, dict[str, Stored], bytes]:
-        blob = pack(cfg, quantize(cfg, state, hessians, quiet, matrices))
-        return len(blob) + code_bytes, matrices, blob
-
-    over, under, delta = None, None, finest
-    # (what the formula gives, size) of the passes so far; the first is a guess: two bytes for every number outside the matrices.
-    known = [(plan.bits(finest), code_bytes + plan.bits(finest) / 8 + 2 * (sum(t.numel() for t in tensors.values()) - plan.weights))]
-    while len(known) < 12:
-        (bits, size), slope = known[-1], 1 / 8
-        if len(known) > 2 and bits != known[-2][0]:
-            slope = min(max((size - known[-2][1]) / (bits - known[-2][0]), 1 / 16), 1 / 4)
-        if size > target or len(known) > 1:
-            delta = min(max(plan.delta_for(bits + (0.99975 * target - size) / slope), finest), coarsest)
-        expected = size + slope * (plan.bits(delta) - bits)
-        tried = attempt(plan(delta))
-        known.append((plan.bits(delta), tried[0]))
-        log(f"rd: predicted loss {cfg.rd_loss * (delta / finest) ** 2:.5f}, {tried[0]} bytes with the script, predicted {expected:.0f}"
-            + (f", TARGET_BYTES {target}" if cfg.target_bytes else ""))
-        over, under = (over, tried) if tried[0] <= target else (tried, under)
-        near = under and (under[0] > 0.9995 * target or (over and over[0] - under[0] < 0.002 * target))
-        if near or delta == (finest if under else coarsest):
-            break
-    if not under:
-        raise RunError(f"TARGET_BYTES={target}: the smallest reachable size is {tried[0]} bytes, {code_bytes} of them the script; "
-                       "make the model smaller, or ship the packed script (tools/pack_code.py)")
-    fine, coarse, names = over and over[1], under[1], list(under[1])
-    for turn in range(min(8, len(names)) if over else 0):  # matrices are of unequal size: another order may end closer to the target
-        order, low, high = names[turn:] + names[:turn], 0, len(names)
-        while under[0] <= 0.9995 * target and high - low > 1:
-            middle = (low + high) // 2
-            tried = attempt({name: (fine if name in order[:middle] else coarse)[name] for name in names})
-            low, high = (middle, high) if tried[0] <= target else (low, middle)
-            under = tried if under[0] < tried[0] <= target else under
-    return quantize(cfg, state, hessians, log, under[1]), under[2]
-
-
-@torch.no_grad()
-@full_fp32()
-def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor], tokens: np.ndarray, code_bytes: int) -> str:
-    """The size that an artifact of these weights would have, with the script: calibrated on one micro-batch, measured by `coded_bits`.
-    QUANT=rd without the trellis, on steps that err as much. Changes neither the model nor a random generator."""
-    live, hessians, parts, quiet = dict(model.named_parameters()), Hessians(), calibration_parts(cfg), lambda line: None
-    weights = {name: t.detach().to(live[name].dtype).clone().requires_grad_() for name, t in state.items()}
-    for k in range(parts):
-        n = (len(tokens) - 1) // parts
-        calibrate(cfg, world, model, weights, tokens[k * n : (k + 1) * n + 1], hessians)
-    plan = matrices = None
-    if cfg.quant == "rd":
-        plan, wide = RateDistortion(gptq_tasks(cfg, unbank(cfg, weights)), hessians), math.sqrt(12 * TRELLIS_ERROR)
-        matrices = plan(finest := plan.delta(cfg.rd_loss), lambda x, _: ((q := (x / wide).round().clamp(-127, 127)), q * wide))
-    stored = quantize(cfg, weights, hessians, quiet, matrices)
-    bits = coded_bits(arrays_of(stored))
-    size, text = code_bytes + bits.sum() / 8, f" for RD_LOSS {cfg.rd_loss:g}" if plan else ""
-    if plan and 0 < cfg.target_bytes < size:
-        delta = plan.delta_for(plan.bits(finest) + 8 * (cfg.target_bytes - size))
-        text += f"; at TARGET_BYTES {cfg.target_bytes} the predicted loss is {cfg.rd_loss * (delta / finest) ** 2:.5f}"
-    return f"predicted_size: {size:.0f} bytes with the script{text}"
-
-
-class Header(NamedTuple):
-    """What an artifact says about itself, nothing of it checked against a model."""
-
-    version: int
-    compressor: str
-    model: dict[str, Any]  # MODEL_FIELDS
-    kinds: list  # of tensors, as `pack` writes them
-    chosen: list[int]  # the kind of each tensor
-    sizes: dict[str, int]  # bytes of each stream
-    start: int  # of the first stream
-
-
-def read_header(blob: bytes) -> Header:
-    """Header of an artifact of any version (1 lists names and shapes of all arrays), checksum verified. Raises ArtifactError."""
-    if blob[:4] != ARTIFACT_MAGIC or len(blob) < 26:
-        raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} in {len(blob)} bytes")
-    version, size = struct.unpack("<HI", blob[4:10])
-    if not 1 <= version <= ARTIFACT_VERSION:
-        raise ArtifactError(f"artifact version {version}; this script reads 1 to {ARTIFACT_VERSION}: use the script it was written by")
-    if hashlib.blake2b(blob[4:10] + blob[26:], digest_size=16).digest() != blob[10:26]:
-        raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy or make it again")
-    try:
-        header = json.loads(brotli.Decompressor().process(blob[26 : 26 + size], output_buffer_limit=1 << 20))
-        if version == 1:
-            (_, coders, sizes, _), parts = zip(*header["streams"], strict=True), {}
-            (compressor,) = [c for c in ("brotli", "lzma", "pergroup") if [stream_coder(c, s) for s in STREAMS] == [*coders]]
-            for name, codec, part, _, shape, _ in header["arrays"]:
-                parts.setdefault(name, []).append([codec, part, shape])
-            model, kinds, chosen = dict(header["model"]), [*parts.values()], range(len(parts))
-        else:
-            compressor, values, sizes, kinds, chosen = header
-            model = dict(zip(MODEL_FIELDS, values, strict=False))
-        if compressor not in COMPRESSORS or min(sizes) < 0 or 26 + size + sum(sizes) != len(blob):
-            raise ValueError("its streams do not fill it")
-        return Header(version, compressor, model, kinds, chosen, dict(zip(STREAMS, sizes, strict=True)), 26 + size)
-    except HOSTILE as e:
-        raise ArtifactError(f"the header of this artifact makes no sense: {e!r}; make it again") from None
-
-
-def check_model_fields(cfg: Config, saved: dict) -> None:
-    """Raises ArtifactError naming every variable by which this run differs from the one that wrote the artifact. A variable
-    younger than the artifact had its default."""
-    values = [(f.name, saved.get(f.name, f.default), getattr(cfg, f.name)) for f in fields(Config) if f.name in MODEL_FIELDS]
-    differ = [f"{name.upper()}: artifact {theirs}, this run {ours}" for name, theirs, ours in values if theirs != ours]
-    if differ:
-        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run that wrote it")
-
-
-def empty_arrays(cfg: Config, header: Header) -> dict[str, np.ndarray]:
-    """The arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of known codecs, as large as
-    the model's tensors allow."""
-    out: dict[str, np.ndarray] = {}
-    for (name, shape), chosen in zip(tensor_shapes(cfg).items(), header.chosen, strict=True):
-        room = 4 * math.prod(shape) + 16  # integers, low-rank factors and scales
-        for codec, part, sizes in header.kinds[chosen]:
-            sizes = [shape[-1 - n] if n < 0 else n for n in sizes]
-            room -= math.prod(sizes)
-            if room < 0 or f"{name}:{codec}.{part}" in out or (part in ("q", "w") and tuple(sizes) != shape):
-                raise ValueError(f"{name}, of shape {shape}, can not have {codec}.{part} of shape {sizes}")
-            out[f"{name}:{codec}.{part}"] = np.zeros(sizes, "<" + CODEC_PARTS[codec][part])
-    return out
-
-
-def unpack(cfg: Config, blob: bytes) -> dict[str, Stored]:
-    """Artifact of any version -> tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes, and never needs more
-    memory than the integers of four such models."""
-    header = read_header(blob)
-    check_model_fields(cfg, header.model)
-    ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
-    try:
-        coded = {stream: blob[start:end] for stream, (start, end) in zip(STREAMS, pairwise(ends), strict=True)}
-        arrays = decode_streams(header.compressor, empty_arrays(cfg, header), coded, header.version)
-        if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
-            raise ValueError(f"not all finite: {', '.join(bad)}")
-    except HOSTILE as e:
-        raise ArtifactError(f"this artifact makes no sense: {e!r}; make it again") from None
-    out: dict[str, Stored] = {name: Stored({}) for name in tensor_shapes(cfg)}
-    for name, a in arrays.items():
-        tensor, _, part = name.rpartition(":")
-        out[tensor].parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
-    return out
-
-
-def bytes_by_part(blob: bytes) -> dict[str, int]:
-    """Bytes of each stream of an artifact, and of its header; they add up to its size."""
-    header = read_header(blob)
-    return dict(header=header.start, **header.sizes)
-
-
-def load_artifact(cfg: Config, world: World, path: Path) -> GPT:
-    """The model that the bytes on disk stand for. Raises ArtifactError."""
-    model = GPT(cfg, world.dtype, choose_kernels(cfg, world))
-    try:
-        model.load_state_dict(dequantized_state(cfg, unpack(cfg, path.read_bytes())))
-    except OSError as e:
-        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
-    except (LookupError, RuntimeError, ValueError) as e:
-        raise ArtifactError(f"{path} does not hold the tensors of this model: {e}; make it again") from None
-    return model.to(world.device).requires_grad_(False)
-
-
-def load_checkpoint_model(cfg: Config, world: World, path: Path) -> GPT:
-    """A model from final_model.pt, ours or a published one. Raises RunError."""
-    state = load_tensors(path, "cpu")
-    model = GPT(cfg, world.dtype, choose_kernels(cfg, world))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as e:
-        raise RunError(f"{path} does not fit this configuration: {e}") from None
-    return model.to(world.device)
-
-
-def upstream_code_bytes() -> int | None:
-    """Code size by the convention of published records: a minified, compressed, base85 script that is never written. None
-    when python_minifier is not installed. Our own count is the size of the script that runs."""
-    try:
-        import python_minifier
-    except ImportError:
-        return None
-    source = "".join(linecache.getlines(upstream_code_bytes.__code__.co_filename))  # also when the script runs packed
-    small = python_minifier.minify(source, rename_locals=False, hoist_literals=False, remove_literal_statements=True, remove_asserts=True)
-    return len(brotli.compress(small.encode(), quality=11)) * 5 // 4 + 67
-
-
-# ==================================================================================================
-# AUDIT - a score that can be checked: one door to the validation tokens, a chained ledger, probes, a verdict per rule.
-# ==================================================================================================
-
-class Ledger:
-    """Append-only account of a run. A line {"n", "prev", "kind", .., "hash"} names the hash of the one before: an edit breaks the chain.
-    A later stage in the same folder goes on behind the last line. Without a path (ranks but the first) nothing is kept."""
-
-    def __init__(self, path: Path | None):
-        self.path, self.lines, self.last = path, 0, ""
-        if path is not None and path.exists():
-            try:
-                entry = json.loads(path.read_text().splitlines()[-1])
-                self.lines, self.last = entry["n"] + 1, entry["hash"]
-            except (OSError, ValueError, LookupError, TypeError):
-                raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose another ARTIFACT_DIR") from None
-
-    @staticmethod
-    def digest(entry: dict) -> str:
-        """blake2b-128, in hex, of the canonical JSON of a line without its "hash"."""
-        canonical = json.dumps({k: v for k, v in entry.items() if k != "hash"}, sort_keys=True, separators=(",", ":"))
-        return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
-
-    def add(self, kind: str, payload: dict) -> None:
-        """Append one line, at once. Raises RunError."""
-        if self.path is None:
-            return
-        entry = dict(n=self.lines, prev=self.last, kind=kind, **payload)
-        self.lines, self.last = self.lines + 1, self.digest(entry)
-        try:
-            with self.path.open("a") as f:
-                f.write(json.dumps(entry | dict(hash=self.last), separators=(",", ":")) + "\n")
-        except OSError as e:
-            raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another ARTIFACT_DIR") from None
-
-
-def state_hash(*states: Any) -> str:
-    """blake2b-128, in hex, of nested states: every tensor's bytes, every other value as text."""
-    h = hashlib.blake2b(digest_size=16)
-    for x in torch.utils._pytree.tree_leaves(states):
-        h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if isinstance(x, Tensor) else repr(x).encode())
-    return h.hexdigest()
-
-
-class Score(NamedTuple):
-    """What an evaluation comes to."""
-
-    loss: float  # nats per token
-    bpb: float   # bits per byte
-    tokens: int
-    bytes: int
-
-
-def graded(forward, targets: Tensor, hints: Tensor | None, boost: float) -> tuple[Tensor, Tensor]:
-    """Nats of targets, (B, n) or (B, n, K), as the model sees them, for learning, and as they count. forward(targets) -> nats.
-
-    The two differ where there is a hint, (B, n), -1 = none: its probability q is multiplied by e^boost and all probabilities are
-    divided by their new sum, 1 + q (e^boost - 1), whatever the target is.
-    """
-    if hints is None:
-        return (nats := forward(targets)), nats
-    hint = hints.unsqueeze(-1)
-    candidates = targets.view(*hints.shape, -1)
-    nats = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
-    nats, hinted = nats[..., :-1], nats[..., -1:]
-    tilted = nats - boost * (candidates == hint) + torch.log1p((-hinted).exp() * math.expm1(boost))
-    return nats.reshape(targets.shape), torch.where(hint < 0, nats, tilted).reshape(targets.shape)
-
-
-class ValDoor:
-    """The one way from an evaluation to the validation tokens; target i is token i + 1. `prefix` shows what comes before targets, `score`
-    grades them, each once, `release` hands out graded ones to learn from, `sync` merges the ranks and writes the receipts."""
-
-    def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
-        self._data, self.world, self.name, self.ledger = data, world, name, ledger
-        self.documents, self.total = data.documents, len(data.target_bytes)
-        self.own, self.graded = np.zeros(self.total, np.uint8), np.zeros(self.total, bool)  # by this rank; by any, at the last sync
-        self.nats = torch.zeros(self.total, device=world.device)
-        self.sum = torch.zeros((), dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
-        self.tokens, self.bytes, self.steps, self.early, self.work = 0, 0, 0, False, Work()
-        self.hints, self.boost, self.order = None, 0.0, np.arange(self.total)  # see `graded`, `foresee`
-        self.due: list[np.ndarray] = []                   # targets whose prefix is out, to be graded next
-        self.fresh: dict[str, list[np.ndarray]] = {}      # graded and released since the last receipt
-        self.receipts: list[tuple[str, np.ndarray]] = []  # since the last sync
-
-    def prefix(self, start: int, at: np.ndarray) -> np.ndarray:
-        """Inputs for the targets `at`, -1 = none: tokens from `start` to the one before the last of them. The next `score` must grade
-        them all: nothing is seen that is not scored."""
-        self.due.append(at[at >= 0])
-        return self._data.tokens[start : self.due[-1].max(initial=-1) + 1]
-
-    def foresee(self, order: np.ndarray, guess, boost: float) -> None:
-        """Hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. Nothing else is handed the stream
-        at once, so it is asked again with a forged future, from a drawn target on; RunError where that changes a hint up to there."""
-        tokens, cut = self._data.tokens, int(np.random.default_rng(self.total).integers(self.total))
-        future, forged = order[cut:][tokens[order[cut:] + 1] != BOS_ID] + 1, tokens.copy()  # where documents start is known
-        forged[future] = tokens[future[::-1]]
-        self.hints, self.boost, past = guess(tokens, order), boost, order[: cut + 1]
-        if (self.hints[past] != guess(forged, order)[past]).any():
-            raise RunError(f"{self.name}: a hint depends on its target or on what comes after it: a bug, please report it")
-
-    def _targets(self, at: np.ndarray) -> Tensor:
-        return torch.from_numpy(self._data.tokens[at + 1].astype(np.int64)).to(self.world.device, non_blocking=True)
-
-    def _hints(self, at: np.ndarray) -> Tensor | None:
-        return None if self.hints is None else torch.from_numpy(self.hints[at].astype(np.int64)).to(self.world.device, non_blocking=True)
-
-    def score(self, at: np.ndarray, forward) -> Tensor:
-        """Grade. at (B, n): targets, none of them graded before (RunError), -1 = none; forward(targets (B, n) int64) -> nats (B, n),
-        which come back; what counts is what `graded` makes of them."""
-        flat, device = np.flatnonzero(at >= 0), self.world.device
-        index = at.reshape(-1)[flat]
-        if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
-            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
-        seen, self.due = np.concatenate([*self.due, index[:0]]), []
-        if not np.isin(seen, index).all():
-            raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are scored: a bug, please report it")
-        self.steps, (nats, counted) = 0, graded(forward, self._targets(at), self._hints(at), self.boost)
-        counted = counted.detach().reshape(-1)[torch.from_numpy(flat).to(device, non_blocking=True)].float()
-        self.nats[torch.from_numpy(index).to(device, non_blocking=True)] = counted
-        self.sum += counted.to(self.sum.dtype).sum()
-        self.own[index] = 1
-        self.tokens, self.bytes = self.tokens + len(index), self.bytes + int(self._data.target_bytes[index].sum())
-        self.fresh.setdefault("score", []).append(index)
-        return nats
-
-    def release(self, at: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
-        """Targets to learn from, as for `score`; one step of an optimizer may follow, with what = "base" any number until `score`.
-        RunError: one has not been graded; `early`, for methods that break this rule, puts that into the ledger instead."""
-        index = at[at >= 0]
-        ready = bool((self.own[index] | self.graded[index]).all())
-        if not ready and not early:
-            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
-        self.early |= not ready
-        self.steps = 1 if what == "adapters" else math.inf
-        self.fresh.setdefault(what if ready else f"early {what}", []).append(index)
-        return self._targets(at)
-
-    @contextlib.contextmanager
-    def guard(self):
-        """Meanwhile every step of a torch optimizer without a release raises RunError."""
-        def before_step(*_):
-            if self.steps < 1:
-                raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: a bug, please report it")
-            self.steps -= 1
-
-        with register_optimizer_step_pre_hook(before_step):
-            yield
-
-    def sums(self) -> tuple[float, int, int]:
-        """Nats, tokens and bytes graded by this rank so far."""
-        return self.sum.item(), self.tokens, self.bytes
-
-    def receipt(self) -> None:
-        """One line for what was scored, and one for what was learned from, since the last receipt."""
-        self.receipts += [(kind, np.unique(np.concatenate(index))) for kind, index in self.fresh.items()]
-        self.fresh = {}
-
-    def entry(self, nats: np.ndarray, kind: str, index: np.ndarray) -> tuple[str, dict]:
-        """Ledger line of a receipt: ranges [a, b) of targets, and for scores nats and bytes of each range."""
-        starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)
-        line = {"pass": self.name, "ranges": np.stack((index[starts], index[np.append(starts[1:], len(index)) - 1] + 1), 1).tolist()}
-        if kind != "score":
-            return "update", line | dict(what=kind.removeprefix("early "), early=kind.startswith("early "))
-        sums = (np.add.reduceat(a[index].astype(t), starts).tolist() for a, t in ((nats, np.float64), (self._data.target_bytes, np.int64)))
-        return "score", line | dict(zip(("nats", "bytes"), sums, strict=True))
-
-    def sync(self) -> None:
-        """Merge the ranks, all together. Raises RunError when two of them have graded the same target."""
-        self.receipt()
-        counts = torch.tensor(self.own, device=self.world.device)
-        self.world.sum_(counts)
-        self.graded = (counts > 0).cpu().numpy()
-        if (counts > 1).any():
-            raise RunError(f"{self.name}: two ranks scored the same targets: a bug, please report it")
-        nats = self.nats.cpu().numpy()
-        entries, self.receipts = [self.entry(nats, *receipt) for receipt in self.receipts if len(receipt[1])], []
-        for line in (line for lines in self.world.gather(entries) for line in lines) if self.ledger is not None else ():
-            self.ledger.add(*line)
-
-    def finish(self) -> Score:
-        """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target. Raises RunError when one was left out."""
-        self.sync()
-        self.world.sum_(self.nats)  # zero where another rank has graded
-        nats, size, count = self.nats.cpu().numpy(), int(self._data.target_bytes.sum()), int(self.graded.sum())
-        total = float(nats.sum(dtype=np.float64))
-        if count != self.total or not math.isfinite(total):
-            raise RunError(f"scored {count} targets instead of {self.total}, {total:g} nats: a bug, please report it with the log")
-        if self.ledger is not None and self.ledger.path is not None:
-            buffer, path = io.BytesIO(), self.ledger.path.with_name(f"token_nats_{self.name}.npy")
-            np.save(buffer, nats)
-            write_atomic(path, buffer.getvalue())
-            self.ledger.add("tokens", {"pass": self.name, "file": path.name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
-        return Score(total / count, total / math.log(2) / size, count, size)
-
-
-class Watch:
-    """What Python opens, connects to and starts within `with`: an audit hook. It cannot be removed, so `open_watch` makes one. Training
-    data that is opened then is a RunError."""
-
-    def __init__(self):
-        self.on, self.seen = False, []
-        sys.addaudithook(self)
-
-    def __call__(self, event: str, args: tuple) -> None:
-        if self.on and event in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
-            self.seen.append((event, what := args[1] if event == "socket.connect" else args[0]))
-            if event == "open" and not isinstance(what, int) and Path(os.fsdecode(what)).name.startswith("fineweb_train_"):
-                raise RunError(f"{os.fsdecode(what)}: training data was about to be read in an evaluation: a bug, please report it")
-
-    def __enter__(self) -> Watch:
-        self.on, self.seen = True, []
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.on = False
-
-    def strangers(self, data: Path, ours: list[Path]) -> list[str]:
-        """What an evaluation has no business with: data but `ours`, files of neither Python, the system nor the run, other machines."""
-        system = [sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib"]
-        ours, places = (tuple(str(Path(path).resolve()) for path in paths) for paths in (ours, [*system, Path(__file__).parent]))
-        programs, found = ("lrzip", "gcc", "g++", "cc", "c++", "clang", "ptxas", "ldconfig", "python"), {}
-        for event, what in self.seen:
-            path = str(Path(os.fsdecode(what)).resolve()) if isinstance(what, (str, bytes, os.PathLike)) else ""
-            place = (path.startswith(places) and not path.startswith(f"{data.resolve()}{os.sep}")) or ".cache/" in path
-            fine = {"open": not path or path.startswith(ours) or place,
-                    "socket.connect": not isinstance(what, tuple) or what[0] in ("127.0.0.1", "::1", "localhost")}
-            if not fine.get(event, Path(path).name.startswith(programs)):
-                found[f"{event} {path or what}"] = None
-        return list(found)
-
-
-open_watch = cache(Watch)
-Finding = tuple[str, str]  # a verdict, and the evidence in one line
-SEVERITY = ("FAIL", "NEEDS-RULING", "NOT-MEASURED", "PASS")
-RULES = dict(  # rule -> the findings that decide it; tools/validity.md says what each of them asks
-    R1=("bytes",), R2=("P7",), R3=("P9",), R4=("P4", "P5", "P10"), R5=("P2",), R6=("P1", "P3"), R7=("order",), R8=("P6",), R9=("P11",),
-    R10=("P12",), R11=("sum",), R12=("P8",))
-UNRULED = (  # rule, when, what no maintainer has ruled on
-    ("R7", lambda c: c.slot == "causal", "a shift of the hidden states learned from scored targets (SLOT, issue #1336)"),
-    ("R4", lambda c: not c.caseops_enabled, "bytes are those of the normalized pieces, not of a sidecar"),
-)
-
-
-def holds(good: bool, evidence: str, known: bool = True) -> Finding:
-    """PASS or FAIL, or NOT-MEASURED where nobody could know."""
-    return ("PASS" if good else "FAIL") if known else "NOT-MEASURED", evidence
-
-
-def worst(findings: list[Finding]) -> Finding:
-    """The gravest verdict, with the evidence of all that share it."""
-    verdict = min((v for v, _ in findings), key=SEVERITY.index)
-    return verdict, "; ".join(dict.fromkeys(text for v, text in findings if v == verdict))
-
-
-def verdicts(cfg: Config, findings: dict[str, Finding]) -> dict[str, Finding]:
-    """Rule by rule. What nobody looked at is NOT-MEASURED."""
-    missing = ("NOT-MEASURED", "AUDIT=off" if cfg.audit == "off" else "no part of this stage")
-    unruled = {rule: [("NEEDS-RULING", why) for r, applies, why in UNRULED if r == rule and applies(cfg) and findings] for rule in RULES}
-    return {rule: worst([findings.get(name, missing) for name in names] + unruled[rule]) for rule, names in RULES.items()}
-
-
-class ProbeDoor(ValDoor):
-    """Where target `watch` is scored, it asks for the nats of the whole vocabulary too: `row` at that target, `excess` anywhere near it."""
-
-    def __init__(self, data: ValData, world: World, watch: int, vocab: int):
-        super().__init__(data, world, "probe")
-        self.watch, self.vocab, self.row, self.excess = watch, vocab, None, math.inf
-
-    def score(self, at: np.ndarray, forward) -> Tensor:
-        if (at == self.watch).any():
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # one shape, once: not worth a graph
-                whole = torch.arange(self.vocab, device=self.world.device).expand(*at.shape, -1)
-                nats = graded(forward, whole, self._hints(at), self.boost)[1].cpu()
-            self.excess = float((nats[torch.from_numpy(at >= 0)].double().neg().exp().sum(-1) - 1).abs().max())
-            self.row = nats[torch.from_numpy(at == self.watch)]
-        return super().score(at, forward)
-
-
-def short_stream(data: ValData, count: int, length: int, generator: np.random.Generator) -> ValData:
-    """The first `length` tokens of `count` random documents that have so many, or of the longest ones."""
-    starts, ends = data.documents()
-    sizes, count = ends - starts, min(count, len(starts))
-    picked = generator.choice(np.argsort(sizes)[-max(count, (sizes >= length).sum()) :], count, replace=False)
-    tokens = np.append(np.concatenate([data.tokens[starts[i] : starts[i] + min(sizes[i], length)] for i in picked]), BOS_ID)
-    return ValData(tokens.astype(np.uint16), np.ones(len(tokens) - 1, np.int32))
-
-
-def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, length: int, rounds: int, seed: int, isolated: bool = True):
-    """P1 forged future, P2 sum over the vocabulary, P3 neighbours (if isolated): {id: finding}. replay(door), the scored pass from
-    a fresh start, scores `count` short documents as they are, and with one forged from a random target on. All before that in
-    the order of scoring, and the other documents, must keep the same bits; so must the distribution at the first forged target."""
-    generator, past, others, row, excess = np.random.Generator(np.random.PCG64(seed)), 0.0, 0.0, 0.0, 0.0
-    for _ in range(rounds):
-        true = short_stream(data, count, length, generator)
-        starts, ends = true.documents()
-        start, end = starts[len(starts) // 2], ends[len(starts) // 2]
-        if end - start < 3:
-            return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", "the documents are too short"))
-        cut = int(generator.integers(start + (end - start) // 3, end - 1))  # token cut + 1 is the first to be forged
-        tokens = true.tokens.astype(np.int64)
-        tokens[cut + 1 : end] = 2 + (tokens[cut + 1 : end] - 1 + generator.integers(0, vocab - 3, end - cut - 1)) % (vocab - 2)
-        doors = [ProbeDoor(ValData(t, true.target_bytes), world, cut, vocab) for t in (true.tokens, tokens.astype(np.uint16), true.tokens)]
-        for door in doors[:2]:
-            replay(door)
-        moved = (doors[1].nats - doors[0].nats).abs().cpu().numpy()
-        before = np.concatenate((doors[0].order[: int(np.flatnonzero(doors[0].order == cut)[0])], np.arange(start, cut)))
-        past, others = max(past, moved[before].max(initial=0.0)), max(others, np.delete(moved, np.s_[start:end]).max(initial=0.0))
-        row, excess = max(row, float((doors[1].row - doors[0].row).abs().max())), max(excess, doors[0].excess)
-        if max(row, past, others) > 0:
-            replay(doors[2])
-            if noise := float((doors[2].nats - doors[0].nats).abs().max()):
-                return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", f"scoring the same text twice differs by {noise:.2g} nats here"))
-    return dict(
-        P1=holds(past == row == 0, f"a forged future moves the scores before it by {past:.3g}, its own distribution by {row:.3g} nats"),
-        P2=holds(excess < 1e-4 and row == 0, f"sums over {vocab} tokens are off by {excess:.2g}"),
-        P3=holds(others == 0, f"a forged document moves scores of its {count - 1} neighbours by {others:.3g} nats", isolated))
-
-
-def document_hashes(tokens: np.ndarray, offset: int, length: int) -> np.ndarray:
-    """64-bit hash of tokens [offset, offset + length) of every document, 0 for those without the first of them."""
-    starts = np.flatnonzero(tokens == BOS_ID)
-    ends, h = np.append(starts[1:], len(tokens)), np.zeros(len(starts), np.uint64)
-    for at in (starts + offset + j for j in range(length)):
-        token = np.where(at < ends, tokens[np.minimum(at, len(tokens) - 1)], 0).astype(np.uint64)
-        h = (h ^ token ^ (h >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
-    return np.where(starts + offset < ends, h, np.uint64(0))
-
-
-def probe_overlap(shards: tuple[Path, ...], val: np.ndarray, seconds: float) -> dict[str, Finding]:
-    """P9: validation documents whose first 64 tokens start a training document; and others that share 32 tokens further in."""
-    spans, deadline, read = ((1, 64), (65, 32), (129, 32), (257, 32)), time.perf_counter() + seconds, 0
-    ours = [document_hashes(val, *span) for span in spans]
-    hits = np.zeros((len(spans), len(ours[0])), bool)
-    while read < len(shards) and time.perf_counter() < deadline:
-        tokens, read = np.array(read_shard(shards[read])), read + 1
-        hits |= [np.isin(hashes, document_hashes(tokens, *span)) & (hashes > 0) for hashes, span in zip(ours, spans, strict=True)]
-    exact, near = int(hits[0].sum()), int((hits[1:].any(0) & ~hits[0]).sum())
-    verdict = "PASS" if not exact else "FAIL" if exact > 0.01 * len(ours[0]) else "NEEDS-RULING"
-    return dict(P9=(verdict, f"{exact} of {len(ours[0])} documents are in {read} of {len(shards)} training shards, {near} more in part"))
-
-
-def probe_round_trip(cfg: Config, data: ValData, count: int, seed: int) -> Finding:
-    """P10: documents decoded to text must have the bytes that were counted for them, and give the same tokens when encoded again."""
-    try:
-        import sentencepiece
-        decode = importlib.import_module("lossless_caps").decode if cfg.caseops_enabled else str
-        model = sentencepiece.SentencePieceProcessor(model_file=str(cfg.tokenizer_file))
-    except (ImportError, OSError, RuntimeError) as e:
-        return "NOT-MEASURED", f"the text cannot be decoded here: {str(e).splitlines()[0]}"
-    starts, broken, lost, total = data.documents()[0], 0, 0, 0
-    ends = np.append(starts[1:], len(data.tokens))
-    picked = np.random.Generator(np.random.PCG64(seed)).choice(len(starts), min(count, len(starts)), replace=False)
-    for start, end in zip(starts[picked].tolist(), ends[picked].tolist(), strict=True):
-        ids, counted = data.tokens[start + 1 : end].tolist(), int(data.target_bytes[start : end - 1].sum())
-        coded = model.decode(ids)
-        missing = abs(counted - len(decode(coded).encode()))
-        broken, lost, total = broken + bool(missing or model.encode(coded) != ids), lost + missing, total + counted
-    return ("NEEDS-RULING" if broken else "PASS"), f"{broken} of {len(picked)} documents and {lost} of {total} bytes do not come back"
-
-
-# ==================================================================================================
-# EVALUATION - bits per byte: every target scored once, every byte counted once.
-# ==================================================================================================
-
-def run_starts(x: Tensor) -> Tensor:
-    """(n,) -> for each element, the index at which its run of equal elements starts."""
-    first = torch.ones_like(x, dtype=torch.bool)
-    first[1:] = x[1:] != x[:-1]
-    return torch.where(first, torch.arange(len(x), device=x.device), 0).cummax(0).values
-
-
-def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torch.device | str) -> np.ndarray:
-    """A guess for each target of the stream from those scored before it (the token-only n-gram of PR #2135).
-
-    tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often followed the same
-    TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where its share is below TOKEN_THRESHOLD or
-    there is none. Sorts instead of a loop over hash tables; contexts are told apart exactly, from 1 token to 2, 4, 8, ...: they
-    are equal if both halves are.
-    """
-    stream, order, n = torch.from_numpy(tokens.astype(np.int64)).to(device), torch.from_numpy(order).to(device), cfg.token_order - 1
-    names, length, base = stream[:-1], 1, max(len(stream), 1 << 16)
-    begin = torch.where(names == BOS_ID, torch.arange(len(names), device=device), 0).cummax(0).values
-    order = order[order - begin[order] >= n - 1]
-    while length < n:
-        step = min(length, n - length)
-        key, at = (names[step:] * base + names[:-step]).sort()
-        names, length = torch.empty_like(at).scatter_(0, at, run_starts(key)), length + step
-    context, at = names[order - (n - 1)].sort(stable=True)
-    order, place = order[at], torch.arange(len(at), device=device)  # by context, then as they are scored
-    follows = stream[order + 1]
-    pair, at = (context * base + follows).sort(stable=True)
-    count = torch.empty_like(place).scatter_(0, at, place - run_starts(pair) + 1)
-    leader = run_starts((context * base + count).cummax(0).values)  # where the highest count so far was reached
-    seen, before = place - run_starts(context), leader.roll(1)
-    sure = (seen > 0) & (count[before].double() / seen >= cfg.token_threshold)
-    hints = torch.full((len(stream) - 1,), -1, dtype=torch.int32, device=device)
-    hints[order[sure]] = follows[before[sure]].int()
-    return hints.cpu().numpy()
-
-
-def prepare(cfg: Config, door: ValDoor, order: np.ndarray) -> ValDoor:
-    """Tell the door in which order its targets come, and the guesses that NGRAM_TILT_ENABLED asks for. On the evaluation's clock."""
-    door.order = order
-    if cfg.ngram_tilt_enabled:
-        device = door.world.device if door.world.device.type == "cuda" else "cpu"
-        door.foresee(order, partial(ngram_hints, cfg, device=device), cfg.token_boost)
-    return door
-
-
-class EvalBatch(NamedTuple):
-    """Inputs (B, T) int64, the target that each predicts or -1 (B, T), and the packing of a packed row."""
-
-    inputs: Tensor
-    at: np.ndarray
-    packing: Packing | None
-    learn: np.ndarray | None = None  # (B, T) likewise: targets that SLOT learns from
-
-
-def packed_rows(door: ValDoor, context: int, row_tokens: int) -> list[tuple[int, int]]:
-    """Cut the stream into rows of at most `row_tokens` inputs that never cut a piece: a document, or `context` tokens of a long one."""
-    cuts = document_cu_seqlens(door.documents()[0], door.total, context, bucket=1)
-    rows, start = [], 0
-    while start < door.total:
-        end = int(cuts[np.searchsorted(cuts, start + row_tokens, side="right") - 1])
-        rows.append((start, end))
-        start = end
-    return rows
-
-
-def packed_batches(cfg: Config, door: ValDoor, rank: int, size: int):
-    """Whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
-    context = cfg.eval_seq_len
-    row_tokens = min(max(cfg.val_batch_tokens // 8, context), -(-door.total // context) * context)
-    for start, end in packed_rows(door, context, row_tokens)[rank::size]:
-        n = end - start
-        inputs, at = np.zeros((1, row_tokens), np.int64), np.full((1, row_tokens), -1)
-        at[0, :n] = np.arange(start, end)
-        inputs[0, :n] = door.prefix(start, at)
-        starts = np.flatnonzero(inputs[0, :n] == BOS_ID)
-        cu_seqlens = document_cu_seqlens(np.append(starts, n) if n < row_tokens else starts, row_tokens, context)
-        yield EvalBatch(torch.from_numpy(inputs), at, Packing(torch.from_numpy(cu_seqlens), context))
-
-
-def sliding_batches(cfg: Config, door: ValDoor, rank: int, size: int):
-    """Windows every EVAL_STRIDE tokens, documents not masked; each scores the targets no earlier window has scored.
-
-    Each row walks through a stretch of its own: most of what its window shows has been scored by the same row in earlier batches.
-    """
-    seq, stride = cfg.eval_seq_len, cfg.eval_stride
-    starts = np.arange(0, max(1, door.total - (seq - stride)), stride)
-    per_batch = max(1, cfg.val_batch_tokens // 8 // seq)
-    steps = -(-len(starts) // (size * per_batch))
-    for step in range(steps):
-        window = np.arange(rank * per_batch, (rank + 1) * per_batch) * steps + step
-        window = window[window < len(starts)]
-        if not len(window):
-            continue
-        at = starts[window][:, None] + np.arange(seq)
-        at = np.where(at < door.total, at, -1)
-        first, fresh = (np.where(starts[w] == 0, 0, starts[w] + seq - stride)[:, None] for w in (window - step, window))
-        learn = at if cfg.slot == "published" else np.where((at >= first) & (at < fresh), at, -1)
-        at, inputs = np.where(at >= fresh, at, -1), np.zeros(at.shape, np.int64)
-        for row, targets in enumerate(at):
-            seen = door.prefix(starts[window[row]], targets)
-            inputs[row, : len(seen)] = seen
-        yield EvalBatch(torch.from_numpy(inputs), at, None, learn)
-
-
-@torch.enable_grad()
-def slot_shift(cfg: Config, door: ValDoor, score, learn: np.ndarray) -> Tensor:
-    """A shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
-
-    published: one shift for the batch, from all its targets, those about to be scored included, which breaks the rules. causal:
-    one for each window, from targets that its row has scored before. score(targets, shift=...) -> nats. -> (1 or B, 1, D).
-    """
-    alone, chosen, device = cfg.slot == "causal", torch.from_numpy(learn >= 0), door.world.device
-    targets = door.release(learn, "slot", early=not alone)
-    weight = (chosen / chosen.sum(1 if alone else None, keepdim=alone).clamp_min(1)).to(device)
-    shift = torch.zeros(len(learn) if alone else 1, 1, cfg.model_dim, device=device, requires_grad=True)
-    optimizer = torch.optim.AdamW([shift], lr=cfg.slot_lr, eps=1e-5, weight_decay=1e-8)
-    for _ in range(cfg.slot_steps):
-        shift.grad = torch.autograd.grad((score(targets, shift=shift) * weight).sum(), shift)[0]
-        optimizer.step()
-    return shift.detach()
-
-
-@torch.no_grad()
-def evaluate(cfg: Config, world: World, forward, door: ValDoor, looping: bool = True) -> Score:
-    """Score everything behind the door with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
-    order, batches = layer_order(cfg, looping), packed_batches if cfg.eval_method == "packed" else sliding_batches
-    with prepare(cfg, door, np.arange(door.total)).guard():
-        for batch in batches(cfg, door, world.rank, world.size):
-            packing = batch.packing and Packing(batch.packing.cu_seqlens.to(world.device), batch.packing.max_len)
-            score = partial(forward, batch.inputs.to(world.device), order=order, packing=packing)
-            if cfg.slot != "off":
-                door.receipt()  # what is learned now comes after what was scored up to here
-                score = partial(score, shift=slot_shift(cfg, door, score, batch.learn))
-            door.score(batch.at, score)
-            lengths = np.diff(batch.packing.cu_seqlens.numpy()) if batch.packing else np.full(*batch.at.shape)
-            door.work.add(flops_per_token(cfg, lengths, looping), "score", batch.at.size, int((batch.at >= 0).sum()))
-        return door.finish()
-
-
-# ==================================================================================================
-# TEST-TIME TRAINING - score a chunk, then learn from it: a prediction never depends on what it predicts.
-# ==================================================================================================
-
-class Batch(NamedTuple):
-    """Documents side by side. starts and sizes (n,): first input token and number of predictions, sizes ascending."""
-
-    number: int  # position in the order of ascending length
-    starts: np.ndarray
-    sizes: np.ndarray
-    chunk: int
-
-
-def chunk_size(cfg: Config, length: int) -> int:
-    """Tokens scored between two updates, for a batch whose longest document has `length` tokens, its last target included."""
-    if not cfg.ttt_short_score_first_enabled:
-        return cfg.ttt_chunk_size
-    if cfg.ttt_short_score_first_steps:
-        steps = parse_steps(cfg.ttt_short_score_first_steps, ":")
-        return next((int(chunk) for limit, chunk in steps if length <= limit), cfg.ttt_chunk_size)
-    return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
-
-
-def document_batches(cfg: Config, door: ValDoor) -> list[Batch]:
-    """All documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
-    starts, ends = door.documents()
-    sizes = ends - starts
-    order = np.argsort(sizes, kind="stable")
-    groups = [order[i : i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
-    return [Batch(i, starts[g], sizes[g], chunk_size(cfg, int(sizes[g].max()) + 1)) for i, g in enumerate(groups)]
-
-
-def chunk_window(size: int, chunk: int, index: int, context: int) -> tuple[int, int, int]:
-    """(window start, chunk start, end) in inputs of a document with `size` predictions: chunk `index` sees up to `context` tokens.
-
-    Example: size 100, chunk 48, context 3072 -> (0, 0, 48), (0, 48, 96), (0, 96, 100).
-    """
-    start, end = index * chunk, min((index + 1) * chunk, size)
-    return max(0, end - context), start, end
-
-
-def window_width(cfg: Config, chunk: int, index: int) -> int:
-    """Tokens of all windows of a batch at its chunk `index`. With CUDA_GRAPHS they are padded to a multiple of TTT_BUCKET, as nothing that
-    is scored looks behind itself; not with ROPE_YARN, whose base follows the width."""
-    bucket = cfg.ttt_bucket if cfg.cuda_graphs and not cfg.rope_yarn else 1
-    return min(-(-(index + 1) * chunk // bucket) * bucket, cfg.ttt_eval_seq_len)
-
-
-def batch_cost(batch: Batch, context: int) -> float:
-    """Token positions a batch runs through the network, the unit of its duration."""
-    chunks = -(-int(batch.sizes.max()) // batch.chunk)
-    growing = min(chunks, context // batch.chunk)
-    return len(batch.sizes) * (batch.chunk * growing * (growing + 1) / 2 + (chunks - growing) * context)
-
-
-def phase_segments(cfg: Config, batches: list[Batch]) -> list[tuple[list[Batch], int]]:
-    """The scoring order cut at the global phases: [(batches, documents the phase after them learns from; 0 = no phase)].
-
-    Longest first, because they cost most and teach most; TTT_EVAL_BATCHES turns that round. A function of the data alone.
-    """
-    order = batches if cfg.ttt_eval_batches else batches[::-1]
-    total = sum(len(b.sizes) for b in batches)
-    prefix = min(total, cfg.phased_ttt_prefix_docs) if cfg.phased_ttt_enabled else 0
-    boundaries = [prefix * (p + 1) // cfg.phased_ttt_num_phases for p in range(cfg.phased_ttt_num_phases)] if prefix else []
-    segments, current, done = [], [], 0
-    for batch in order:
-        current.append(batch)
-        done += len(batch.sizes)
-        if reached := [b for b in boundaries if b <= done]:  # several at once make one phase, over all of their documents
-            segments.append((current, reached[-1]))
-            boundaries, current = boundaries[len(reached) :], []
-    return [*segments, (current, 0)] if current else [*segments[:-1], (segments[-1][0], 0)]
-
-
-def deal(costs: list[float], lanes: int) -> list[list[int]]:
-    """Items to lanes, in the given order, each to the least loaded lane: balanced when costs fall, and the same on every run."""
-    load, hands = [(0.0, lane) for lane in range(lanes)], [[] for _ in range(lanes)]
-    for i, cost in enumerate(costs):
-        total, lane = heapq.heappop(load)
-        hands[lane].append(i)
-        heapq.heappush(load, (total + cost, lane))
-    return hands
-
-
-def scoring_order(cfg: Config, segments: list[tuple[list[Batch], int]]) -> np.ndarray:
-    """All targets in the order in which one rank scores them: (N,) places in the stream."""
-    places = []
-    for batches in (segment for segment, _ in segments):
-        for i in (i for hand in deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in batches], cfg.ttt_lanes) for i in hand):
-            rows = [np.arange(size) for size in batches[i].sizes]
-            chunks = np.concatenate(rows) // batches[i].chunk
-            places.append(np.concatenate([start + row for start, row in zip(batches[i].starts, rows, strict=True)])
-                          [np.argsort(chunks, kind="stable")])
-    return np.concatenate(places)
-
-
-class Lineage:
-    """The adapters of one lane, passed on from batch to batch: B starts at zero every time, A is kept (TTT_WARM_START_A).
-
-    What is passed on comes from tokens scored in earlier batches only.
-    """
-
-    def __init__(self, cfg: Config, world: World, rows: int, rank: int, lr: float, wd: float, beta2: float, seed: int):
-        self.cfg, self.lr, self.wd, self.beta2, self.generator = cfg, lr, wd, beta2, torch.Generator()
-        D, slots, scale = cfg.model_dim, len(layer_order(cfg, looping=True)), cfg.ttt_lora_alpha / rank
-        n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
-
-        def lora(site: str) -> Lora:
-            lead = (rows,) if site == "head" else (slots, rows)
-            A = torch.empty(*lead, rank, D, device=world.device, requires_grad=True)
-            return Lora(A, torch.zeros(*lead, n_out[site], rank, device=world.device, requires_grad=True), scale)
-
-        self.adapters = Adapters(**{site: lora(site) for site in (*cfg.lora_sites, "head")})
-        self.loras = [lora for lora in self.adapters if lora is not None]
-        self.restart(seed)
-
-    def restart(self, seed: int) -> None:
-        """Become another lane's lineage, at the same place in memory."""
-        self.generator.manual_seed(seed)
-        self.template = None
-        self.draw()
-
-    @torch.no_grad()
-    def draw(self) -> None:
-        """Fresh A, uniform in +-1/sqrt(n_in)."""
-        for lora in self.loras:
-            bound = lora.A.shape[-1] ** -0.5
-            lora.A.copy_(torch.empty(lora.A.shape).uniform_(-bound, bound, generator=self.generator))
-
-    @torch.no_grad()
-    def begin(self, from_mean: bool) -> torch.optim.Optimizer:
-        """Reset for a new batch and return its optimizer. from_mean: start every row from the mean of finished adapters."""
-        if not self.cfg.ttt_warm_start_a:
-            self.draw()
-        for i, lora in enumerate(self.loras):
-            lora.B.zero_()
-            if from_mean and self.template is not None:
-                lora.A.copy_(self.template[i][0].expand_as(lora.A))
-                lora.B.copy_(self.template[i][1].expand_as(lora.B))
-        parameters = [t for lora in self.loras for t in (lora.A, lora.B)]
-        lr = self.lr * self.cfg.ttt_local_lr_mult
-        if self.cfg.ttt_optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=lr, weight_decay=self.wd)
-        if self.cfg.ttt_adam_kernel == "triton":
-            return FusedAdam(parameters, lr, self.beta2, 1e-10, self.wd)
-        return torch.optim.AdamW(parameters, lr=lr, betas=(self.cfg.ttt_beta1, self.beta2), eps=1e-10, weight_decay=self.wd,
-                                 fused=parameters[0].device.type in ("cuda", "cpu"))
-
-    @torch.no_grad()
-    def finish(self, documents: int) -> None:
-        """Move the template towards the mean adapter of the `documents` of the batch that was just scored."""
-        if not self.cfg.ttt_warm_start_mean_enabled:
-            return
-        means = [tuple(t[..., :documents, :, :].mean(-3, keepdim=True) for t in (lora.A, lora.B)) for lora in self.loras]
-        m = self.cfg.ttt_warm_start_mean_momentum
-        if self.template is not None:
-            means = [(a.lerp(new_a, 1 - m), b.lerp(new_b, 1 - m)) for (a, b), (new_a, new_b) in zip(self.template, means, strict=True)]
-        self.template = means
-
-
-class Lane:
-    """One adapter lineage per kind of document: all alike, or short ones with their own rank and rate (TTT_SHORT_LORA_ENABLED)."""
-
-    def __init__(self, cfg: Config, world: World, rows: int, seed: int):
-        self.cfg = cfg
-        normal = (cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2)
-        short = (cfg.ttt_short_lora_rank, cfg.ttt_short_lora_lr, cfg.ttt_short_lora_weight_decay, cfg.ttt_short_lora_beta2)
-        self.normal = Lineage(cfg, world, rows, *normal, seed)
-        self.short = Lineage(cfg, world, rows, *short, seed + 1) if cfg.ttt_short_lora_enabled else self.normal
-
-    def restart(self, seed: int) -> Lane:
-        """Become another lane, as if made anew."""
-        for i, lineage in enumerate(dict.fromkeys((self.normal, self.short))):
-            lineage.restart(seed + i)
-        return self
-
-    def is_short(self, batch: Batch) -> bool:
-        return self.cfg.ttt_short_lora_enabled and int(batch.sizes.max()) + 1 <= self.cfg.ttt_short_doc_len
-
-    def lineage(self, batch: Batch) -> Lineage:
-        return self.short if self.is_short(batch) else self.normal
-
-
-class Chunk(NamedTuple):
-    """One step of a batch: windows (B, w), the positions to score in them (B, c), the targets there or -1 (B, c)."""
-
-    inputs: Tensor
-    positions: Tensor
-    at: np.ndarray
-
-
-def build_chunk(door: ValDoor, batch: Batch, first: int, rows: int, index: int, context: int, width: int = 0) -> Chunk:
-    """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing.
-    width: of the windows; 0 = no padding behind the chunk."""
-    c, width = batch.chunk, width or min((index + 1) * batch.chunk, context)
-    inputs, positions, at = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64), np.full((rows, c), -1)
-    for row, (origin, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
-        window, start, end = chunk_window(size, c, index, context)
-        if start >= size:
-            continue
-        at[row, : end - start] = np.arange(origin + start, origin + end)
-        inputs[row, : end - window] = door.prefix(origin + window, at[row])
-        positions[row] = np.minimum(start - window + np.arange(c), width - 1)
-    return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), at)
-
-
-def score_batch(
-    cfg: Config, world: World, forward, door: ValDoor, batch: Batch, lineage: Lineage, from_mean: bool, static_rows: int = 0
-) -> None:
-    """Two verbs, in this order: grade a chunk with adapters that have never seen it, then learn from it.
-
-    Each document has its own adapters and the loss is a sum over documents, so they do not influence each other. A document's
-    last chunk is scored and not learned from. static_rows: a compiled forward wants this many rows at every step; otherwise
-    documents that have ended are left out (sizes ascend, so they are the first).
-    """
-    optimizer, order, context, device = lineage.begin(from_mean), layer_order(cfg, looping=True), cfg.ttt_eval_seq_len, world.device
-    low, high = cfg.ttt_train_min_doc_len, cfg.ttt_train_max_doc_len or math.inf
-    may_learn = (batch.sizes + 1 >= low) & (batch.sizes + 1 <= high)
-    chunks = -(-batch.sizes // batch.chunk)
-    for index in range(int(chunks.max())):
-        first = 0 if static_rows else int(np.searchsorted(chunks, index, side="right"))
-        rows = static_rows or len(chunks) - first
-        chunk = build_chunk(door, batch, first, rows, index, context, window_width(cfg, batch.chunk, index))
-        inputs, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.positions))
-        learn = torch.zeros(rows)
-        learn[: len(chunks) - first] = torch.from_numpy(((chunks > index + 1) & may_learn)[first:])
-        adapters = lineage.adapters if static_rows else lineage.adapters.rows(first, first + rows)
-        score = partial(forward, inputs, order=order, adapters=adapters, positions=positions)
-        with torch.set_grad_enabled(bool(learn.any())):
-            nats = door.score(chunk.at, score)
-        width, steps = inputs.shape[1], cfg.ttt_grad_steps if learn.any() else 0
-        flops = flops_per_token(cfg, [width], True, lineage.adapters, batch.chunk / width)
-        door.work.add(flops, "adapt" if steps else "score", max(steps, 1) * inputs.numel(), int((chunk.at >= 0).sum()))
-        for repeat in range(steps):
-            targets = door.release(np.where(learn.bool()[:, None], chunk.at, -1))
-            loss = ((nats if repeat == 0 else score(targets)).mean(1) * learn.to(device)).sum()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    lineage.finish(len(batch.sizes))
-    door.receipt()
-
-
-def base_lr(cfg: Config, chunk: int, chunks: int) -> float:
-    """Learning rate of a global phase: linear warm-up, then a cosine to zero."""
-    warm = cfg.global_ttt_warmup_chunks
-    if chunk < warm:
-        return cfg.global_ttt_warmup_start_lr + (cfg.global_ttt_lr - cfg.global_ttt_warmup_start_lr) * chunk / warm
-    return cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (chunk - warm) / max(1, chunks - 1 - warm)))
-
-
-class BaseLearner:
-    """Global phases: SGD on all weights over scored tokens, all ranks together.
-
-    Every rank joins every collective, with zero gradients when a chunk has fewer sequences than there are ranks, and the mean
-    is over the chunk's tokens: the result does not depend on the ranks (but for the smear gate at a row's first token).
-    """
-
-    def __init__(self, cfg: Config, world: World, model: GPT):
-        self.cfg, self.world, self.order = cfg, world, layer_order(cfg, looping=True)
-        self.parameters = [p for name, p in model.named_parameters() if not name.startswith("softcap_")]
-        self.forward = compile_forward(model, cfg, world)
-        self.graphs = Graphed(self.forward, self.parameters) if cfg.cuda_graphs else None
-        self.per_chunk, most = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len, cfg.global_ttt_batch_seqs
-        first, end = (self.per_chunk * rank // world.size for rank in (world.rank, world.rank + 1))
-        self.shares = [(s, min(most, end - s)) for s in range(first, end, most)]  # (first sequence of a chunk, how many) of each forward
-
-    def add_gradient(self, row: Row) -> None:
-        """Of this row's part of the mean loss of a chunk."""
-        seq = self.cfg.eval_seq_len
-        if self.cfg.global_ttt_respect_doc_boundaries:
-            nats = nats_of_row(row, self.forward, self.graphs, order=self.order)
-        else:
-            nats = (self.graphs or self.forward)(row.inputs.view(-1, seq), row.targets.view(-1, seq), order=self.order)
-        (nats.sum() / (self.per_chunk * seq)).backward()
-
-    def warm_up(self) -> None:
-        """Compile, and record, what `learn` will run, on random tokens; no weight changes."""
-        seq, rng = self.cfg.eval_seq_len, np.random.default_rng(0)
-        for p in self.parameters:
-            p.requires_grad_(True)
-        for count in [*dict.fromkeys(count for _, count in self.shares)] * (1 + bool(self.graphs)):
-            tokens = rng.integers(0, self.cfg.vocab_size, count * seq + 1)
-            for row in warm_rows(packed_row(tokens, seq, self.world.device, every=seq), seq):
-                self.add_gradient(row)
-        for p in self.parameters:
-            p.requires_grad_(False).grad = None
-
-    def learn(self, tokens: np.ndarray, log: Log) -> None:
-        """One phase; the last, partial chunk is skipped."""
-        cfg, seq, size, parameters = self.cfg, self.cfg.eval_seq_len, self.cfg.global_ttt_chunk_tokens, self.parameters
-        chunks = -(-(len(tokens) - 1) // size)
-        for p in parameters:
-            p.requires_grad_(True)
-        optimizer = torch.optim.SGD(parameters, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-        eta = Eta(cfg.global_ttt_epochs * (chunks - 1))
-        for chunk in (c for _ in range(cfg.global_ttt_epochs) for c in range(chunks - 1)):
-            for first, count in self.shares:
-                at = chunk * size + first * seq
-                # Cut at every sequence: how many of them share a row depends on the ranks, what a token sees must not.
-                self.add_gradient(packed_row(tokens[at : at + count * seq + 1], seq, self.world.device, every=seq))
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.world.sum_(*(p.grad for p in parameters))
-            if cfg.global_ttt_grad_clip:
-                torch.nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = base_lr(cfg, chunk, chunks)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            eta.add(1)
-            if chunk % 50 == 0 or chunk == chunks - 2:
-                log(f"tttg: c{chunk + 1}/{chunks} lr:{base_lr(cfg, chunk, chunks):.6f} t:{eta.elapsed:.1f}s")
-        for p in parameters:
-            p.requires_grad_(False)
-
-
-def warm_up_ttt(cfg: Config, world: World, forward, lane: Lane, shapes: list[tuple[int, int]], log: Log) -> None:
-    """Compile the scoring step for (chunk size, width of windows) on random tokens; model in eval mode, adapters of no use after."""
-    log(f"ttt_lora:warming up compile (random tokens, no val data) shapes:{len(shapes)}")
-    start, order, generator = time.perf_counter(), layer_order(cfg, looping=True), torch.Generator().manual_seed(0)
-    for lineage in dict.fromkeys((lane.normal, lane.short)):
-        optimizer, rows = lineage.begin(False), lineage.adapters.head.A.shape[0]
-        for chunk, width in shapes * (1 + cfg.cuda_graphs):  # graphs are recorded in the second round
-            inputs, targets = (torch.randint(0, cfg.vocab_size, (rows, n), generator=generator).to(world.device) for n in (width, chunk))
-            positions = torch.arange(width - chunk, width, device=world.device).expand(rows, -1).contiguous()
-            targets = torch.stack((targets, targets), -1) if cfg.ngram_tilt_enabled else targets
-            for learn in (False, True):
-                with torch.set_grad_enabled(learn):
-                    nats = forward(inputs, targets, order=order, adapters=lineage.adapters, positions=positions)
-            nats.mean().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    log(f"ttt_lora:compile warmup done ({time.perf_counter() - start:.1f}s)")
-
-
-class TttRun:
-    """One scored evaluation with test-time training: its door, its clock and its log lines. like: a run whose graphs it can use."""
-
-    def __init__(self, cfg: Config, world: World, model: GPT, door: ValDoor, log: Log, like: TttRun | None = None):
-        self.cfg, self.world, self.model, self.door, self.log = cfg, world, model, door, log
-        self.forward = like.forward if like else compile_forward(model, cfg, world, growing=True)
-        if cfg.cuda_graphs and not like:
-            gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
-            self.forward = Graphed(self.forward)
-        self.batches = document_batches(cfg, door)
-        self.rows = like.rows if like else max(len(b.sizes) for b in self.batches)
-        self.base = like.base if like else BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
-        self.static_rows = 0 if self.forward is model else self.rows
-        self.lane = like.lane if like else Lane(cfg, world, self.rows, cfg.seed)  # one after the other, all in its place
-        self.phases_done = self.scored_docs = 0
-        self.reported = {int(n) for n in filter(None, cfg.ttt_eval_batches.split(","))}
-        self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
-
-    def warm_up(self) -> None:
-        """Compile what the evaluation will run, if anything is compiled; for CUDA graphs every width."""
-        cfg, few = self.cfg, (0, 1, 1 << 30)
-        chunks = ((b.chunk, range(-(-int(b.sizes.max()) // b.chunk)) if cfg.cuda_graphs else few) for b in self.batches)
-        shapes = list(dict.fromkeys((c, window_width(cfg, c, i)) for c, indices in chunks for i in indices))
-        if self.static_rows:
-            warm_up_ttt(cfg, self.world, self.forward, self.lane, shapes, self.log)
-            if self.base:
-                self.base.warm_up()
-
-    def check_budget(self, batch: Batch) -> None:
-        """Raises RunError before the batch that would break MAX_EVAL_SECONDS."""
-        budget, cost = self.cfg.max_eval_seconds, batch_cost(batch, self.cfg.ttt_eval_seq_len)
-        forecast = self.eta.elapsed + (self.eta.elapsed / self.eta.done * cost if self.eta.done else 0)
-        if budget and forecast > budget:
-            raise RunError(
-                f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {self.eta.elapsed:.0f} s used, {self.scored_docs} documents scored, "
-                f"about {self.eta.left:.0f} s to go. Use larger TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, "
-                "fewer PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
-
-    def report(self, batch: Batch, before: tuple[float, int, int], short: bool) -> None:
-        """Log a batch and this rank's running score; before: the sums ahead of the batch."""
-        if self.reported and batch.number + 1 not in self.reported:
-            return
-        total = self.door.sums()
-        nats, tokens, size = (now - old for now, old in zip(total, before, strict=True))
-        self.log(f"ttp: b{batch.number + 1}/{len(self.batches)} bl:{nats / tokens:.4f} bb:{nats / math.log(2) / max(1, size):.4f} "
-                 f"rl:{total[0] / total[1]:.4f} rb:{total[0] / math.log(2) / max(1, total[2]):.4f} "
-                 f"dl:{batch.sizes.min() + 1}-{batch.sizes.max() + 1} gd:{self.phases_done} sr:{int(short)} "
-                 f"sf:{int(batch.chunk != self.cfg.ttt_chunk_size)} t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")
-
-    def score_segment(self, segment: list[Batch], phase: int) -> None:
-        """All batches between two phases: dealt to lanes, each lane one adapter lineage, lanes shared out over the ranks."""
-        cfg, world = self.cfg, self.world
-        hands = deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in segment], cfg.ttt_lanes)
-        for number in range(world.rank, cfg.ttt_lanes, world.size):
-            if not hands[number]:
-                continue
-            lane = self.lane.restart(cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
-            for batch in (segment[i] for i in hands[number]):
-                self.check_budget(batch)
-                before = self.door.sums()
-                from_mean = cfg.ttt_warm_start_mean_enabled and int(batch.sizes.max()) + 1 <= cfg.ttt_warm_start_mean_doc_len
-                score_batch(cfg, world, self.forward, self.door, batch, lane.lineage(batch), from_mean, self.static_rows)
-                self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
-                self.scored_docs += len(batch.sizes)
-                self.report(batch, before, lane.is_short(batch))
-                if not cfg.compile_allow_recompiles and (made := compilations()[self.compiled :]):
-                    raise recompile_error(f"evaluation batch {batch.number + 1}", made, "the artifact exists: go on with STAGE=eval")
-
-    def learn_base(self, segments: list[Batch], documents: int) -> None:
-        """A global phase over the first `documents` scored documents in the order of ascending length."""
-        records = sorted((b.number, i) for b in segments for i in range(len(b.sizes)))[:documents]
-        by_number = {b.number: b for b in segments}
-        pieces = [(int(by_number[n].starts[i]), int(by_number[n].sizes[i])) for n, i in records]
-        tokens = self.door.release(np.concatenate([np.r_[-1, at : at + size] for at, size in pieces]), "base").cpu().numpy()
-        self.log(f"ttpp: phase:{self.phases_done + 1}/{self.cfg.phased_ttt_num_phases} pd:{sum(len(b.sizes) for b in segments)} "
-                 f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
-        self.world.barrier()
-        self.base.learn(tokens, self.log)
-        learned, lengths = self.cfg.global_ttt_epochs * len(tokens) / self.world.size, [min(n, self.cfg.eval_seq_len) for _, n in pieces]
-        self.door.work.add(flops_per_token(self.cfg, lengths, True), "train", learned, 0)
-        self.phases_done += 1
-        self.log(f"ttpr: phase:{self.phases_done}/{self.cfg.phased_ttt_num_phases} t:{self.eta.elapsed:.1f}s")
-
-    def run(self) -> Score:
-        """Score every document. Returns the number the run is judged by."""
-        cfg = self.cfg
-        segments = phase_segments(cfg, self.batches)
-        boundaries = [documents for _, documents in segments if documents]
-        total = sum(len(b.sizes) for b in self.batches)
-        prefix = max(boundaries, default=0)
-        self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
-                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.door.total}")
-        self.eta, self.compiled = Eta(self.eta.total), len(compilations())
-        scored: list[Batch] = []
-        with prepare(cfg, self.door, scoring_order(cfg, segments)).guard():
-            for phase, (segment, documents) in enumerate(segments):
-                self.score_segment(segment, phase)
-                scored += segment
-                if documents:
-                    self.door.sync()
-                    self.learn_base(scored, documents)
-            return self.door.finish()
+def choose_kernels(cfg: Config, world: World) -> Kernels:
+    """The attention this device has, and the kernels that *_KERNEL ask for. Raises RunError where they can not run."""
+    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel", "ttt_adam_kernel")}
+    asked = " ".join(f"{name.upper()}={value}" for name, value in knobs.items() if value != "eager")
+    on_gpu = world.device.type == "cuda"
+    if asked and not (triton and (on_gpu or INTERPRETED)):
+        raise RunError(f"{asked} need{'' if ' ' in asked else 's'} Triton and an NVIDIA GPU, this is {world.device}; set them to eager")
+    if cfg.mlp_kernel != "eager":
+        capability = torch.cuda.get_device_capability(world.device) if on_gpu else None
+        if world.dtype != torch.bfloat16 or (capability and capability[0] not in MLP_TILES):
+            raise RunError(f"MLP_KERNEL={cfg.mlp_kernel} needs bf16 activations and compute capability {', '.join(map(str, MLP_TILES))}.x "
+                           f"(TMA), not {world.dtype} on {capability}; set MLP_KERNEL=eager")
+    library = ""
+    if cfg.mlp_backward == "cutlass":
+        if not capability or capability[0] != 9:
+            raise RunError(f"MLP_BACKWARD=cutlass is made for compute capability 9.0 (Hopper), not {capability}; set MLP_BACKWARD=triton")
+        library = cutlass_library(cfg, world)
+        if problem := cutlass_entry(library)(None, None, None, None, 1, cfg.mlp_dim, cfg.model_dim, 0, None):
+            raise RunError(f"MLP_BACKWARD=cutlass needs multiples of 8, not {cfg.model_dim} (MODEL_DIM), {cfg.mlp_dim}: {problem.decode()}")
+    name, attention, _ = choose_attention(cfg.attn_backend, world, cfg.compile_cache_dir)
+    if cfg.cuda_graphs and name == "sdpa":
+        raise RunError("CUDA_GRAPHS=1 needs an attention that does not loop on the host, and here is only sdpa; set CUDA_GRAPHS=0")
+    return Kernels(
+        attention,
+        leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel, library),
+        split_heads if cfg.qk_kernel == "eager" else split_heads_op,
+        gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
+        None if cfg.fused_ce_kernel == "eager" else HeadCe.apply,
+        choose_viterbi(world.device),
+        None if cfg.ttt_adam_kernel == "eager" else FusedAdam)
 
 
 # ==================================================================================================
@@ -5621,6 +5627,7 @@ class Run:
             {"pergroup": need_lrzip, "range": need_constriction}.get(cfg.compressor, str)()  # before an hour of training, not after
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
         self.data, self.train_shards = ValData.load(cfg, self.files), len(self.files.train)
+        self.kernels = choose_kernels(cfg, world)
         self.result: dict[str, Any] = {}
         self.findings, self.warm_ups, self.weight_hashes, self.scored_pass = {}, [], [], ""
 
@@ -5700,7 +5707,7 @@ def log_start(run: Run, env) -> None:
 def train_stage(run: Run) -> GPT:
     """Train within the budget, average, score, and leave final_model.pt. Returns the averaged model."""
     cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
-    trainer = Trainer(cfg, world, run.files)
+    trainer = Trainer(cfg, world, run.files, run.kernels)
     log_training_start(cfg, trainer, log)
     clock.phase("compile")
     with run.unchanged(trainer.state):
@@ -5744,7 +5751,7 @@ def warm_stage(run: Run) -> None:
     """Compile everything that training and the scored evaluation will run, on fresh weights; nothing is learned."""
     cfg, world = run.cfg, run.world
     run.clock.phase("compile")
-    trainer = Trainer(cfg, world, run.files)
+    trainer = Trainer(cfg, world, run.files, run.kernels)
     trainer.warm_up(run.log)
     trainer.loader.close()
     trainer.graphs = None
@@ -5758,7 +5765,7 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
     """Hessians, GPTQ, packing; the artifact is read back and compared before the stage is done."""
     cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
     if model is None:
-        model = load_checkpoint_model(cfg, world, run.weights)
+        model = load_checkpoint_model(cfg, world, run.weights, run.kernels)
         run.diagnostic("diagnostic pre-quantization post-ema", "pre_quant", model)
     if world.main:
         log(f"Serialized model: {run.weights.stat().st_size} bytes")
@@ -5774,7 +5781,8 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
     clock.phase("quantize")
     if world.main:
         start = time.perf_counter()
-        stored, blob = quantize_to_fit(cfg, model.state_dict(), hessians, Path(__file__).stat().st_size, log)
+        stored, blob = quantize_to_fit(
+            cfg, model.state_dict(), hessians, Path(__file__).stat().st_size, log, model.kernels.viterbi)
         log(f"Serialize: {cfg.quant} quantization and {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
         write_atomic(run.artifact, blob)
         clock.phase("unpack")
@@ -5818,7 +5826,7 @@ def score_artifact(run: Run) -> tuple[GPT, Any, TttRun | None, Score]:
     cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
     clock.phase("unpack")
     start = time.perf_counter()
-    model = load_artifact(cfg, world, run.artifact)
+    model = load_artifact(cfg, world, run.artifact, run.kernels)
     log(f"Deserialize: decompression and dequantization done in {time.perf_counter() - start:.1f}s")
     note_weights(run, model, "loaded")
     run.result["model_params"] = sum(p.numel() for p in model.parameters())

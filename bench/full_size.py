@@ -27,7 +27,7 @@ SMALL = dict(DEVICE="cpu", COMPRESSOR="range", TRAIN_BATCH_TOKENS="4096", TRAIN_
 
 def drawn_model(cfg: tg.Config, world: tg.World) -> tg.GPT:
     """Matrices of spread 0.02: every row and column with a scale of its own."""
-    model, generator = tg.build_model(cfg, world), torch.Generator().manual_seed(cfg.seed)
+    model, generator = tg.build_model(cfg, world, tg.choose_kernels(cfg, world)), torch.Generator().manual_seed(cfg.seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(("_bank", "tok_emb.weight")):

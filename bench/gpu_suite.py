@@ -367,7 +367,7 @@ def muon():
         flop = 5 * shape[0] * (4 * m * m * n + 2 * m**3)
         yield line(f"polar_express {shape}", milliseconds(partial(tg.polar_express, g, 5)), tf=flop / 1e12)
     world = make_world()
-    model = tg.build_model(CFG, world)
+    model = tg.build_model(CFG, world, tg.choose_kernels(CFG, world))
     optimizer = tg.TrainOptimizer(model, CFG, world)
 
     def step():
@@ -404,7 +404,7 @@ def train_step():
     world, reference = make_world(), {}
     for name, kernels in dict(definitions={}, kernels=ALL_KERNELS).items():
         cfg = tg.Config(**SMALL, **kernels)
-        model = tg.build_model(cfg, world)
+        model = tg.build_model(cfg, world, tg.choose_kernels(cfg, world))
         forward = tg.compile_forward(model, cfg, world)
         for looping, context, target in ((False, 1024, 57.8), (True, 2048, 93.6), (True, 3072, 100.3))[: 2 if DRY else 3]:
             gc.collect()  # graphs and the memory they hold lie in cycles of references
@@ -430,7 +430,7 @@ def train_step():
 def evaluation():
     """B11: the scoring forward, without gradients, in the longest context."""
     world, context = make_world(), 3072
-    model = tg.build_model(CFG, world)
+    model = tg.build_model(CFG, world, tg.choose_kernels(CFG, world))
     forward, order, bounds = tg.compile_forward(model, CFG, world), tg.layer_order(CFG, True), packed_bounds(context)
     tokens, packing = torch.randint(8, V, (1, N + 1), device=DEVICE), tg.Packing(bounds, context)
     with torch.no_grad():
@@ -464,7 +464,7 @@ def ttt():
     world, models, cfgs = make_world(), [], []
     for kernels in ({}, {**ALL_KERNELS, "ttt_adam_kernel": "triton"}):
         cfgs.append(cfg := tg.Config(**SMALL, **kernels))
-        model = tg.build_model(cfg, world).requires_grad_(False)
+        model = tg.build_model(cfg, world, tg.choose_kernels(cfg, world)).requires_grad_(False)
         models.append(tg.compile_forward(model, cfg, world, growing=True))
     definitions, kernels = models
     for rows, bucket, chunk in ((2, 16, 4),) if DRY else ((24, 3072, 48), (24, 1024, 24), (96, 512, 8), (256, 192, 8)):
@@ -490,7 +490,7 @@ def ttt():
 def gptq():
     """B13: Hessians and GPTQ of every matrix of S14."""
     world = make_world()
-    model = tg.build_model(CFG, world)
+    model = tg.build_model(CFG, world, tg.choose_kernels(CFG, world))
     hessians = tg.Hessians()
     tokens = torch.randint(8, V, (1, N + 1), device=DEVICE)
     packing = tg.Packing(packed_bounds(3072), 3072)

@@ -38,7 +38,8 @@ def write_data(folder: Path) -> Path:
 
 def curve(files: tg.Dataset, world: tg.World, steps: int, **changes) -> np.ndarray:
     """Losses of a run of `steps`, looped in the second half."""
-    trainer = tg.Trainer(tg.Config(**SMALL, **changes), world, files)
+    cfg = tg.Config(**SMALL, **changes)
+    trainer = tg.Trainer(cfg, world, files, tg.choose_kernels(cfg, world))
     losses = [trainer.train_step(trainer.loader.next_step(), 32, k >= steps // 2, 0.3, 0.9) for k in range(steps)]
     trainer.loader.close()
     return np.array(losses)

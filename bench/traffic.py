@@ -134,7 +134,7 @@ class Touched(TorchDispatchMode):
 def optimizer_step(cfg: tg.Config) -> dict:
     """Bytes and operators of clipping, Muon but for its products, AdamW and the moving average: one process, bf16, a CPU."""
     world = tg.World(0, 1, torch.device("cpu"), torch.bfloat16)
-    model = tg.build_model(cfg, world)
+    model = tg.build_model(cfg, world, tg.choose_kernels(cfg, world))
     optimizer, ema = tg.TrainOptimizer(model, cfg, world), tg.Ema(model, cfg.ema_decay)
     with mock.patch.object(tg, "polar_express", lambda G, steps: G):
         for _ in range(2):  # the first makes Adam's state

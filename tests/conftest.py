@@ -105,7 +105,7 @@ def random_model(world):
     """Factory: a model whose every tensor is random, so that no gate, skip or projection hides behind its zero start."""
 
     def make(cfg: tg.Config, seed: int = 0) -> tg.GPT:
-        model = tg.build_model(dataclasses.replace(cfg, seed=seed), world)
+        model = tg.build_model(dataclasses.replace(cfg, seed=seed), world, tg.choose_kernels(cfg, world))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, p in model.named_parameters():

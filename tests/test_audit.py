@@ -697,7 +697,7 @@ def rank_main(rank: int, port: int, cfg: tg.Config, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     world = tg.World(rank, 2, torch.device("cpu"), torch.float32)
-    model = tg.build_model(cfg, world).requires_grad_(False).eval()
+    model = tg.build_model(cfg, world, tg.choose_kernels(cfg, world)).requires_grad_(False).eval()
     door = tg.ValDoor(some(14), world, "ttt", tg.Ledger(Path(folder) / "ledger.jsonl" if rank == 0 else None))
     score = tg.TttRun(cfg, world, model, door, lambda line: None).run()
     twice = tg.ValDoor(some(4), world, "twice", tg.Ledger(None))

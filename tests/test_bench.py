@@ -127,7 +127,7 @@ def test_bytes_and_flops_of_a_product():
 
 def test_a_profiled_run_gives_a_table_that_adds_up(dataset, world, tmp_path):
     cfg = tiny_config(data_path=str(dataset), iterations=6, profile=2)
-    trainer = tg.Trainer(cfg, world, tg.Dataset.open(cfg, need_train=True))
+    trainer = tg.Trainer(cfg, world, tg.Dataset.open(cfg, need_train=True), tg.choose_kernels(cfg, world))
     tg.train(trainer, lambda: tg.Score(1.0, 1.0, 1, 1), lambda line, console=True: None, tmp_path / "checkpoint.pt")
     trace = tmp_path / "profile.json.gz"
     done = run(ROOT / "tools" / "step_profile.py", trace, "--json")

@@ -268,7 +268,7 @@ def test_scores_round_the_softcap_only_when_asked(random_model, monkeypatch):
     for fp32 in (True, False):
         for fused in (True, False):
             cfg = dataclasses.replace(base, eval_softcap_fp32=fp32, fused_ce_enabled=fused)
-            model = tg.build_model(cfg, bf16)
+            model = tg.build_model(cfg, bf16, tg.choose_kernels(cfg, bf16))
             model.load_state_dict(weights)
             row = torch.arange(5, 30)[None]
             model(row[:, :-1], row[:, 1:], order=tg.layer_order(cfg, True), training=True)

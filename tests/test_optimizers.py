@@ -125,7 +125,7 @@ CONFIGS = [
 @pytest.mark.parametrize("changes", CONFIGS, ids=str)
 def test_every_parameter_is_owned_once(changes, world):
     cfg = tiny_config(**changes)
-    model = tg.build_model(cfg, world)
+    model = tg.build_model(cfg, world, tg.choose_kernels(cfg, world))
     optimizer = tg.TrainOptimizer(model, cfg, world)
     owned = [bank.p for bank in optimizer.banks] + [p for group in optimizer.adamw.param_groups for p in group["params"]]
     learning = [p for p in model.parameters() if p.requires_grad]
@@ -299,7 +299,7 @@ def test_state_round_trip_continues_to_the_bit(random_model, world, tmp_path):
         optimizer.step(1.0, 0.9)
     torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict()), tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    twin = tg.build_model(cfg, world)
+    twin = tg.build_model(cfg, world, tg.choose_kernels(cfg, world))
     twin.load_state_dict(saved["model"])
     other = tg.TrainOptimizer(twin, cfg, world)
     other.load_state_dict(saved["optimizer"])
@@ -337,7 +337,7 @@ def test_moving_average(random_model, world):
 def train_and_score(cfg: tg.Config, world: tg.World) -> dict:
     """Five steps with clipping on, then both evaluations: what must not depend on the ranks."""
     files = tg.Dataset.open(cfg, need_train=True)
-    trainer = tg.Trainer(cfg, world, files)
+    trainer = tg.Trainer(cfg, world, files, tg.choose_kernels(cfg, world))
     losses, norms, step = [], [], trainer.optimizer.step
 
     def spy(lr, momentum):

@@ -444,7 +444,7 @@ def test_eight_bits_keep_the_score_and_three_do_not(dataset, world, random_model
 
     def change(**bits) -> float:
         c = dataclasses.replace(cfg, lqer_enabled=False, awq_lite_enabled=False, **bits)
-        quantized = tg.build_model(c, world)
+        quantized = tg.build_model(c, world, tg.choose_kernels(c, world))
         quantized.load_state_dict(tg.dequantized_state(c, tg.quantize(c, model.state_dict(), hessians, lambda line: None)))
         losses = [tg.evaluate(c, world, m, tg.ValDoor(data, world)).loss for m in (quantized, model)]
         return abs(losses[0] - losses[1])

@@ -24,7 +24,7 @@ def quiet(line, console=True):
 
 
 def make_trainer(cfg, world) -> tg.Trainer:
-    return tg.Trainer(cfg, world, tg.Dataset.open(cfg, need_train=True))
+    return tg.Trainer(cfg, world, tg.Dataset.open(cfg, need_train=True), tg.choose_kernels(cfg, world))
 
 
 def no_score():

@@ -66,8 +66,8 @@ def run_ttt(cfg, world, model, data) -> Ledger:
 
 def run_batch(cfg, world, model, data, batch=None, lineage=None, static_rows=0, from_mean=False):
     """One batch alone. Returns its ledger and its lineage."""
-    batch = batch or tg.document_batches(cfg, data)[0]
-    lineage = lineage or tg.Lane(cfg, world, max(static_rows, len(batch.sizes)), seed=3).lineage(batch)
+    batch, adam = batch or tg.document_batches(cfg, data)[0], tg.choose_kernels(cfg, world).adam
+    lineage = lineage or tg.Lane(cfg, world, max(static_rows, len(batch.sizes)), seed=3, adam=adam).lineage(batch)
     ledger = Ledger(data, world)
     tg.score_batch(cfg, world, model, ledger, batch, lineage, from_mean, static_rows)
     ledger.nats = ledger.nats.numpy()
@@ -825,7 +825,7 @@ def test_more_ranks_than_sequences_or_lanes(random_model):
 
 def test_learning_pays_on_repetitive_text(world):
     cfg, data = tiny_config(ttt_lora_lr=0.02), some(16, longest=200)
-    model = tg.build_model(cfg, world)
+    model = tg.build_model(cfg, world, tg.choose_kernels(cfg, world))
     learned, plain = (run_ttt(c, world, model, data).result.bpb for c in (cfg, dataclasses.replace(cfg, ttt_lora_lr=0.0, **QUIET)))
     assert learned < 0.9 * plain
 
