@@ -10,7 +10,7 @@ train -> EMA -> Hessians -> GPTQ -> artifact on disk -> reload from its bytes ->
 Reads top to bottom, a name is used below its definition:
 CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, AUDIT, KERNELS, MAIN.
 Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width, V vocabulary,
-L blocks, S slots (positions in the unrolled layer order), W ranks.
+L blocks, S depths (positions in the unrolled layer order), W ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import inspect
 import io
 import json
 import linecache
-import lzma
 import math
 import os
 import platform
@@ -83,12 +82,12 @@ S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
 COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
 ATTN_BACKENDS = ("auto", "fa3", "fa4", "cudnn", "varlen", "flex", "cpu", "sdpa")
 MLP_KERNELS = ("eager", "pre_post", "act_grad", "lsb")
-COMPRESSORS = ("range", "pergroup", "brotli", "lzma")
+COMPRESSORS = ("range", "pergroup", "brotli")
 
 PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable set by hand wins
     "s14": {},
     "s55": dict(
-        train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, eval_seq_len=2048, qk_gain_init=5.0, asym_logit_rescale=False,
+        train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, eval_seq_len=2048, qk_gain_init=5.0,
         awq_lite_enabled=False, gptq_reserve_seconds=0.5, quant="s14", eval_include_tail=False, rope_train_seq_len=2048,
         ttt_eval_seq_len=2048, ttt_batch_size=64, ttt_mask="", ttt_local_lr_mult=1.0, ttt_short_score_first_enabled=False,
         ttt_short_score_first_steps="", phased_ttt_num_phases=3,
@@ -96,7 +95,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable 
     "s05": dict(  # PR #1105 with mixed bits; not here: its loader, bigram hash and value embeddings, SWA, late fake quantization
         train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, rope_train_seq_len=2048, warmdown_iters=4000, min_lr=0.05,
         mlp_mult=3.5, num_loops=0, parallel_start_layer=0, smear_gate_enabled=False, sparse_attn_gate_enabled=False,
-        asym_logit_rescale=False, quant="s05", gptq_calibration="self", awq_lite_enabled=False, lqer_enabled=False, compressor="brotli",
+        quant="s05", gptq_calibration="self", awq_lite_enabled=False, lqer_enabled=False, compressor="brotli",
         eval_method="sliding", eval_seq_len=2048, eval_stride=64, ttt_enabled=False,
     ),
     "demo": dict(
@@ -117,7 +116,34 @@ REFUSED = {  # names that appear in published commands but never did anything, a
     "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
     "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are computed inside the evaluation's clock",
     "TARGET_MB": "published runs gave it in MiB, and their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES",
+    "MIDRUN_CAP_SCHEDULE": "no published run set it; TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate",
+    "MIDRUN_CAP_LOG_UPDATES": "there is no MIDRUN_CAP_SCHEDULE",
+    "COMPILE_SHAPE_WARMUP_ITERS": "one pass a shape compiles it",
+    "COMPILE_SHAPE_WARMUP_LOOP_MODES": "the loop modes that the run will meet are warmed",
+    "TTT_EVAL_BATCHES": "every batch is reported, and the order of scoring is fixed",
+    "TTT_TRAIN_MIN_DOC_LEN": "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases",
+    "TTT_TRAIN_MAX_DOC_LEN": "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases",
     "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; PARAM_RULES says which optimizer owns which tensor",
+}
+
+GONE = {  # published names that are accepted with one value, or with any (None), and then do nothing
+    "ASYM_LOGIT_RESCALE": (None, "both caps are LOGIT_SOFTCAP: published code never trains them"),
+    "TIE_EMBEDDINGS": ("1", "the head is the embedding matrix"),
+    "EMBED_LR": (None, "the head is the embedding matrix; TIED_EMBED_LR applies"),
+    "MATRIX_CLIP_SIGMAS": (None, "it matches no tensor of a model with a tied head"),
+    "PARALLEL_FINAL_LANE": ("mean", "the head reads the mean of both lanes"),
+    "LQER_SCOPE": ("all", "every quantized matrix may be corrected"),
+    "LQER_GAIN_SELECT": ("0", "the tensors with the largest residual are corrected"),
+    "TTT_OPTIMIZER": ("adam", "adapters are trained by AdamW"),
+    "TTT_GRAD_STEPS": ("1", "one update a scored chunk"),
+    "TTT_SHORT_LORA_ENABLED": ("0", "short documents have the adapters of all"),
+    "TTT_SHORT_LORA_RANK": (None, "TTT_SHORT_LORA_ENABLED is 0"),
+    "TTT_SHORT_LORA_LR": (None, "TTT_SHORT_LORA_ENABLED is 0"),
+    "TTT_SHORT_LORA_WEIGHT_DECAY": (None, "TTT_SHORT_LORA_ENABLED is 0"),
+    "TTT_SHORT_LORA_BETA2": (None, "TTT_SHORT_LORA_ENABLED is 0"),
+    "TTT_WARM_START_MEAN_ENABLED": ("0", "adapters start from those of the batch before"),
+    "TTT_WARM_START_MEAN_DOC_LEN": (None, "TTT_WARM_START_MEAN_ENABLED is 0"),
+    "TTT_WARM_START_MEAN_MOMENTUM": (None, "TTT_WARM_START_MEAN_ENABLED is 0"),
 }
 
 FAMILIES = (  # an unknown variable that starts like this is a typo, not somebody else's
@@ -193,20 +219,18 @@ def rule_violations(c: Config):
         if bad := [n for n in lengths if c.train_microbatch_tokens % n]:
             yield (*schedule, "train_microbatch_tokens"), (
                 f"TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens} must be a multiple of every context length, not of {bad}")
-    for name, separator in (("midrun_cap_schedule", "@"), ("ttt_short_score_first_steps", ":")):
-        try:
-            steps = parse_steps(getattr(c, name), separator)
-        except ValueError as e:
-            yield (name,), f"{name.upper()}: {e}"
-            continue
+    name = "ttt_short_score_first_steps"
+    try:
+        steps = parse_steps(c.ttt_short_score_first_steps, ":")
+    except ValueError as e:
+        yield (name,), f"{name.upper()}: {e}"
+    else:
         short = {chunk for _, chunk in steps} or {c.ttt_short_chunk_size}
         chunks = {c.ttt_chunk_size} | (short if c.ttt_short_score_first_enabled else set())
-        if separator == ":" and c.ttt_enabled and any(chunk % 1 or not 1 <= chunk <= c.ttt_eval_seq_len for chunk in chunks):
+        if c.ttt_enabled and any(chunk % 1 or not 1 <= chunk <= c.ttt_eval_seq_len for chunk in chunks):
             yield ("ttt_chunk_size", "ttt_short_chunk_size", "ttt_eval_seq_len", name), (
                 f"chunks are whole numbers of tokens from 1 to TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}, not {sorted(chunks)}: "
                 f"TTT_CHUNK_SIZE={c.ttt_chunk_size}, {name.upper()}={getattr(c, name)!r}, TTT_SHORT_CHUNK_SIZE={c.ttt_short_chunk_size}")
-    if not all(item.strip().isdigit() for item in filter(None, c.ttt_eval_batches.split(","))):
-        yield ("ttt_eval_batches",), f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: expected a comma list of batch numbers"
     if not all(item.strip().isdigit() for item in filter(None, c.seeds_declared.split(","))):
         yield ("seeds_declared",), f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
     if c.max_wallclock_seconds and not c.train_budget_seconds:
@@ -230,8 +254,8 @@ def rule_violations(c: Config):
     if c.lqer_enabled and c.lqer_rank > min(c.kv_dim, c.model_dim, c.mlp_dim):
         yield ("lqer_rank", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"), (
             f"LQER_RANK={c.lqer_rank} must be at most the smallest side of a matrix, {min(c.kv_dim, c.model_dim, c.mlp_dim)}")
-    if c.ttt_adam_kernel == "triton" and (c.ttt_beta1 or c.ttt_optimizer == "sgd"):
-        yield ("ttt_adam_kernel", "ttt_beta1", "ttt_optimizer"), "TTT_ADAM_KERNEL=triton needs TTT_OPTIMIZER=adam and TTT_BETA1=0"
+    if c.ttt_adam_kernel == "triton" and c.ttt_beta1:
+        yield ("ttt_adam_kernel", "ttt_beta1"), "TTT_ADAM_KERNEL=triton needs TTT_BETA1=0"
     if c.phased_ttt_enabled and c.ttt_enabled and c.global_ttt_chunk_tokens < c.eval_seq_len:
         yield ("global_ttt_chunk_tokens", "eval_seq_len"), (
             f"GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} must hold at least one sequence of EVAL_SEQ_LEN={c.eval_seq_len}")
@@ -285,9 +309,7 @@ class Config:
     num_kv_heads: int = knob(4, "key/value heads", lo=1)
     mlp_mult: float = knob(4.0, "MLP width over MODEL_DIM", lo=0.01)
     mlp_slope: float = knob(0.5, "slope of leaky ReLU below zero, before the square", lo=0, hi=1)
-    tie_embeddings: bool = knob(True, "the head is the embedding matrix")
     logit_softcap: float = knob(30.0, "logits become c tanh(logits / c)", lo=1e-3)
-    asym_logit_rescale: bool = knob(True, "one cap for positive and one for negative logits, both stored and both LOGIT_SOFTCAP")
     fused_ce_enabled: bool = knob(True, "softcap and cross-entropy of training in fp32; 0 = softcap rounded to the activation dtype")
     rope_base: float = knob(10000.0, "base of the rotary frequencies", lo=1)
     rope_dims: int = knob(16, "rotated dimensions of each head", lo=2)
@@ -303,7 +325,6 @@ class Config:
     loop_start: int = knob(3, "first block of the repeated segment", lo=0)
     loop_end: int = knob(5, "last block of the repeated segment, inclusive", lo=0)
     parallel_start_layer: int = knob(8, "first block of the two-lane decoder; 0 = one lane", lo=0)
-    parallel_final_lane: str = knob("mean", "which lane feeds the head", choices=("mean", "mlp", "attn"))
     attn_out_gate_enabled: bool = knob(False, "head gate 2 sigmoid(W src[:GATE_WINDOW])")
     attn_out_gate_src: str = knob("proj", "input of that gate: the block's normed input or the raw queries", choices=("proj", "q"))
     gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over all channels")
@@ -317,7 +338,6 @@ class Config:
     tied_embed_init_std: float = knob(0.005, "initial std of the embedding", lo=0)
     # optimizers
     matrix_lr: float = knob(0.026, "Muon, the weight banks", lo=0)
-    embed_lr: float = knob(0.6, "AdamW, the embedding when the head is untied", lo=0)
     tied_embed_lr: float = knob(0.03, "AdamW, the tied embedding and the untied head", lo=0)
     scalar_lr: float = knob(0.02, "AdamW, all small tensors", lo=0)
     muon_momentum: float = knob(0.97, "Nesterov momentum", lo=0, hi=0.9999)
@@ -343,16 +363,12 @@ class Config:
     train_seq_schedule: str = knob(S14_SCHEDULE, "LENGTH@END_FRACTION,...; blank = TRAIN_SEQ_LEN throughout")
     train_seq_schedule_mode: str = knob("wallclock", "what progress means", choices=("wallclock", "step"))
     seq_change_warmup_steps: int = knob(32, "ramp the learning rate over this many steps after a context change", lo=0)
-    midrun_cap_schedule: str = knob("", "FACTOR@FRACTION,...: multiply the learning rate from that fraction on")
-    midrun_cap_log_updates: bool = knob(False, "log each change of that factor")
     enable_looping_at: float = knob(0.35, "progress at which the loops switch on", lo=0)
     warmdown_frac: float = knob(0.85, "share of the run, at its end, over which the learning rate falls", lo=0, hi=1)
     warmdown_iters: int = knob(0, "if set: the warmdown lasts this many steps instead", lo=0)
     min_lr: float = knob(0.1, "floor of the learning rate, as a share of its peak", lo=0, hi=1)
     warmup_steps: int = knob(20, "untimed steps per loop mode before the clock starts, rolled back exactly", lo=0)
     compile_shape_warmup: bool = knob(True, "compile every (context, loop mode) before the clock starts")
-    compile_shape_warmup_iters: int = knob(1, "forward-backward passes per shape", lo=1)
-    compile_shape_warmup_loop_modes: str = knob("auto", "which loop modes to warm", choices=("auto", "inactive", "active", "both"))
     train_log_every: int = knob(500, "steps between log lines", lo=1)
     val_loss_every: int = knob(0, "steps between validations, clock stopped; 0 = only at the end", lo=0)
     # quantization
@@ -363,7 +379,6 @@ class Config:
     matrix_bits: int = knob(6, "bits of the matrices; with QUANT=s05 of the chosen ones, the others have one less", lo=2, hi=8)
     n_int6_layers: int = knob(10, "matrices that keep MATRIX_BITS with QUANT=s05: those with the largest Hessian trace", lo=0)
     embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8)
-    matrix_clip_sigmas: float = knob(12.85, "clip of matrices that are neither attention, MLP nor embedding (the untied head)", lo=0.1)
     embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row", lo=0.1)
     mlp_clip_sigmas: float = knob(11.5, "clip of the MLP matrices", lo=0.1)
     attn_clip_sigmas: float = knob(13.0, "clip of the attention matrices", lo=0.1)
@@ -382,8 +397,6 @@ class Config:
     lqer_factor_bits: int = knob(4, "bits of symmetric factors", lo=2, hi=8)
     lqer_asym_enabled: bool = knob(True, "2-bit left and grouped 4-bit right factors instead of symmetric ones")
     lqer_asym_group: int = knob(64, "values per scale of the right factor", lo=1)
-    lqer_scope: str = knob("all", "tensors that may be corrected", choices=("all", "mlp", "attn", "embed"))
-    lqer_gain_select: bool = knob(False, "choose tensors by the error removed instead of the error present")
     compressor: str = knob("range", "coder of the artifact; pergroup needs the lrzip program", choices=COMPRESSORS)
     # evaluation
     eval_method: str = knob("packed", "diagnostics: whole documents packed, or sliding windows", choices=("packed", "sliding"))
@@ -410,9 +423,7 @@ class Config:
     ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", lo=0)
     ttt_beta1: float = knob(0.0, "AdamW of the adapters", lo=0, hi=0.9999)
     ttt_beta2: float = knob(0.99, "AdamW of the adapters", lo=0, hi=0.99999)
-    ttt_optimizer: str = knob("adam", "optimizer of the adapters", choices=("adam", "sgd"))
     ttt_adam_kernel: str = knob("eager", "AdamW without a first moment, which TTT_BETA1=0 does not need", choices=("eager", "triton"))
-    ttt_grad_steps: int = knob(1, "updates per scored chunk", lo=1)
     ttt_mask: str = knob("no_qv", "which attention adapters to leave out", choices=("", "all", "baseline_all", "no_q", "no_v", "no_qv"))
     ttt_q_lora: str = knob("auto", "query adapter; auto = as TTT_MASK says", choices=("auto", "0", "1"))
     ttt_v_lora: str = knob("auto", "value adapter; auto = as TTT_MASK says", choices=("auto", "0", "1"))
@@ -428,17 +439,6 @@ class Config:
     ttt_short_score_first_enabled: bool = knob(True, "smaller chunks for short documents")
     ttt_short_chunk_size: int = knob(24, "chunk of short documents when TTT_SHORT_SCORE_FIRST_STEPS is blank", lo=1)
     ttt_short_score_first_steps: str = knob("256:8,2000:24", "MAX_LENGTH:CHUNK,...")
-    ttt_short_lora_enabled: bool = knob(False, "other adapter settings for short documents")
-    ttt_short_lora_rank: int = knob(80, "rank for short documents", lo=1)
-    ttt_short_lora_lr: float = knob(1e-4, "learning rate for short documents", lo=0)
-    ttt_short_lora_weight_decay: float = knob(0.5, "weight decay for short documents", lo=0)
-    ttt_short_lora_beta2: float = knob(0.99, "AdamW for short documents", lo=0, hi=0.99999)
-    ttt_train_min_doc_len: int = knob(0, "shorter documents are scored without learning; 0 = off", lo=0)
-    ttt_train_max_doc_len: int = knob(0, "longer documents are scored without learning; 0 = off", lo=0)
-    ttt_warm_start_mean_enabled: bool = knob(False, "start short documents from the moving mean of finished adapters")
-    ttt_warm_start_mean_doc_len: int = knob(2000, "documents up to this length do", lo=0)
-    ttt_warm_start_mean_momentum: float = knob(0.95, "momentum of that mean", lo=0, hi=1)
-    ttt_eval_batches: str = knob("", "comma list of batch numbers to report; also turns the order to shortest first")
     ttt_lanes: int = knob(8, "independent adapter lineages; ranks share them out, so the score does not depend on the ranks", lo=1)
     # test-time training: global phases
     phased_ttt_enabled: bool = knob(True, "learn from scored documents with all weights between phases")
@@ -537,8 +537,6 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("token_order", "token_threshold", "token_boost"), lambda c: not c.ngram_tilt_enabled, "NGRAM_TILT_ENABLED is 0"),
     (("slot_lr", "slot_steps"), lambda c: c.slot == "off", "SLOT is off"),
     (("rope_train_seq_len",), lambda c: not c.rope_yarn, "ROPE_YARN is 0"),
-    (("matrix_clip_sigmas",), lambda c: c.tie_embeddings, "the head is tied, so no matrix is left for it"),
-    (("embed_lr",), lambda c: c.tie_embeddings, "the head is tied; TIED_EMBED_LR applies"),
     (("attn_out_gate_src",), lambda c: c.attn_gate != "out", "ATTN_OUT_GATE_ENABLED is 0"),
     (("gated_attn_init_std",), lambda c: c.attn_gate != "dense", "GATED_ATTN_ENABLED is 0"),
     (("sparse_attn_gate_init_std", "sparse_attn_gate_scale"), lambda c: c.attn_gate != "sparse", "SPARSE_ATTN_GATE_ENABLED is 0"),
@@ -549,13 +547,10 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("fused_ce_kernel",), lambda c: not c.fused_ce_enabled, "FUSED_CE_ENABLED is 0"),
     (("window_size",), lambda c: "S" not in c.window_pattern, "WINDOW_PATTERN has no S"),
     (("loop_start", "loop_end", "enable_looping_at"), lambda c: not c.num_loops, "NUM_LOOPS is 0"),
-    (("parallel_final_lane",), lambda c: not c.parallel_start_layer, "PARALLEL_START_LAYER is 0"),
     (("smear_gate_bos_fix",), lambda c: not c.smear_gate_enabled, "SMEAR_GATE_ENABLED is 0"),
     (("warmdown_frac",), lambda c: c.warmdown_iters > 0, "WARMDOWN_ITERS is set"),
     (("seq_change_warmup_steps",), lambda c: len(c.seq_schedule) == 1, "the context never changes"),
-    (("compile_shape_warmup_iters", "compile_shape_warmup_loop_modes"), lambda c: not c.compile_shape_warmup, "COMPILE_SHAPE_WARMUP is 0"),
-    (("midrun_cap_log_updates",), lambda c: not c.midrun_cap_schedule, "MIDRUN_CAP_SCHEDULE is blank"),
-    (("embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas"),
+    (("embed_bits", "embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas"),
      lambda c: c.quant == "s05", "QUANT=s05 has its own steps and an int8 embedding"),
     (("gptq_calibration_batches", "gptq_reserve_seconds", "rd_reserve_seconds"),
      lambda c: c.gptq_calibration == "self", "GPTQ_CALIBRATION is self"),
@@ -564,7 +559,7 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("rd_loss", "rd_reserve_seconds"), lambda c: c.quant != "rd", "QUANT is not rd"),
     (("target_bytes",), lambda c: c.quant == "s14", "QUANT is s14"),
     (("awq_lite_bits", "awq_lite_group_size", "awq_lite_group_top_k"), lambda c: not c.awq_lite_enabled, "AWQ_LITE_ENABLED is 0"),
-    (("lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_asym_enabled", "lqer_asym_group", "lqer_scope", "lqer_gain_select"),
+    (("lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_asym_enabled", "lqer_asym_group"),
      lambda c: not c.lqer_enabled, "LQER_ENABLED is 0"),
     (("lqer_factor_bits",), lambda c: c.lqer_enabled and c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 1"),
     (("lqer_asym_group",), lambda c: c.lqer_enabled and not c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 0"),
@@ -578,13 +573,7 @@ NO_EFFECT = (  # (variables, when they do nothing, why)
     (("ttt_short_chunk_size",), lambda c: c.ttt_short_score_first_enabled and c.ttt_short_score_first_steps,
      "TTT_SHORT_SCORE_FIRST_STEPS decides"),
     (("ttt_short_doc_len",),
-     lambda c: not c.ttt_short_lora_enabled and (not c.ttt_short_score_first_enabled or c.ttt_short_score_first_steps),
-     "TTT_SHORT_SCORE_FIRST_STEPS decides and TTT_SHORT_LORA_ENABLED is 0"),
-    (("ttt_short_lora_rank", "ttt_short_lora_lr", "ttt_short_lora_weight_decay", "ttt_short_lora_beta2"),
-     lambda c: not c.ttt_short_lora_enabled, "TTT_SHORT_LORA_ENABLED is 0"),
-    (("ttt_warm_start_mean_doc_len", "ttt_warm_start_mean_momentum"),
-     lambda c: not c.ttt_warm_start_mean_enabled, "TTT_WARM_START_MEAN_ENABLED is 0"),
-    (("ttt_beta1", "ttt_beta2", "ttt_short_lora_beta2"), lambda c: c.ttt_optimizer == "sgd", "TTT_OPTIMIZER is sgd"),
+     lambda c: not c.ttt_short_score_first_enabled or c.ttt_short_score_first_steps, "TTT_SHORT_SCORE_FIRST_STEPS decides"),
 )
 
 
@@ -615,6 +604,10 @@ def config_from_env(env) -> Config:
     for name in sorted(env):
         if name in REFUSED:
             errors.append(f"{name}: {REFUSED[name]}")
+        elif name in GONE:
+            accepted, why = GONE[name]
+            if accepted not in (None, env[name]):
+                errors.append(f"{name}={env[name]!r}: only {accepted} is left: {why}")
         elif name in known:
             try:
                 values[name.lower()] = parse_knob(known[name], env[name])
@@ -646,7 +639,8 @@ def overrides(cfg: Config) -> dict[str, str]:
 
 def without_effect(cfg: Config, env) -> list[str]:
     """Variables somebody set that this configuration never looks at, with the reason."""
-    return [f"{name.upper()} ({why})" for names, dead, why in NO_EFFECT for name in names if name.upper() in env and dead(cfg)]
+    gone = [f"{name} ({why})" for name, (_, why) in GONE.items() if name in env]
+    return gone + [f"{name.upper()} ({why})" for names, dead, why in NO_EFFECT for name in names if name.upper() in env and dead(cfg)]
 
 
 def config_hash(cfg: Config) -> str:
@@ -1326,20 +1320,18 @@ class ValData:
 # MODEL - one network, one forward: training, scoring, calibration and test-time training differ by its arguments.
 # ==================================================================================================
 
-def softcap(logits: Tensor, cap_pos: Tensor, cap_neg: Tensor) -> Tensor:
-    """cap tanh(logits / cap) in fp32, with one cap for each sign of the logit."""
-    z = logits.float()
-    cap = cap_pos if cap_pos is cap_neg else torch.where(z > 0, cap_pos, cap_neg)
-    return cap * torch.tanh(z / cap)
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """Compute cap tanh(logits / cap) in fp32."""
+    return cap * torch.tanh(logits.float() / cap)
 
 
-def softcapped_ce(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor, round_cap: bool = False) -> Tensor:
+def softcapped_ce(logits: Tensor, targets: Tensor, cap: float, round_cap: bool = False) -> Tensor:
     """Cross-entropy in nats, per token and in fp32, of the capped logits.
 
     logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before the
     cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
     """
-    z = softcap(logits, cap_pos, cap_neg)
+    z = softcap(logits, cap)
     z = z.to(logits.dtype).float() if round_cap else z
     if targets.ndim == z.ndim:
         return z.logsumexp(-1, keepdim=True) - z.gather(-1, targets)
@@ -1461,7 +1453,7 @@ DEFINITIONS = Kernels()
 class Lora(NamedTuple):
     """Low-rank deltas of one site, one per document b: delta(x)[b] = scale x[b] A[b]^T B[b]^T."""
 
-    A: Tensor  # (S, B, r, n_in), or (B, r, n_in) for one slot
+    A: Tensor  # (S, B, r, n_in), or (B, r, n_in) for one depth
     B: Tensor  # (S, B, n_out, r), or (B, n_out, r)
     scale: float
 
@@ -1474,10 +1466,10 @@ class Adapters(NamedTuple):
     v: Lora | None = None
     o: Lora | None = None
     mlp: Lora | None = None
-    head: Lora | None = None  # one slot, reads the final normed hidden state
+    head: Lora | None = None  # of no depth, reads the final normed hidden state
 
-    def slots(self, blocks: list[Block]) -> list[Adapters]:
-        """One Adapters per slot, given its block. unbind, not indexing: its backward writes each gradient once."""
+    def by_depth(self, blocks: list[Block]) -> list[Adapters]:
+        """One Adapters per depth, given its block. unbind, not indexing: its backward writes each gradient once."""
         sites = {site: lora for site, lora in zip(self._fields, self, strict=True) if lora is not None and site != "head"}
         columns = {site: zip(lora.A.unbind(0), lora.B.unbind(0), strict=True) for site, lora in sites.items()}
         return [Adapters(**{site: block.fold_adapter(site, Lora(*next(column), sites[site].scale)) for site, column in columns.items()})
@@ -1500,7 +1492,7 @@ class Weights(NamedTuple):
     down: Tensor
 
 
-class Packing(NamedTuple):
+class Segments(NamedTuple):
     """Attention segments of a packed row (1, T); None in its place means plain causal attention."""
 
     cu_seqlens: Tensor
@@ -1508,17 +1500,17 @@ class Packing(NamedTuple):
 
 
 class Cache:
-    """What rows (B, T) leave behind: their last token and, by slot, their keys and values. With it a forward goes on where it stopped."""
+    """What rows (B, T) leave behind: their last token and, by depth, their keys and values. With it a forward goes on where it stopped."""
 
     def __init__(self, max_len: int):
         self.max_len, self.length, self.last, self.kv = max_len, 0, None, {}
 
-    def extend(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values (B, T, G, d) of new tokens; returns those of all tokens so far."""
         B, T, G, d = k.shape
-        if slot not in self.kv:
-            self.kv[slot] = k.new_empty(2, B, G, self.max_len, d).transpose(2, 3)  # a head's positions lie side by side: half the time
-        held = self.kv[slot][:, :, : self.length + T]
+        if depth not in self.kv:
+            self.kv[depth] = k.new_empty(2, B, G, self.max_len, d).transpose(2, 3)  # a head's positions lie side by side: half the time
+        held = self.kv[depth][:, :, : self.length + T]
         held[0, :, self.length :], held[1, :, self.length :] = k, v
         return held[0], held[1]
 
@@ -1592,18 +1584,18 @@ class Attention(nn.Module):
         D, kv = self.cfg.model_dim, self.cfg.kv_dim
         return add_deltas(F.linear(n, w.qkv), n, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
 
-    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, packing, past, tap, name: str, at) -> Tensor:
+    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, segments, past, tap, name: str, at) -> Tensor:
         """n (B, T, D) normed, without its norm scale -> (B, T, D); at (B, m): (B, m, D), only at these positions."""
         cfg = self.cfg
         if tap is not None:
             tap(f"{name}.attn_in", self.norm_scale * n)
         qkv = self.qkv(n, w, lora)
         q, k, v = kernels.split_heads(qkv, self.q_gain, *rope, cfg.num_kv_heads)
-        if packing is None:
+        if segments is None:
             y = causal_attention(at_positions(q, at), *((k, v) if past is None else past(k, v)), self.window, at)
         else:
             rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
-            y = kernels.attend(*rows, packing.cu_seqlens, packing.max_len, self.window)[None]
+            y = kernels.attend(*rows, segments.cu_seqlens, segments.max_len, self.window)[None]
         n, qkv, v = (at_positions(t, at) for t in (n, qkv, v))
         gate = None if cfg.attn_gate == "none" else self.gate(n, qkv)
         if self.exclusive and gate is not None:
@@ -1666,7 +1658,6 @@ class GPT(nn.Module):
         looped = layer_order(cfg, looping=True)
         # `init_rules` fill it. nn.Embedding would draw numbers, which on the meta device imports the compiler.
         self.tok_emb = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, D, dtype=dtype), freeze=False)
-        self.lm_head = None if cfg.tie_embeddings else nn.Linear(D, cfg.vocab_size, bias=False, dtype=dtype)
         self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
         self.kv_bank = nn.Parameter(torch.empty(2 * L, cfg.kv_dim, D))
         self.mlp_up_bank = nn.Parameter(torch.empty(L, cfg.mlp_dim, D))
@@ -1678,9 +1669,6 @@ class GPT(nn.Module):
         self.parallel_resid_lambdas = nn.Parameter(torch.empty(L, 2)) if cfg.parallel_start_layer else None
         self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False) if cfg.smear_gate_enabled else None
         self.smear_lambda = nn.Parameter(torch.empty(1)) if cfg.smear_gate_enabled else None
-        # Never trained, in no optimizer: stored because published checkpoints store them.
-        self.softcap_pos = nn.Parameter(torch.tensor(cfg.logit_softcap), requires_grad=False) if cfg.asym_logit_rescale else None
-        self.softcap_neg = nn.Parameter(torch.tensor(cfg.logit_softcap), requires_grad=False) if cfg.asym_logit_rescale else None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, D), each token with a gated share of its predecessor."""
@@ -1707,28 +1695,28 @@ class GPT(nn.Module):
             return x + skipped
         return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[j]).to(x.dtype))
 
-    def hidden(self, tokens: Tensor, packing: Packing | None, order: tuple[int, ...], adapters: Adapters, positions, cache, tap) -> Tensor:
-        """Tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`, and then the last slot computes the others' keys
-        and values alone. The first half of `order` pushes skips, the second half pops them.
+    def hidden(self, tokens: Tensor, segments: Segments | None, layers: tuple[int, ...], adapters: Adapters, positions, cache, tap) -> Tensor:
+        """Tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`, and then the last depth computes the others' keys
+        and values alone. The first half of `layers` pushes skips, the second half pops them.
 
-        From the first decoder slot with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
+        From the first decoder depth with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
         the first, the MLP reads the second, and both sublayers write to both.
         """
         cfg, T, start = self.cfg, tokens.shape[1], 0 if cache is None else cache.length
         x0 = lane = self.embed(torch.cat((cache.last, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
-        context = next((c.max_len for c in (packing, cache) if c is not None), T)
+        context = next((c.max_len for c in (segments, cache) if c is not None), T)
         rope = tuple(table[start:] for table in rotary_tables(cfg, start + T, context, tokens.device))
-        loras = adapters.slots([self.blocks[layer] for layer in order])
-        weights, half, skips, mlp_lane, mlp_in = self.weights(x0.dtype), len(order) // 2, [], None, None
-        for slot, layer in enumerate(order):
-            block, w, lora, j = self.blocks[layer], weights[layer], loras[slot], slot - half
+        loras = adapters.by_depth([self.blocks[layer] for layer in layers])
+        weights, half, skips, mlp_lane, mlp_in = self.weights(x0.dtype), len(layers) // 2, [], None, None
+        for depth, layer in enumerate(layers):
+            block, w, lora, j = self.blocks[layer], weights[layer], loras[depth], depth - half
             if j >= 0 and cfg.parallel_start_layer and layer >= cfg.parallel_start_layer and mlp_lane is None:
                 mlp_lane, mlp_in = lane, rms_norm(lane)
             if j >= 0 and skips:
                 lane = self.skip(lane, skips.pop(), j)
-            past, at = None if cache is None else partial(cache.extend, slot), positions if slot == len(order) - 1 else None
+            past, at = None if cache is None else partial(cache.extend, depth), positions if depth == len(layers) - 1 else None
             u, n = add_norm(block.resid_mix, lane, x0)  # the stream with its share of the embedding, per channel
-            a = block.attn(n, w, lora, rope, self.kernels, packing, past, tap, block.name, at)
+            a = block.attn(n, w, lora, rope, self.kernels, segments, past, tap, block.name, at)
             u, lane, mlp_lane, mlp_in = (t if t is None else at_positions(t, at) for t in (u, lane, mlp_lane, mlp_in))
             if mlp_lane is None:
                 lane, n = add_norm(None, u, a)
@@ -1736,14 +1724,14 @@ class GPT(nn.Module):
             else:
                 m = block.mlp(mlp_in, w, lora, self.kernels, tap)
                 post, resid = self.parallel_post_lambdas[layer], self.parallel_resid_lambdas[layer, :, None]
-                mixes = torch.cat((resid, post), dim=1)[..., None]  # (2 lanes, 3 streams, 1)
+                mixes = torch.cat((resid, post.T), dim=1)[..., None]  # (2 lanes, 3 streams, 1); post: sublayer that writes, lane
                 lane, (mlp_lane, mlp_in) = add_streams(mixes[0], lane, a, m), add_norm(mixes[1], mlp_lane, a, m)
             if j < 0:
                 skips.append(lane)
         if cache is not None:
             cache.last, cache.length = tokens[:, -1:], start + T
         if mlp_lane is not None:
-            lane = dict(mean=(lane + mlp_lane) / 2, mlp=mlp_lane, attn=lane)[cfg.parallel_final_lane]
+            lane = (lane + mlp_lane) / 2
         return rms_norm(lane)
 
     def forward(
@@ -1751,8 +1739,8 @@ class GPT(nn.Module):
         tokens: Tensor,
         targets: Tensor | None,
         *,
-        order: tuple[int, ...],
-        packing: Packing | None = None,
+        layers: tuple[int, ...],
+        segments: Segments | None = None,
         cache: Cache | None = None,
         adapters: Adapters = NO_ADAPTERS,
         positions: Tensor | None = None,
@@ -1763,24 +1751,22 @@ class GPT(nn.Module):
         """Nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
 
         tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
-        dimension for several candidates each; None: the capped logits (B, T, V). order: `layer_order`. packing: segments of a packed
+        dimension for several candidates each; None: the capped logits (B, T, V). layers: `layer_order`. segments: of a packed
         row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1, 1, D):
         added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
         FUSED_CE_ENABLED says, not EVAL_SOFTCAP_FP32; without adapters.
         """
-        x = self.hidden(tokens, packing, order, adapters, positions, cache, tap)
+        x = self.hidden(tokens, segments, layers, adapters, positions, cache, tap)
         if shift is not None:
             x = (x + shift).to(x.dtype)
         if tap is not None:
             tap("head", x)
-        head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        cap = torch.full((), self.cfg.logit_softcap, device=x.device)
-        caps = (cap, cap) if self.softcap_pos is None else (self.softcap_pos, self.softcap_neg)
+        head, cap = self.tok_emb.weight, self.cfg.logit_softcap
         round_cap = not (self.cfg.fused_ce_enabled if training else self.cfg.eval_softcap_fp32)
         if training and self.kernels.head_ce is not None and not round_cap:
-            return self.kernels.head_ce(x, head, targets, *caps)
+            return self.kernels.head_ce(x, head, targets, cap)
         logits = add_deltas(F.linear(x, head), x, adapters.head)
-        return softcap(logits, *caps) if targets is None else softcapped_ce(logits, targets, *caps, round_cap)
+        return softcap(logits, cap) if targets is None else softcapped_ce(logits, targets, cap, round_cap)
 
 
 class Flops(NamedTuple):
@@ -1800,7 +1786,7 @@ def causal_pairs(lengths: np.ndarray, window: int) -> float:
 def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0) -> Flops:
     """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, gates, logits and
     adapters, and attention by the causal pairs there really are. scored: share of the tokens, at the end of the segments, that are
-    scored; the last slot computes keys and values of the others, but not what follows. Zeros that adapters are padded with do not count."""
+    scored; the last depth computes keys and values of the others, but not what follows. Zeros that adapters are padded with do not count."""
     order, H, D, n = layer_order(cfg, looping), cfg.num_heads, cfg.model_dim, np.asarray(lengths, dtype=np.float64)
     later = D * (D + 2 * cfg.mlp_dim) + H * dict(none=0, dense=D).get(cfg.attn_gate, cfg.gate_window)  # in a block, behind attention
     block = D * (D + 2 * cfg.kv_dim) + later
@@ -1820,7 +1806,7 @@ PASSES = {  # how often the forward's matrix, adapter and attention FLOPs are do
 }
 
 
-class Work:
+class FlopCount:
     """FLOPs of one rank: of the model, as the hardware runs it, and the part of the model's that belongs to scored tokens."""
 
     def __init__(self):
@@ -1855,7 +1841,6 @@ def init_rules(cfg: Config):
     gate_std = cfg.gated_attn_init_std if cfg.attn_gate == "dense" else cfg.sparse_attn_gate_init_std
     return (
         ("tok_emb.weight", partial(nn.init.normal_, std=cfg.tied_embed_init_std)),
-        ("lm_head.weight", nn.init.zeros_),
         ("qo_bank", init_half_orthogonal),
         ("kv_bank", init_orthogonal),
         ("mlp_up_bank", init_orthogonal),
@@ -1872,7 +1857,6 @@ def init_rules(cfg: Config):
         ("parallel_resid_lambdas", partial(nn.init.constant_, val=1.1)),
         ("smear_gate.weight", nn.init.zeros_),
         ("smear_lambda", nn.init.zeros_),
-        ("softcap_*", partial(nn.init.constant_, val=cfg.logit_softcap)),
     )
 
 
@@ -1909,11 +1893,11 @@ def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False
     torch._dynamo.utils.set_compilation_metrics_limit(1 << 16)  # `compilations` counts all of them
     compiled = torch.compile(model, backend=backend, dynamic=None if growing else False, fullgraph=True)
 
-    def forward(tokens: Tensor, targets: Tensor | None, packing: Packing | None = None, **options) -> Tensor:
-        for t, size in ((packing and packing.cu_seqlens, 0), (tokens if growing else None, 1)):
+    def forward(tokens: Tensor, targets: Tensor | None, segments: Segments | None = None, **options) -> Tensor:
+        for t, size in ((segments and segments.cu_seqlens, 0), (tokens if growing else None, 1)):
             if t is not None:
                 torch._dynamo.maybe_mark_dynamic(t, size)
-        return compiled(tokens, targets, packing=packing, **options)
+        return compiled(tokens, targets, segments=segments, **options)
 
     return forward
 
@@ -1958,12 +1942,10 @@ def muon_direction(G: Tensor, M: Tensor, momentum: float, steps: int, row_normal
 PARAM_RULES = (  # pattern, optimizer, learning rate, weight decay; first match wins, no match is an error
     ("*_bank", "muon", "matrix_lr", "muon_wd"),
     ("tok_emb.weight", "adamw", "tied_embed_lr", "embed_wd"),
-    ("lm_head.weight", "adamw", "tied_embed_lr", "embed_wd"),
     ("blocks.*", "adamw", "scalar_lr", "adam_wd"),
     ("skip_*", "adamw", "scalar_lr", "adam_wd"),
     ("parallel_*", "adamw", "scalar_lr", "adam_wd"),
     ("smear_*", "adamw", "scalar_lr", "adam_wd"),
-    ("softcap_*", "fixed", "", ""),
 )
 
 
@@ -2025,8 +2007,6 @@ class TrainOptimizer:
         self.cfg, self.world, self.banks, groups = cfg, world, [], {}
         for name, p in model.named_parameters():
             kind, lr, wd = first_match(PARAM_RULES, name)
-            if name == "tok_emb.weight" and not cfg.tie_embeddings:
-                lr = "embed_lr"
             if kind == "muon":
                 self.banks.append(Bank(p, getattr(cfg, lr), getattr(cfg, wd), world))
             elif kind == "adamw":
@@ -2151,12 +2131,6 @@ def context_length(cfg: Config, progress: float) -> int:
     return next(length for length, end in cfg.seq_schedule if progress <= end)
 
 
-def midrun_cap(cfg: Config, progress: float) -> float:
-    """Factor of MIDRUN_CAP_SCHEDULE in force: that of the last fraction reached, 1 before the first."""
-    caps = [(at, factor) for factor, at in parse_steps(cfg.midrun_cap_schedule, "@") if at <= progress]
-    return max(caps)[1] if caps else 1.0
-
-
 def rewarmup(cfg: Config, steps_since_change: int | None) -> float:
     """Ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None = no change yet."""
     if steps_since_change is None or not cfg.seq_change_warmup_steps:
@@ -2179,10 +2153,10 @@ def warm_shapes(cfg: Config) -> list[tuple[int, bool]]:
     """(context, looping) combinations the run will meet, in the order it meets them."""
     if not cfg.compile_shape_warmup:
         return list(dict.fromkeys([(cfg.train_seq_len, False), (cfg.train_seq_len, cfg.num_loops > 0)]))
-    modes, shapes, start = cfg.compile_shape_warmup_loop_modes, [], 0.0
+    shapes, start = [], 0.0
     for length, end in cfg.seq_schedule:
-        plain = modes in ("inactive", "both") or (modes == "auto" and (not cfg.num_loops or start < cfg.enable_looping_at))
-        looped = cfg.num_loops > 0 and (modes in ("active", "both") or (modes == "auto" and end > cfg.enable_looping_at))
+        plain = not cfg.num_loops or start < cfg.enable_looping_at
+        looped = cfg.num_loops > 0 and end > cfg.enable_looping_at
         shapes += [(length, looping) for looping, wanted in ((False, plain), (True, looped)) if wanted]
         start = end
     return list(dict.fromkeys(shapes))
@@ -2205,7 +2179,7 @@ def nats_of_row(row: Row, forward, graphs: Graphed | None, **options) -> Tensor:
     """Nats (1, T). A row of more segments than were warmed does without a graph."""
     few = len(row.cu_seqlens) in warm_lengths(row.targets.numel(), row.max_len)
     run = graphs if graphs and few else forward
-    return run(row.inputs, row.targets, packing=Packing(row.cu_seqlens, row.max_len), **options)
+    return run(row.inputs, row.targets, segments=Segments(row.cu_seqlens, row.max_len), **options)
 
 
 class StepClock:
@@ -2262,10 +2236,10 @@ class Interrupted(RunError):
 class Utilization:
     """How busy the device is kept: FLOPs per second as a share of what it could do. seconds: of the work, pauses left out."""
 
-    def __init__(self, world: World, work: Work | None = None, seconds: float = 0.0):
+    def __init__(self, world: World, work: FlopCount | None = None, seconds: float = 0.0):
         name, self.measured = hardware_name(world), measured_peak(world)
         self.datasheet = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-        self.work, self.seconds, self.marked, self.marked_at = work or Work(), seconds, (Work(), 0.0), time.perf_counter()
+        self.work, self.seconds, self.marked, self.marked_at = work or FlopCount(), seconds, (FlopCount(), 0.0), time.perf_counter()
 
     def share(self, flops: float, seconds: float) -> dict[str, float | None]:
         """`flops` in `seconds`, of the datasheet's peak (None where there is none) and of the measured one."""
@@ -2308,7 +2282,7 @@ class Trainer:
         self.utilization = Utilization(world)
         self.loader = self.open_loader()
         self.step, self.clock, self.changed_at, self.stage_len = 0, StepClock(), None, cfg.seq_schedule[0][0]
-        self.looping, self.cap, self.losses = False, 1.0, []
+        self.looping, self.losses = False, []
 
     def open_loader(self, position: tuple[int, int] | None = None) -> TrainLoader:
         cfg = self.cfg
@@ -2317,7 +2291,7 @@ class Trainer:
     def loss(self, row: Row, order: tuple[int, ...]) -> Tensor:
         """This row's part of the mean loss of the rank's micro-batches."""
         weight = 1 / (row.targets.numel() * self.accumulate)
-        return weight * nats_of_row(row, self.forward, self.graphs, order=order, training=True).sum()
+        return weight * nats_of_row(row, self.forward, self.graphs, layers=order, training=True).sum()
 
     def train_step(self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float) -> float:
         """One optimizer step on a window (rows, span) of all ranks; returns the mean loss in nats, the same on every rank.
@@ -2401,9 +2375,9 @@ class Trainer:
         cfg, shapes, n = self.cfg, warm_shapes(self.cfg), self.cfg.train_microbatch_tokens
         log("compile_shape_warmup:start " + ",".join(f"{n}x{'loop' if loop else 'plain'}" for n, loop in shapes))
         row = packed_row(tokens, cfg.train_seq_len, self.world.device)
-        for length, looping in shapes * (cfg.compile_shape_warmup_iters + bool(self.graphs)):  # graphs are recorded in the second round
+        for length, looping in shapes * (1 + bool(self.graphs)):  # graphs are recorded in the second round
             log(f"compile_shape_warmup:shape seq_len:{length} loop:{int(looping)} "
-                f"warmup_cu_buckets:{','.join(map(str, warm_lengths(n, length)))} iters_each:{cfg.compile_shape_warmup_iters}")
+                f"warmup_cu_buckets:{','.join(map(str, warm_lengths(n, length)))}")
             for shaped in warm_rows(row, length):
                 self.loss(shaped, layer_order(cfg, looping)).backward()
                 self.optimizer.zero_grad()
@@ -2424,13 +2398,9 @@ class Trainer:
             self.looping, order = True, layer_order(cfg, True)
             log(f"layer_loop:enabled step:{self.step} frac:{progress:.3f} encoder:{list(order[: len(order) // 2])} "
                 f"decoder:{list(order[len(order) // 2 :])}")
-        cap = midrun_cap(cfg, progress)
-        if cfg.midrun_cap_log_updates and cap != self.cap:
-            log(f"midrun_cap:update step:{self.step} factor:{cap:g}")
-        self.cap = cap
         ramp = rewarmup(cfg, None if self.changed_at is None else self.step - self.changed_at + 1)
         per_step = elapsed / self.step if self.step else 0.0
-        return context, self.looping, lr_scale(cfg, progress, self.step, per_step) * cap * ramp
+        return context, self.looping, lr_scale(cfg, progress, self.step, per_step) * ramp
 
 
 def log_training_start(cfg: Config, trainer: Trainer, log: Log) -> None:
@@ -2439,8 +2409,6 @@ def log_training_start(cfg: Config, trainer: Trainer, log: Log) -> None:
     measured, datasheet = trainer.utilization.measured, trainer.utilization.datasheet
     log(f"peak_tflops: measured:{measured / 1e12:.4g} datasheet:{'n/a' if datasheet is None else format(datasheet / 1e12, '.4g')}")
     log("train_seq_schedule:" + ",".join(f"{n}@{end:.3f}" for n, end in cfg.seq_schedule))
-    if cfg.midrun_cap_schedule:
-        log(f"midrun_cap_schedule:{cfg.midrun_cap_schedule}")
     log(f"local_microbatch_tokens:{cfg.train_microbatch_tokens}")
     log(f"growth_stage:seq_len:{cfg.seq_schedule[0][0]} progress:0.000")
     log(f"gptq:reserving {cfg.reserve_seconds:.0f}s, effective={cfg.train_budget_seconds * 1000:.0f}ms")
@@ -2602,7 +2570,7 @@ def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, leng
     draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))[world.rank :: world.size].to(world.device)
     tokens, cache = (draws * cfg.vocab_size).long(), Cache(size - 1)
     for t in range(1, size):
-        odds = (model(tokens[:, t - 1 : t], None, order=order, cache=cache)[:, 0] / temperature).softmax(-1).cumsum(-1)
+        odds = (model(tokens[:, t - 1 : t], None, layers=order, cache=cache)[:, 0] / temperature).softmax(-1).cumsum(-1)
         tokens[:, t] = torch.searchsorted(odds, draws[:, t : t + 1] * odds[:, -1:])[:, 0]
     return tokens.cpu().numpy()
 
@@ -2615,9 +2583,9 @@ def calibration_parts(cfg: Config) -> int:
 def calibrate(cfg: Config, world: World, model: GPT, weights: dict[str, Tensor], tokens: np.ndarray, hessians: Hessians) -> None:
     """Add one window to `hessians`, run through the looped network with documents masked as in training; its gradients with QUANT=rd.
     weights: parameters by name, which take the place of the model's own."""
-    row, banks = packed_row(tokens, cfg.train_seq_len, world.device), ("_bank", "tok_emb.weight", "lm_head.weight")
+    row, banks = packed_row(tokens, cfg.train_seq_len, world.device), ("_bank", "tok_emb.weight")
     matrices = {name: t for name, t in weights.items() if name.endswith(banks)}
-    how = dict(order=layer_order(cfg, looping=True), packing=Packing(row.cu_seqlens, row.max_len), tap=hessians)
+    how = dict(layers=layer_order(cfg, looping=True), segments=Segments(row.cu_seqlens, row.max_len), tap=hessians)
     with torch.set_grad_enabled(cfg.quant == "rd"):
         nats = torch.func.functional_call(model, weights, (row.inputs, row.targets), how)
         if cfg.quant == "rd":
@@ -2775,7 +2743,7 @@ def trellis_path(x: Tensor, search=viterbi) -> tuple[Tensor, Tensor]:
     return tuple(y.T.reshape(n, -1)[:, :rows] for y in search(lanes))
 
 
-class Stored(NamedTuple):
+class QuantizedTensor(NamedTuple):
     """One tensor of the artifact: its codecs, whose decoded values add up, and their parts by (codec, part)."""
 
     parts: dict[tuple[str, str], Tensor]
@@ -2900,7 +2868,6 @@ CODEC_PARTS = dict(  # what an artifact may hold of each codec, and its dtype
 
 QUANT_RULES = (  # pattern, codec, bits, clip, site of the Hessian; first match wins
     ("tok_emb.weight", "gptq", "embed_bits", "embed_clip_sigmas", "head"),
-    ("lm_head.weight", "gptq", "matrix_bits", "matrix_clip_sigmas", "head"),
     ("blocks.*.attn.c_?.weight", "gptq", "matrix_bits", "attn_clip_sigmas", "attn_in"),
     ("blocks.*.attn.proj.weight", "gptq", "matrix_bits", "attn_clip_sigmas", "attn_out"),
     ("blocks.*.mlp.fc.weight", "gptq", "matrix_bits", "mlp_clip_sigmas", "mlp_in"),
@@ -2911,37 +2878,34 @@ QUANT_RULES = (  # pattern, codec, bits, clip, site of the Hessian; first match 
 
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QUANT=s05 tries to end its grid
 
-LQER_SCOPES = dict(all="*", mlp="*.mlp.*", attn="*.attn.*", embed="tok_emb.weight")
-
 
 def quant_rules(cfg: Config) -> tuple:
     """QUANT_RULES, and what QUANT changes in it."""
     return (("tok_emb.weight", "int8_row", "", "", ""), *QUANT_RULES) if cfg.quant == "s05" else QUANT_RULES
 
 
-class Task(NamedTuple):
+class GptqInput(NamedTuple):
     """One matrix for GPTQ."""
 
     name: str
     W: Tensor  # (rows, cols) fp32
     bits: int
     clip_sigmas: float
-    site: str | None  # None: no matmul reads it (the embedding of an untied head), so every column counts alike
+    site: str  # of the Hessian
 
 
-def gptq_tasks(cfg: Config, tensors: dict[str, Tensor]) -> list[Task]:
+def gptq_inputs(cfg: Config, tensors: dict[str, Tensor]) -> list[GptqInput]:
     """The tensors that the rules send to GPTQ, with their settings."""
     tasks = []
     for name, t in tensors.items():
         codec, bits, clip, site = first_match(quant_rules(cfg), name)
         if codec == "gptq":
             block = ".".join(name.split(".")[:2]) + "." if name.startswith("blocks.") else ""
-            site = None if name == "tok_emb.weight" and not cfg.tie_embeddings else block + site
-            tasks.append(Task(name, t.float(), getattr(cfg, bits), getattr(cfg, clip), site))
+            tasks.append(GptqInput(name, t.float(), getattr(cfg, bits), getattr(cfg, clip), block + site))
     return tasks
 
 
-def mixed_bits(cfg: Config, tasks: list[Task], hessians: Hessians) -> list[Task]:
+def mixed_bits(cfg: Config, tasks: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
     """QUANT=s05: the N_INT6_LAYERS matrices with the largest trace of H keep their bits, the others lose one (PR #1105)."""
     if cfg.quant != "s05":
         return tasks
@@ -2950,13 +2914,13 @@ def mixed_bits(cfg: Config, tasks: list[Task], hessians: Hessians) -> list[Task]
     return [t if t.name in kept else t._replace(bits=t.bits - 1) for t in tasks]
 
 
-def protected_groups(cfg: Config, tasks: list[Task], hessians: Hessians) -> dict[str, list[int]]:
+def protected_groups(cfg: Config, tasks: list[GptqInput], hessians: Hessians) -> dict[str, list[int]]:
     """AWQ-lite: first columns of the groups with the largest sum of rms(x_j) mean|W_j|, the best over all tensors."""
     if not cfg.awq_lite_enabled:
         return {}
     size, scored = cfg.awq_lite_group_size, []
     for task in tasks:
-        if task.bits < cfg.awq_lite_bits and task.site is not None:
+        if task.bits < cfg.awq_lite_bits:
             column = hessians.rms(task.site) * task.W.abs().mean(0)
             groups = column[: len(column) // size * size].view(-1, size).sum(1)
             scored += [(score, task.name, g * size) for g, score in enumerate(groups.tolist())]
@@ -2975,7 +2939,7 @@ def clip_candidates(cfg: Config, W: Tensor, sigmas: float) -> Tensor:
     return torch.stack([w.abs().quantile(levels, dim=1).clamp_min(1) for w in W])
 
 
-def run_gptq(cfg: Config, tasks: list[Task], hessians: Hessians, protected: dict[str, list[int]]) -> dict[str, Stored]:
+def run_gptq(cfg: Config, tasks: list[GptqInput], hessians: Hessians, protected: dict[str, list[int]]) -> dict[str, QuantizedTensor]:
     """GPTQ over all tasks, matrices of one shape and setting batched. Raises RunError when a Hessian is not positive definite."""
     batches, out = {}, {}
     for task in tasks:
@@ -2985,7 +2949,7 @@ def run_gptq(cfg: Config, tasks: list[Task], hessians: Hessians, protected: dict
         for row, task in zip(mask, batch, strict=True):
             for start in protected.get(task.name, ()):
                 row[start : start + cfg.awq_lite_group_size] = True
-        H = torch.stack([torch.eye(cols, device=mask.device) if t.site is None else hessians.H[t.site] for t in batch])
+        H = torch.stack([hessians.H[t.site] for t in batch])
         W = torch.stack([t.W for t in batch])
         clips = clip_candidates(cfg, W, clip)
         if cfg.quant == "s05":  # damped twice, as published: here and in the solver
@@ -2998,7 +2962,7 @@ def run_gptq(cfg: Config, tasks: list[Task], hessians: Hessians, protected: dict
             found = []
             for q, scale, hi_scale in zip(*(t.chunk(clips.shape[1]) for t in tried), strict=True):
                 parts = Gptq.encode(q, scale, hi_scale, protected.get(task.name, []), cfg.awq_lite_group_size)
-                found.append(Stored({("gptq", part): t for part, t in parts.items()}))
+                found.append(QuantizedTensor({("gptq", part): t for part, t in parts.items()}))
             out[task.name] = min(found, key=lambda s: (task.W - s.decode()).square().sum().item()) if len(found) > 1 else found[0]
     return out
 
@@ -3011,7 +2975,7 @@ class RateDistortion:
     errors e of the size of the steps; by reverse water-filling (Cover and Thomas, 10.3) the step of weight (r, j) is delta / sqrt(g_r d_j).
     """
 
-    def __init__(self, tasks: list[Task], hessians: Hessians, search=None):
+    def __init__(self, tasks: list[GptqInput], hessians: Hessians, search=None):
         self.batches, groups, self.search = [], {}, search or viterbi
         self.tokens, self.weights = hessians.count["head"], sum(task.W.numel() for task in tasks)
         self.histogram = torch.zeros(4096, dtype=torch.float64)  # of the weights' variances, in steps squared at a delta of 1
@@ -3059,7 +3023,7 @@ class RateDistortion:
             out[part] = out[part] + (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
         return out
 
-    def __call__(self, delta: float, choose=None) -> dict[str, Stored]:
+    def __call__(self, delta: float, choose=None) -> dict[str, QuantizedTensor]:
         """Quantize all matrices, by the trellis unless `choose` is another column rounder for `walk_columns`."""
         out, choose = {}, choose or (lambda x, _: trellis_path(x, self.search))
         for names, W, perm, U, rows, cols, levels in self.batches:
@@ -3067,7 +3031,7 @@ class RateDistortion:
             step = torch.stack([Trellis.steps(p) for p in parts])
             q = walk_columns(W, perm, U, step, choose).to(torch.int8)
             for name, k, p in zip(names, q, parts, strict=True):
-                out[name] = Stored({("trellis", part): t for part, t in Trellis.encode(k, **p).items()})
+                out[name] = QuantizedTensor({("trellis", part): t for part, t in Trellis.encode(k, **p).items()})
         return out
 
     def bits(self, delta: float) -> float:
@@ -3097,24 +3061,22 @@ def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (A * sign.T).to(E), (B * sign).to(E)
 
 
-def low_rank_corrections(cfg: Config, tasks: list[Task], stored: dict[str, Stored]) -> dict[str, Stored]:
-    """LQER: rank-r factors of W - W_hat for the tensors with the largest residual, or the largest gain (LQER_GAIN_SELECT)."""
+def low_rank_corrections(cfg: Config, tasks: list[GptqInput], stored: dict[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
+    """LQER: rank-r factors of W - W_hat for the tensors with the largest residual."""
     if not cfg.lqer_enabled:
         return {}
 
-    def fit(E: Tensor) -> Stored:
+    def fit(E: Tensor) -> QuantizedTensor:
         A, B = low_rank_factors(E, cfg.lqer_rank)
         codec = "low_rank_asym" if cfg.lqer_asym_enabled else "low_rank"
         parts = LowRankAsym.encode(A, B, cfg.lqer_asym_group) if cfg.lqer_asym_enabled else LowRank.encode(A, B, cfg.lqer_factor_bits)
-        return Stored({(codec, part): t for part, t in parts.items()})
+        return QuantizedTensor({(codec, part): t for part, t in parts.items()})
 
-    scope = LQER_SCOPES[cfg.lqer_scope]
-    residuals = {t.name: t.W - stored[t.name].decode() for t in tasks if fnmatch.fnmatchcase(t.name, scope)}
-    fits = {name: fit(E) for name, E in residuals.items()} if cfg.lqer_gain_select else {}
-    sizes = [E.norm() - ((E - fits[name].decode()).norm() if fits else 0) for name, E in residuals.items()]
+    residuals = {t.name: t.W - stored[t.name].decode() for t in tasks}
+    sizes = [E.norm() for E in residuals.values()]
     worth = dict(zip(residuals, torch.stack(sizes).tolist() if sizes else (), strict=True))  # one wait for the device, not one a matrix
     best = sorted(worth, key=lambda name: (-worth[name], name))[: cfg.lqer_top_k]
-    return {name: fits.get(name) or fit(residuals[name]) for name in best}
+    return {name: fit(residuals[name]) for name in best}
 
 
 @contextlib.contextmanager
@@ -3130,10 +3092,10 @@ def full_fp32():
 
 @torch.no_grad()
 @full_fp32()
-def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, matrices: dict | None = None) -> dict[str, Stored]:
+def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, matrices: dict | None = None) -> dict[str, QuantizedTensor]:
     """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`. matrices: what `RateDistortion` made of them, if it did."""
     tensors = unbank(cfg, state)
-    tasks, protected = mixed_bits(cfg, gptq_tasks(cfg, tensors), hessians), {}
+    tasks, protected = mixed_bits(cfg, gptq_inputs(cfg, tensors), hessians), {}
     if cfg.quant == "rd":
         plan = RateDistortion(tasks, hessians) if matrices is None else None
         stored = dict(matrices or plan(plan.delta(cfg.rd_loss)))
@@ -3142,12 +3104,12 @@ def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, mat
         protected = protected_groups(cfg, tasks, hessians)
         stored = run_gptq(cfg, tasks, hessians, protected)
         for name, extra in low_rank_corrections(cfg, tasks, stored).items():
-            stored[name] = Stored(stored[name].parts | extra.parts)
+            stored[name] = QuantizedTensor(stored[name].parts | extra.parts)
     for name, t in tensors.items():
         if name not in stored:
             codec = first_match(quant_rules(cfg), name)[0]
             codec = "float16" if name.endswith("attn_gate_w") and not cfg.gated_attn_quant_gate else codec
-            stored[name] = Stored({(codec, part): x for part, x in CODECS[codec].encode(t.float()).items()})
+            stored[name] = QuantizedTensor({(codec, part): x for part, x in CODECS[codec].encode(t.float()).items()})
     log("Quantized weights:")
     kinds: dict[str, set[str]] = {}
     bits = {task.name: f" (int{task.bits})" for task in tasks}
@@ -3157,10 +3119,10 @@ def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, mat
         kinds.setdefault(kind, set()).add(kind_of(name))
     for kind, names in sorted(kinds.items()):
         log(f"  {kind}: {', '.join(sorted(names))}")
-    return {name: Stored({k: t.cpu() for k, t in stored[name].parts.items()}) for name in tensors}
+    return {name: QuantizedTensor({k: t.cpu() for k, t in stored[name].parts.items()}) for name in tensors}
 
 
-def dequantized_state(cfg: Config, stored: dict[str, Stored]) -> dict[str, Tensor]:
+def dequantized_state(cfg: Config, stored: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
     """What the artifact stands for, as a state dict in fp32."""
     return rebank(cfg, {name: s.decode() for name, s in stored.items()})
 
@@ -3169,8 +3131,16 @@ def dequantized_state(cfg: Config, stored: dict[str, Stored]) -> dict[str, Tenso
 # PACKING - tensors <-> bytes. The only section that knows the artifact's layout.
 # ==================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 3  # bump the version whenever any byte of the output could change its meaning
-MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it; artifacts list the values, so only append
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 4  # bump the version whenever any byte of the output could change its meaning
+CHECKPOINT_FORMAT = 2  # of final_model.pt; published files have none, and neither had ours when parallel_post_lambdas was transposed
+MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "logit_softcap",
+    "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
+    "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "attn_out_gate_enabled",
+    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled",
+    "smear_gate_bos_fix",
+)
+VERSION_3_FIELDS = (  # whose values artifacts of version 3 list in this order
     "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "tie_embeddings", "logit_softcap",
     "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
     "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled",
@@ -3186,11 +3156,10 @@ STREAM_RULES = (  # array "tensor:codec.part", its stream, sort its rows by simi
     ("blocks.*.attn.proj.weight:*.q", "attn.proj", False),
     ("blocks.*.mlp.fc.weight:*.q", "mlp.fc", True),
     ("blocks.*.mlp.proj.weight:*.q", "mlp.proj", False),
-    ("lm_head.weight:*.q", "lm_head", False),
     ("*:*", "rest", False),
 )
 STREAMS = (*dict.fromkeys(stream for _, stream, _ in STREAM_RULES), "row_order")
-TOKEN_STREAMS = ("tok_emb", "lm_head")  # a row per token: rows of rare tokens resemble each other
+TOKEN_STREAM = "tok_emb"  # a row per token: rows of rare tokens resemble each other
 
 
 class ArtifactError(RunError):
@@ -3199,7 +3168,7 @@ class ArtifactError(RunError):
 
 HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becomes an ArtifactError
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
-    brotli.error, lzma.LZMAError, subprocess.TimeoutExpired,
+    brotli.error, subprocess.TimeoutExpired,
 )
 
 
@@ -3251,8 +3220,6 @@ def lrzip(data: bytes, size: int | None = None) -> bytes:
 CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, holding little more than that)
     "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24),
                lambda data, size: brotli.Decompressor().process(data, output_buffer_limit=size + 1)),
-    "lzma": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-             lambda data, size: lzma.LZMADecompressor(memlimit=100 << 20).decompress(data, size + 1)),
     "lrzip": (lrzip, lrzip),
 }
 
@@ -3265,26 +3232,26 @@ def stream_coder(compressor: str, stream: str) -> str:
 # COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine, and no table is sent:
 # encoder and decoder count what they have seen. All of it is written once for both, from `code_arrays` below up to here: an
 # encoder leaves the values it is given as they are, a decoder fills them in, a counter of bits adds up what they would cost.
-POWERS = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
-LEVELS, LEVEL_ONE = 41, 12  # classes of mean magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
-level = partial(np.arange(LEVELS, dtype=np.int8).repeat(np.diff((0, *POWERS[73:153:2], 2**20))).take, mode="clip")  # of a mean in 2^-12
-SEEN = 64  # what one symbol adds to its count
+EIGHTH_OCTAVES = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
+MAGNITUDE_CLASSES, CLASS_OF_ONE = 41, 12  # classes of mean magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
+level = partial(np.arange(MAGNITUDE_CLASSES, dtype=np.int8).repeat(np.diff((0, *EIGHTH_OCTAVES[73:153:2], 2**20))).take, mode="clip")  # of a mean in 2^-12
+COUNT_STEP = 64  # what one symbol adds to its count
 
 
 @cache
 def gaussian_counts() -> np.ndarray:
-    """Counts to start from, int64 (2 * LEVELS, 256), for each class under both quantizers of a trellis: a Gaussian of its mean
+    """Counts to start from, int64 (2 * MAGNITUDE_CLASSES, 256), for each class under both quantizers of a trellis: a Gaussian of its mean
     magnitude m, worth 256 symbols, and a floor. At k it has fallen by k^2 / (pi m^2 ln 2) octaves, here eighths, m^2 in 2^-10."""
     magnitude = np.minimum(np.arange(256), 256 - np.arange(256))  # of an int8 whose bits are the index
-    weight = POWERS[np.maximum(8 * 14 - magnitude**2 * 3762 // POWERS[32 + 4 * np.arange(LEVELS)][:, None], 0)]
-    return np.tile(1 + 256 * SEEN * weight // weight.sum(1, keepdims=True), (2, 1))
+    weight = EIGHTH_OCTAVES[np.maximum(8 * 14 - magnitude**2 * 3762 // EIGHTH_OCTAVES[32 + 4 * np.arange(MAGNITUDE_CLASSES)][:, None], 0)]
+    return np.tile(1 + 256 * COUNT_STEP * weight // weight.sum(1, keepdims=True), (2, 1))
 
 
 class RangeCoder:
     """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, only adds up the bits of each owner."""
 
-    def __init__(self, data: bytes | None = None, owners: int = 0, version: int = ARTIFACT_VERSION):
-        library, self.bits, self.version = need_constriction().stream, np.zeros(owners), version
+    def __init__(self, data: bytes | None = None, owners: int = 0):
+        library, self.bits = need_constriction().stream, np.zeros(owners)
         self.model, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
         self.decoder = None if data is None else library.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
 
@@ -3320,14 +3287,14 @@ class RangeCoder:
             if self.decoder is not None:
                 values[order] = ordered
         index = context.astype(np.uint32) * np.uint32(symbols) + values
-        counts += SEEN * np.bincount(index, minlength=counts.size).reshape(counts.shape)
+        counts += COUNT_STEP * np.bincount(index, minlength=counts.size).reshape(counts.shape)
 
 
 def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray) -> None:
     """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it; the lowest
     four of sixteen are alone. Blocks grow with what is known, and what is known fades: layers differ."""
-    counts, done = np.full((1 + 16 + 256 + 1, 16), SEEN // 4), 0
-    least, pace = (8, 16) if coder.version == 2 else (4, 6)
+    counts, done = np.full((1 + 16 + 256 + 1, 16), COUNT_STEP // 4), 0
+    least, pace = 4, 6
     while done < len(values):
         here = slice(done, done + least + done // pace)
         block, prefix = values[here], np.zeros(len(values[here]), np.uint16)
@@ -3336,7 +3303,7 @@ def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray) -> No
             coder.code(counts, first + prefix * (first < 273), nibble, owner[here])
             prefix = prefix * 16 + nibble
         block[:] = prefix
-        counts -= (counts - SEEN // 4) // pace
+        counts -= (counts - COUNT_STEP // 4) // pace
         done = here.stop
 
 
@@ -3375,16 +3342,15 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: 
     info, index, most = np.zeros(n * rows, np.uint8), np.zeros(n * rows, np.uint16), np.full(1, 127, np.uint8)
     if coder.decoder is None:
         info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in q), strict=True))
-        most[:] = 127 if coder.version == 2 or (info > 63).any() else max(1, q.max(), -int(q.min())) - 1
+        most[:] = 127 if (info > 63).any() else max(1, q.max(), -int(q.min())) - 1
     owner = np.repeat(owners, rows)
     code_numbers(coder, info, owner)
     referring = index[info > 63]
     code_numbers(coder, referring, owner[info > 63])
     index[info > 63] = referring
-    if coder.version > 2:
-        code_numbers(coder, most, owner[:1])
+    code_numbers(coder, most, owner[:1])
     symbols = min(2 * int(most[0]) + 3, 256)
-    gap, axes = np.uint8(256 - symbols), (1, 2, 0) if coder.version == 2 else (0, 1, 2)
+    gap = np.uint8(256 - symbols)
 
     def steps(a: np.ndarray) -> np.ndarray:
         """(n * rows, ...) -> (steps, segments, n, width)."""
@@ -3392,8 +3358,8 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: 
         return np.ascontiguousarray(a.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2]).transpose(2, 1, 0, 3))
 
     x, info, index, owner = steps(q), steps(info), steps(index).astype(np.int64), np.array(owners)[:, None]
-    row, halves = np.minimum(info & 63, LEVELS - 1).astype(np.int8), info >> 6
-    scale = POWERS[120 - 2 * row.astype(int)].astype(np.uint32)
+    row, halves = np.minimum(info & 63, MAGNITUDE_CLASSES - 1).astype(np.int8), info >> 6
+    scale = EIGHTH_OCTAVES[120 - 2 * row.astype(int)].astype(np.uint32)
     column, total, seen = np.zeros((n, cols), np.int8), np.full((n, cols), 8 << 12), 8
     state, following = np.zeros(x.shape[1:], np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
     kept = np.arange(symbols) + gap * (np.arange(symbols) > symbols // 2)
@@ -3405,17 +3371,17 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: 
             segment, step = np.divmod(index[t, :live, :, 0], TRELLIS_SEGMENT)
             known = x[step, np.minimum(segment, x.shape[1] - 1), np.arange(n)].astype(np.int16)
             prediction = (known * halves[t, :live] + 1 >> 1).astype(np.int8)
-        context = np.clip(row[t, :live] + column, 0, LEVELS - 1).astype(np.uint8) + LEVELS * (state[:live] & 1)
+        context = np.clip(row[t, :live] + column, 0, MAGNITUDE_CLASSES - 1).astype(np.uint8) + MAGNITUDE_CLASSES * (state[:live] & 1)
         residual = here - prediction
-        symbol = (residual.view(np.uint8) - gap * (residual < 0)).transpose(axes)
+        symbol = residual.view(np.uint8) - gap * (residual < 0)
         coded = symbol.reshape(-1)
-        coder.code(tables, context.transpose(axes).reshape(-1), coded, np.broadcast_to(owner, here.shape))
+        coder.code(tables, context.reshape(-1), coded, np.broadcast_to(owner, here.shape))
         coded += gap * (coded > symbols // 2)
-        residual = coded.view(np.int8).reshape(symbol.shape).transpose(np.argsort(axes))
+        residual = coded.view(np.int8).reshape(symbol.shape)
         here[:] = residual + prediction
         total += (np.abs(residual).view(np.uint8) * scale[t, :live]).sum(0, dtype=np.uint32)
         seen += live
-        column = level(total // seen) - LEVEL_ONE
+        column = level(total // seen) - CLASS_OF_ONE
         if trellis:
             state = following.take(2 * state + (x[t] & 1).view(np.uint8))
     counts[:, kept] = tables
@@ -3443,7 +3409,7 @@ def code_arrays(arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) ->
             coded = [x.reshape(a.shape) for x, a in zip(np.split(flat, np.cumsum(sizes)[:-1]), given, strict=True)]
         else:
             counts = start + (counts - start) // 8
-            coded = code_matrices(coders[stream], counts, np.stack(given), owners, kind[0], stream in TOKEN_STREAMS)
+            coded = code_matrices(coders[stream], counts, np.stack(given), owners, kind[0], stream == TOKEN_STREAM)
         out |= zip(names, coded, strict=True)
     return out
 
@@ -3504,10 +3470,10 @@ def encode_streams(compressor: str, arrays: dict[str, np.ndarray]) -> dict[str, 
         return dict(zip(raw, pool.map(lambda s: CODERS[stream_coder(compressor, s)][0](raw[s]) if raw[s] else b"", raw), strict=True))
 
 
-def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes], version: int = ARTIFACT_VERSION):
+def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes]) -> dict[str, np.ndarray]:
     """The inverse of `encode_streams`: fills in `arrays` and returns them. Raises ArtifactError or what a coder raises."""
     if compressor == "range":
-        return code_arrays(arrays, {stream: RangeCoder(data, version=version) for stream, data in coded.items()})
+        return code_arrays(arrays, {stream: RangeCoder(data) for stream, data in coded.items()})
     views, copies = stream_views(compressor, arrays, lambda a: np.zeros(len(a), "<u2"))
     sizes = {stream: sum(view.size for view in own) for stream, own in views.items()}
     with ThreadPoolExecutor() as pool:
@@ -3531,16 +3497,16 @@ def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in unbank(cfg, state).items()}
 
 
-def arrays_of(stored: dict[str, Stored]) -> dict[str, np.ndarray]:
+def arrays_of(stored: dict[str, QuantizedTensor]) -> dict[str, np.ndarray]:
     """All parts of all tensors, named "tensor:codec.part"."""
     return {f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()}
 
 
-def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
+def pack(cfg: Config, stored: dict[str, QuantizedTensor]) -> bytes:
     """Tensors -> artifact. Deterministic: the same tensors give the same bytes. Raises RunError if they are not the model's.
 
     magic "PGA1" | u16 version | u32 header size | 16-byte blake2b of all but the magic and itself | header | streams.
-    The header is brotli-coded JSON: [compressor, values of MODEL_FIELDS, bytes of each stream, kinds, kind of each tensor]. A
+    The header is brotli-coded JSON: [compressor, MODEL_FIELDS by name, bytes of each stream, kinds, kind of each tensor]. A
     kind lists the parts of a tensor, [codec, part, sizes]; a size -1 - i is the tensor's own size i. Names and shapes of tensors
     follow from the model, dtypes from the codec.
     """
@@ -3555,7 +3521,7 @@ def pack(cfg: Config, stored: dict[str, Stored]) -> bytes:
         raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
     streams = encode_streams(cfg.compressor, arrays)
     distinct = [json.loads(text) for text in dict.fromkeys(map(json.dumps, kinds))]
-    header = [cfg.compressor, [getattr(cfg, f) for f in MODEL_FIELDS], [len(data) for data in streams.values()], distinct,
+    header = [cfg.compressor, {f: getattr(cfg, f) for f in MODEL_FIELDS}, [len(data) for data in streams.values()], distinct,
               [distinct.index(kind) for kind in kinds]]
     head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
     body = head + b"".join(streams.values())
@@ -3576,28 +3542,23 @@ class Header(NamedTuple):
 
 
 def read_header(blob: bytes) -> Header:
-    """Header of an artifact of any version (1 lists names and shapes of all arrays), checksum verified. Raises ArtifactError."""
+    """Header of an artifact of this version or the one before, checksum verified. Raises ArtifactError."""
     if blob[:4] != ARTIFACT_MAGIC or len(blob) < 26:
         raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} in {len(blob)} bytes")
     version, size = struct.unpack("<HI", blob[4:10])
-    if not 1 <= version <= ARTIFACT_VERSION:
-        raise ArtifactError(f"artifact version {version}; this script reads 1 to {ARTIFACT_VERSION}: use the script it was written by")
+    if version not in (3, ARTIFACT_VERSION):
+        raise ArtifactError(f"artifact version {version}; this script reads 3 and {ARTIFACT_VERSION}: use the script it was written by")
     if hashlib.blake2b(blob[4:10] + blob[26:], digest_size=16).digest() != blob[10:26]:
         raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy or make it again")
     try:
         header = json.loads(brotli.Decompressor().process(blob[26 : 26 + size], output_buffer_limit=1 << 20))
-        if version == 1:
-            (_, coders, sizes, _), parts = zip(*header["streams"], strict=True), {}
-            (compressor,) = [c for c in ("brotli", "lzma", "pergroup") if [stream_coder(c, s) for s in STREAMS] == [*coders]]
-            for name, codec, part, _, shape, _ in header["arrays"]:
-                parts.setdefault(name, []).append([codec, part, shape])
-            model, kinds, chosen = dict(header["model"]), [*parts.values()], range(len(parts))
-        else:
-            compressor, values, sizes, kinds, chosen = header
-            model = dict(zip(MODEL_FIELDS, values, strict=False))
+        compressor, model, sizes, kinds, chosen = header
+        if version < ARTIFACT_VERSION:
+            model = dict(zip(VERSION_3_FIELDS, model, strict=True))
+            sizes.pop(STREAMS.index("rest"))  # of an untied head, before the rest
         if compressor not in COMPRESSORS or min(sizes) < 0 or 26 + size + sum(sizes) != len(blob):
             raise ValueError("its streams do not fill it")
-        return Header(version, compressor, model, kinds, chosen, dict(zip(STREAMS, sizes, strict=True)), 26 + size)
+        return Header(version, compressor, dict(model), kinds, chosen, dict(zip(STREAMS, sizes, strict=True)), 26 + size)
     except HOSTILE as e:
         raise ArtifactError(f"the header of this artifact makes no sense: {e!r}; make it again") from None
 
@@ -3611,11 +3572,31 @@ def check_model_fields(cfg: Config, saved: dict) -> None:
         raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run that wrote it")
 
 
+def stored_shapes(cfg: Config, header: Header) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of an artifact, in their order there. Version 3 had two caps that nobody trained, behind the
+    network's own tensors."""
+    shapes = tensor_shapes(cfg)
+    if not header.model.get("asym_logit_rescale"):
+        return shapes
+    own = {name: shape for name, shape in shapes.items() if "." not in name}
+    return own | dict(softcap_pos=(), softcap_neg=()) | shapes
+
+
+def from_version_3(cfg: Config, model: dict, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays as this version has them: without the two caps, and with the lambdas of the two lanes by (sublayer, lane)."""
+    gone = dict(tie_embeddings=True, parallel_final_lane="mean")
+    caps = [arrays.pop(name, np.half(cfg.logit_softcap)) for name in ("softcap_pos:float16.w", "softcap_neg:float16.w")]
+    if any(model[name] != value for name, value in gone.items()) or any(cap != np.half(cfg.logit_softcap) for cap in caps):
+        raise ValueError("it has an untied head, a single final lane or caps of its own, which only the script it was written by knows")
+    lambdas = "parallel_post_lambdas:float16.w"
+    return arrays | {lambdas: arrays[lambdas].swapaxes(1, 2)} if lambdas in arrays else arrays
+
+
 def empty_arrays(cfg: Config, header: Header) -> dict[str, np.ndarray]:
     """The arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of known codecs, as large as
     the model's tensors allow."""
     out: dict[str, np.ndarray] = {}
-    for (name, shape), chosen in zip(tensor_shapes(cfg).items(), header.chosen, strict=True):
+    for (name, shape), chosen in zip(stored_shapes(cfg, header).items(), header.chosen, strict=True):
         room = 4 * math.prod(shape) + 16  # integers, low-rank factors and scales
         for codec, part, sizes in header.kinds[chosen]:
             sizes = [shape[-1 - n] if n < 0 else n for n in sizes]
@@ -3626,20 +3607,22 @@ def empty_arrays(cfg: Config, header: Header) -> dict[str, np.ndarray]:
     return out
 
 
-def unpack(cfg: Config, blob: bytes) -> dict[str, Stored]:
-    """Artifact of any version -> tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes, and never needs more
-    memory than the integers of four such models."""
+def unpack(cfg: Config, blob: bytes) -> dict[str, QuantizedTensor]:
+    """Artifact -> tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes, and never needs more memory than the
+    integers of four such models."""
     header = read_header(blob)
     check_model_fields(cfg, header.model)
     ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
     try:
         coded = {stream: blob[start:end] for stream, (start, end) in zip(STREAMS, pairwise(ends), strict=True)}
-        arrays = decode_streams(header.compressor, empty_arrays(cfg, header), coded, header.version)
+        arrays = decode_streams(header.compressor, empty_arrays(cfg, header), coded)
+        if header.version < ARTIFACT_VERSION:
+            arrays = from_version_3(cfg, header.model, arrays)
         if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
             raise ValueError(f"not all finite: {', '.join(bad)}")
     except HOSTILE as e:
         raise ArtifactError(f"this artifact makes no sense: {e!r}; make it again") from None
-    out: dict[str, Stored] = {name: Stored({}) for name in tensor_shapes(cfg)}
+    out: dict[str, QuantizedTensor] = {name: QuantizedTensor({}) for name in tensor_shapes(cfg)}
     for name, a in arrays.items():
         tensor, _, part = name.rpartition(":")
         out[tensor].parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
@@ -3664,9 +3647,27 @@ def load_artifact(cfg: Config, world: World, path: Path, kernels: Kernels = DEFI
     return model.to(world.device).requires_grad_(False)
 
 
+def load_weights(cfg: Config, path: Path) -> dict[str, Tensor]:
+    """State dict from final_model.pt, ours or a published one, which has no format number. Raises RunError."""
+    state = load_tensors(path, "cpu")
+    if isinstance(state, dict) and "format" in state:
+        if state["format"] != CHECKPOINT_FORMAT:
+            raise RunError(f"{path} has format {state['format']}, this script reads {CHECKPOINT_FORMAT}: use the script it was written by")
+        return state["model"]
+    ledger = path.with_name("ledger.jsonl")
+    trained_here = ledger.exists() and any('"phase"' in line and '"train"' in line for line in ledger.open())
+    if trained_here and "parallel_post_lambdas" in state:
+        raise RunError(f"{path} was written by an older version of this script, with parallel_post_lambdas transposed: train again, or "
+                       f"save dict(format={CHECKPOINT_FORMAT}, model=state) with state['parallel_post_lambdas'].mT in its place")
+    caps = [state.pop(name).item() for name in ("softcap_pos", "softcap_neg") if name in state]
+    if any(cap != cfg.logit_softcap for cap in caps):
+        raise RunError(f"{path} has the caps {caps}, this run LOGIT_SOFTCAP={cfg.logit_softcap:g} for logits of both signs")
+    return state
+
+
 def load_checkpoint_model(cfg: Config, world: World, path: Path, kernels: Kernels = DEFINITIONS) -> GPT:
     """A model from final_model.pt, ours or a published one. Raises RunError."""
-    state = load_tensors(path, "cpu")
+    state = load_weights(cfg, path)
     model = GPT(cfg, world.dtype, kernels)
     try:
         model.load_state_dict(state)
@@ -3695,7 +3696,7 @@ class Pruning:
     """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first; what one costs is the square of
     the weight it stands for. `code_bits` predicts, without a coder, how many bits a number of zeros leaves."""
 
-    def __init__(self, stored: dict[str, Stored]):
+    def __init__(self, stored: dict[str, QuantizedTensor]):
         self.stored, self.names = stored, [name for name, s in stored.items() if ("gptq", "q") in s.parts]
         matrices = [{part: t for (codec, part), t in stored[name].parts.items() if codec == "gptq"} for name in self.names]
         self.q = torch.cat([parts["q"].flatten() for parts in matrices])
@@ -3718,15 +3719,15 @@ class Pruning:
         """The fewest zeros that leave at most so many bits; all of them if none do."""
         return bisect.bisect_left(range(len(self.order)), -bits, key=lambda count: -self.code_bits(count))
 
-    def apply(self, count: int) -> dict[str, Stored]:
+    def apply(self, count: int) -> dict[str, QuantizedTensor]:
         """The tensors with the cheapest `count` integers zeroed."""
         q = self.q.clone()
         q[self.order[:count]] = 0
         new = {name: t.view_as(self.stored[name].parts["gptq", "q"]) for name, t in zip(self.names, q.split(self.sizes), strict=True)}
-        return self.stored | {name: Stored(self.stored[name].parts | {("gptq", "q"): t}) for name, t in new.items()}
+        return self.stored | {name: QuantizedTensor(self.stored[name].parts | {("gptq", "q"): t}) for name, t in new.items()}
 
 
-def pack_to_fit(cfg: Config, stored: dict[str, Stored], code_bytes: int, log: Log) -> tuple[dict[str, Stored], bytes]:
+def pack_to_fit(cfg: Config, stored: dict[str, QuantizedTensor], code_bytes: int, log: Log) -> tuple[dict[str, QuantizedTensor], bytes]:
     """`pack`; with QUANT=s05 pruned until artifact and script have at most TARGET_BYTES. Size is nearly linear in the entropy of the
     integers, so at most three more packs come within 0.05 % (COMPRESSOR=range) or 0.5 %. Raises RunError naming the smallest size."""
     blob, target, packs, fit = pack(cfg, stored), cfg.target_bytes - code_bytes, 0, None
@@ -3754,7 +3755,7 @@ def pack_to_fit(cfg: Config, stored: dict[str, Stored], code_bytes: int, log: Lo
 @full_fp32()
 def quantize_to_fit(
     cfg: Config, state: dict[str, Tensor], hessians: Hessians, code_bytes: int, log, search=None
-) -> tuple[dict[str, Stored], bytes]:
+) -> tuple[dict[str, QuantizedTensor], bytes]:
     """`quantize` and `pack`. QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs fewer.
 
     Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes within 0.2 % on both sides of
@@ -3764,10 +3765,10 @@ def quantize_to_fit(
     if cfg.quant != "rd":
         return pack_to_fit(cfg, quantize(cfg, state, hessians, log), code_bytes, log)
     tensors, quiet = unbank(cfg, state), lambda line: None
-    plan = RateDistortion(gptq_tasks(cfg, tensors), hessians, search)
+    plan = RateDistortion(gptq_inputs(cfg, tensors), hessians, search)
     target, finest, coarsest = cfg.target_bytes or math.inf, plan.delta(cfg.rd_loss), plan.delta(max(100.0, cfg.rd_loss))
 
-    def attempt(matrices: dict[str, Stored]) -> tuple[int, dict[str, Stored], bytes]:
+    def attempt(matrices: dict[str, QuantizedTensor]) -> tuple[int, dict[str, QuantizedTensor], bytes]:
         blob = pack(cfg, quantize(cfg, state, hessians, quiet, matrices))
         return len(blob) + code_bytes, matrices, blob
 
@@ -3815,7 +3816,7 @@ def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor
         calibrate(cfg, world, model, weights, tokens[k * n : (k + 1) * n + 1], hessians)
     plan = matrices = None
     if cfg.quant == "rd":
-        plan, wide = RateDistortion(gptq_tasks(cfg, unbank(cfg, weights)), hessians), math.sqrt(12 * TRELLIS_ERROR)
+        plan, wide = RateDistortion(gptq_inputs(cfg, unbank(cfg, weights)), hessians), math.sqrt(12 * TRELLIS_ERROR)
         matrices = plan(finest := plan.delta(cfg.rd_loss), lambda x, _: ((q := (x / wide).round().clamp(-127, 127)), q * wide))
     stored = quantize(cfg, weights, hessians, quiet, matrices)
     bits = coded_bits(arrays_of(stored))
@@ -3895,9 +3896,9 @@ def graded(forward, targets: Tensor, hints: Tensor | None, boost: float) -> tupl
     return nats.reshape(targets.shape), torch.where(hint < 0, nats, tilted).reshape(targets.shape)
 
 
-class ValDoor:
-    """The one way from an evaluation to the validation tokens; target i is token i + 1. `prefix` shows what comes before targets, `score`
-    grades them, each once, `release` hands out graded ones to learn from, `sync` merges the ranks and writes the receipts."""
+class Scorer:
+    """The one way from an evaluation to the validation tokens; target i is token i + 1. `inputs_for` shows what comes before targets, `score`
+    grades them, each once, `targets_to_learn` hands out graded ones to learn from, `sync` merges the ranks and writes the receipts."""
 
     def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
         self._data, self.world, self.name, self.ledger = data, world, name, ledger
@@ -3905,19 +3906,19 @@ class ValDoor:
         self.own, self.graded = np.zeros(self.total, np.uint8), np.zeros(self.total, bool)  # by this rank; by any, at the last sync
         self.nats = torch.zeros(self.total, device=world.device)
         self.sum = torch.zeros((), dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
-        self.tokens, self.bytes, self.steps, self.early, self.work = 0, 0, 0, False, Work()
-        self.hints, self.boost, self.order = None, 0.0, np.arange(self.total)  # see `graded`, `foresee`
-        self.due: list[np.ndarray] = []                   # targets whose prefix is out, to be graded next
-        self.fresh: dict[str, list[np.ndarray]] = {}      # graded and released since the last receipt
+        self.tokens, self.bytes, self.steps, self.early, self.work = 0, 0, 0, False, FlopCount()
+        self.hints, self.boost, self.order = None, 0.0, np.arange(self.total)  # see `graded`, `set_hints`
+        self.shown: list[np.ndarray] = []                     # targets whose inputs are out, to be graded next
+        self.unwritten: dict[str, list[np.ndarray]] = {}      # graded and released since the last receipt
         self.receipts: list[tuple[str, np.ndarray]] = []  # since the last sync
 
-    def prefix(self, start: int, at: np.ndarray) -> np.ndarray:
+    def inputs_for(self, start: int, at: np.ndarray) -> np.ndarray:
         """Inputs for the targets `at`, -1 = none: tokens from `start` to the one before the last of them. The next `score` must grade
         them all: nothing is seen that is not scored."""
-        self.due.append(at[at >= 0])
-        return self._data.tokens[start : self.due[-1].max(initial=-1) + 1]
+        self.shown.append(at[at >= 0])
+        return self._data.tokens[start : self.shown[-1].max(initial=-1) + 1]
 
-    def foresee(self, order: np.ndarray, guess, boost: float) -> None:
+    def set_hints(self, order: np.ndarray, guess, boost: float) -> None:
         """Hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. Nothing else is handed the stream
         at once, so it is asked again with a forged future, from a drawn target on; RunError where that changes a hint up to there."""
         tokens, cut = self._data.tokens, int(np.random.default_rng(self.total).integers(self.total))
@@ -3940,7 +3941,7 @@ class ValDoor:
         index = at.reshape(-1)[flat]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
             raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
-        seen, self.due = np.concatenate([*self.due, index[:0]]), []
+        seen, self.shown = np.concatenate([*self.shown, index[:0]]), []
         if not np.isin(seen, index).all():
             raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are scored: a bug, please report it")
         self.steps, (nats, counted) = 0, graded(forward, self._targets(at), self._hints(at), self.boost)
@@ -3949,10 +3950,10 @@ class ValDoor:
         self.sum += counted.to(self.sum.dtype).sum()
         self.own[index] = 1
         self.tokens, self.bytes = self.tokens + len(index), self.bytes + int(self._data.target_bytes[index].sum())
-        self.fresh.setdefault("score", []).append(index)
+        self.unwritten.setdefault("score", []).append(index)
         return nats
 
-    def release(self, at: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
+    def targets_to_learn(self, at: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
         """Targets to learn from, as for `score`; one step of an optimizer may follow, with what = "base" any number until `score`.
         RunError: one has not been graded; `early`, for methods that break this rule, puts that into the ledger instead."""
         index = at[at >= 0]
@@ -3961,11 +3962,11 @@ class ValDoor:
             raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
         self.early |= not ready
         self.steps = 1 if what == "adapters" else math.inf
-        self.fresh.setdefault(what if ready else f"early {what}", []).append(index)
+        self.unwritten.setdefault(what if ready else f"early {what}", []).append(index)
         return self._targets(at)
 
     @contextlib.contextmanager
-    def guard(self):
+    def only_released_steps(self):
         """Meanwhile every step of a torch optimizer without a release raises RunError."""
         def before_step(*_):
             if self.steps < 1:
@@ -3981,10 +3982,10 @@ class ValDoor:
 
     def receipt(self) -> None:
         """One line for what was scored, and one for what was learned from, since the last receipt."""
-        self.receipts += [(kind, np.unique(np.concatenate(index))) for kind, index in self.fresh.items()]
-        self.fresh = {}
+        self.receipts += [(kind, np.unique(np.concatenate(index))) for kind, index in self.unwritten.items()]
+        self.unwritten = {}
 
-    def entry(self, nats: np.ndarray, kind: str, index: np.ndarray) -> tuple[str, dict]:
+    def ledger_line(self, nats: np.ndarray, kind: str, index: np.ndarray) -> tuple[str, dict]:
         """Ledger line of a receipt: ranges [a, b) of targets, and for scores nats and bytes of each range."""
         starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)
         line = {"pass": self.name, "ranges": np.stack((index[starts], index[np.append(starts[1:], len(index)) - 1] + 1), 1).tolist()}
@@ -4002,7 +4003,7 @@ class ValDoor:
         if (counts > 1).any():
             raise RunError(f"{self.name}: two ranks scored the same targets: a bug, please report it")
         nats = self.nats.cpu().numpy()
-        entries, self.receipts = [self.entry(nats, *receipt) for receipt in self.receipts if len(receipt[1])], []
+        entries, self.receipts = [self.ledger_line(nats, *receipt) for receipt in self.receipts if len(receipt[1])], []
         for line in (line for lines in self.world.gather(entries) for line in lines) if self.ledger is not None else ():
             self.ledger.add(*line)
 
@@ -4058,13 +4059,13 @@ def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torc
     return hints.cpu().numpy()
 
 
-def prepare(cfg: Config, door: ValDoor, order: np.ndarray) -> ValDoor:
-    """Tell the door in which order its targets come, and the guesses that NGRAM_TILT_ENABLED asks for. On the evaluation's clock."""
-    door.order = order
+def prepare(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
+    """Tell the scorer in which order its targets come, and the guesses that NGRAM_TILT_ENABLED asks for. On the evaluation's clock."""
+    scorer.order = order
     if cfg.ngram_tilt_enabled:
-        device = door.world.device if door.world.device.type == "cuda" else "cpu"
-        door.foresee(order, partial(ngram_hints, cfg, device=device), cfg.token_boost)
-    return door
+        device = scorer.world.device if scorer.world.device.type == "cuda" else "cpu"
+        scorer.set_hints(order, partial(ngram_hints, cfg, device=device), cfg.token_boost)
+    return scorer
 
 
 class EvalBatch(NamedTuple):
@@ -4072,42 +4073,42 @@ class EvalBatch(NamedTuple):
 
     inputs: Tensor
     at: np.ndarray
-    packing: Packing | None
+    segments: Segments | None
     learn: np.ndarray | None = None  # (B, T) likewise: targets that SLOT learns from
 
 
-def packed_rows(door: ValDoor, context: int, row_tokens: int) -> list[tuple[int, int]]:
+def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int, int]]:
     """Cut the stream into rows of at most `row_tokens` inputs that never cut a piece: a document, or `context` tokens of a long one."""
-    cuts = document_cu_seqlens(door.documents()[0], door.total, context, bucket=1)
+    cuts = document_cu_seqlens(scorer.documents()[0], scorer.total, context, bucket=1)
     rows, start = [], 0
-    while start < door.total:
+    while start < scorer.total:
         end = int(cuts[np.searchsorted(cuts, start + row_tokens, side="right") - 1])
         rows.append((start, end))
         start = end
     return rows
 
 
-def packed_batches(cfg: Config, door: ValDoor, rank: int, size: int):
+def packed_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
     """Whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
     context = cfg.eval_seq_len
-    row_tokens = min(max(cfg.val_batch_tokens // 8, context), -(-door.total // context) * context)
-    for start, end in packed_rows(door, context, row_tokens)[rank::size]:
+    row_tokens = min(max(cfg.val_batch_tokens // 8, context), -(-scorer.total // context) * context)
+    for start, end in packed_rows(scorer, context, row_tokens)[rank::size]:
         n = end - start
         inputs, at = np.zeros((1, row_tokens), np.int64), np.full((1, row_tokens), -1)
         at[0, :n] = np.arange(start, end)
-        inputs[0, :n] = door.prefix(start, at)
+        inputs[0, :n] = scorer.inputs_for(start, at)
         starts = np.flatnonzero(inputs[0, :n] == BOS_ID)
         cu_seqlens = document_cu_seqlens(np.append(starts, n) if n < row_tokens else starts, row_tokens, context)
-        yield EvalBatch(torch.from_numpy(inputs), at, Packing(torch.from_numpy(cu_seqlens), context))
+        yield EvalBatch(torch.from_numpy(inputs), at, Segments(torch.from_numpy(cu_seqlens), context))
 
 
-def sliding_batches(cfg: Config, door: ValDoor, rank: int, size: int):
+def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
     """Windows every EVAL_STRIDE tokens, documents not masked; each scores the targets no earlier window has scored.
 
     Each row walks through a stretch of its own: most of what its window shows has been scored by the same row in earlier batches.
     """
     seq, stride = cfg.eval_seq_len, cfg.eval_stride
-    starts = np.arange(0, max(1, door.total - (seq - stride)), stride)
+    starts = np.arange(0, max(1, scorer.total - (seq - stride)), stride)
     per_batch = max(1, cfg.val_batch_tokens // 8 // seq)
     steps = -(-len(starts) // (size * per_batch))
     for step in range(steps):
@@ -4116,25 +4117,25 @@ def sliding_batches(cfg: Config, door: ValDoor, rank: int, size: int):
         if not len(window):
             continue
         at = starts[window][:, None] + np.arange(seq)
-        at = np.where(at < door.total, at, -1)
+        at = np.where(at < scorer.total, at, -1)
         first, fresh = (np.where(starts[w] == 0, 0, starts[w] + seq - stride)[:, None] for w in (window - step, window))
         learn = at if cfg.slot == "published" else np.where((at >= first) & (at < fresh), at, -1)
         at, inputs = np.where(at >= fresh, at, -1), np.zeros(at.shape, np.int64)
         for row, targets in enumerate(at):
-            seen = door.prefix(starts[window[row]], targets)
+            seen = scorer.inputs_for(starts[window[row]], targets)
             inputs[row, : len(seen)] = seen
         yield EvalBatch(torch.from_numpy(inputs), at, None, learn)
 
 
 @torch.enable_grad()
-def slot_shift(cfg: Config, door: ValDoor, score, learn: np.ndarray) -> Tensor:
+def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
     """A shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
 
     published: one shift for the batch, from all its targets, those about to be scored included, which breaks the rules. causal:
     one for each window, from targets that its row has scored before. score(targets, shift=...) -> nats. -> (1 or B, 1, D).
     """
-    alone, chosen, device = cfg.slot == "causal", torch.from_numpy(learn >= 0), door.world.device
-    targets = door.release(learn, "slot", early=not alone)
+    alone, chosen, device = cfg.slot == "causal", torch.from_numpy(learn >= 0), scorer.world.device
+    targets = scorer.targets_to_learn(learn, "slot", early=not alone)
     weight = (chosen / chosen.sum(1 if alone else None, keepdim=alone).clamp_min(1)).to(device)
     shift = torch.zeros(len(learn) if alone else 1, 1, cfg.model_dim, device=device, requires_grad=True)
     optimizer = torch.optim.AdamW([shift], lr=cfg.slot_lr, eps=1e-5, weight_decay=1e-8)
@@ -4145,20 +4146,20 @@ def slot_shift(cfg: Config, door: ValDoor, score, learn: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(cfg: Config, world: World, forward, door: ValDoor, looping: bool = True) -> Score:
-    """Score everything behind the door with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
+def evaluate(cfg: Config, world: World, forward, scorer: Scorer, looping: bool = True) -> Score:
+    """Score everything behind the scorer with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
     order, batches = layer_order(cfg, looping), packed_batches if cfg.eval_method == "packed" else sliding_batches
-    with prepare(cfg, door, np.arange(door.total)).guard():
-        for batch in batches(cfg, door, world.rank, world.size):
-            packing = batch.packing and Packing(batch.packing.cu_seqlens.to(world.device), batch.packing.max_len)
-            score = partial(forward, batch.inputs.to(world.device), order=order, packing=packing)
+    with prepare(cfg, scorer, np.arange(scorer.total)).only_released_steps():
+        for batch in batches(cfg, scorer, world.rank, world.size):
+            segments = batch.segments and Segments(batch.segments.cu_seqlens.to(world.device), batch.segments.max_len)
+            score = partial(forward, batch.inputs.to(world.device), layers=order, segments=segments)
             if cfg.slot != "off":
-                door.receipt()  # what is learned now comes after what was scored up to here
-                score = partial(score, shift=slot_shift(cfg, door, score, batch.learn))
-            door.score(batch.at, score)
-            lengths = np.diff(batch.packing.cu_seqlens.numpy()) if batch.packing else np.full(*batch.at.shape)
-            door.work.add(flops_per_token(cfg, lengths, looping), "score", batch.at.size, int((batch.at >= 0).sum()))
-        return door.finish()
+                scorer.receipt()  # what is learned now comes after what was scored up to here
+                score = partial(score, shift=slot_shift(cfg, scorer, score, batch.learn))
+            scorer.score(batch.at, score)
+            lengths = np.diff(batch.segments.cu_seqlens.numpy()) if batch.segments else np.full(*batch.at.shape)
+            scorer.work.add(flops_per_token(cfg, lengths, looping), "score", batch.at.size, int((batch.at >= 0).sum()))
+        return scorer.finish()
 
 
 # ==================================================================================================
@@ -4184,9 +4185,9 @@ def chunk_size(cfg: Config, length: int) -> int:
     return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
 
 
-def document_batches(cfg: Config, door: ValDoor) -> list[Batch]:
+def document_batches(cfg: Config, scorer: Scorer) -> list[Batch]:
     """All documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
-    starts, ends = door.documents()
+    starts, ends = scorer.documents()
     sizes = ends - starts
     order = np.argsort(sizes, kind="stable")
     groups = [order[i : i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
@@ -4219,9 +4220,9 @@ def batch_cost(batch: Batch, context: int) -> float:
 def phase_segments(cfg: Config, batches: list[Batch]) -> list[tuple[list[Batch], int]]:
     """The scoring order cut at the global phases: [(batches, documents the phase after them learns from; 0 = no phase)].
 
-    Longest first, because they cost most and teach most; TTT_EVAL_BATCHES turns that round. A function of the data alone.
+    Longest first, because they cost most and teach most. A function of the data alone.
     """
-    order = batches if cfg.ttt_eval_batches else batches[::-1]
+    order = batches[::-1]
     total = sum(len(b.sizes) for b in batches)
     prefix = min(total, cfg.phased_ttt_prefix_docs) if cfg.phased_ttt_enabled else 0
     boundaries = [prefix * (p + 1) // cfg.phased_ttt_num_phases for p in range(cfg.phased_ttt_num_phases)] if prefix else []
@@ -4257,91 +4258,54 @@ def scoring_order(cfg: Config, segments: list[tuple[list[Batch], int]]) -> np.nd
     return np.concatenate(places)
 
 
-class Lineage:
-    """The adapters of one lane, passed on from batch to batch: B starts at zero every time, A is kept (TTT_WARM_START_A).
+class AdapterChain:
+    """Adapters passed on from batch to batch: B starts at zero every time, A is kept (TTT_WARM_START_A).
 
     What is passed on comes from tokens scored in earlier batches only.
     """
 
-    def __init__(self, cfg: Config, world: World, rows: int, rank: int, lr: float, wd: float, beta2: float, seed: int, adam=None):
-        self.cfg, self.lr, self.wd, self.beta2, self.adam, self.generator = cfg, lr, wd, beta2, adam, torch.Generator()
-        D, slots, scale = cfg.model_dim, len(layer_order(cfg, looping=True)), cfg.ttt_lora_alpha / rank
+    def __init__(self, cfg: Config, world: World, rows: int, seed: int, adam=None):
+        self.cfg, self.adam, self.generator = cfg, adam, torch.Generator()
+        D, depths, rank = cfg.model_dim, len(layer_order(cfg, looping=True)), cfg.ttt_lora_rank
         n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
 
         def lora(site: str) -> Lora:
-            lead = (rows,) if site == "head" else (slots, rows)
+            lead = (rows,) if site == "head" else (depths, rows)
             A = torch.empty(*lead, rank, D, device=world.device, requires_grad=True)
-            return Lora(A, torch.zeros(*lead, n_out[site], rank, device=world.device, requires_grad=True), scale)
+            B = torch.zeros(*lead, n_out[site], rank, device=world.device, requires_grad=True)
+            return Lora(A, B, cfg.ttt_lora_alpha / rank)
 
         self.adapters = Adapters(**{site: lora(site) for site in (*cfg.lora_sites, "head")})
         self.loras = [lora for lora in self.adapters if lora is not None]
         self.restart(seed)
 
     def restart(self, seed: int) -> None:
-        """Become another lane's lineage, at the same place in memory."""
+        """Become another chain, at the same place in memory."""
         self.generator.manual_seed(seed)
-        self.template = None
         self.draw()
 
     @torch.no_grad()
     def draw(self) -> None:
-        """Fresh A, uniform in +-1/sqrt(n_in)."""
+        """Draw fresh A, uniform in +-1/sqrt(n_in)."""
         for lora in self.loras:
             bound = lora.A.shape[-1] ** -0.5
             lora.A.copy_(torch.empty(lora.A.shape).uniform_(-bound, bound, generator=self.generator))
 
     @torch.no_grad()
-    def begin(self, from_mean: bool) -> torch.optim.Optimizer:
-        """Reset for a new batch and return its optimizer. from_mean: start every row from the mean of finished adapters."""
-        if not self.cfg.ttt_warm_start_a:
+    def begin(self) -> torch.optim.Optimizer:
+        """Reset for a new batch and return its optimizer."""
+        cfg = self.cfg
+        if not cfg.ttt_warm_start_a:
             self.draw()
-        for i, lora in enumerate(self.loras):
+        for lora in self.loras:
             lora.B.zero_()
-            if from_mean and self.template is not None:
-                lora.A.copy_(self.template[i][0].expand_as(lora.A))
-                lora.B.copy_(self.template[i][1].expand_as(lora.B))
         parameters = [t for lora in self.loras for t in (lora.A, lora.B)]
-        lr = self.lr * self.cfg.ttt_local_lr_mult
-        if self.cfg.ttt_optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=lr, weight_decay=self.wd)
+        lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
         if self.adam is not None:
-            return self.adam(parameters, lr, self.beta2, 1e-10, self.wd)
-        return torch.optim.AdamW(parameters, lr=lr, betas=(self.cfg.ttt_beta1, self.beta2), eps=1e-10, weight_decay=self.wd,
-                                 fused=parameters[0].device.type in ("cuda", "cpu"))
-
-    @torch.no_grad()
-    def finish(self, documents: int) -> None:
-        """Move the template towards the mean adapter of the `documents` of the batch that was just scored."""
-        if not self.cfg.ttt_warm_start_mean_enabled:
-            return
-        means = [tuple(t[..., :documents, :, :].mean(-3, keepdim=True) for t in (lora.A, lora.B)) for lora in self.loras]
-        m = self.cfg.ttt_warm_start_mean_momentum
-        if self.template is not None:
-            means = [(a.lerp(new_a, 1 - m), b.lerp(new_b, 1 - m)) for (a, b), (new_a, new_b) in zip(self.template, means, strict=True)]
-        self.template = means
-
-
-class Lane:
-    """One adapter lineage per kind of document: all alike, or short ones with their own rank and rate (TTT_SHORT_LORA_ENABLED)."""
-
-    def __init__(self, cfg: Config, world: World, rows: int, seed: int, adam=None):
-        self.cfg = cfg
-        normal = (cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2)
-        short = (cfg.ttt_short_lora_rank, cfg.ttt_short_lora_lr, cfg.ttt_short_lora_weight_decay, cfg.ttt_short_lora_beta2)
-        self.normal = Lineage(cfg, world, rows, *normal, seed, adam)
-        self.short = Lineage(cfg, world, rows, *short, seed + 1, adam) if cfg.ttt_short_lora_enabled else self.normal
-
-    def restart(self, seed: int) -> Lane:
-        """Become another lane, as if made anew."""
-        for i, lineage in enumerate(dict.fromkeys((self.normal, self.short))):
-            lineage.restart(seed + i)
-        return self
-
-    def is_short(self, batch: Batch) -> bool:
-        return self.cfg.ttt_short_lora_enabled and int(batch.sizes.max()) + 1 <= self.cfg.ttt_short_doc_len
-
-    def lineage(self, batch: Batch) -> Lineage:
-        return self.short if self.is_short(batch) else self.normal
+            return self.adam(parameters, lr, cfg.ttt_beta2, 1e-10, cfg.ttt_weight_decay)
+        return torch.optim.AdamW(
+            parameters, lr=lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10, weight_decay=cfg.ttt_weight_decay,
+            fused=parameters[0].device.type in ("cuda", "cpu"))
 
 
 class Chunk(NamedTuple):
@@ -4352,7 +4316,7 @@ class Chunk(NamedTuple):
     at: np.ndarray
 
 
-def build_chunk(door: ValDoor, batch: Batch, first: int, rows: int, index: int, context: int, width: int = 0) -> Chunk:
+def build_chunk(scorer: Scorer, batch: Batch, first: int, rows: int, index: int, context: int, width: int = 0) -> Chunk:
     """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing.
     width: of the windows; 0 = no padding behind the chunk."""
     c, width = batch.chunk, width or min((index + 1) * batch.chunk, context)
@@ -4362,13 +4326,13 @@ def build_chunk(door: ValDoor, batch: Batch, first: int, rows: int, index: int, 
         if start >= size:
             continue
         at[row, : end - start] = np.arange(origin + start, origin + end)
-        inputs[row, : end - window] = door.prefix(origin + window, at[row])
+        inputs[row, : end - window] = scorer.inputs_for(origin + window, at[row])
         positions[row] = np.minimum(start - window + np.arange(c), width - 1)
     return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), at)
 
 
 def score_batch(
-    cfg: Config, world: World, forward, door: ValDoor, batch: Batch, lineage: Lineage, from_mean: bool, static_rows: int = 0
+    cfg: Config, world: World, forward, scorer: Scorer, batch: Batch, chain: AdapterChain, static_rows: int = 0
 ) -> None:
     """Two verbs, in this order: grade a chunk with adapters that have never seen it, then learn from it.
 
@@ -4376,32 +4340,30 @@ def score_batch(
     last chunk is scored and not learned from. static_rows: a compiled forward wants this many rows at every step; otherwise
     documents that have ended are left out (sizes ascend, so they are the first).
     """
-    optimizer, order, context, device = lineage.begin(from_mean), layer_order(cfg, looping=True), cfg.ttt_eval_seq_len, world.device
-    low, high = cfg.ttt_train_min_doc_len, cfg.ttt_train_max_doc_len or math.inf
-    may_learn = (batch.sizes + 1 >= low) & (batch.sizes + 1 <= high)
+    optimizer, layers = chain.begin(), layer_order(cfg, looping=True)
+    context, device = cfg.ttt_eval_seq_len, world.device
     chunks = -(-batch.sizes // batch.chunk)
     for index in range(int(chunks.max())):
         first = 0 if static_rows else int(np.searchsorted(chunks, index, side="right"))
         rows = static_rows or len(chunks) - first
-        chunk = build_chunk(door, batch, first, rows, index, context, window_width(cfg, batch.chunk, index))
+        chunk = build_chunk(scorer, batch, first, rows, index, context, window_width(cfg, batch.chunk, index))
         inputs, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.positions))
         learn = torch.zeros(rows)
-        learn[: len(chunks) - first] = torch.from_numpy(((chunks > index + 1) & may_learn)[first:])
-        adapters = lineage.adapters if static_rows else lineage.adapters.rows(first, first + rows)
-        score = partial(forward, inputs, order=order, adapters=adapters, positions=positions)
+        learn[: len(chunks) - first] = torch.from_numpy((chunks > index + 1)[first:])
+        adapters = chain.adapters if static_rows else chain.adapters.rows(first, first + rows)
+        score = partial(forward, inputs, layers=layers, adapters=adapters, positions=positions)
         with torch.set_grad_enabled(bool(learn.any())):
-            nats = door.score(chunk.at, score)
-        width, steps = inputs.shape[1], cfg.ttt_grad_steps if learn.any() else 0
-        flops = flops_per_token(cfg, [width], True, lineage.adapters, batch.chunk / width)
-        door.work.add(flops, "adapt" if steps else "score", max(steps, 1) * inputs.numel(), int((chunk.at >= 0).sum()))
-        for repeat in range(steps):
-            targets = door.release(np.where(learn.bool()[:, None], chunk.at, -1))
-            loss = ((nats if repeat == 0 else score(targets)).mean(1) * learn.to(device)).sum()
+            nats = scorer.score(chunk.at, score)
+        width, learns = inputs.shape[1], bool(learn.any())
+        flops = flops_per_token(cfg, [width], True, chain.adapters, batch.chunk / width)
+        scorer.work.add(flops, "adapt" if learns else "score", inputs.numel(), int((chunk.at >= 0).sum()))
+        if learns:
+            scorer.targets_to_learn(np.where(learn.bool()[:, None], chunk.at, -1))
+            loss = (nats.mean(1) * learn.to(device)).sum()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    lineage.finish(len(batch.sizes))
-    door.receipt()
+    scorer.receipt()
 
 
 def base_lr(cfg: Config, chunk: int, chunks: int) -> float:
@@ -4420,8 +4382,8 @@ class BaseLearner:
     """
 
     def __init__(self, cfg: Config, world: World, model: GPT):
-        self.cfg, self.world, self.order = cfg, world, layer_order(cfg, looping=True)
-        self.parameters = [p for name, p in model.named_parameters() if not name.startswith("softcap_")]
+        self.cfg, self.world, self.layers = cfg, world, layer_order(cfg, looping=True)
+        self.parameters = [*model.parameters()]
         self.forward = compile_forward(model, cfg, world)
         self.graphs = Graphed(self.forward, self.parameters) if cfg.cuda_graphs else None
         self.per_chunk, most = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len, cfg.global_ttt_batch_seqs
@@ -4432,9 +4394,9 @@ class BaseLearner:
         """Of this row's part of the mean loss of a chunk."""
         seq = self.cfg.eval_seq_len
         if self.cfg.global_ttt_respect_doc_boundaries:
-            nats = nats_of_row(row, self.forward, self.graphs, order=self.order)
+            nats = nats_of_row(row, self.forward, self.graphs, layers=self.layers)
         else:
-            nats = (self.graphs or self.forward)(row.inputs.view(-1, seq), row.targets.view(-1, seq), order=self.order)
+            nats = (self.graphs or self.forward)(row.inputs.view(-1, seq), row.targets.view(-1, seq), layers=self.layers)
         (nats.sum() / (self.per_chunk * seq)).backward()
 
     def warm_up(self) -> None:
@@ -4478,41 +4440,39 @@ class BaseLearner:
             p.requires_grad_(False)
 
 
-def warm_up_ttt(cfg: Config, world: World, forward, lane: Lane, shapes: list[tuple[int, int]], log: Log) -> None:
+def warm_up_ttt(cfg: Config, world: World, forward, chain: AdapterChain, shapes: list[tuple[int, int]], log: Log) -> None:
     """Compile the scoring step for (chunk size, width of windows) on random tokens; model in eval mode, adapters of no use after."""
     log(f"ttt_lora:warming up compile (random tokens, no val data) shapes:{len(shapes)}")
-    start, order, generator = time.perf_counter(), layer_order(cfg, looping=True), torch.Generator().manual_seed(0)
-    for lineage in dict.fromkeys((lane.normal, lane.short)):
-        optimizer, rows = lineage.begin(False), lineage.adapters.head.A.shape[0]
-        for chunk, width in shapes * (1 + cfg.cuda_graphs):  # graphs are recorded in the second round
-            inputs, targets = (torch.randint(0, cfg.vocab_size, (rows, n), generator=generator).to(world.device) for n in (width, chunk))
-            positions = torch.arange(width - chunk, width, device=world.device).expand(rows, -1).contiguous()
-            targets = torch.stack((targets, targets), -1) if cfg.ngram_tilt_enabled else targets
-            for learn in (False, True):
-                with torch.set_grad_enabled(learn):
-                    nats = forward(inputs, targets, order=order, adapters=lineage.adapters, positions=positions)
-            nats.mean().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    start, layers, generator = time.perf_counter(), layer_order(cfg, looping=True), torch.Generator().manual_seed(0)
+    optimizer, rows = chain.begin(), chain.adapters.head.A.shape[0]
+    for chunk, width in shapes * (1 + cfg.cuda_graphs):  # graphs are recorded in the second round
+        inputs, targets = (torch.randint(0, cfg.vocab_size, (rows, n), generator=generator).to(world.device) for n in (width, chunk))
+        positions = torch.arange(width - chunk, width, device=world.device).expand(rows, -1).contiguous()
+        targets = torch.stack((targets, targets), -1) if cfg.ngram_tilt_enabled else targets
+        for learn in (False, True):
+            with torch.set_grad_enabled(learn):
+                nats = forward(inputs, targets, layers=layers, adapters=chain.adapters, positions=positions)
+        nats.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     log(f"ttt_lora:compile warmup done ({time.perf_counter() - start:.1f}s)")
 
 
 class TttRun:
-    """One scored evaluation with test-time training: its door, its clock and its log lines. like: a run whose graphs it can use."""
+    """One scored evaluation with test-time training: its scorer, its clock and its log lines. like: a run whose graphs it can use."""
 
-    def __init__(self, cfg: Config, world: World, model: GPT, door: ValDoor, log: Log, like: TttRun | None = None):
-        self.cfg, self.world, self.model, self.door, self.log = cfg, world, model, door, log
+    def __init__(self, cfg: Config, world: World, model: GPT, scorer: Scorer, log: Log, like: TttRun | None = None):
+        self.cfg, self.world, self.model, self.scorer, self.log = cfg, world, model, scorer, log
         self.forward = like.forward if like else compile_forward(model, cfg, world, growing=True)
         if cfg.cuda_graphs and not like:
             gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
             self.forward = Graphed(self.forward)
-        self.batches = document_batches(cfg, door)
+        self.batches = document_batches(cfg, scorer)
         self.rows = like.rows if like else max(len(b.sizes) for b in self.batches)
         self.base = like.base if like else BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
         self.static_rows = 0 if self.forward is model else self.rows
-        self.lane = like.lane if like else Lane(cfg, world, self.rows, cfg.seed, model.kernels.adam)  # one after the other, all in its place
+        self.chain = like.chain if like else AdapterChain(cfg, world, self.rows, cfg.seed, model.kernels.adam)  # all in its place
         self.phases_done = self.scored_docs = 0
-        self.reported = {int(n) for n in filter(None, cfg.ttt_eval_batches.split(","))}
         self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
 
     def warm_up(self) -> None:
@@ -4521,7 +4481,7 @@ class TttRun:
         chunks = ((b.chunk, range(-(-int(b.sizes.max()) // b.chunk)) if cfg.cuda_graphs else few) for b in self.batches)
         shapes = list(dict.fromkeys((c, window_width(cfg, c, i)) for c, indices in chunks for i in indices))
         if self.static_rows:
-            warm_up_ttt(cfg, self.world, self.forward, self.lane, shapes, self.log)
+            warm_up_ttt(cfg, self.world, self.forward, self.chain, shapes, self.log)
             if self.base:
                 self.base.warm_up()
 
@@ -4535,33 +4495,30 @@ class TttRun:
                 f"about {self.eta.left:.0f} s to go. Use larger TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, "
                 "fewer PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
 
-    def report(self, batch: Batch, before: tuple[float, int, int], short: bool) -> None:
+    def report(self, batch: Batch, before: tuple[float, int, int]) -> None:
         """Log a batch and this rank's running score; before: the sums ahead of the batch."""
-        if self.reported and batch.number + 1 not in self.reported:
-            return
-        total = self.door.sums()
+        total = self.scorer.sums()
         nats, tokens, size = (now - old for now, old in zip(total, before, strict=True))
         self.log(f"ttp: b{batch.number + 1}/{len(self.batches)} bl:{nats / tokens:.4f} bb:{nats / math.log(2) / max(1, size):.4f} "
                  f"rl:{total[0] / total[1]:.4f} rb:{total[0] / math.log(2) / max(1, total[2]):.4f} "
-                 f"dl:{batch.sizes.min() + 1}-{batch.sizes.max() + 1} gd:{self.phases_done} sr:{int(short)} "
+                 f"dl:{batch.sizes.min() + 1}-{batch.sizes.max() + 1} gd:{self.phases_done} "
                  f"sf:{int(batch.chunk != self.cfg.ttt_chunk_size)} t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")
 
     def score_segment(self, segment: list[Batch], phase: int) -> None:
-        """All batches between two phases: dealt to lanes, each lane one adapter lineage, lanes shared out over the ranks."""
+        """Score all batches between two phases: dealt to TTT_LANES adapter chains, which the ranks share out."""
         cfg, world = self.cfg, self.world
         hands = deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in segment], cfg.ttt_lanes)
         for number in range(world.rank, cfg.ttt_lanes, world.size):
             if not hands[number]:
                 continue
-            lane = self.lane.restart(cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
+            self.chain.restart(cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
             for batch in (segment[i] for i in hands[number]):
                 self.check_budget(batch)
-                before = self.door.sums()
-                from_mean = cfg.ttt_warm_start_mean_enabled and int(batch.sizes.max()) + 1 <= cfg.ttt_warm_start_mean_doc_len
-                score_batch(cfg, world, self.forward, self.door, batch, lane.lineage(batch), from_mean, self.static_rows)
+                before = self.scorer.sums()
+                score_batch(cfg, world, self.forward, self.scorer, batch, self.chain, self.static_rows)
                 self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
                 self.scored_docs += len(batch.sizes)
-                self.report(batch, before, lane.is_short(batch))
+                self.report(batch, before)
                 if not cfg.compile_allow_recompiles and (made := compilations()[self.compiled :]):
                     raise recompile_error(f"evaluation batch {batch.number + 1}", made, "the artifact exists: go on with STAGE=eval")
 
@@ -4570,13 +4527,13 @@ class TttRun:
         records = sorted((b.number, i) for b in segments for i in range(len(b.sizes)))[:documents]
         by_number = {b.number: b for b in segments}
         pieces = [(int(by_number[n].starts[i]), int(by_number[n].sizes[i])) for n, i in records]
-        tokens = self.door.release(np.concatenate([np.r_[-1, at : at + size] for at, size in pieces]), "base").cpu().numpy()
+        tokens = self.scorer.targets_to_learn(np.concatenate([np.r_[-1, at : at + size] for at, size in pieces]), "base").cpu().numpy()
         self.log(f"ttpp: phase:{self.phases_done + 1}/{self.cfg.phased_ttt_num_phases} pd:{sum(len(b.sizes) for b in segments)} "
                  f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
         self.world.barrier()
         self.base.learn(tokens, self.log)
         learned, lengths = self.cfg.global_ttt_epochs * len(tokens) / self.world.size, [min(n, self.cfg.eval_seq_len) for _, n in pieces]
-        self.door.work.add(flops_per_token(self.cfg, lengths, True), "train", learned, 0)
+        self.scorer.work.add(flops_per_token(self.cfg, lengths, True), "train", learned, 0)
         self.phases_done += 1
         self.log(f"ttpr: phase:{self.phases_done}/{self.cfg.phased_ttt_num_phases} t:{self.eta.elapsed:.1f}s")
 
@@ -4588,17 +4545,17 @@ class TttRun:
         total = sum(len(b.sizes) for b in self.batches)
         prefix = max(boundaries, default=0)
         self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
-                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.door.total}")
+                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.scorer.total}")
         self.eta, self.compiled = Eta(self.eta.total), len(compilations())
         scored: list[Batch] = []
-        with prepare(cfg, self.door, scoring_order(cfg, segments)).guard():
+        with prepare(cfg, self.scorer, scoring_order(cfg, segments)).only_released_steps():
             for phase, (segment, documents) in enumerate(segments):
                 self.score_segment(segment, phase)
                 scored += segment
                 if documents:
-                    self.door.sync()
+                    self.scorer.sync()
                     self.learn_base(scored, documents)
-            return self.door.finish()
+            return self.scorer.finish()
 
 
 # ==================================================================================================
@@ -4671,7 +4628,7 @@ def verdicts(cfg: Config, findings: dict[str, Finding]) -> dict[str, Finding]:
     return {rule: worst([findings.get(name, missing) for name in names] + unruled[rule]) for rule, names in RULES.items()}
 
 
-class ProbeDoor(ValDoor):
+class ProbeScorer(Scorer):
     """Where target `watch` is scored, it asks for the nats of the whole vocabulary too: `row` at that target, `excess` anywhere near it."""
 
     def __init__(self, data: ValData, world: World, watch: int, vocab: int):
@@ -4698,7 +4655,7 @@ def short_stream(data: ValData, count: int, length: int, generator: np.random.Ge
 
 
 def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, length: int, rounds: int, seed: int, isolated: bool = True):
-    """P1 forged future, P2 sum over the vocabulary, P3 neighbours (if isolated): {id: finding}. replay(door), the scored pass from
+    """P1 forged future, P2 sum over the vocabulary, P3 neighbours (if isolated): {id: finding}. replay(scorer), the scored pass from
     a fresh start, scores `count` short documents as they are, and with one forged from a random target on. All before that in
     the order of scoring, and the other documents, must keep the same bits; so must the distribution at the first forged target."""
     generator, past, others, row, excess = np.random.Generator(np.random.PCG64(seed)), 0.0, 0.0, 0.0, 0.0
@@ -4711,16 +4668,16 @@ def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, l
         cut = int(generator.integers(start + (end - start) // 3, end - 1))  # token cut + 1 is the first to be forged
         tokens = true.tokens.astype(np.int64)
         tokens[cut + 1 : end] = 2 + (tokens[cut + 1 : end] - 1 + generator.integers(0, vocab - 3, end - cut - 1)) % (vocab - 2)
-        doors = [ProbeDoor(ValData(t, true.target_bytes), world, cut, vocab) for t in (true.tokens, tokens.astype(np.uint16), true.tokens)]
-        for door in doors[:2]:
-            replay(door)
-        moved = (doors[1].nats - doors[0].nats).abs().cpu().numpy()
-        before = np.concatenate((doors[0].order[: int(np.flatnonzero(doors[0].order == cut)[0])], np.arange(start, cut)))
+        scorers = [ProbeScorer(ValData(t, true.target_bytes), world, cut, vocab) for t in (true.tokens, tokens.astype(np.uint16), true.tokens)]
+        for scorer in scorers[:2]:
+            replay(scorer)
+        moved = (scorers[1].nats - scorers[0].nats).abs().cpu().numpy()
+        before = np.concatenate((scorers[0].order[: int(np.flatnonzero(scorers[0].order == cut)[0])], np.arange(start, cut)))
         past, others = max(past, moved[before].max(initial=0.0)), max(others, np.delete(moved, np.s_[start:end]).max(initial=0.0))
-        row, excess = max(row, float((doors[1].row - doors[0].row).abs().max())), max(excess, doors[0].excess)
+        row, excess = max(row, float((scorers[1].row - scorers[0].row).abs().max())), max(excess, scorers[0].excess)
         if max(row, past, others) > 0:
-            replay(doors[2])
-            if noise := float((doors[2].nats - doors[0].nats).abs().max()):
+            replay(scorers[2])
+            if noise := float((scorers[2].nats - scorers[0].nats).abs().max()):
                 return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", f"scoring the same text twice differs by {noise:.2g} nats here"))
     return dict(
         P1=holds(past == row == 0, f"a forged future moves the scores before it by {past:.3g}, its own distribution by {row:.3g} nats"),
@@ -4811,7 +4768,7 @@ def with_saved_results(op, backward) -> None:
 
 # On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop, whose trip count
 # depends on data, out of the compiler's sight, and its backward reuses the saved log-sum-exp instead of recomputing.
-def segments(cu_seqlens: Tensor, window: int, *tensors: Tensor):
+def each_segment(cu_seqlens: Tensor, window: int, *tensors: Tensor):
     """Of each segment: where it lies, its mask, and its part of the tensors (T, heads, d) as (1, heads, n, d)."""
     for start, end in pairwise(cu_seqlens.tolist()):
         if end > start:
@@ -4821,7 +4778,7 @@ def segments(cu_seqlens: Tensor, window: int, *tensors: Tensor):
 @operator(lambda q, k, v, cu_seqlens, window: (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
 def _document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    for at, mask, heads in segments(cu_seqlens, window, q, k, v):
+    for at, mask, heads in each_segment(cu_seqlens, window, q, k, v):
         o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, mask is None, attn_mask=mask)
         out[at], lse[:, at] = o[0].transpose(0, 1), m[0]
     return out, lse
@@ -4832,7 +4789,7 @@ def _document_attention_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for at, mask, heads in segments(cu_seqlens, window, grad, q, k, v, out):
+    for at, mask, heads in each_segment(cu_seqlens, window, grad, q, k, v, out):
         m = lse[:, at].contiguous()[None]
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, m, 0.0, mask is None, attn_mask=mask)
         for whole, part in zip(grads, parts, strict=True):
@@ -5452,11 +5409,10 @@ def gate_heads_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 
 @jit
-def ce_kernel(logits, targets, nats, slope, cap_pos, cap_neg, V, BLOCK: tl.constexpr):
+def ce_kernel(logits, targets, nats, slope, cap, V, BLOCK: tl.constexpr):
     """One program, one row, all of it in registers: its loss and the gradient of that. tanh(u) = 2 sigmoid(2 u) - 1."""
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(logits + row * V + c, mask=c < V, other=0.0).to(tl.float32)
-    cap = tl.where(x > 0, tl.load(cap_pos), tl.load(cap_neg))
     s = tl.sigmoid(2 * x / cap)
     z = tl.where(c < V, cap * (2 * s - 1), float("-inf"))
     top = tl.max(z, 0)
@@ -5469,11 +5425,11 @@ def ce_kernel(logits, targets, nats, slope, cap_pos, cap_neg, V, BLOCK: tl.const
 
 
 @operator(lambda logits, targets, *rest: (targets.new_empty(targets.shape, dtype=torch.float32), logits.new_empty(logits.shape)))
-def ce_with_slope(logits: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor) -> tuple[Tensor, Tensor]:
+def ce_with_slope(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """`softcapped_ce` of logits (T, V) and, from the same pass, the gradient of each row's result for that row."""
     logits, V = logits.contiguous(), logits.shape[-1]
     nats, slope = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(logits)
-    ce_kernel[(targets.numel(),)](logits, targets.contiguous(), nats, slope, cap_pos.float(), cap_neg.float(), V,
+    ce_kernel[(targets.numel(),)](logits, targets.contiguous(), nats, slope, cap, V,
                                   BLOCK=triton.next_power_of_2(V), num_warps=8)
     return nats, slope
 
@@ -5483,8 +5439,8 @@ class HeadCe(torch.autograd.Function):
     products, not of the wide one. Left out, it would leave AOTAutograd without a backward that depends on the loss."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, cap_pos: Tensor, cap_neg: Tensor) -> Tensor:
-        nats, slope = ce_with_slope(F.linear(x, head).flatten(0, -2), targets.flatten(), cap_pos, cap_neg)
+    def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, cap: float) -> Tensor:
+        nats, slope = ce_with_slope(F.linear(x, head).flatten(0, -2), targets.flatten(), cap)
         ctx.save_for_backward(x, head, slope)
         return nats.view(targets.shape)
 
@@ -5492,7 +5448,7 @@ class HeadCe(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, head, slope = ctx.saved_tensors
         grad = grad.unsqueeze(-1)
-        return (grad * (slope @ head).view(x.shape)).to(x.dtype), slope.T @ (grad * x).to(x.dtype).flatten(0, -2), None, None, None
+        return (grad * (slope @ head).view(x.shape)).to(x.dtype), slope.T @ (grad * x).to(x.dtype).flatten(0, -2), None, None
 
 
 @jit
@@ -5631,9 +5587,9 @@ class Run:
         self.result: dict[str, Any] = {}
         self.findings, self.warm_ups, self.weight_hashes, self.scored_pass = {}, [], [], ""
 
-    def door(self, name: str) -> ValDoor:
+    def scorer(self, name: str) -> Scorer:
         """A pass over the validation tokens that the ledger keeps account of."""
-        self.scored_pass, self.scored = name, ValDoor(self.data, self.world, name, self.ledger)
+        self.scored_pass, self.scored = name, Scorer(self.data, self.world, name, self.ledger)
         return self.scored
 
     def probe(self, check, *args) -> None:
@@ -5657,11 +5613,11 @@ class Run:
     def diagnostic(self, name: str, key: str, forward) -> Score:
         """Score with fixed weights and log it."""
         self.clock.phase("diagnostic eval")
-        start, door = time.perf_counter(), self.door(key)
-        score = evaluate(self.cfg, self.world, forward, door)
+        start, scorer = time.perf_counter(), self.scorer(key)
+        score = evaluate(self.cfg, self.world, forward, scorer)
         seconds = time.perf_counter() - start
         self.log(f"{name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
-        self.result[f"{key}_mfu"] = Utilization(self.world, door.work, seconds).result(seconds)
+        self.result[f"{key}_mfu"] = Utilization(self.world, scorer.work, seconds).result(seconds)
         self.result |= {f"{key}_val_loss": score.loss, f"{key}_val_bpb": score.bpb, "val_loss": score.loss, "val_bpb": score.bpb,
                         "target_tokens": score.tokens, "val_bytes": score.bytes}
         return score
@@ -5720,7 +5676,7 @@ def train_stage(run: Run) -> GPT:
 
     def validate() -> Score:
         clock.phase("diagnostic eval")
-        score = evaluate(cfg, world, trainer.forward, ValDoor(run.data, world), trainer.looping)
+        score = evaluate(cfg, world, trainer.forward, Scorer(run.data, world), trainer.looping)
         clock.phase("train")
         return score
 
@@ -5741,7 +5697,7 @@ def train_stage(run: Run) -> GPT:
     run.result |= dict(steps=trainer.step, train_seconds=trainer.clock.seconds, train_tokens=trainer.step * cfg.train_batch_tokens,
                        step_avg_ms=1000 * trainer.clock.seconds / trainer.step, loss_curve=trainer.losses)
     if world.main:
-        save_tensors(run.weights, trainer.model.state_dict())
+        save_tensors(run.weights, dict(format=CHECKPOINT_FORMAT, model=trainer.model.state_dict()))
         run.checkpoint.unlink(missing_ok=True)
     run.diagnostic("diagnostic pre-quantization post-ema", "pre_quant", trainer.forward)
     return trainer.model
@@ -5756,7 +5712,7 @@ def warm_stage(run: Run) -> None:
     trainer.loader.close()
     trainer.graphs = None
     if cfg.ttt_enabled:
-        TttRun(cfg, world, trainer.model.requires_grad_(False), ValDoor(run.data, world), run.log).warm_up()
+        TttRun(cfg, world, trainer.model.requires_grad_(False), Scorer(run.data, world), run.log).warm_up()
     folder = compile_cache(cfg, world).get("TORCHINDUCTOR_CACHE_DIR", "torch's default folder")
     run.log(f"warm: {len(compilations())} graphs, kept in {folder}")
 
@@ -5838,7 +5794,7 @@ def score_artifact(run: Run) -> tuple[GPT, Any, TttRun | None, Score]:
     score, ttt = run.diagnostic("diagnostic quantized", "quantized", forward), None
     run.result |= dict(eval_seconds=time.perf_counter() - start, ttt_val_loss=None, ttt_val_bpb=None)
     if cfg.ttt_enabled:
-        ttt = TttRun(cfg, world, model, run.door("ttt"), log)
+        ttt = TttRun(cfg, world, model, run.scorer("ttt"), log)
         if ttt.static_rows:
             clock.phase("compile")
             with run.unchanged(model.state_dict):
@@ -5852,7 +5808,7 @@ def score_artifact(run: Run) -> tuple[GPT, Any, TttRun | None, Score]:
         seconds = time.perf_counter() - start
         log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
         log(f"total_eval_time:{seconds:.1f}s")
-        utilization = Utilization(world, ttt.door.work, seconds)
+        utilization = Utilization(world, ttt.scorer.work, seconds)
         log(f"ttt_utilization: {utilization.interval()}")
         run.result["ttt_mfu"] = utilization.result(seconds)
         run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb,
@@ -5867,10 +5823,10 @@ def eval_stage(run: Run) -> None:
         model, forward, ttt, score = score_artifact(run)
     run.clock.phase("audit")
     alone = World(0, 1, world.device, world.dtype)
-    mini = replace(cfg, phased_ttt_enabled=False, max_eval_seconds=0.0, ttt_eval_batches="", compile_allow_recompiles=True)
+    mini = replace(cfg, phased_ttt_enabled=False, max_eval_seconds=0.0, compile_allow_recompiles=True)
 
-    def replay(door: ValDoor) -> Score:
-        return TttRun(mini, alone, model, door, Log(None), ttt).run() if ttt else evaluate(mini, alone, forward, door)
+    def replay(scorer: Scorer) -> Score:
+        return TttRun(mini, alone, model, scorer, Log(None), ttt).run() if ttt else evaluate(mini, alone, forward, scorer)
 
     if cfg.eval_method == "sliding":  # windows that a short stream fills
         mini = replace(mini, eval_seq_len=min(cfg.eval_seq_len, 64), eval_stride=min(cfg.eval_stride, 16), val_batch_tokens=8)
@@ -5901,7 +5857,7 @@ def score_findings(run: Run, score: Score, early: bool, strangers: list[str]) ->
         bytes=holds(not result["over_cap"], f"{result['bytes_total']:,} of {ARTIFACT_CAP_BYTES:,} bytes, packed by {cfg.compressor}"),
         order=holds(weights[0] == weights[1] and not early, f"weights {weights[0]} when loaded, {weights[1]} at the first score; learned "
                     f"from {'unscored' if early else 'scored'} targets"),
-        P4=("NEEDS-RULING", covered[1]) if lossy else covered, P5=holds(True, f"{score.tokens:,} targets, each once, by the door"),
+        P4=("NEEDS-RULING", covered[1]) if lossy else covered, P5=holds(True, f"{score.tokens:,} targets, each once, by the scorer"),
         P6=holds(all(a == b for a, b in run.warm_ups), f"hashes of the state before and after: {run.warm_ups}", bool(run.warm_ups)),
         P7=holds(not late, f"train {times[0]}, eval {times[1]}", late or all(budget and spent == spent for spent, budget, _ in clocks)),
         P8=("NOT-MEASURED", "tools/audit.py rescore does it"),

@@ -385,12 +385,12 @@ def muon():
 def micro_batch(cfg, model, looping: bool, context: int):
     """(a function of a forward that runs it and its backward on random tokens and returns nats and gradients, lengths of the segments)."""
     tokens, bounds = torch.randint(8, V, (1, N + 1), device=DEVICE), packed_bounds(context)
-    order, packing = tg.layer_order(cfg, looping), tg.Packing(bounds, context)
+    order, segments = tg.layer_order(cfg, looping), tg.Segments(bounds, context)
 
     def step(forward):
         for p in model.parameters():
             p.grad = None
-        nats = forward(tokens[:, :-1], tokens[:, 1:], order=order, packing=packing, training=True)
+        nats = forward(tokens[:, :-1], tokens[:, 1:], layers=order, segments=segments, training=True)
         ((1 / N) * nats.sum()).backward()
         return [nats.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
@@ -432,9 +432,9 @@ def evaluation():
     world, context = make_world(), 3072
     model = tg.build_model(CFG, world, tg.choose_kernels(CFG, world))
     forward, order, bounds = tg.compile_forward(model, CFG, world), tg.layer_order(CFG, True), packed_bounds(context)
-    tokens, packing = torch.randint(8, V, (1, N + 1), device=DEVICE), tg.Packing(bounds, context)
+    tokens, segments = torch.randint(8, V, (1, N + 1), device=DEVICE), tg.Segments(bounds, context)
     with torch.no_grad():
-        ms = milliseconds(lambda: forward(tokens[:, :-1], tokens[:, 1:], order=order, packing=packing), 10)
+        ms = milliseconds(lambda: forward(tokens[:, :-1], tokens[:, 1:], layers=order, segments=segments), 10)
     flops = tg.flops_per_token(CFG, bounds.diff()[bounds.diff() > 0].cpu().numpy(), True)
     yield line("scoring forward", ms, tf=N * sum(flops) / 1e12) | dict(tokens_per_s=round(N / ms * 1e3))
 
@@ -442,14 +442,14 @@ def evaluation():
 def learning_step(cfg, world, forward, rows: int, width: int, chunk: int, padded: int):
     """A function that scores a chunk of `rows` documents, learns from it and returns the nats. padded: width of the windows."""
     order, generator = tg.layer_order(cfg, True), torch.Generator(DEVICE).manual_seed(0)
-    lineage = tg.Lineage(cfg, world, rows, cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, seed=0)
-    optimizer = lineage.begin(False)
+    chain = tg.AdapterChain(cfg, world, rows, cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, seed=0)
+    optimizer = chain.begin(False)
     inputs, targets = (torch.randint(8, V, (rows, n), device=DEVICE, generator=generator) for n in (width, chunk))
     inputs = torch.nn.functional.pad(inputs, (0, padded - width))
     positions = torch.arange(width - chunk, width, device=DEVICE).expand(rows, -1).contiguous()
 
     def step():
-        nats = forward(inputs, targets, order=order, adapters=lineage.adapters, positions=positions)
+        nats = forward(inputs, targets, layers=order, adapters=chain.adapters, positions=positions)
         nats.mean(1).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -493,15 +493,15 @@ def gptq():
     model = tg.build_model(CFG, world, tg.choose_kernels(CFG, world))
     hessians = tg.Hessians()
     tokens = torch.randint(8, V, (1, N + 1), device=DEVICE)
-    packing = tg.Packing(packed_bounds(3072), 3072)
+    segments = tg.Segments(packed_bounds(3072), 3072)
 
     def collect():
         with torch.no_grad():
-            model(tokens[:, :-1], tokens[:, 1:], order=tg.layer_order(CFG, True), packing=packing, tap=hessians)
+            model(tokens[:, :-1], tokens[:, 1:], layers=tg.layer_order(CFG, True), segments=segments, tap=hessians)
 
     yield line("Hessians of a micro-batch", milliseconds(collect, 3))
     tensors = tg.unbank(CFG, model.state_dict())
-    tasks = tg.gptq_tasks(CFG, tensors)
+    tasks = tg.gptq_inputs(CFG, tensors)
     yield line("GPTQ of all matrices", milliseconds(lambda: tg.run_gptq(CFG, tasks, hessians, {}), 2), target_ms=200.0)
 
 

@@ -74,7 +74,7 @@ class Checkpoint:
         digest = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in state.values())).digest()
         if digest not in self.scores:
             self.model.load_state_dict(state)
-            self.scores[digest] = tg.evaluate(self.cfg, self.world, self.model, tg.ValDoor(self.data, self.world))
+            self.scores[digest] = tg.evaluate(self.cfg, self.world, self.model, tg.Scorer(self.data, self.world))
         return self.scores[digest]
 
     def calibration(self, cfg: tg.Config) -> tg.Hessians:
@@ -84,7 +84,7 @@ class Checkpoint:
             self.hessians[key] = tg.collect_hessians(cfg, self.world, self.model, self.files, lambda line: None)
         return self.hessians[key]
 
-    def squeeze(self, cfg: tg.Config, variables: dict) -> tuple[dict[str, tg.Stored], bytes, float, float]:
+    def squeeze(self, cfg: tg.Config, variables: dict) -> tuple[dict[str, tg.QuantizedTensor], bytes, float, float]:
         """Tensors and artifact, and the seconds for either; settings that differ in the coder or the target alone share the former.
         The search of QUANT=rd has packing inside: its seconds are for all of that, and for the last pack again."""
         hessians, start = self.calibration(cfg), time.perf_counter()
@@ -115,10 +115,10 @@ class Checkpoint:
                     quantize_seconds=round(quantize_seconds, 2), encode_seconds=round(encode_seconds, 2),
                     decode_seconds=round(decode_seconds, 2))
 
-    def error(self, cfg: tg.Config, stored: dict[str, tg.Stored]) -> float:
+    def error(self, cfg: tg.Config, stored: dict[str, tg.QuantizedTensor]) -> float:
         """tr(E H E^T) / tr(W H W^T), the share of the output's energy that is error: mean over the matrices. Every method with one H."""
         shares, cfg = [], dataclasses.replace(cfg, quant="s14")
-        for task in tg.gptq_tasks(cfg, tg.unbank(cfg, self.state)):
+        for task in tg.gptq_inputs(cfg, tg.unbank(cfg, self.state)):
             if task.site is not None:
                 H, E = self.calibration(cfg).H[task.site], task.W - stored[task.name].decode()
                 shares.append(float(((E @ H) * E).sum() / ((task.W @ H) * task.W).sum()))

@@ -95,17 +95,17 @@ def forward_backward(cfg: tg.Config, adapt: bool, backend=None, device: str = "c
         forward = torch.compile(model, backend=backend, fullgraph=True, dynamic=None if len(widths) > 1 else False)
         if not adapt:
             tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
-            packing = tg.Packing(torch.zeros(192, dtype=torch.int32, device=device), 2048)
-            (forward(tokens, tokens, order=order, packing=packing, training=True).sum() / TOKENS).backward()
+            segments = tg.Segments(torch.zeros(192, dtype=torch.int32, device=device), 2048)
+            (forward(tokens, tokens, layers=order, segments=segments, training=True).sum() / TOKENS).backward()
             return backend.found()
         model.requires_grad_(False)
         world = tg.World(0, 1, torch.device(device), torch.bfloat16)
-        lineage = tg.Lineage(cfg, world, 24, cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, 0)
+        chain = tg.AdapterChain(cfg, world, 24, cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, 0)
         for width in widths:
             tokens, at = torch.zeros(24, width, dtype=torch.int64, device=device), torch.arange(width - 24, width, device=device)
             if len(widths) > 1:
                 torch._dynamo.maybe_mark_dynamic(tokens, 1)
-            forward(tokens, tokens[:, -24:], order=order, adapters=lineage.adapters, positions=at.expand(24, -1)).sum().backward()
+            forward(tokens, tokens[:, -24:], layers=order, adapters=chain.adapters, positions=at.expand(24, -1)).sum().backward()
     return backend.found()
 
 

@@ -39,7 +39,7 @@ HOSTILE_VALUES = (
 SMALL = GOLDEN_CONFIG | dict(vocab_size=20, num_layers=1, model_dim=8, num_heads=1, xsa_last_n=1, loop_end=0, parallel_start_layer=0)
 
 
-def small_tensors() -> dict[str, tg.Stored]:
+def small_tensors() -> dict[str, tg.QuantizedTensor]:
     """Every codec, on a model so small that a mutation takes milliseconds."""
     rng, out = np.random.default_rng(0), {}
     for name, shape in tg.tensor_shapes(tiny_config(**SMALL)).items():
@@ -51,7 +51,7 @@ def small_tensors() -> dict[str, tg.Stored]:
             parts |= {("low_rank_asym", part): t for part, t in tg.LowRankAsym.encode(w[:, :2], w[:2], 4).items()} if "fc" in name else {}
         else:
             parts = {(codec, part): t for part, t in tg.CODECS[codec].encode(w).items()}
-        out[name] = tg.Stored(parts)
+        out[name] = tg.QuantizedTensor(parts)
     return out
 
 

@@ -49,8 +49,8 @@ def some(count: int = 8, seed: int = 5, longest: int = 120) -> tg.ValData:
     return val_data(documents(count, seed, longest=longest))
 
 
-def door_of(data=None, name="ttt", ledger=None) -> tg.ValDoor:
-    return tg.ValDoor(data or some(), CPU, name, ledger)
+def door_of(data=None, name="ttt", ledger=None) -> tg.Scorer:
+    return tg.Scorer(data or some(), CPU, name, ledger)
 
 
 def flat(value: float = 1.0):
@@ -74,10 +74,10 @@ def look(cfg, model, seed: int = 0, rounds: int = 1, wrap=None, data=None) -> di
     forward = wrap(model) if wrap else model
     quiet = dataclasses.replace(cfg, phased_ttt_enabled=False)
 
-    def replay(door):
+    def replay(scorer):
         if not cfg.ttt_enabled:
-            return tg.evaluate(quiet, CPU, forward, door)
-        run = tg.TttRun(quiet, CPU, model, door, lambda line: None)
+            return tg.evaluate(quiet, CPU, forward, scorer)
+        run = tg.TttRun(quiet, CPU, model, scorer, lambda line: None)
         run.forward = forward
         return run.run()
 
@@ -127,19 +127,19 @@ def test_a_clean_run_is_clean(findings):
 # ---------------------------------------------------------------------------------------------------- the 28 kinds
 
 
-@kind(1, "weights adapted to validation tokens before they are scored", "door (optimizer guard), R7 (hash of the weights)")
+@kind(1, "weights adapted to validation tokens before they are scored", "scorer (optimizer guard), R7 (hash of the weights)")
 def test_v1_adapting_before_scoring(findings, random_model):
     cfg = tiny_config()
     model = random_model(cfg)
-    door, before = door_of(), tg.state_hash(model.state_dict())
+    scorer, before = door_of(), tg.state_hash(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    tokens = torch.from_numpy(door.prefix(0, np.arange(65)).astype(np.int64))[None]
+    tokens = torch.from_numpy(scorer.inputs_for(0, np.arange(65)).astype(np.int64))[None]
 
     def adapt():
-        model(tokens[:, :-1], tokens[:, 1:], order=tg.layer_order(cfg, True)).mean().backward()
+        model(tokens[:, :-1], tokens[:, 1:], layers=tg.layer_order(cfg, True)).mean().backward()
         optimizer.step()
 
-    with door.guard(), pytest.raises(tg.RunError, match="released for learning"):
+    with scorer.only_released_steps(), pytest.raises(tg.RunError, match="released for learning"):
         adapt()
     assert tg.state_hash(model.state_dict()) == before
     adapt()  # outside, between artifact and first score
@@ -147,17 +147,17 @@ def test_v1_adapting_before_scoring(findings, random_model):
     assert verdicts["R7"][0] == "FAIL"
 
 
-@kind(2, "a second scoring pass, and a score that is not the one of the token file", "door (bitmap), R11")
+@kind(2, "a second scoring pass, and a score that is not the one of the token file", "scorer (bitmap), R11")
 def test_v2_scoring_twice(findings):
-    door = door_of()
-    door.score(np.arange(10)[None], flat())
+    scorer = door_of()
+    scorer.score(np.arange(10)[None], flat())
     with pytest.raises(tg.RunError, match=r"target in \[9, 12\] was about to be scored twice"):
-        door.score(np.arange(9, 13)[None], flat())
+        scorer.score(np.arange(9, 13)[None], flat())
     with pytest.raises(tg.RunError, match="twice"):
-        door.score(np.array([[20, 20]]), flat())
-    door.sync()
+        scorer.score(np.array([[20, 20]]), flat())
+    scorer.sync()
     with pytest.raises(tg.RunError, match="twice"):
-        door.score(np.array([[3]]), flat())
+        scorer.score(np.array([[3]]), flat())
     assert findings(score=dict(bpb=1.0))[1]["R11"][0] == "FAIL"
 
 
@@ -185,16 +185,16 @@ def test_v4_unnormalised_mixture(random_model):
     assert found["P2"][0] == "FAIL" and found["P1"][0] == found["P3"][0] == "PASS"
 
 
-@kind(5, "a byte model spread over tokens, scored on a subset", "P2, door (finish), P4")
+@kind(5, "a byte model spread over tokens, scored on a subset", "P2, scorer (finish), P4")
 def test_v5_byte_mixture_on_a_subset(random_model, findings):
     def spread(forward):
         return lambda inputs, targets, **kw: forward(inputs, targets, **kw) / (1 + (targets % 3))
 
     assert look(tiny_config(), random_model(tiny_config()), wrap=spread)["P2"][0] == "FAIL"
-    door = door_of()
-    door.score(np.arange(100)[None], flat())
-    with pytest.raises(tg.RunError, match=f"scored 100 targets instead of {door.total}"):
-        door.finish()
+    scorer = door_of()
+    scorer.score(np.arange(100)[None], flat())
+    with pytest.raises(tg.RunError, match=f"scored 100 targets instead of {scorer.total}"):
+        scorer.finish()
     assert findings(score=dict(tokens=100))[1]["R4"][0] == "FAIL"
 
 
@@ -419,7 +419,7 @@ def test_v18_smear_across_documents(random_model):
     assert found["P3"][0] == "FAIL" and found["P1"][0] == "PASS"
 
 
-@kind(19, "a compile warm-up that learns from validation tokens", "P6 (hash of the state), door (optimizer guard)")
+@kind(19, "a compile warm-up that learns from validation tokens", "P6 (hash of the state), scorer (optimizer guard)")
 def test_v19_warm_up_that_learns(random_model, findings, tmp_path):
     model = random_model(tiny_config())
     run = SimpleNamespace(warm_ups=[], ledger=tg.Ledger(tmp_path / "ledger.jsonl"))
@@ -578,76 +578,76 @@ def test_verdicts_are_the_gravest_finding():
     assert tg.verdicts(cfg, fine | dict(P5=("FAIL", "x")))["R4"] == ("FAIL", "x")
 
 
-# ---------------------------------------------------------------------------------------------------- door and ledger
+# ---------------------------------------------------------------------------------------------------- scorer and ledger
 
 
 def test_the_door_releases_what_was_scored():
-    door = door_of()
+    scorer = door_of()
     with pytest.raises(tg.RunError, match="before it was scored"):
-        door.release(np.arange(4))
-    door.score(np.array([[0, 1, 2, -1]]), flat())
-    assert door.release(np.array([[-1, 2]])).tolist() == [[tg.BOS_ID, int(some().tokens[3])]]
+        scorer.targets_to_learn(np.arange(4))
+    scorer.score(np.array([[0, 1, 2, -1]]), flat())
+    assert scorer.targets_to_learn(np.array([[-1, 2]])).tolist() == [[tg.BOS_ID, int(some().tokens[3])]]
     with pytest.raises(tg.RunError, match="before it was scored"):
-        door.release(np.arange(4))
+        scorer.targets_to_learn(np.arange(4))
     weight = torch.zeros(1, requires_grad=True)
     weight.grad = torch.ones(1)
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    with door.guard():
+    with scorer.only_released_steps():
         optimizer.step()  # one release, one step
         with pytest.raises(tg.RunError, match="released"):
             optimizer.step()
-        door.release(np.arange(3), "base")
+        scorer.targets_to_learn(np.arange(3), "base")
         for _ in range(5):
             optimizer.step()
-        door.score(np.array([[5]]), flat())
+        scorer.score(np.array([[5]]), flat())
         with pytest.raises(tg.RunError, match="released"):
             optimizer.step()
-        door.release(np.array([7]), early=True)
+        scorer.targets_to_learn(np.array([7]), early=True)
         optimizer.step()
     optimizer.step()
-    assert weight.item() == -8 and door.early
+    assert weight.item() == -8 and scorer.early
 
 
 def test_the_door_shows_prefixes_of_what_is_scored_next():
-    door, tokens = door_of(), some().tokens
-    assert door.prefix(3, np.array([-1, 5, 8])).tolist() == tokens[3:9].tolist()  # token 9 is the last target itself
-    assert door.prefix(3, np.array([-1])).size == 0
+    scorer, tokens = door_of(), some().tokens
+    assert scorer.inputs_for(3, np.array([-1, 5, 8])).tolist() == tokens[3:9].tolist()  # token 9 is the last target itself
+    assert scorer.inputs_for(3, np.array([-1])).size == 0
     with pytest.raises(tg.RunError, match="before target 8 was read, and others are scored"):
-        door.score(np.array([[5, 6, 7]]), flat())  # with a look at token 8, the target 7
+        scorer.score(np.array([[5, 6, 7]]), flat())  # with a look at token 8, the target 7
     for start in (3, 6):  # several rows for one call
-        door.prefix(start, np.arange(start, start + 3))
-    door.score(np.arange(3, 9)[None], flat())
-    door.score(np.arange(20, 25)[None], flat())  # nothing is due any more
+        scorer.inputs_for(start, np.arange(start, start + 3))
+    scorer.score(np.arange(3, 9)[None], flat())
+    scorer.score(np.arange(20, 25)[None], flat())  # nothing is due any more
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 40])
 def test_the_door_finds_hints_that_look_ahead(ahead):
-    door, tokens = door_of(), some().tokens
+    scorer, tokens = door_of(), some().tokens
     order = np.arange(len(tokens) - 1)
     with pytest.raises(tg.RunError, match="depends on its target"):
-        door.foresee(order, lambda tokens, order: np.roll(tokens, -ahead)[:-1].astype(np.int32), 1.0)
-    door.foresee(order, lambda tokens, order: tokens[:-1].astype(np.int32), 1.0)
-    assert np.array_equal(door.hints, tokens[:-1])
+        scorer.set_hints(order, lambda tokens, order: np.roll(tokens, -ahead)[:-1].astype(np.int32), 1.0)
+    scorer.set_hints(order, lambda tokens, order: tokens[:-1].astype(np.int32), 1.0)
+    assert np.array_equal(scorer.hints, tokens[:-1])
 
 
 def test_receipts_and_ledger(tmp_path):
     ledger = tg.Ledger(tmp_path / "ledger.jsonl")
-    door = door_of(name="ttt", ledger=ledger)
-    door.score(np.array([[3, 4, 5, -1], [10, 11, -1, -1]]), flat(0.5))
-    door.release(np.array([3, 4, 10]))
-    door.receipt()
-    door.score(np.r_[0:3, 6:10, 12 : door.total][None], flat(2.0))
-    door.release(np.array([20]), early=True)
-    door.sync()
-    door.release(np.array([-1, 3, 4, 5, 6]), "base")
-    score = door.finish()
-    assert score.loss == (0.5 * 5 + 2.0 * (door.total - 5)) / door.total
+    scorer = door_of(name="ttt", ledger=ledger)
+    scorer.score(np.array([[3, 4, 5, -1], [10, 11, -1, -1]]), flat(0.5))
+    scorer.targets_to_learn(np.array([3, 4, 10]))
+    scorer.receipt()
+    scorer.score(np.r_[0:3, 6:10, 12 : scorer.total][None], flat(2.0))
+    scorer.targets_to_learn(np.array([20]), early=True)
+    scorer.sync()
+    scorer.targets_to_learn(np.array([-1, 3, 4, 5, 6]), "base")
+    score = scorer.finish()
+    assert score.loss == (0.5 * 5 + 2.0 * (scorer.total - 5)) / scorer.total
     score_a, update_a, score_b, early, base, tokens = lines_of(ledger.path)
-    size = door._data.target_bytes
+    size = scorer._data.target_bytes
     assert (score_a["ranges"], score_a["nats"]) == ([[3, 6], [10, 12]], [1.5, 1.0])
     assert score_a["bytes"] == [size[3:6].sum(), size[10:12].sum()] and score_a["pass"] == "ttt"
     assert (update_a["ranges"], update_a["what"], update_a["early"]) == ([[3, 5], [10, 11]], "adapters", False)
-    assert score_b["ranges"] == [[0, 3], [6, 10], [12, door.total]]
+    assert score_b["ranges"] == [[0, 3], [6, 10], [12, scorer.total]]
     assert (early["ranges"], early["early"]) == ([[20, 21]], False), "it had been scored"
     assert (base["ranges"], base["what"]) == ([[3, 7]], "base")
     nats = np.load(tmp_path / tokens["file"])
@@ -660,17 +660,17 @@ def test_receipts_and_ledger(tmp_path):
 def test_receipts_give_the_score_whatever_the_order(seed, calls, receipts):
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
-        door = door_of(some(3), ledger=tg.Ledger(Path(folder) / "ledger.jsonl"))
-        nats = rng.exponential(size=door.total).astype(np.float32)
-        for part in np.array_split(rng.permutation(door.total), calls):
+        scorer = door_of(some(3), ledger=tg.Ledger(Path(folder) / "ledger.jsonl"))
+        nats = rng.exponential(size=scorer.total).astype(np.float32)
+        for part in np.array_split(rng.permutation(scorer.total), calls):
             at = np.append(part, np.full(rng.integers(0, 4), -1))[None]
-            door.score(at, lambda targets, at=at: torch.from_numpy(nats[at]))
+            scorer.score(at, lambda targets, at=at: torch.from_numpy(nats[at]))
             if len(part):
-                door.release(rng.choice(part, min(len(part), 3), replace=False))
+                scorer.targets_to_learn(rng.choice(part, min(len(part), 3), replace=False))
             if rng.integers(0, receipts) == 0:
-                door.receipt()
-        score = door.finish()
-        replay(lines_of(door.ledger.path), door._data, score)
+                scorer.receipt()
+        score = scorer.finish()
+        replay(lines_of(scorer.ledger.path), scorer._data, score)
         assert score.loss == pytest.approx(nats.astype(float).mean(), rel=1e-12)
         assert np.array_equal(np.load(Path(folder) / "token_nats_ttt.npy"), nats)
 
@@ -698,9 +698,9 @@ def rank_main(rank: int, port: int, cfg: tg.Config, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     world = tg.World(rank, 2, torch.device("cpu"), torch.float32)
     model = tg.build_model(cfg, world, tg.choose_kernels(cfg, world)).requires_grad_(False).eval()
-    door = tg.ValDoor(some(14), world, "ttt", tg.Ledger(Path(folder) / "ledger.jsonl" if rank == 0 else None))
-    score = tg.TttRun(cfg, world, model, door, lambda line: None).run()
-    twice = tg.ValDoor(some(4), world, "twice", tg.Ledger(None))
+    scorer = tg.Scorer(some(14), world, "ttt", tg.Ledger(Path(folder) / "ledger.jsonl" if rank == 0 else None))
+    score = tg.TttRun(cfg, world, model, scorer, lambda line: None).run()
+    twice = tg.Scorer(some(4), world, "twice", tg.Ledger(None))
     twice.score(np.arange(5)[None] + 3 * rank, flat())
     try:
         twice.sync()

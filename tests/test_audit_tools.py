@@ -225,7 +225,7 @@ def test_methods(tmp_path, options, rule, verdict, text):
 
 @pytest.mark.parametrize("layout", [
     "{code}{rule}Running Python 3.12\n{rule}{log}",                            # upstream's baseline
-    "{knobs}{rule}Source code:\n{rule}{code}{rule}Running Python 3.12\n{rule}{log}",  # the late lineage
+    "{knobs}{rule}Source code:\n{rule}{code}{rule}Running Python 3.12\n{rule}{log}",  # the late chain
     "{knobs}{rule}{code}{rule}{log}",                                           # ours
     "{knobs}{log}",
 ])

@@ -30,26 +30,26 @@ CPU = tg.World(0, 1, torch.device("cpu"), torch.float32)
 
 def batches_of(cfg, data, rank=0, size=1):
     make = tg.packed_batches if cfg.eval_method == "packed" else tg.sliding_batches
-    return list(make(cfg, tg.ValDoor(data, CPU), rank, size))
+    return list(make(cfg, tg.Scorer(data, CPU), rank, size))
 
 
 def evaluate(cfg, world, forward, data) -> tg.Score:
-    return tg.evaluate(cfg, world, forward, tg.ValDoor(data, world))
+    return tg.evaluate(cfg, world, forward, tg.Scorer(data, world))
 
 
 def per_target(cfg, data, forward) -> np.ndarray:
     """Nats of every target in stream order."""
     for batch in batches_of(cfg, data):
         assert (data.tokens[batch.at[batch.at >= 0]] == batch.inputs.numpy()[batch.at >= 0]).all(), "the input before each target"
-    door = tg.ValDoor(data, CPU)
-    tg.evaluate(cfg, CPU, forward, door)
-    return door.nats.numpy()
+    scorer = tg.Scorer(data, CPU)
+    tg.evaluate(cfg, CPU, forward, scorer)
+    return scorer.nats.numpy()
 
 
 class Probe:
     """A forward whose nats are functions of what a packed position may see: easy to predict by hand."""
 
-    def __call__(self, inputs, targets, *, order, packing):
+    def __call__(self, inputs, targets, *, order, segments):
         return inputs * 1000.0 + targets
 
 
@@ -68,13 +68,13 @@ def test_a_uniform_model_scores_log2_of_the_vocabulary(method, world, random_mod
 
 
 def test_score_is_the_mean_of_the_scores_in_fp64(world):
-    door = tg.ValDoor(stream([40]), world)
-    door.score(np.arange(20)[None], lambda targets: torch.cat((torch.full((1, 1), 1e8), torch.ones(1, 19)), 1))
-    door.score(np.r_[20 : door.total, -1, -1][None], lambda targets: torch.full(targets.shape, 0.5))
-    score = door.finish()
-    nats = 1e8 + 19 + 0.5 * (door.total - 20)
-    assert (score.loss, score.tokens, score.bytes) == (nats / door.total, door.total, door._data.target_bytes.sum())
-    assert score.bpb == nats / math.log(2) / score.bytes and door.sums() == (nats, score.tokens, score.bytes)
+    scorer = tg.Scorer(stream([40]), world)
+    scorer.score(np.arange(20)[None], lambda targets: torch.cat((torch.full((1, 1), 1e8), torch.ones(1, 19)), 1))
+    scorer.score(np.r_[20 : scorer.total, -1, -1][None], lambda targets: torch.full(targets.shape, 0.5))
+    score = scorer.finish()
+    nats = 1e8 + 19 + 0.5 * (scorer.total - 20)
+    assert (score.loss, score.tokens, score.bytes) == (nats / scorer.total, scorer.total, scorer._data.target_bytes.sum())
+    assert score.bpb == nats / math.log(2) / score.bytes and scorer.sums() == (nats, score.tokens, score.bytes)
 
 
 def test_a_missed_target_is_an_error(world, random_model, monkeypatch):
@@ -119,7 +119,7 @@ def test_packed_rows_hold_each_target_once_and_cut_no_piece(sizes, context, batc
         n, at = int((batch.at >= 0).sum()), len(out)
         assert batch.inputs.shape == batch.at.shape and batch.at[0, :n].tolist() == list(range(at, at + n))
         assert batch.inputs[0, :n].tolist() == data.tokens[at : at + n].tolist()
-        cuts = batch.packing.cu_seqlens.tolist()
+        cuts = batch.segments.cu_seqlens.tolist()
         assert cuts[0] == 0 and cuts[-1] == batch.inputs.shape[1] and max(np.diff(cuts)) <= context
         starts = [s for s, _ in zip(*data.documents(), strict=True)]
         for i in range(at, at + n):  # the piece of token i starts at its document or a multiple of the context behind that
@@ -165,7 +165,7 @@ def test_packed_equals_document_by_document(world, random_model):
         for start, end in zip(*data.documents(), strict=True):
             for at in range(start, end, 48):
                 tokens = torch.from_numpy(data.tokens[at : min(at + 48, end) + 1].astype(np.int64))[None]
-                expected += model(tokens[:, :-1], tokens[:, 1:], order=order)[0].tolist()
+                expected += model(tokens[:, :-1], tokens[:, 1:], layers=order)[0].tolist()
     got = per_target(cfg, data, model)
     # rotary angles at other row positions and another attention kernel, fp32, in a network of large random weights
     assert np.allclose(got, expected, rtol=1e-4, atol=1e-4) and abs(got.mean() - np.mean(expected)) < 1e-5
@@ -192,7 +192,7 @@ def test_sliding_equals_window_by_window(world, random_model):
     expected = np.full(total, np.nan)
     for start in range(0, total, 8):
         tokens = torch.from_numpy(data.tokens[start : start + 33].astype(np.int64))[None]
-        nats = model(tokens[:, :-1], tokens[:, 1:], order=order)[0].numpy()
+        nats = model(tokens[:, :-1], tokens[:, 1:], layers=order)[0].numpy()
         fresh = np.isnan(expected[start : start + 32])
         expected[start : start + 32][fresh] = nats[fresh]
     assert np.allclose(per_target(cfg, data, model), expected, rtol=1e-4, atol=1e-4)  # batched matmuls, fp32
@@ -271,17 +271,17 @@ def test_scores_round_the_softcap_only_when_asked(random_model, monkeypatch):
             model = tg.build_model(cfg, bf16, tg.choose_kernels(cfg, bf16))
             model.load_state_dict(weights)
             row = torch.arange(5, 30)[None]
-            model(row[:, :-1], row[:, 1:], order=tg.layer_order(cfg, True), training=True)
+            model(row[:, :-1], row[:, 1:], layers=tg.layer_order(cfg, True), training=True)
             assert asked == [not fused]
             asked.clear()
-            door = tg.ValDoor(data, bf16)
-            tg.evaluate(cfg, bf16, model, door)
+            scorer = tg.Scorer(data, bf16)
+            tg.evaluate(cfg, bf16, model, scorer)
             assert asked and all(rounded == (not fp32) for rounded in asked)
-            nats[fp32, fused] = door.nats
+            nats[fp32, fused] = scorer.nats
             asked.clear()
     assert torch.equal(nats[True, True], nats[True, False]) and torch.equal(nats[False, True], nats[False, False])
     assert 1e-4 < (nats[True, True] - nats[False, True]).abs().max() < 0.5
-    found = tg.probe_scoring(data, bf16, 64, lambda door: tg.evaluate(cfg, bf16, model, door), 3, 40, 1, 0)
+    found = tg.probe_scoring(data, bf16, 64, lambda scorer: tg.evaluate(cfg, bf16, model, scorer), 3, 40, 1, 0)
     assert {name: verdict for name, (verdict, _) in found.items()} == dict(P1="PASS", P2="PASS", P3="PASS")
 
 
@@ -289,12 +289,12 @@ def test_scores_round_the_softcap_only_when_asked(random_model, monkeypatch):
 def test_the_work_of_an_evaluation_equals_torchs_counter(method, dataset, world, random_model):
     """Padding and windows that are read twice are work, but not useful work."""
     cfg = tiny_config(data_path=str(dataset), eval_method=method, val_doc_fraction=0.4, smear_gate_enabled=False)
-    door = tg.ValDoor(tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False)), world)
+    scorer = tg.Scorer(tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False)), world)
     with FlopCounterMode(display=False) as counter:
-        score = tg.evaluate(cfg, world, random_model(cfg), door)
+        score = tg.evaluate(cfg, world, random_model(cfg), scorer)
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
     per_token = tg.flops_per_token(cfg, [1], True).matmul
     positions = counted / per_token
     assert positions == pytest.approx(round(positions)) and positions > score.tokens  # whole tokens, more than are scored
-    assert counted < door.work.model == door.work.hardware < 1.2 * counted  # attention comes on top
-    assert door.work.useful / door.work.model == pytest.approx(score.tokens / positions, rel=0.02)
+    assert counted < scorer.work.model == scorer.work.hardware < 1.2 * counted  # attention comes on top
+    assert scorer.work.useful / scorer.work.model == pytest.approx(score.tokens / positions, rel=0.02)

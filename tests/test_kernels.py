@@ -515,9 +515,9 @@ def test_kernels_compile_into_whole_graphs():
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     tokens = torch.randint(4, 64, (1, 33), generator=torch.Generator().manual_seed(0))
-    packing, results = tg.Packing(torch.tensor([0, 20, 32], dtype=torch.int32), 32), []
+    segments, results = tg.Segments(torch.tensor([0, 20, 32], dtype=torch.int32), 32), []
     for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        nats = forward(tokens[:, :-1], tokens[:, 1:], order=tg.layer_order(cfg, True), packing=packing, training=True)
+        nats = forward(tokens[:, :-1], tokens[:, 1:], layers=tg.layer_order(cfg, True), segments=segments, training=True)
         ((1 / 32) * nats.sum()).backward()
         results.append([nats.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
         model.zero_grad()

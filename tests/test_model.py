@@ -165,7 +165,7 @@ def packed_run(model, tokens, max_len, looping=True, **kwargs):
     row = tg.packed_row(tokens, max_len, torch.device("cpu"))
     with torch.no_grad():
         return model(
-            row.inputs, row.targets, order=tg.layer_order(model.cfg, looping), packing=tg.Packing(row.cu_seqlens, max_len), **kwargs
+            row.inputs, row.targets, layers=tg.layer_order(model.cfg, looping), segments=tg.Segments(row.cu_seqlens, max_len), **kwargs
         )[0]
 
 
@@ -173,7 +173,7 @@ def dense_run(model, tokens, looping=True, **kwargs):
     """nats (B, T) of rows without packing; tokens (B, T + 1)."""
     window = torch.from_numpy(np.atleast_2d(tokens).astype(np.int64))
     with torch.no_grad():
-        return model(window[:, :-1], window[:, 1:], order=tg.layer_order(model.cfg, looping), **kwargs)
+        return model(window[:, :-1], window[:, 1:], layers=tg.layer_order(model.cfg, looping), **kwargs)
 
 
 def segments_of(tokens, max_len):
@@ -238,7 +238,7 @@ def test_rows_in_pieces_with_a_cache_equal_whole_rows(name, random_model):
         for start, end in itertools.pairwise(cuts):
             x, y = window[:, start:end], window[:, start + 1 : end + 1]
             with torch.no_grad():
-                pieces.append(model(x, y, order=tg.layer_order(cfg, looping), cache=cache))
+                pieces.append(model(x, y, layers=tg.layer_order(cfg, looping), cache=cache))
         torch.testing.assert_close(torch.cat(pieces, 1), dense_run(model, tokens, looping), **CLOSE)
 
 
@@ -247,7 +247,7 @@ def test_without_targets_the_forward_gives_the_logits_behind_the_loss(random_mod
         model, tokens = random_model(tiny_config(**changes)).double(), sample()
         window = torch.from_numpy(tokens.astype(np.int64))[None]
         with torch.no_grad():
-            logits = model(window[:, :-1], None, order=tg.layer_order(model.cfg, True))
+            logits = model(window[:, :-1], None, layers=tg.layer_order(model.cfg, True))
         assert logits.abs().max() <= model.cfg.logit_softcap
         nats = -logits.log_softmax(-1).gather(2, window[:, 1:, None])[..., 0]
         torch.testing.assert_close(nats, dense_run(model, tokens), **CLOSE)
@@ -365,7 +365,7 @@ def test_padding_segments_change_nothing(random_model):
     for count in (int((row.cu_seqlens < 50).sum()) + 1, 64, 192):
         cu_seqlens = torch.full((count,), 50, dtype=torch.int32)
         cu_seqlens[: min(count, 64)] = row.cu_seqlens[:count]
-        outputs.append(model(row.inputs, row.targets, order=order, packing=tg.Packing(cu_seqlens, 17)))
+        outputs.append(model(row.inputs, row.targets, layers=order, segments=tg.Segments(cu_seqlens, 17)))
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
@@ -376,13 +376,13 @@ def test_the_future_is_invisible(random_model, looping, packed):
     model, tokens = random_model(tiny_config()), sample()
     order = tg.layer_order(model.cfg, looping)
     row = tg.packed_row(tokens, 17, torch.device("cpu"))
-    packing = tg.Packing(row.cu_seqlens, 17) if packed else None
+    segments = tg.Segments(row.cu_seqlens, 17) if packed else None
     with torch.no_grad():
-        before = model(row.inputs, row.targets, order=order, packing=packing)
+        before = model(row.inputs, row.targets, layers=order, segments=segments)
         for t in (0, 10, 11, 12, 29, 40, 48):
             forged = row.inputs.clone()
             forged[:, t + 1 :] = torch.where(forged[:, t + 1 :] == 1, 1, (forged[:, t + 1 :] + 7) % 60 + 4)
-            after = model(forged, row.targets, order=order, packing=packing)
+            after = model(forged, row.targets, layers=order, segments=segments)
             assert torch.equal(after[:, : t + 1], before[:, : t + 1]), t
             assert not torch.equal(after[:, t + 1 :], before[:, t + 1 :]), t
 
@@ -428,14 +428,14 @@ def test_flops_of_matrices_equal_torchs_counter(random_model, looping, sites, sc
         lora.A.requires_grad_(), lora.B.requires_grad_()
     tokens = torch.from_numpy(sample(T, 0, bos=(0,)).astype(np.int64))
     at = torch.arange(T - round(scored * T), T)[None]
-    how = dict(packing=tg.Packing(torch.tensor([0, T], dtype=torch.int32), T)) if scored == 1 else dict(positions=at)
+    how = dict(segments=tg.Segments(torch.tensor([0, T], dtype=torch.int32), T)) if scored == 1 else dict(positions=at)
     products = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
 
     def counted(counter):
         return sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in products)
 
     with FlopCounterMode(display=False) as counter:
-        nats = model(tokens[None, :-1], tokens[1:][at], order=tg.layer_order(cfg, looping), adapters=adapters, **how)
+        nats = model(tokens[None, :-1], tokens[1:][at], layers=tg.layer_order(cfg, looping), adapters=adapters, **how)
     flops = tg.flops_per_token(cfg, [T], looping, adapters, scored)
     zeros = 2 * T * 2 * adapters.q.A.shape[0] * adapters.q.A.shape[-2] * (cfg.model_dim + 2 * cfg.kv_dim) if sites else 0
     forward = T * (flops.matmul + flops.lora) - 2 * cfg.gate_window + zeros
@@ -462,7 +462,7 @@ def test_flops_of_attention_are_its_causal_pairs():
     assert ours == pytest.approx(seen * cfg.num_heads * cfg.head_dim * 2 * 2)
     record = tg.flops_per_token(tg.Config(), [2048], True)  # spec/performance 1.1: 106.43 MFLOP/token without attention, 17 applications
     assert record.matmul / 1e6 == pytest.approx(106.43, abs=0.01)
-    work = tg.Work()
+    work = tg.FlopCount()
     work.add(record, "train", 100, 60)
     assert work.model == pytest.approx(300 * (record.matmul + record.attention)) and work.useful == pytest.approx(0.6 * work.model)
     assert work.hardware == pytest.approx(work.model + 100 * record.attention / 2)
@@ -511,7 +511,7 @@ def test_adapters_of_a_row_are_private(random_model):
     for lora in one:
         lora.A.requires_grad_(), lora.B.requires_grad_()
     window = torch.from_numpy(rows.astype(np.int64))
-    model(window[:, :-1], window[:, 1:], order=tg.layer_order(cfg, True), adapters=one)[1].sum().backward()
+    model(window[:, :-1], window[:, 1:], layers=tg.layer_order(cfg, True), adapters=one)[1].sum().backward()
     for lora in one:
         for t in lora[:2]:
             assert t.grad[..., 1, :, :].abs().sum() > 0
@@ -534,7 +534,7 @@ def test_positions_equal_slicing(random_model, changes):
         some = model(
             window[:, :-1],
             window[:, 1:].gather(1, positions),
-            order=tg.layer_order(model.cfg, True),
+            layers=tg.layer_order(model.cfg, True),
             adapters=adapters,
             positions=positions,
         )

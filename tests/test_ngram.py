@@ -89,7 +89,7 @@ def test_the_tilted_probabilities_sum_to_one_and_are_a_boosted_logit(world, rand
     inputs = torch.randint(0, V, (1, n), generator=torch.Generator().manual_seed(0))
     hints = np.where(np.arange(n) % 3 == 0, -1, np.arange(n) % V)
     with torch.no_grad():
-        score = tg.partial(model, inputs, order=order)
+        score = tg.partial(model, inputs, layers=order)
         both = [tg.graded(score, torch.full((1, n), y), torch.from_numpy(hints)[None], cfg.token_boost) for y in range(V)]
     plain, tilted = (torch.stack([pair[i] for pair in both], -1)[0] for i in (0, 1))
     assert torch.allclose((-tilted).double().exp().sum(-1), torch.ones(n, dtype=torch.float64), atol=1e-5)  # fp32 log-softmax
@@ -118,7 +118,7 @@ def test_the_evaluation_is_tilted(method, random_model):
         out = np.full(len(tokens), np.nan)
         for b in batches_of(cfg, data):
             targets = torch.from_numpy(tokens[b.at].astype(np.int64))
-            nats = model(b.inputs, targets, order=tg.layer_order(cfg, True), packing=b.packing).numpy()
+            nats = model(b.inputs, targets, layers=tg.layer_order(cfg, True), segments=b.segments).numpy()
             out[b.at[b.at >= 0]] = nats[b.at >= 0]
         return out
 
@@ -149,9 +149,9 @@ def test_test_time_training_is_tilted_and_learns_from_the_untilted_loss(world, r
     assert (tilted.nats > plain.nats - 1e-3)[wrong].all() and (plain.nats - tilted.nats)[right].max() > 1
     batch = tg.document_batches(cfg, data)[-1]
     _, a = run_batch(off, world, ready(model), data, batch)
-    b, door = tg.Lane(cfg, world, len(batch.sizes), seed=3).lineage(batch), tg.prepare(cfg, tg.ValDoor(data, world), order)
-    tg.score_batch(cfg, world, ready(model), door, batch, b, False)
-    assert np.array_equal(door.hints, hints) and (door.hints[door.own > 0] >= 0).any()
+    b, scorer = tg.AdapterChain(cfg, world, len(batch.sizes), seed=3), tg.prepare(cfg, tg.Scorer(data, world), order)
+    tg.score_batch(cfg, world, ready(model), scorer, batch, b, False)
+    assert np.array_equal(scorer.hints, hints) and (scorer.hints[scorer.own > 0] >= 0).any()
     for x, y in zip(a.loras, b.loras, strict=True):
         assert (x.B - y.B).norm() <= 1e-3 * y.B.norm() and y.B.norm() > 0
 
@@ -190,10 +190,10 @@ def test_no_tilted_score_of_test_time_training_depends_on_what_is_scored_later(n
 def probed(cfg, world, model, tilt=None) -> dict:
     """P1 and P2 through the real evaluation. tilt: replaces the hints of `ngram_hints`."""
 
-    def replay(door):
+    def replay(scorer):
         if cfg.ttt_enabled:
-            return tg.TttRun(dataclasses.replace(cfg, **QUIET), world, ready(model), door, lambda line: None).run()
-        return tg.evaluate(cfg, world, model, door)
+            return tg.TttRun(dataclasses.replace(cfg, **QUIET), world, ready(model), scorer, lambda line: None).run()
+        return tg.evaluate(cfg, world, model, scorer)
 
     with pytest.MonkeyPatch.context() as patch:
         if tilt:
@@ -219,10 +219,10 @@ def test_the_audit_fails_a_hint_that_knows_its_target(path, world, random_model,
     with pytest.raises(tg.RunError, match="a hint depends on its target"):
         probed(cfg, world, model, gated)
 
-    def trusting(door, order, guess, boost):
-        door.hints, door.boost = guess(door._data.tokens, order), boost
+    def trusting(scorer, order, guess, boost):
+        scorer.hints, scorer.boost = guess(scorer._data.tokens, order), boost
 
-    monkeypatch.setattr(tg.ValDoor, "foresee", trusting)
+    monkeypatch.setattr(tg.Scorer, "foresee", trusting)
     found = probed(cfg, world, model, gated)
     assert found["P1"][0] == "FAIL" and found["P2"][0] == "FAIL", found
 

@@ -34,10 +34,10 @@ def counting(dtype: torch.dtype, *shape: int, salt: int = 0) -> torch.Tensor:
     return torch.tensor(out, dtype=torch.int32).view(shape).to(dtype)
 
 
-def sample(layers: int = 2) -> dict[str, tg.Stored]:
+def sample(layers: int = 2) -> dict[str, tg.QuantizedTensor]:
     """Every stream, every codec and every dtype."""
     i8, i2, f2 = torch.int8, torch.int16, torch.float16
-    out = {"tok_emb.weight": tg.Stored({
+    out = {"tok_emb.weight": tg.QuantizedTensor({
         ("gptq", "q"): counting(i8, 40, 8), ("gptq", "scale"): counting(f2, 40), ("gptq", "hi_start"): counting(i2, 1),
         ("gptq", "hi_size"): counting(i2, 1), ("gptq", "hi_scale"): counting(f2, 40, salt=1),
         ("low_rank_asym", "A"): counting(i8, 40, 2), ("low_rank_asym", "A_scale"): counting(f2, 1),
@@ -45,12 +45,12 @@ def sample(layers: int = 2) -> dict[str, tg.Stored]:
     for i in range(layers):
         for k, role in enumerate(("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")):
             rows = 24 if role == "mlp.fc" else 12
-            out[f"blocks.{i}.{role}.weight"] = tg.Stored(
+            out[f"blocks.{i}.{role}.weight"] = tg.QuantizedTensor(
                 {("gptq", "q"): counting(i8, rows, 8, salt=10 * i + k), ("gptq", "scale"): counting(f2, rows, salt=k)})
-        out[f"blocks.{i}.attn.attn_gate_w"] = tg.Stored({("int8_row", "q"): counting(i8, 4, 6), ("int8_row", "scale"): counting(f2, 4)})
-        out[f"blocks.{i}.attn.q_gain"] = tg.Stored({("float16", "w"): counting(f2, 4)})
-    out["lm_head.weight"] = tg.Stored({("gptq", "q"): counting(i8, 40, 8, salt=99), ("gptq", "scale"): counting(f2, 40, salt=98)})
-    out["softcap_pos"] = tg.Stored({("float16", "w"): torch.tensor(30.0).half()})
+        out[f"blocks.{i}.attn.attn_gate_w"] = tg.QuantizedTensor({("int8_row", "q"): counting(i8, 4, 6), ("int8_row", "scale"): counting(f2, 4)})
+        out[f"blocks.{i}.attn.q_gain"] = tg.QuantizedTensor({("float16", "w"): counting(f2, 4)})
+    out["lm_head.weight"] = tg.QuantizedTensor({("gptq", "q"): counting(i8, 40, 8, salt=99), ("gptq", "scale"): counting(f2, 40, salt=98)})
+    out["softcap_pos"] = tg.QuantizedTensor({("float16", "w"): torch.tensor(30.0).half()})
     return out
 
 
@@ -60,11 +60,11 @@ def sample_is_the_model(monkeypatch):
     monkeypatch.setattr(tg, "tensor_shapes", lambda cfg: shapes_of(sample()))
 
 
-def shapes_of(stored: dict[str, tg.Stored]) -> dict[str, tuple[int, ...]]:
+def shapes_of(stored: dict[str, tg.QuantizedTensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(next(iter(s.parts.values())).shape) for name, s in stored.items()}
 
 
-def same(a: dict[str, tg.Stored], b: dict[str, tg.Stored]) -> bool:
+def same(a: dict[str, tg.QuantizedTensor], b: dict[str, tg.QuantizedTensor]) -> bool:
     """Bit for bit, NaN included: names, order, dtypes, shapes and bytes."""
     def flat(stored):
         return [(n, key, t.dtype, t.shape, t.numpy().tobytes()) for n, s in stored.items() for key, t in s.parts.items()]
@@ -250,7 +250,7 @@ def any_array(draw, dtype=None, shapes=SHAPES):
     return finite(torch.from_numpy(np.frombuffer(raw, "<" + dtype).reshape(shape).copy()))
 
 
-def survives(stored: dict[str, tg.Stored], shapes: dict[str, tuple[int, ...]], compressor: str) -> bool:
+def survives(stored: dict[str, tg.QuantizedTensor], shapes: dict[str, tuple[int, ...]], compressor: str) -> bool:
     cfg = tiny_config(compressor=compressor)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tg.CODERS, "lrzip", (zlib.compress, lambda data, size: zlib.decompress(data)))
@@ -261,7 +261,7 @@ def survives(stored: dict[str, tg.Stored], shapes: dict[str, tuple[int, ...]], c
 @settings(max_examples=80, deadline=None)
 @given(st.dictionaries(st.text(max_size=9).filter(lambda n: ":" not in n), any_array("f2"), max_size=6), st.sampled_from(tg.COMPRESSORS))
 def test_any_small_tensors_survive(tensors, compressor):
-    stored = {name: tg.Stored({("float16", "w"): t}) for name, t in tensors.items()}
+    stored = {name: tg.QuantizedTensor({("float16", "w"): t}) for name, t in tensors.items()}
     assert survives(stored, {name: tuple(t.shape) for name, t in tensors.items()}, compressor)
 
 
@@ -279,7 +279,7 @@ def any_parts(draw, codec: str, rows: int, cols: int):
 @given(st.data(), st.sampled_from(list(tg.CODEC_PARTS)), st.integers(1, 9), st.integers(1, 9), st.sampled_from(tg.COMPRESSORS),
        st.sampled_from(["tok_emb.weight", "blocks.0.mlp.fc.weight", "other"]))  # fmt: skip
 def test_every_codec_survives_every_compressor(data, codec, rows, cols, compressor, name):
-    stored = {name: tg.Stored(data.draw(any_parts(codec, rows, cols)))}
+    stored = {name: tg.QuantizedTensor(data.draw(any_parts(codec, rows, cols)))}
     assert survives(stored, {name: (rows, cols)}, compressor)
 
 
@@ -290,7 +290,7 @@ MATRICES = [name.split(":")[0].replace("*", "3") for name, *_ in tg.STREAM_RULES
 @given(st.integers(0, 12), st.integers(0, 7), st.sampled_from(MATRICES), st.sampled_from(["range", "pergroup"]), st.data())
 def test_any_integer_matrix_survives(rows, cols, name, compressor, data):
     q = np.frombuffer(data.draw(st.binary(min_size=rows * cols, max_size=rows * cols)), np.int8).reshape(rows, cols).copy()
-    assert survives({name: tg.Stored({("gptq", "q"): torch.from_numpy(q)})}, {name: q.shape}, compressor)
+    assert survives({name: tg.QuantizedTensor({("gptq", "q"): torch.from_numpy(q)})}, {name: q.shape}, compressor)
 
 
 # ---- COMPRESSOR=range
@@ -410,7 +410,7 @@ def test_missing_library_is_an_explanation(monkeypatch):
 
 
 def test_numbers_that_are_none_are_refused():
-    stored = sample() | {"softcap_pos": tg.Stored({("float16", "w"): torch.tensor(float("nan")).half()})}
+    stored = sample() | {"softcap_pos": tg.QuantizedTensor({("float16", "w"): torch.tensor(float("nan")).half()})}
     with pytest.raises(tg.RunError, match="not all finite: softcap_pos"):
         tg.pack(tiny_config(), stored)
     del stored["softcap_pos"]
@@ -496,7 +496,7 @@ def test_a_model_comes_back_from_disk_as_it_was_quantized(random_model, world, t
     monkeypatch.undo()
     cfg = tiny_config(compressor="range", lqer_enabled=False, awq_lite_enabled=False)
     model = random_model(cfg)
-    hessians, tasks = tg.Hessians(), tg.gptq_tasks(cfg, tg.unbank(cfg, model.state_dict()))
+    hessians, tasks = tg.Hessians(), tg.gptq_inputs(cfg, tg.unbank(cfg, model.state_dict()))
     for t in tasks:
         hessians.H[t.site], hessians.count[t.site] = torch.eye(t.W.shape[1]), 1
     stored = tg.quantize(cfg, model.state_dict(), hessians, lambda line: None)

@@ -278,7 +278,7 @@ def tiny(random_model):
     """Configuration, state, tasks, Hessians and the GPTQ of a tiny model."""
     cfg = tiny_config(matrix_bits=4, embed_bits=4)
     state = random_model(cfg).state_dict()
-    tasks = tg.gptq_tasks(cfg, tg.unbank(cfg, state))
+    tasks = tg.gptq_inputs(cfg, tg.unbank(cfg, state))
     hessians = fake_hessians(cfg, tasks)
     return cfg, state, tasks, hessians, tg.run_gptq(cfg, tasks, hessians, {})
 
@@ -309,7 +309,7 @@ def test_low_rank_correction_lowers_the_error_of_the_worst_tensors(tiny):
         assert {codec for s in extra.values() for codec, _ in s.parts} == {"low_rank_asym" if asym else "low_rank"}
         for t in tasks:
             if t.name in extra:
-                corrected = tg.Stored(stored[t.name].parts | extra[t.name].parts)
+                corrected = tg.QuantizedTensor(stored[t.name].parts | extra[t.name].parts)
                 torch.testing.assert_close(corrected.decode(), stored[t.name].decode() + extra[t.name].decode())
                 assert (t.W - corrected.decode()).norm() < residual[t.name]
     assert tg.low_rank_corrections(dataclasses.replace(cfg, lqer_enabled=False), tasks, stored) == {}
@@ -342,7 +342,7 @@ def test_every_tensor_gets_a_codec_and_comes_back(name, random_model):
     cfg = tiny_config(**CONFIGS[name])
     state = random_model(cfg).state_dict()
     tensors = tg.unbank(cfg, state)
-    tasks = tg.gptq_tasks(cfg, tensors)
+    tasks = tg.gptq_inputs(cfg, tensors)
     lines = []
     stored = tg.quantize(cfg, state, fake_hessians(cfg, tasks), lines.append)
     assert list(stored) == list(tensors), "the order of the state decides the bytes"
@@ -403,7 +403,7 @@ def test_calibration_sees_the_inputs_of_every_matrix_document_by_document(datase
         assert len(starts) > 1
         for a, b in zip(starts, [*starts[1:], 256], strict=True):
             tokens = torch.from_numpy(window[a : b + 1].astype(np.int64))[None]
-            model(tokens[:, :-1], tokens[:, 1:], order=order, tap=alone)
+            model(tokens[:, :-1], tokens[:, 1:], layers=order, tap=alone)
     sites = {f"blocks.{i}.{s}" for i in range(cfg.num_layers) for s in ("attn_in", "attn_out", "mlp_in", "mlp_mid")} | {"head"}
     assert set(got.H) == sites
     for site in sites:
@@ -421,7 +421,7 @@ def test_hessian_is_of_the_matrix_it_is_used_for(world, random_model):
     cfg = tiny_config(num_loops=0)
     model, seen = random_model(cfg), {}
     tokens = torch.randint(4, 64, (1, 16), generator=torch.Generator().manual_seed(0))
-    model(tokens, tokens, order=tg.layer_order(cfg, False), tap=lambda site, x: seen.setdefault(site, x))
+    model(tokens, tokens, layers=tg.layer_order(cfg, False), tap=lambda site, x: seen.setdefault(site, x))
     hidden = tg.leaky_relu_squared(seen["blocks.1.mlp_in"] @ model.mlp_up_bank[1].T, cfg.mlp_slope)
     torch.testing.assert_close(hidden, seen["blocks.1.mlp_mid"])
     assert seen["blocks.0.attn_out"].shape == seen["blocks.0.attn_in"].shape == seen["head"].shape == (1, 16, 32)
@@ -446,7 +446,7 @@ def test_eight_bits_keep_the_score_and_three_do_not(dataset, world, random_model
         c = dataclasses.replace(cfg, lqer_enabled=False, awq_lite_enabled=False, **bits)
         quantized = tg.build_model(c, world, tg.choose_kernels(c, world))
         quantized.load_state_dict(tg.dequantized_state(c, tg.quantize(c, model.state_dict(), hessians, lambda line: None)))
-        losses = [tg.evaluate(c, world, m, tg.ValDoor(data, world)).loss for m in (quantized, model)]
+        losses = [tg.evaluate(c, world, m, tg.Scorer(data, world)).loss for m in (quantized, model)]
         return abs(losses[0] - losses[1])
 
     eight, three = change(matrix_bits=8, embed_bits=8), change(matrix_bits=3, embed_bits=3)

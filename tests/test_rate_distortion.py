@@ -44,15 +44,15 @@ def test_points_are_those_of_the_pipeline(runs, tmp_path, capsys, dataset, world
     stored = tg.quantize(cfg, model.state_dict(), tg.collect_hessians(cfg, world, model, files, lambda line: None), lambda line: None)
     assert first["bytes"] == len(tg.pack(cfg, stored))
     data = tg.ValData.load(cfg, files)
-    assert first["val_bpb_before"] == pytest.approx(tg.evaluate(cfg, world, model, tg.ValDoor(data, world)).bpb)
+    assert first["val_bpb_before"] == pytest.approx(tg.evaluate(cfg, world, model, tg.Scorer(data, world)).bpb)
     model.load_state_dict(tg.dequantized_state(cfg, stored))
-    assert first["val_bpb"] == pytest.approx(tg.evaluate(cfg, world, model, tg.ValDoor(data, world)).bpb)
+    assert first["val_bpb"] == pytest.approx(tg.evaluate(cfg, world, model, tg.Scorer(data, world)).bpb)
 
 
 def test_error_is_the_share_of_the_output_that_is_wrong(runs):
     checkpoint = rd.Checkpoint(runs[0], 0.3)
     cfg = dataclasses.replace(checkpoint.cfg, awq_lite_enabled=False, lqer_enabled=False)
-    nothing = {n: tg.Stored({("float16", "w"): 0 * t}) for n, t in tg.unbank(cfg, checkpoint.state).items()}
+    nothing = {n: tg.QuantizedTensor({("float16", "w"): 0 * t}) for n, t in tg.unbank(cfg, checkpoint.state).items()}
     assert checkpoint.error(cfg, nothing) == pytest.approx(1, rel=1e-6), "weights of zero lose everything"
     coarse, fine = (checkpoint.error(c, tg.quantize(c, checkpoint.state, checkpoint.calibration(c), lambda line: None))
                     for c in (dataclasses.replace(cfg, matrix_bits=b, embed_bits=b) for b in (3, 8)))

@@ -106,7 +106,7 @@ def calibrated(dataset, world, random_model):
 
 
 def plan_of(cfg, state, hessians) -> tg.RateDistortion:
-    return tg.RateDistortion(tg.gptq_tasks(cfg, tg.unbank(cfg, state)), hessians)
+    return tg.RateDistortion(tg.gptq_inputs(cfg, tg.unbank(cfg, state)), hessians)
 
 
 def arrays_of(stored: dict) -> dict[str, np.ndarray]:
@@ -116,7 +116,7 @@ def arrays_of(stored: dict) -> dict[str, np.ndarray]:
 def loss_of(cfg, state, hessians, stored) -> dict[str, float]:
     """1/2 sum_r g_r E_r H E_r^T of each matrix, in nats per token, from the definitions."""
     out = {}
-    for task in tg.gptq_tasks(cfg, tg.unbank(cfg, state)):
+    for task in tg.gptq_inputs(cfg, tg.unbank(cfg, state)):
         H = hessians.H[task.name if task.name == "tok_emb.weight" else task.site].double()
         g = (hessians.squares[task.name].double() / H.diagonal()).mean(1)
         E = (stored[task.name].decode() - task.W).double()
@@ -131,7 +131,7 @@ def test_gradients_are_squared_window_by_window(dataset, world, random_model):
     for window in tg.calibration_windows(files.train, 256, 4):
         row = tg.packed_row(window, 256, world.device)
         model.zero_grad()
-        nats = model(row.inputs, row.targets, order=tg.layer_order(cfg, True), packing=tg.Packing(row.cu_seqlens, row.max_len))
+        nats = model(row.inputs, row.targets, layers=tg.layer_order(cfg, True), segments=tg.Segments(row.cu_seqlens, row.max_len))
         nats.sum().backward()
         squares = squares + model.mlp_up_bank.grad[1].square()
         embedding = embedding + model.tok_emb.weight.grad.T @ model.tok_emb.weight.grad
@@ -139,7 +139,7 @@ def test_gradients_are_squared_window_by_window(dataset, world, random_model):
     torch.testing.assert_close(got.squares["blocks.1.mlp.fc.weight"], squares, **close)
     torch.testing.assert_close(got.H["tok_emb.weight"], embedding, rtol=1e-3, atol=1e-4 * float(embedding.abs().max()))
     assert all(not h.requires_grad for h in (*got.H.values(), *got.squares.values()))
-    assert set(got.squares) == {t.name for t in tg.gptq_tasks(cfg, tg.unbank(cfg, model.state_dict()))}
+    assert set(got.squares) == {t.name for t in tg.gptq_inputs(cfg, tg.unbank(cfg, model.state_dict()))}
 
 
 def test_steps_follow_the_water_filling(calibrated):
@@ -147,7 +147,7 @@ def test_steps_follow_the_water_filling(calibrated):
     cfg, state, hessians = calibrated
     plan = plan_of(cfg, state, hessians)
     stored = plan(plan.delta(0.2))
-    for task in tg.gptq_tasks(cfg, tg.unbank(cfg, state)):
+    for task in tg.gptq_inputs(cfg, tg.unbank(cfg, state)):
         H = hessians.H[task.name if task.name == "tok_emb.weight" else task.site]
         g = (hessians.squares[task.name] / H.diagonal()).mean(1)
         g = g.clamp_min(tg.RD_FLOOR * g.mean())
@@ -165,7 +165,7 @@ def test_all_tensors_sit_on_one_slope(calibrated):
     plan = plan_of(cfg, state, hessians)
     fine, coarse = (plan(plan.delta(loss)) for loss in (0.2, 0.8))
     low, high = (loss_of(cfg, state, hessians, x) for x in (fine, coarse))
-    weights = {t.name: t.W.numel() for t in tg.gptq_tasks(cfg, tg.unbank(cfg, state))}
+    weights = {t.name: t.W.numel() for t in tg.gptq_inputs(cfg, tg.unbank(cfg, state))}
     slopes = np.array([(high[name] - low[name]) / weights[name] for name in weights])
     assert slopes.min() > 0.5 * slopes.mean() and slopes.max() < 1.6 * slopes.mean()
     assert sum(low.values()) == pytest.approx(0.2, rel=0.3) and sum(high.values()) == pytest.approx(0.8, rel=0.3)

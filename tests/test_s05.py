@@ -25,10 +25,10 @@ def tiny(random_model):
         bank = state[name]
         state[name] = bank * torch.linspace(0.5, 12, bank[0, :, 0].numel())[:, None]
         state[name][..., 3] *= 4  # outliers, worth clipping
-    return cfg, state, fake_hessians(cfg, tg.gptq_tasks(cfg, tg.unbank(cfg, state)))
+    return cfg, state, fake_hessians(cfg, tg.gptq_inputs(cfg, tg.unbank(cfg, state)))
 
 
-def quantized(tiny, **changes) -> dict[str, tg.Stored]:
+def quantized(tiny, **changes) -> dict[str, tg.QuantizedTensor]:
     cfg, state, hessians = tiny
     return tg.quantize(dataclasses.replace(cfg, **changes), state, hessians, lambda line: None)
 
@@ -39,18 +39,18 @@ def quantized(tiny, **changes) -> dict[str, tg.Stored]:
 @pytest.mark.parametrize("kept", [0, 1, 5, 24, 66])
 def test_the_largest_traces_keep_their_bits(tiny, kept):
     cfg, state, hessians = tiny
-    tasks = tg.mixed_bits(dataclasses.replace(cfg, n_int6_layers=kept), tg.gptq_tasks(cfg, tg.unbank(cfg, state)), hessians)
+    tasks = tg.mixed_bits(dataclasses.replace(cfg, n_int6_layers=kept), tg.gptq_inputs(cfg, tg.unbank(cfg, state)), hessians)
     assert len(tasks) == 24 and {t.bits for t in tasks} <= {5, 6}
     traces = {bits: [float(hessians.H[t.site].trace()) for t in tasks if t.bits == bits] for bits in (5, 6)}
     assert len(traces[6]) == min(kept, 24)
     assert min(traces[6], default=np.inf) >= max(traces[5], default=0)
-    plain = tg.gptq_tasks(tiny_config(), tg.unbank(cfg, state))
+    plain = tg.gptq_inputs(tiny_config(), tg.unbank(cfg, state))
     assert tg.mixed_bits(tiny_config(), plain, hessians) == plain, "S14 gives every matrix MATRIX_BITS"
 
 
 def test_integers_use_their_bits_and_the_embedding_is_int8_rows(tiny):
     cfg, state, hessians = tiny
-    bits = {t.name: t.bits for t in tg.mixed_bits(cfg, tg.gptq_tasks(cfg, tg.unbank(cfg, state)), hessians)}
+    bits = {t.name: t.bits for t in tg.mixed_bits(cfg, tg.gptq_inputs(cfg, tg.unbank(cfg, state)), hessians)}
     stored = quantized(tiny)
     for name, n in bits.items():
         q = stored[name].parts["gptq", "q"]
@@ -68,7 +68,7 @@ def test_integers_use_their_bits_and_the_embedding_is_int8_rows(tiny):
 def test_the_chosen_percentile_is_the_best_of_one_sweep_each(tiny):
     """Candidates run as extra rows of one batch; here each runs alone."""
     cfg, state, hessians = tiny
-    tasks = tg.mixed_bits(cfg, tg.gptq_tasks(cfg, tg.unbank(cfg, state)), hessians)
+    tasks = tg.mixed_bits(cfg, tg.gptq_inputs(cfg, tg.unbank(cfg, state)), hessians)
     stored, wins = tg.run_gptq(cfg, tasks, hessians, {}), set()
     for task in tasks:
         H = hessians.H[task.site].clone()
@@ -102,7 +102,7 @@ def test_protected_columns_work_with_percentiles(tiny):
     parts = stored[name].parts
     start = int(parts["gptq", "hi_start"][0])
     fine = parts["gptq", "q"][:, start : start + 8]
-    bits = {t.name: t.bits for t in tg.mixed_bits(tiny[0], tg.gptq_tasks(tiny[0], tg.unbank(*tiny[:2])), tiny[2])}[name]
+    bits = {t.name: t.bits for t in tg.mixed_bits(tiny[0], tg.gptq_inputs(tiny[0], tg.unbank(*tiny[:2])), tiny[2])}[name]
     ratio = parts["gptq", "scale"].float() / parts["gptq", "hi_scale"].float()
     assert torch.allclose(ratio, torch.tensor(127 / (2 ** (bits - 1) - 1)), rtol=2e-3), "both grids end where the percentile says"
     assert fine.abs().max() > 2 ** (bits - 1) - 1
@@ -146,7 +146,7 @@ def test_predicted_bits_are_the_entropy_of_what_is_left(tiny):
     assert pruning.code_bits(middle) <= pruning.code_bits(500) and middle <= 500
 
 
-def noise(size: int, seed: int, compressor: str = "brotli") -> tuple[tg.Config, dict[str, tg.Stored]]:
+def noise(size: int, seed: int, compressor: str = "brotli") -> tuple[tg.Config, dict[str, tg.QuantizedTensor]]:
     """A model of Gaussian matrices coarse enough for int5, as a large model would have them."""
     cfg = s05_config(compressor=compressor, model_dim=size, num_layers=2, loop_end=1, parallel_start_layer=1, vocab_size=8, xsa_last_n=2)
     generator, stored = torch.Generator().manual_seed(seed), {}
@@ -158,7 +158,7 @@ def noise(size: int, seed: int, compressor: str = "brotli") -> tuple[tg.Config, 
             clip, none = 6 * W.std(-1), torch.zeros(1, shape[1], dtype=torch.bool)
             q, scale, hi = (t[0] for t in tg.gptq(W[None], torch.eye(shape[1])[None], clip[None], 5, none, 8))
             parts = {("gptq", key): t for key, t in tg.Gptq.encode(q, scale, hi, [], 8).items()}
-        stored[name] = tg.Stored(parts)
+        stored[name] = tg.QuantizedTensor(parts)
     return cfg, stored
 
 
@@ -204,7 +204,7 @@ def test_the_model_writes_what_its_uncached_self_would(world, random_model):
     tokens = torch.from_numpy(text)
     assert torch.equal(tokens[:, 0], (draws[:, 0] * 64).long())
     with torch.no_grad():
-        logits = model(tokens[:, :-1], None, order=tg.layer_order(cfg, True))
+        logits = model(tokens[:, :-1], None, layers=tg.layer_order(cfg, True))
     odds = (logits / 0.8).softmax(-1).cumsum(-1)
     above = odds.gather(2, tokens[:, 1:, None])[..., 0]
     below = torch.nn.functional.pad(odds, (1, 0)).gather(2, tokens[:, 1:, None])[..., 0]
@@ -229,7 +229,7 @@ def test_own_text_feeds_the_same_hessians(dataset, world, random_model):
     for tokens in tg.write_sequences(cfg, world, model):
         row = tg.packed_row(tokens, cfg.train_seq_len, world.device)
         with torch.no_grad():
-            model(row.inputs, row.targets, order=tg.layer_order(cfg, True), packing=tg.Packing(row.cu_seqlens, row.max_len), tap=expected)
+            model(row.inputs, row.targets, layers=tg.layer_order(cfg, True), segments=tg.Segments(row.cu_seqlens, row.max_len), tap=expected)
     assert got.H.keys() == expected.H.keys() and all(torch.equal(got.H[site], expected.H[site]) for site in got.H)
     assert got.count["head"] == 64 * cfg.train_seq_len and any("wrote 64 sequences" in line for line in lines)
 
@@ -257,7 +257,7 @@ def test_the_preset_and_what_it_refuses():
 
 def test_uncorrelated_inputs_make_the_choice_plain():
     """H = c I: no error is passed on, so the best percentile of a matrix is the best of plain rounding."""
-    task = tg.Task("blocks.0.mlp.fc.weight", 3 * normal(12, 64), 5, 0.0, "site")
+    task = tg.GptqInput("blocks.0.mlp.fc.weight", 3 * normal(12, 64), 5, 0.0, "site")
     hessians = tg.Hessians()
     hessians.H["site"], hessians.count["site"] = 7 * torch.eye(64), 1
     stored = tg.run_gptq(s05_config(), [task], hessians, {})[task.name]
@@ -269,7 +269,7 @@ def test_uncorrelated_inputs_make_the_choice_plain():
 
 
 def test_a_correlated_hessian_still_beats_rounding():
-    H, task = correlated(64), tg.Task("blocks.0.mlp.fc.weight", 3 * normal(12, 64), 5, 0.0, "site")
+    H, task = correlated(64), tg.GptqInput("blocks.0.mlp.fc.weight", 3 * normal(12, 64), 5, 0.0, "site")
     hessians = tg.Hessians()
     hessians.H["site"], hessians.count["site"] = H, 1
     stored = tg.run_gptq(s05_config(), [task], hessians, {})[task.name]

@@ -23,7 +23,7 @@ def run_folder(tmp_path_factory, dataset, random_model):
     folder = tmp_path_factory.mktemp("run")
     cfg = tiny_config(data_path=str(dataset), matrix_bits=4, artifact_dir=str(folder))
     model = random_model(cfg)
-    tasks = tg.gptq_tasks(cfg, tg.unbank(cfg, model.state_dict()))
+    tasks = tg.gptq_inputs(cfg, tg.unbank(cfg, model.state_dict()))
     stored = tg.quantize(cfg, model.state_dict(), fake_hessians(cfg, tasks), lambda line: None)
     (folder / "final_model.int6.ptz").write_bytes(tg.pack(cfg, stored))
     tg.save_tensors(folder / "final_model.pt", model.state_dict())
@@ -101,14 +101,14 @@ def test_sensitivity_is_the_change_of_the_score(run_folder, world):
     c = dataclasses.replace(cfg, val_doc_fraction=0.5)
     data = tg.ValData.load(c, tg.Dataset.open(c, need_train=False))
     exact = tg.load_checkpoint_model(c, world, run_folder / "final_model.pt")
-    assert before == pytest.approx(tg.evaluate(c, world, exact, tg.ValDoor(data, world)).bpb)
+    assert before == pytest.approx(tg.evaluate(c, world, exact, tg.Scorer(data, world)).bpb)
     quantized = tg.load_artifact(c, world, artifact)
-    assert changes["all"] == pytest.approx(tg.evaluate(c, world, quantized, tg.ValDoor(data, world)).bpb - before, abs=1e-9)
+    assert changes["all"] == pytest.approx(tg.evaluate(c, world, quantized, tg.Scorer(data, world)).bpb - before, abs=1e-9)
     stored = tg.unpack(c, artifact.read_bytes())
     with torch.no_grad():
         for i in range(4):
             exact.mlp_up_bank[i] = stored[f"blocks.{i}.mlp.fc.weight"].decode()
-    assert changes["mlp up"] == pytest.approx(tg.evaluate(c, world, exact, tg.ValDoor(data, world)).bpb - before, abs=1e-9)
+    assert changes["mlp up"] == pytest.approx(tg.evaluate(c, world, exact, tg.Scorer(data, world)).bpb - before, abs=1e-9)
     assert changes["mlp up"] != 0 and set(changes) == {*size.KINDS, "all"} - {"head"}
 
 

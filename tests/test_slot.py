@@ -120,7 +120,7 @@ def test_training_weights_learn_nothing_from_it(world, random_model):
     model = random_model(cfg)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     assert model.qo_bank.requires_grad
-    tg.evaluate(cfg, world, model, tg.ValDoor(data, world))
+    tg.evaluate(cfg, world, model, tg.Scorer(data, world))
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
@@ -130,7 +130,7 @@ def test_the_account_says_who_learned_early(world, random_model, tmp_path):
     for form in FORMS:
         cfg, data = slot_config(form), some(4)
         ledger = tg.Ledger(tmp_path / f"{form}.jsonl")
-        tg.evaluate(cfg, world, random_model(cfg), tg.ValDoor(data, world, "quantized", ledger))
+        tg.evaluate(cfg, world, random_model(cfg), tg.Scorer(data, world, "quantized", ledger))
         lines = [json.loads(line) for line in ledger.path.read_text().splitlines()]
         scored, early = np.zeros(len(data.target_bytes), bool), []
         for line in lines:
@@ -146,7 +146,7 @@ def test_the_account_says_who_learned_early(world, random_model, tmp_path):
 def probed(form: str, world, random_model) -> dict:
     cfg, data = slot_config(form), some(8)
     model = random_model(cfg)
-    return tg.probe_scoring(data, world, cfg.vocab_size, lambda door: tg.evaluate(cfg, world, model, door), 3, 60, 3, 0, isolated=False)
+    return tg.probe_scoring(data, world, cfg.vocab_size, lambda scorer: tg.evaluate(cfg, world, model, scorer), 3, 60, 3, 0, isolated=False)
 
 
 @pytest.mark.parametrize("form, first", [("published", "FAIL"), ("causal", "PASS"), ("off", "PASS")])
@@ -155,6 +155,6 @@ def test_the_audit_tells_the_forms_apart(form, first, world, random_model):
     found = probed(form, world, random_model)
     assert [found[p][0] for p in ("P1", "P2", "P3")] == [first, first, "NOT-MEASURED"], found
     cfg = slot_config(form)
-    rules = tg.verdicts(cfg, found | dict(order=tg.holds(form != "published", "as the door says")))
+    rules = tg.verdicts(cfg, found | dict(order=tg.holds(form != "published", "as the scorer says")))
     assert rules["R6"][0] == (first if first == "FAIL" else "NOT-MEASURED"), "windows look across documents, so P3 does not apply"
     assert rules["R5"][0] == first and rules["R7"][0] == dict(published="FAIL", causal="NEEDS-RULING", off="PASS")[form]

@@ -226,7 +226,7 @@ def test_accumulation_is_the_mean_of_its_micro_batches(cfg, world):
     for tokens in window:
         trainer.model.zero_grad()
         row = tg.packed_row(tokens, 32, torch.device("cpu"))
-        nats = trainer.model(row.inputs, row.targets, order=tg.layer_order(cfg, True), packing=tg.Packing(row.cu_seqlens, 32))
+        nats = trainer.model(row.inputs, row.targets, layers=tg.layer_order(cfg, True), segments=tg.Segments(row.cu_seqlens, 32))
         nats.mean().backward()
         rows.append(nats.mean().item())
         grads.append({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
@@ -631,8 +631,8 @@ def test_training_and_scoring_compile_into_few_whole_graphs(cfg, world, tmp_path
         before = count_graphs()
         for method in ("packed", "sliding"):
             scoring = dataclasses.replace(cfg, eval_method=method)
-            ours = tg.evaluate(scoring, world, compiled.forward, tg.ValDoor(data, world))
-            theirs = tg.evaluate(scoring, world, eager.model, tg.ValDoor(data, world))
+            ours = tg.evaluate(scoring, world, compiled.forward, tg.Scorer(data, world))
+            theirs = tg.evaluate(scoring, world, eager.model, tg.Scorer(data, world))
             assert ours.loss == pytest.approx(theirs.loss, abs=1e-5)
         assert count_graphs() - before <= 3  # packed rows, full batches of windows, and the last one
 
@@ -645,12 +645,12 @@ def test_test_time_training_compiles_into_few_whole_graphs(phased, cfg, world, r
     data = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False))
     model = random_model(cfg).requires_grad_(False).eval()
     start = copy.deepcopy(model.state_dict())
-    expected = tg.TttRun(cfg, world, model, tg.ValDoor(data, world), quiet).run()
+    expected = tg.TttRun(cfg, world, model, tg.Scorer(data, world), quiet).run()
     learned = copy.deepcopy(model.state_dict())
     model.load_state_dict(start)
     with clean_compiler():
         before = count_graphs()
-        ttt = tg.TttRun(dataclasses.replace(cfg, compile_backend="aot_eager"), world, model, tg.ValDoor(data, world), quiet)
+        ttt = tg.TttRun(dataclasses.replace(cfg, compile_backend="aot_eager"), world, model, tg.Scorer(data, world), quiet)
         ttt.warm_up()
         ours = ttt.run()  # an error if anything were compiled here
         graphs = count_graphs() - before
@@ -781,8 +781,8 @@ def test_nothing_is_compiled_while_a_graph_is_recorded(cfg, world, random_model,
         trainer.warm_up(quiet)
         trainer.loader.close()
         micro_batches = len(made)
-        door = tg.ValDoor(tg.ValData.load(cfg, trainer.files), world)
-        tg.TttRun(cfg, world, random_model(cfg).requires_grad_(False), door, quiet).warm_up()
+        scorer = tg.Scorer(tg.ValData.load(cfg, trainer.files), world)
+        tg.TttRun(cfg, world, random_model(cfg).requires_grad_(False), scorer, quiet).warm_up()
     assert 8 <= micro_batches < len(made) and not any(made)
 
 
@@ -800,7 +800,7 @@ def test_validation_may_compile(cfg, world, tmp_path):
         trainer = make_trainer(cfg, world)
         trainer.warm_up(quiet)
         data, made = tg.ValData.load(dataclasses.replace(cfg, val_doc_fraction=0.4), trainer.files), len(tg.compilations())
-        validate = lambda: tg.evaluate(cfg, world, trainer.forward, tg.ValDoor(data, world), trainer.looping)  # noqa: E731
+        validate = lambda: tg.evaluate(cfg, world, trainer.forward, tg.Scorer(data, world), trainer.looping)  # noqa: E731
         tg.train(trainer, validate, quiet, tmp_path / "checkpoint.pt")
         assert trainer.step == 4 and len(tg.compilations()) > made
 
@@ -810,6 +810,6 @@ def test_a_compilation_in_the_scored_evaluation_is_an_error(cfg, world, random_m
     data = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False))
     model = random_model(cfg).requires_grad_(False)
     with clean_compiler(), pytest.raises(tg.RunError, match="evaluation batch [0-9]+: the compiler was at work in timed code.*STAGE=eval"):
-        tg.TttRun(cfg, world, model, tg.ValDoor(data, world), quiet).run()
+        tg.TttRun(cfg, world, model, tg.Scorer(data, world), quiet).run()
     with clean_compiler():
-        assert tg.TttRun(dataclasses.replace(cfg, compile_allow_recompiles=True), world, model, tg.ValDoor(data, world), quiet).run().tokens
+        assert tg.TttRun(dataclasses.replace(cfg, compile_allow_recompiles=True), world, model, tg.Scorer(data, world), quiet).run().tokens

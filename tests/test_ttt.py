@@ -42,8 +42,8 @@ def ready(model: tg.GPT) -> tg.GPT:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-class Ledger(tg.ValDoor):
-    """A door that also keeps the step at which every target was scored."""
+class Ledger(tg.Scorer):
+    """A scorer that also keeps the step at which every target was scored."""
 
     def __init__(self, data: tg.ValData, world: tg.World, when=None):
         super().__init__(data, world, "test")
@@ -64,14 +64,14 @@ def run_ttt(cfg, world, model, data) -> Ledger:
     return ledger
 
 
-def run_batch(cfg, world, model, data, batch=None, lineage=None, static_rows=0, from_mean=False):
-    """One batch alone. Returns its ledger and its lineage."""
+def run_batch(cfg, world, model, data, batch=None, chain=None, static_rows=0, from_mean=False):
+    """One batch alone. Returns its ledger and its chain."""
     batch, adam = batch or tg.document_batches(cfg, data)[0], tg.choose_kernels(cfg, world).adam
-    lineage = lineage or tg.Lane(cfg, world, max(static_rows, len(batch.sizes)), seed=3, adam=adam).lineage(batch)
+    chain = chain or tg.AdapterChain(cfg, world, max(static_rows, len(batch.sizes)), seed=3, adam=adam)
     ledger = Ledger(data, world)
-    tg.score_batch(cfg, world, model, ledger, batch, lineage, from_mean, static_rows)
+    tg.score_batch(cfg, world, model, ledger, batch, chain, from_mean, static_rows)
     ledger.nats = ledger.nats.numpy()
-    return ledger, lineage
+    return ledger, chain
 
 
 def forged(data: tg.ValData, first: int, end: int, seed: int = 0) -> tg.ValData:
@@ -173,12 +173,12 @@ def test_deal_gives_every_item_to_one_lane_and_balances(lanes):
 
 def test_batch_cost_counts_the_positions_that_are_run(world):
     data = some(20, longest=200)
-    door = tg.ValDoor(data, world)
+    scorer = tg.Scorer(data, world)
     for context in (64, 70, 200):
         cfg = tiny_config(ttt_eval_seq_len=context)
         for batch in tg.document_batches(cfg, data):
             n, chunks = len(batch.sizes), -(-int(batch.sizes.max()) // batch.chunk)
-            run = sum(tg.build_chunk(door, batch, 0, n, i, context).inputs.numel() for i in range(chunks))
+            run = sum(tg.build_chunk(scorer, batch, 0, n, i, context).inputs.numel() for i in range(chunks))
             assert tg.batch_cost(batch, context) == run
 
 
@@ -187,7 +187,7 @@ def test_a_chunk_holds_the_window_the_positions_and_the_targets(first, world):
     data, cfg = of_sizes(5, 30, 100), tiny_config(ttt_short_score_first_steps="", ttt_short_chunk_size=16)
     batch, context = tg.document_batches(cfg, data)[0], 64
     for index in range(7):
-        chunk = tg.build_chunk(tg.ValDoor(data, world), batch, first, 4, index, context)
+        chunk = tg.build_chunk(tg.Scorer(data, world), batch, first, 4, index, context)
         for row in range(4):
             size = int(batch.sizes[first + row]) if first + row < 3 else 0
             at = list(range(index * 16, min((index + 1) * 16, size)))
@@ -207,15 +207,15 @@ def test_a_chunk_holds_the_window_the_positions_and_the_targets(first, world):
 
 def test_shapes_and_scale_of_the_adapters(world):
     cfg = tiny_config(ttt_mask="")
-    lineage = tg.Lineage(cfg, world, 3, 4, 1e-3, 0.5, 0.99, seed=0)
+    chain = tg.AdapterChain(cfg, world, 3, 4, 1e-3, 0.5, 0.99, seed=0)
     slots, D = len(tg.layer_order(cfg, looping=True)), cfg.model_dim
     n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D)
     for site, n in n_out.items():
-        lora = getattr(lineage.adapters, site)
+        lora = getattr(chain.adapters, site)
         assert lora.A.shape == (slots, 3, 4, D) and lora.B.shape == (slots, 3, n, 4)
-    head = lineage.adapters.head
+    head = chain.adapters.head
     assert head.A.shape == (3, 4, D) and head.B.shape == (3, cfg.vocab_size, 4)
-    for lora in lineage.loras:
+    for lora in chain.loras:
         assert lora.scale == cfg.ttt_lora_alpha / 4 == 2.0
         assert not lora.B.any() and D**-0.5 * 0.9 < lora.A.abs().max() <= D**-0.5
         assert lora.A.dtype == lora.B.dtype == torch.float32
@@ -224,13 +224,13 @@ def test_shapes_and_scale_of_the_adapters(world):
     expected = torch.stack([2.0 * (B[b] @ (A[b] @ x[b].T)).T for b in range(2)])
     y = torch.zeros(2, 5, 9)
     torch.testing.assert_close(tg.add_deltas(y, x, None, tg.Lora(A, B, 2.0), columns=(0, 2))[..., 2:], expected, rtol=1e-4, atol=1e-4)
-    default = tg.Lineage(tiny_config(), world, 3, 4, 1e-3, 0.5, 0.99, seed=0).adapters
+    default = tg.AdapterChain(tiny_config(), world, 3, 4, 1e-3, 0.5, 0.99, seed=0).adapters
     assert default.q is None and default.v is None and default.k is not None and default.o is not None and default.mlp is not None
 
 
 def test_seeds_of_lanes_differ_and_repeat(world):
     cfg = tiny_config()
-    first, second, again = (tg.Lane(cfg, world, 2, seed).normal.adapters.head.A for seed in (0, 1, 0))
+    first, second, again = (tg.AdapterChain(cfg, world, 2, seed).adapters.head.A for seed in (0, 1, 0))
     assert torch.equal(first, again) and not torch.equal(first, second)
 
 
@@ -244,7 +244,7 @@ def test_without_learning_it_is_the_plain_score_of_each_document(world, random_m
     for start, end in zip(*data.documents(), strict=True):
         tokens = torch.from_numpy(data.tokens[start : end + 1].astype(np.int64))[None]
         with torch.no_grad():
-            expected += model(tokens[:, :-1], tokens[:, 1:], order=order)[0].tolist()
+            expected += model(tokens[:, :-1], tokens[:, 1:], layers=order)[0].tolist()
     ledger = run_ttt(cfg, world, model, data)
     assert np.allclose(ledger.nats, expected, rtol=1e-4, atol=1e-4)  # other batch shapes, fp32
     assert ledger.result.loss == pytest.approx(np.mean(expected), abs=1e-5)
@@ -315,12 +315,12 @@ def test_documents_of_a_batch_do_not_influence_each_other(world, random_model):
     cfg, data = tiny_config(), of_sizes(90, 91, 92, 93)
     model = ready(random_model(cfg))
     batch = tg.document_batches(cfg, data)[0]
-    ledger, lineage = run_batch(cfg, world, model, data)
+    ledger, chain = run_batch(cfg, world, model, data)
     for i in range(4):
         start, end = int(batch.starts[i]), int(batch.starts[i] + batch.sizes[i])
         other, others = run_batch(cfg, world, model, forged(data, start + 1, end))
         assert np.array_equal(np.delete(other.nats, np.s_[start:end]), np.delete(ledger.nats, np.s_[start:end]))
-        for a, b in zip(lineage.loras, others.loras, strict=True):
+        for a, b in zip(chain.loras, others.loras, strict=True):
             rows = [k for k in range(4) if k != i]
             assert torch.equal(a.B[..., rows, :, :], b.B[..., rows, :, :]) and not torch.equal(a.B[..., i, :, :], b.B[..., i, :, :])
 
@@ -334,9 +334,9 @@ def test_the_last_chunk_is_never_learned_from(world, random_model, monkeypatch):
     for sizes, expected in (((5, 8), 0), ((16, 33), 4), ((30, 31, 32), 3)):  # chunks of 8 up to 39 predictions
         steps.clear()
         data = of_sizes(*sizes)
-        _, lineage = run_batch(cfg, world, model, data)
+        _, chain = run_batch(cfg, world, model, data)
         assert len(steps) == expected
-        assert all(bool(lora.B.any()) == bool(expected) for lora in lineage.loras)
+        assert all(bool(lora.B.any()) == bool(expected) for lora in chain.loras)
         batch = tg.document_batches(cfg, data)[0]
         ends = batch.starts + batch.sizes
         last = ends - 1 - (batch.sizes - 1) % batch.chunk
@@ -344,7 +344,7 @@ def test_the_last_chunk_is_never_learned_from(world, random_model, monkeypatch):
         for a, b in zip(last, ends, strict=True):  # tokens that are targets of the last chunk alone
             changed = forged(changed, int(a) + 1, int(b))
         _, other = run_batch(cfg, world, model, changed)
-        assert all(torch.equal(a.B, b.B) and torch.equal(a.A, b.A) for a, b in zip(lineage.loras, other.loras, strict=True))
+        assert all(torch.equal(a.B, b.B) and torch.equal(a.A, b.A) for a, b in zip(chain.loras, other.loras, strict=True))
 
 
 def test_base_weights_are_frozen_but_for_the_phases(world, random_model):
@@ -377,11 +377,11 @@ def test_a_phase_learns_from_scored_documents_alone(world, random_model, monkeyp
 # ---------------------------------------------------------------------------------------------------- against slow references
 
 
-def slow_document(cfg, model, tokens: np.ndarray, chunk: int, lineage, row: int) -> np.ndarray:
+def slow_document(cfg, model, tokens: np.ndarray, chunk: int, chain, row: int) -> np.ndarray:
     """Section 10.5 for one document, written out: its own adapters, its own AdamW, no padding, no batch."""
     order, context = tg.layer_order(cfg, looping=True), cfg.ttt_eval_seq_len
     lr, wd, beta1, beta2 = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult, cfg.ttt_weight_decay, cfg.ttt_beta1, cfg.ttt_beta2
-    picked = [lora and [t.detach()[..., row : row + 1, :, :].clone().requires_grad_() for t in lora[:2]] for lora in lineage.adapters]
+    picked = [lora and [t.detach()[..., row : row + 1, :, :].clone().requires_grad_() for t in lora[:2]] for lora in chain.adapters]
     parameters = [t for pair in picked if pair for t in pair]
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     adapters = tg.Adapters(*(pair and tg.Lora(*pair, cfg.ttt_lora_alpha / cfg.ttt_lora_rank) for pair in picked))
@@ -390,7 +390,7 @@ def slow_document(cfg, model, tokens: np.ndarray, chunk: int, lineage, row: int)
     for ci in range(K):
         end = min((ci + 1) * chunk, P)
         ws = max(0, end - context)
-        nats = model(text[None, ws:end], text[None, ws + 1 : end + 1], order=order, adapters=adapters)[0]
+        nats = model(text[None, ws:end], text[None, ws + 1 : end + 1], layers=order, adapters=adapters)[0]
         graded += nats[ci * chunk - ws :].tolist()
         if ci == K - 1:
             break
@@ -412,11 +412,11 @@ def test_equals_one_document_after_the_other(changes, world, random_model):
     cfg, data = tiny_config(ttt_short_score_first_enabled=False, **changes), of_sizes(15, 16, 50, 100)
     model = ready(random_model(cfg))
     batch = tg.document_batches(cfg, data)[0]
-    lineage = tg.Lane(cfg, world, 4, seed=3).normal
+    chain = tg.AdapterChain(cfg, world, 4, seed=3)
     expected = np.full(len(data.target_bytes), np.nan)
     for row, (s, n) in enumerate(zip(batch.starts, batch.sizes, strict=True)):
-        expected[s : s + n] = slow_document(cfg, model, data.tokens[s : s + n + 1], 16, lineage, row)
-    ledger, lineage = run_batch(cfg, world, model, data, batch, lineage)
+        expected[s : s + n] = slow_document(cfg, model, data.tokens[s : s + n + 1], 16, chain, row)
+    ledger, chain = run_batch(cfg, world, model, data, batch, chain)
     without = run_batch(dataclasses.replace(cfg, ttt_lora_lr=0.0), world, model, data)[0]
     # Measured 2e-6: fp32 in other shapes. The margin is for other machines: with beta1 = 0 an update is about lr times the sign
     # of a gradient, which amplifies noise in tiny ones. What learning changes is thousands of times larger.
@@ -437,7 +437,7 @@ def slow_base(cfg, model, tokens: np.ndarray) -> dict[str, torch.Tensor]:
                 x, y = (torch.from_numpy(tokens[at + i : at + seq + i].astype(np.int64)) for i in (0, 1))
                 cuts = [0, *[i for i in range(1, seq) if x[i] == tg.BOS_ID and cfg.global_ttt_respect_doc_boundaries], seq]
                 for a, b in itertools.pairwise(cuts):
-                    total = total + model(x[None, a:b], y[None, a:b], order=order).sum()
+                    total = total + model(x[None, a:b], y[None, a:b], layers=order).sum()
             grads = torch.autograd.grad(total / count, list(named.values()))
             norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
             shrink = min(1.0, cfg.global_ttt_grad_clip / norm) if cfg.global_ttt_grad_clip else 1.0
@@ -499,7 +499,7 @@ def test_padded_rows_equal_dropped_rows(world, random_model):
     """The compiled path keeps one shape: ended and missing documents stay as rows that count nothing."""
     cfg, data = tiny_config(), of_sizes(5, 40, 41, 100)
     model, batch = ready(random_model(cfg)), tg.document_batches(cfg, data)[0]
-    rows = [tg.Lane(cfg, world, 6, seed=3).normal for _ in range(2)]
+    rows = [tg.AdapterChain(cfg, world, 6, seed=3) for _ in range(2)]
     dropped, a = run_batch(cfg, world, model, data, batch, rows[0])
     padded, b = run_batch(cfg, world, model, data, batch, rows[1], static_rows=6)
     assert np.abs(dropped.nats - padded.nats).max() < 1e-3  # as above: other shapes, sign-like updates
@@ -544,10 +544,10 @@ def test_what_padding_holds_reaches_no_score(world, random_model, monkeypatch):
     """Not even document starts: bit for bit, scores and what is learned from them."""
     cfg, data = tiny_config(cuda_graphs=True, ttt_bucket=64), of_sizes(5, 40, 41, 100)
     model, real, padding = ready(random_model(cfg)), tg.build_chunk, []
-    expected, lineage = run_batch(cfg, world, model, data)
+    expected, chain = run_batch(cfg, world, model, data)
 
-    def build_chunk(door, batch, first, rows, index, context, width):
-        chunk = real(door, batch, first, rows, index, context, width)
+    def build_chunk(scorer, batch, first, rows, index, context, width):
+        chunk = real(scorer, batch, first, rows, index, context, width)
         seen = torch.from_numpy((chunk.at >= 0).sum(1)) - 1
         last = chunk.positions.gather(1, seen.clamp_min(0)[:, None])
         behind = (torch.arange(width) > last) & (seen >= 0)[:, None]
@@ -560,7 +560,7 @@ def test_what_padding_holds_reaches_no_score(world, random_model, monkeypatch):
     monkeypatch.setattr(tg, "build_chunk", build_chunk)
     forged_padding, other = run_batch(cfg, world, model, data)
     assert sum(padding) > 300 and np.array_equal(forged_padding.nats, expected.nats)
-    for a, b in zip(lineage.loras, other.loras, strict=True):
+    for a, b in zip(chain.loras, other.loras, strict=True):
         assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
 
 
@@ -608,7 +608,7 @@ def test_the_adam_kernel_gives_the_scores_of_adamw(world, random_model):
 def test_a_graph_recorded_in_the_scored_evaluation_is_an_error(world, random_model, recordings):
     cfg, data = tiny_config(cuda_graphs=True, **QUIET), some(14)
     model = random_model(cfg)
-    run = lambda cfg: tg.TttRun(cfg, world, ready(model), tg.ValDoor(data, world), lambda line: None).run()  # noqa: E731
+    run = lambda cfg: tg.TttRun(cfg, world, ready(model), tg.Scorer(data, world), lambda line: None).run()  # noqa: E731
     with pytest.raises(tg.RunError, match=r"evaluation batch \d+: the compiler was at work in timed code \(CUDA graph of .*STAGE=eval"):
         run(cfg)
     assert run(dataclasses.replace(cfg, compile_allow_recompiles=True)).tokens == len(data.target_bytes)
@@ -618,13 +618,13 @@ def test_lanes_follow_one_another_in_the_same_place(world, random_model):
     """As if each had been made anew: nothing is left of the one before, not even the mean."""
     cfg, data = tiny_config(ttt_warm_start_mean_enabled=True, ttt_short_lora_enabled=True, ttt_short_doc_len=60), of_sizes(50, 60, 70, 80)
     model, lane = ready(random_model(cfg)), tg.Lane(cfg, world, 4, seed=3)
-    places = [t.data_ptr() for lineage in (lane.normal, lane.short) for lora in lineage.loras for t in lora[:2]]
-    first = run_batch(cfg, world, model, data, lineage=lane.normal)[0]
-    run_batch(cfg, world, model, data, lineage=lane.short)
+    places = [t.data_ptr() for chain in (lane.normal, lane.short) for lora in chain.loras for t in lora[:2]]
+    first = run_batch(cfg, world, model, data, chain=lane.normal)[0]
+    run_batch(cfg, world, model, data, chain=lane.short)
     fresh, again = tg.Lane(cfg, world, 4, seed=9), lane.restart(9)
-    assert again is lane and places == [t.data_ptr() for lineage in (lane.normal, lane.short) for lora in lineage.loras for t in lora[:2]]
+    assert again is lane and places == [t.data_ptr() for chain in (lane.normal, lane.short) for lora in chain.loras for t in lora[:2]]
     for name in ("normal", "short"):
-        a, b = (run_batch(cfg, world, model, data, lineage=getattr(x, name), from_mean=True) for x in (fresh, again))
+        a, b = (run_batch(cfg, world, model, data, chain=getattr(x, name), from_mean=True) for x in (fresh, again))
         assert np.array_equal(a[0].nats, b[0].nats) and not np.array_equal(a[0].nats, first.nats)
         assert all(torch.equal(x.A, y.A) and torch.equal(x.B, y.B) for x, y in zip(a[1].loras, b[1].loras, strict=True))
 
@@ -652,12 +652,12 @@ def test_sgd_is_one_gradient_step(world, random_model):
     cfg, data = tiny_config(ttt_optimizer="sgd", ttt_lora_lr=0.1, ttt_local_lr_mult=0.5), of_sizes(60)
     cfg = dataclasses.replace(cfg, ttt_chunk_size=32)
     model, batch = ready(random_model(cfg)), tg.document_batches(cfg, data)[0]
-    lineage = tg.Lane(cfg, world, 1, seed=3).normal
+    chain = tg.AdapterChain(cfg, world, 1, seed=3)
     x = torch.from_numpy(data.tokens[:33].astype(np.int64))[None]
-    loss = model(x[:, :-1], x[:, 1:], order=tg.layer_order(cfg, True), adapters=lineage.adapters).mean()
-    head = torch.autograd.grad(loss, lineage.adapters.head.B)[0]
-    _, lineage = run_batch(cfg, world, model, data, batch, lineage)
-    torch.testing.assert_close(lineage.adapters.head.B.detach(), -0.05 * head, rtol=1e-3, atol=1e-6)  # fp32
+    loss = model(x[:, :-1], x[:, 1:], layers=tg.layer_order(cfg, True), adapters=chain.adapters).mean()
+    head = torch.autograd.grad(loss, chain.adapters.head.B)[0]
+    _, chain = run_batch(cfg, world, model, data, batch, chain)
+    torch.testing.assert_close(chain.adapters.head.B.detach(), -0.05 * head, rtol=1e-3, atol=1e-6)  # fp32
 
 
 def test_documents_outside_the_length_limits_are_scored_without_learning(world, random_model):
@@ -666,10 +666,10 @@ def test_documents_outside_the_length_limits_are_scored_without_learning(world, 
                              (dict(ttt_train_min_doc_len=71, ttt_train_max_doc_len=71), [1])):  # fmt: skip
         cfg = tiny_config(**change)
         model = ready(random_model(cfg))
-        ledger, lineage = run_batch(cfg, world, model, data)
+        ledger, chain = run_batch(cfg, world, model, data)
         still = nats_of(cfg, world, model, data, ttt_lora_lr=0.0)
         learned = nats_of(cfg, world, model, data, ttt_train_min_doc_len=0, ttt_train_max_doc_len=0)
-        moved = [i for i in range(3) if any(lora.B[..., i, :, :].any() for lora in lineage.loras)]
+        moved = [i for i in range(3) if any(lora.B[..., i, :, :].any() for lora in chain.loras)]
         assert moved == learning
         for i, (a, b) in enumerate(((0, 50), (50, 120), (120, 210))):
             assert np.allclose(ledger.nats[a:b], (learned if i in learning else still)[a:b], atol=1e-3)  # fp32
@@ -680,35 +680,35 @@ def test_short_documents_get_their_own_adapters(world):
                       ttt_short_lora_weight_decay=0.125, ttt_short_lora_beta2=0.75)  # fmt: skip
     lane = tg.Lane(cfg, world, 3, seed=0)
     short, long = (tg.document_batches(cfg, of_sizes(20, n))[0] for n in (40, 41))
-    assert lane.lineage(short) is lane.short is not lane.lineage(long) is lane.normal
+    assert lane.chain(short) is lane.short is not lane.chain(long) is lane.normal
     assert lane.short.adapters.head.A.shape[1] == 2 and lane.short.adapters.head.scale == cfg.ttt_lora_alpha / 2
     group = lane.short.begin(False).param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"]) == (0.25 * 0.75, 0.125, (0.0, 0.75))
     group = lane.normal.begin(False).param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (5e-3 * 0.75, 0.5, (0.0, 0.99), 1e-10)
     off = tg.Lane(dataclasses.replace(cfg, ttt_short_lora_enabled=False), world, 3, seed=0)
-    assert off.lineage(short) is off.normal is off.lineage(long)
+    assert off.chain(short) is off.normal is off.chain(long)
 
 
 def test_the_moving_mean_of_finished_adapters(world, random_model):
     cfg, data = tiny_config(ttt_warm_start_mean_enabled=True, ttt_warm_start_mean_momentum=0.75), of_sizes(50, 60)
     model = ready(random_model(cfg))
-    lineage = tg.Lane(cfg, world, 4, seed=3).normal  # two rows more than documents: they are no part of the mean
-    run_batch(cfg, world, model, data, lineage=lineage)
-    first = [[t.detach()[..., :2, :, :].mean(-3) for t in lora[:2]] for lora in lineage.loras]
-    lineage.begin(from_mean=True)
-    for lora, means in zip(lineage.loras, first, strict=True):
+    chain = tg.AdapterChain(cfg, world, 4, seed=3)  # two rows more than documents: they are no part of the mean
+    run_batch(cfg, world, model, data, chain=chain)
+    first = [[t.detach()[..., :2, :, :].mean(-3) for t in lora[:2]] for lora in chain.loras]
+    chain.begin(from_mean=True)
+    for lora, means in zip(chain.loras, first, strict=True):
         for t, mean in zip(lora[:2], means, strict=True):
             assert all(torch.allclose(t[..., row, :, :], mean) for row in range(4))
         assert lora.B.any()
-    run_batch(cfg, world, model, data, lineage=lineage, from_mean=True)
-    second = [[t.detach()[..., :2, :, :].mean(-3) for t in lora[:2]] for lora in lineage.loras]
-    lineage.begin(from_mean=True)
-    for lora, old, new in zip(lineage.loras, first, second, strict=True):
+    run_batch(cfg, world, model, data, chain=chain, from_mean=True)
+    second = [[t.detach()[..., :2, :, :].mean(-3) for t in lora[:2]] for lora in chain.loras]
+    chain.begin(from_mean=True)
+    for lora, old, new in zip(chain.loras, first, second, strict=True):
         for t, a, b in zip(lora[:2], old, new, strict=True):
             torch.testing.assert_close(t.detach()[..., 0, :, :], 0.75 * a + 0.25 * b)
-    lineage.begin(from_mean=False)
-    assert not any(lora.B.any() for lora in lineage.loras)
+    chain.begin(from_mean=False)
+    assert not any(lora.B.any() for lora in chain.loras)
 
 
 def test_the_mean_starts_short_documents_only(world, random_model):
@@ -778,16 +778,16 @@ def run_ranks(cfg, model, data, size: int) -> Result:
         def barrier(self):
             meeting.wait(60)
 
-    class Door(tg.ValDoor):
-        def guard(self):
-            """None: threads share the hook, so each door would see the steps of all ranks."""
+    class Door(tg.Scorer):
+        def only_released_steps(self):
+            """None: threads share the hook, so each scorer would see the steps of all ranks."""
             return contextlib.nullcontext()
 
     def work(rank: int) -> None:
         try:
             own, world = ready(model), Rank(rank, size, torch.device("cpu"), torch.float32)
-            door = Door(data, world)
-            out[rank] = tg.TttRun(cfg, world, own, door, lambda line: None).run(), own, door
+            scorer = Door(data, world)
+            out[rank] = tg.TttRun(cfg, world, own, scorer, lambda line: None).run(), own, scorer
         except BaseException as e:
             errors.append(e)
             meeting.abort()
@@ -798,7 +798,7 @@ def run_ranks(cfg, model, data, size: int) -> Result:
     for t in threads:
         t.join()
     assert not errors, errors
-    assert len({(score, digest(own), door.nats.numpy().tobytes()) for score, own, door in out.values()}) == 1, "the ranks agree"
+    assert len({(score, digest(own), scorer.nats.numpy().tobytes()) for score, own, scorer in out.values()}) == 1, "the ranks agree"
     return Result(out[0][0], out[0][1].state_dict(), out[0][2].nats.numpy())
 
 
@@ -860,8 +860,8 @@ def test_the_work_of_a_batch_equals_torchs_counter(steps, world, random_model, m
     cfg, zeros = tiny_config(ttt_grad_steps=max(1, steps), ttt_train_max_doc_len=0 if steps else 1, ttt_mask=""), []
     data, model = some(4), ready(random_model(cfg))
     (batch,) = tg.document_batches(cfg, data)[:1]
-    lineage = tg.Lineage(cfg, world, len(batch.sizes), 4, 0.01, 0.0, 0.99, seed=0)
-    door = tg.ValDoor(data, world)
+    chain = tg.AdapterChain(cfg, world, len(batch.sizes), 4, 0.01, 0.0, 0.99, seed=0)
+    scorer = tg.Scorer(data, world)
     matrices = {kind: tuple((*p[:2], 0) for p in passes) for kind, passes in tg.PASSES.items()}
     monkeypatch.setattr(tg, "PASSES", matrices)  # the counter sees no attention here
 
@@ -871,16 +871,16 @@ def test_the_work_of_a_batch_equals_torchs_counter(steps, world, random_model, m
         return model(inputs, targets, **how)
 
     with Products() as counter:
-        tg.score_batch(cfg, world, forward, door, batch, lineage, False)
-    assert door.work.model == pytest.approx(counter.total - sum(zeros), rel=0.02 if steps else 0.002)
-    assert door.work.useful < 0.7 * door.work.model and door.work.hardware == door.work.model
+        tg.score_batch(cfg, world, forward, scorer, batch, chain, False)
+    assert scorer.work.model == pytest.approx(counter.total - sum(zeros), rel=0.02 if steps else 0.002)
+    assert scorer.work.useful < 0.7 * scorer.work.model and scorer.work.hardware == scorer.work.model
 
 
 def test_a_global_phase_is_work_that_scores_nothing(world, random_model):
     cfg, data = tiny_config(phased_ttt_num_phases=1, phased_ttt_prefix_docs=9), some(16)
-    runs = [tg.TttRun(c, world, ready(random_model(c)), tg.ValDoor(data, world), lambda line: None)
+    runs = [tg.TttRun(c, world, ready(random_model(c)), tg.Scorer(data, world), lambda line: None)
             for c in (cfg, dataclasses.replace(cfg, phased_ttt_enabled=False))]
     for run in runs:
         run.run()
-    phased, plain = (run.door.work for run in runs)
+    phased, plain = (run.scorer.work for run in runs)
     assert phased.model > 1.01 * plain.model and phased.useful == pytest.approx(plain.useful, rel=0.05)

@@ -132,7 +132,7 @@ def sensitivity(cfg: tg.Config, artifact: Path, per_tensor: bool, share: float) 
 
     def bpb(names) -> float:
         model.load_state_dict(tg.rebank(cfg, exact | {name: rounded[name] for name in names}))
-        return tg.evaluate(cfg, world, model, tg.ValDoor(data, world)).bpb
+        return tg.evaluate(cfg, world, model, tg.Scorer(data, world)).bpb
 
     groups = defaultdict(list)
     for name in rounded:
