@@ -116,13 +116,6 @@ REFUSED = {  # names that appear in published commands but never did anything, a
     "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
     "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are computed inside the evaluation's clock",
     "TARGET_MB": "published runs gave it in MiB, and their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES",
-    "MIDRUN_CAP_SCHEDULE": "no published run set it; TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate",
-    "MIDRUN_CAP_LOG_UPDATES": "there is no MIDRUN_CAP_SCHEDULE",
-    "COMPILE_SHAPE_WARMUP_ITERS": "one pass a shape compiles it",
-    "COMPILE_SHAPE_WARMUP_LOOP_MODES": "the loop modes that the run will meet are warmed",
-    "TTT_EVAL_BATCHES": "every batch is reported, and the order of scoring is fixed",
-    "TTT_TRAIN_MIN_DOC_LEN": "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases",
-    "TTT_TRAIN_MAX_DOC_LEN": "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases",
     "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; PARAM_RULES says which optimizer owns which tensor",
 }
 
@@ -136,6 +129,13 @@ GONE = {  # published names that are accepted with one value, or with any (None)
     "LQER_GAIN_SELECT": ("0", "the tensors with the largest residual are corrected"),
     "TTT_OPTIMIZER": ("adam", "adapters are trained by AdamW"),
     "TTT_GRAD_STEPS": ("1", "one update a scored chunk"),
+    "MIDRUN_CAP_SCHEDULE": ("", "TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate"),
+    "MIDRUN_CAP_LOG_UPDATES": ("0", "there is no MIDRUN_CAP_SCHEDULE"),
+    "COMPILE_SHAPE_WARMUP_ITERS": ("1", "one pass a shape compiles it"),
+    "COMPILE_SHAPE_WARMUP_LOOP_MODES": ("auto", "the loop modes that the run will meet are warmed"),
+    "TTT_EVAL_BATCHES": ("", "every batch is reported, and the order of scoring is fixed"),
+    "TTT_TRAIN_MIN_DOC_LEN": ("0", "every document is learned from"),
+    "TTT_TRAIN_MAX_DOC_LEN": ("0", "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases"),
     "TTT_SHORT_LORA_ENABLED": ("0", "short documents have the adapters of all"),
     "TTT_SHORT_LORA_RANK": (None, "TTT_SHORT_LORA_ENABLED is 0"),
     "TTT_SHORT_LORA_LR": (None, "TTT_SHORT_LORA_ENABLED is 0"),
@@ -607,7 +607,7 @@ def config_from_env(env) -> Config:
         elif name in GONE:
             accepted, why = GONE[name]
             if accepted not in (None, env[name]):
-                errors.append(f"{name}={env[name]!r}: only {accepted} is left: {why}")
+                errors.append(f"{name}={env[name]!r}: only {accepted!r} is left: {why}")
         elif name in known:
             try:
                 values[name.lower()] = parse_knob(known[name], env[name])
