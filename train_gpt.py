@@ -116,13 +116,6 @@ REFUSED = {  # names that appear in published commands but never did anything, a
     "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
     "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are computed inside the evaluation's clock",
     "TARGET_MB": "published runs gave it in MiB, and their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES",
-    "MIDRUN_CAP_SCHEDULE": "no published run set it; TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate",
-    "MIDRUN_CAP_LOG_UPDATES": "there is no MIDRUN_CAP_SCHEDULE",
-    "COMPILE_SHAPE_WARMUP_ITERS": "one pass a shape compiles it",
-    "COMPILE_SHAPE_WARMUP_LOOP_MODES": "the loop modes that the run will meet are warmed",
-    "TTT_EVAL_BATCHES": "every batch is reported, and the order of scoring is fixed",
-    "TTT_TRAIN_MIN_DOC_LEN": "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases",
-    "TTT_TRAIN_MAX_DOC_LEN": "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases",
     "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; `parameters` says which optimizer owns which tensor",
 }
 
@@ -136,6 +129,13 @@ GONE = {  # published names that are accepted with one value, or with any (None)
     "LQER_GAIN_SELECT": ("0", "the tensors with the largest residual are corrected"),
     "TTT_OPTIMIZER": ("adam", "adapters are trained by AdamW"),
     "TTT_GRAD_STEPS": ("1", "one update a scored chunk"),
+    "MIDRUN_CAP_SCHEDULE": ("", "TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate"),
+    "MIDRUN_CAP_LOG_UPDATES": ("0", "there is no MIDRUN_CAP_SCHEDULE"),
+    "COMPILE_SHAPE_WARMUP_ITERS": ("1", "one pass a shape compiles it"),
+    "COMPILE_SHAPE_WARMUP_LOOP_MODES": ("auto", "the loop modes that the run will meet are warmed"),
+    "TTT_EVAL_BATCHES": ("", "every batch is reported, and the order of scoring is fixed"),
+    "TTT_TRAIN_MIN_DOC_LEN": ("0", "every document is learned from"),
+    "TTT_TRAIN_MAX_DOC_LEN": ("0", "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases"),
     "TTT_SHORT_LORA_ENABLED": ("0", "short documents have the adapters of all"),
     "TTT_SHORT_LORA_RANK": (None, "TTT_SHORT_LORA_ENABLED is 0"),
     "TTT_SHORT_LORA_LR": (None, "TTT_SHORT_LORA_ENABLED is 0"),
@@ -607,7 +607,7 @@ def config_from_env(env) -> Config:
         elif name in GONE:
             accepted, why = GONE[name]
             if accepted not in (None, env[name]):
-                errors.append(f"{name}={env[name]!r}: only {accepted} is left: {why}")
+                errors.append(f"{name}={env[name]!r}: only {accepted!r} is left: {why}")
         elif name in known:
             try:
                 values[name.lower()] = parse_knob(known[name], env[name])
@@ -1156,29 +1156,44 @@ def document_cu_seqlens(bos: np.ndarray, total: int, max_len: int, bucket: int =
     return out
 
 
-class Row(NamedTuple):
-    """One packed row: inputs and targets (1, T) int64, segments (padded) int32 and their lengths, longest segment allowed."""
+class Segments(NamedTuple):
+    """Attention segments of a packed row: int32 bounds of `document_cu_seqlens`, length of the longest one allowed.
 
-    inputs: Tensor
-    targets: Tensor
+    None in their place means plain causal attention.
+    """
+
     cu_seqlens: Tensor
-    lengths: np.ndarray  # of the segments, on the host
     max_len: int
 
 
+class Row(NamedTuple):
+    """One packed row: inputs and targets (1, T) int64, its attention segments, and their lengths on the host."""
+
+    inputs: Tensor
+    targets: Tensor
+    segments: Segments
+    lengths: np.ndarray
+
+
 def packed_row(tokens: np.ndarray, max_len: int, device: torch.device, every: int = 0) -> Row:
-    """T + 1 consecutive tokens -> a Row of T predictions; attention stays within documents cut at `max_len`.
+    """Pack T + 1 consecutive tokens into a Row of T predictions; attention stays within documents cut at `max_len`.
 
     every: cut at its multiples too, wherever documents start.
     """
-    window, starts = torch.from_numpy(tokens.astype(np.int64)), np.flatnonzero(tokens[:-1] == BOS_ID)
-    starts = np.union1d(starts, np.arange(0, len(tokens) - 1, every)) if every else starts
+    starts = np.flatnonzero(tokens[:-1] == BOS_ID)
+    if every:
+        starts = np.union1d(starts, np.arange(0, len(tokens) - 1, every))
     bounds = document_cu_seqlens(starts, len(tokens) - 1, max_len)
-    lengths, cu_seqlens = np.diff(bounds), torch.from_numpy(bounds)
+    lengths = np.diff(bounds)
+    window = torch.from_numpy(tokens.astype(np.int64))
+    cu_seqlens = torch.from_numpy(bounds)
+
     if device.type == "cuda":
-        window, cu_seqlens = window.pin_memory(), cu_seqlens.pin_memory()
+        window = window.pin_memory()
+        cu_seqlens = cu_seqlens.pin_memory()
     window = window.to(device, non_blocking=True)
-    return Row(window[None, :-1], window[None, 1:], cu_seqlens.to(device, non_blocking=True), lengths[lengths > 0], max_len)
+    segments = Segments(cu_seqlens.to(device, non_blocking=True), max_len)
+    return Row(window[None, :-1], window[None, 1:], segments, lengths[lengths > 0])
 
 
 class TrainLoader:
@@ -1513,13 +1528,6 @@ class Weights(NamedTuple):
     o: Tensor
     up: Tensor
     down: Tensor
-
-
-class Segments(NamedTuple):
-    """Attention segments of a packed row (1, T); None in its place means plain causal attention."""
-
-    cu_seqlens: Tensor
-    max_len: int
 
 
 class Cache:
@@ -2402,14 +2410,14 @@ def warm_rows(row: Row, context: int) -> list[Row]:
     """`row` cut every `context` tokens, once for each of its `warm_lengths`."""
     n, device = row.targets.numel(), row.inputs.device
     bounds = (torch.arange(length, dtype=torch.int32).mul(context).clamp(max=n) for length in warm_lengths(n, context))
-    return [row._replace(cu_seqlens=cu_seqlens.to(device), max_len=context) for cu_seqlens in bounds]
+    return [row._replace(segments=Segments(cu_seqlens.to(device), context)) for cu_seqlens in bounds]
 
 
 def nats_of_row(row: Row, forward, graphs: Graphed | None, **options) -> Tensor:
     """Nats (1, T). A row of more segments than were warmed does without a graph."""
-    few = len(row.cu_seqlens) in warm_lengths(row.targets.numel(), row.max_len)
+    few = len(row.segments.cu_seqlens) in warm_lengths(row.targets.numel(), row.segments.max_len)
     run = graphs if graphs and few else forward
-    return run(row.inputs, row.targets, segments=Segments(row.cu_seqlens, row.max_len), **options)
+    return run(row.inputs, row.targets, segments=row.segments, **options)
 
 
 class StepClock:
@@ -2792,7 +2800,7 @@ def calibrate(cfg: Config, world: World, model: GPT, weights: dict[str, Tensor],
     row = packed_row(tokens, cfg.train_seq_len, world.device)
     quantized = {m.parameter for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq"}
     learned = {name: t for name, t in weights.items() if name in quantized}
-    how = dict(layers=layer_order(cfg, looping=True), segments=Segments(row.cu_seqlens, row.max_len), tap=hessians)
+    how = dict(layers=layer_order(cfg, looping=True), segments=row.segments, tap=hessians)
     with torch.set_grad_enabled(cfg.quant == "rd"):
         nats = torch.func.functional_call(model, weights, (row.inputs, row.targets), how)
         if cfg.quant == "rd":

@@ -164,9 +164,7 @@ def packed_run(model, tokens, max_len, looping=True, **kwargs):
     """nats (T,) of one packed row in the model's own precision."""
     row = tg.packed_row(tokens, max_len, torch.device("cpu"))
     with torch.no_grad():
-        return model(
-            row.inputs, row.targets, layers=tg.layer_order(model.cfg, looping), segments=tg.Segments(row.cu_seqlens, max_len), **kwargs
-        )[0]
+        return model(row.inputs, row.targets, layers=tg.layer_order(model.cfg, looping), segments=row.segments, **kwargs)[0]
 
 
 def dense_run(model, tokens, looping=True, **kwargs):
@@ -362,9 +360,9 @@ def test_padding_segments_change_nothing(random_model):
     model, tokens = random_model(tiny_config()), sample()
     row = tg.packed_row(tokens, 17, torch.device("cpu"))
     order, outputs = tg.layer_order(model.cfg, True), []
-    for count in (int((row.cu_seqlens < 50).sum()) + 1, 64, 192):
+    for count in (int((row.segments.cu_seqlens < 50).sum()) + 1, 64, 192):
         cu_seqlens = torch.full((count,), 50, dtype=torch.int32)
-        cu_seqlens[: min(count, 64)] = row.cu_seqlens[:count]
+        cu_seqlens[: min(count, 64)] = row.segments.cu_seqlens[:count]
         outputs.append(model(row.inputs, row.targets, layers=order, segments=tg.Segments(cu_seqlens, 17)))
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
@@ -376,7 +374,7 @@ def test_the_future_is_invisible(random_model, looping, packed):
     model, tokens = random_model(tiny_config()), sample()
     order = tg.layer_order(model.cfg, looping)
     row = tg.packed_row(tokens, 17, torch.device("cpu"))
-    segments = tg.Segments(row.cu_seqlens, 17) if packed else None
+    segments = row.segments if packed else None
     with torch.no_grad():
         before = model(row.inputs, row.targets, layers=order, segments=segments)
         for t in (0, 10, 11, 12, 29, 40, 48):
