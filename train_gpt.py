@@ -3727,7 +3727,7 @@ def pack(cfg: Config, stored: dict[str, QuantizedTensor]) -> bytes:
         raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
     streams = encode_streams(cfg, arrays)
     distinct = [json.loads(text) for text in dict.fromkeys(map(json.dumps, kinds))]
-    header = [cfg.compressor, {f: getattr(cfg, f) for f in MODEL_FIELDS}, [len(data) for data in streams.values()], distinct,
+    header = [cfg.compressor, {f: getattr(cfg, f) for f in sorted(MODEL_FIELDS)}, [len(data) for data in streams.values()], distinct,
               [distinct.index(kind) for kind in kinds]]
     head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
     body = head + b"".join(streams.values())
