@@ -442,8 +442,8 @@ def evaluation():
 def learning_step(cfg, world, forward, rows: int, width: int, chunk: int, padded: int):
     """A function that scores a chunk of `rows` documents, learns from it and returns the nats. padded: width of the windows."""
     order, generator = tg.layer_order(cfg, True), torch.Generator(DEVICE).manual_seed(0)
-    chain = tg.AdapterChain(cfg, world, rows, cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, seed=0)
-    optimizer = chain.begin(False)
+    chain = tg.AdapterChain(cfg, world, rows, cfg.seed, tg.choose_kernels(cfg, world).adam)
+    optimizer = chain.begin()
     inputs, targets = (torch.randint(8, V, (rows, n), device=DEVICE, generator=generator) for n in (width, chunk))
     inputs = torch.nn.functional.pad(inputs, (0, padded - width))
     positions = torch.arange(width - chunk, width, device=DEVICE).expand(rows, -1).contiguous()
