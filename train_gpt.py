@@ -5740,6 +5740,11 @@ def choose_viterbi(device: torch.device):
     return fused if all(torch.equal(a, b) for a, b in zip(fused(x), viterbi(x), strict=True)) else viterbi
 
 
+def checked_viterbi(lanes: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `viterbi` by what `choose_viterbi` takes for this device, looked up at the first call and not before training."""
+    return choose_viterbi(lanes.device)(lanes)
+
+
 def choose_kernels(cfg: Config, world: World) -> Kernels:
     """The attention this device has, and the kernels that *_KERNEL ask for. Raises RunError where they can not run."""
     knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel", "ttt_adam_kernel")}
@@ -5768,7 +5773,7 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
         split_heads if cfg.qk_kernel == "eager" else split_heads_op,
         gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
         None if cfg.fused_ce_kernel == "eager" else HeadCe.apply,
-        choose_viterbi(world.device),
+        checked_viterbi,
         None if cfg.ttt_adam_kernel == "eager" else FusedAdam)
 
 
