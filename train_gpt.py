@@ -20,7 +20,6 @@ import contextlib
 import copy
 import ctypes
 import difflib
-import fnmatch
 import gc
 import hashlib
 import heapq
@@ -41,6 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -123,7 +123,7 @@ REFUSED = {  # names that appear in published commands but never did anything, a
     "TTT_EVAL_BATCHES": "every batch is reported, and the order of scoring is fixed",
     "TTT_TRAIN_MIN_DOC_LEN": "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases",
     "TTT_TRAIN_MAX_DOC_LEN": "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases",
-    "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; PARAM_RULES says which optimizer owns which tensor",
+    "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; `parameters` says which optimizer owns which tensor",
 }
 
 GONE = {  # published names that are accepted with one value, or with any (None), and then do nothing
@@ -1557,6 +1557,164 @@ def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) 
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
+class StoredAs(NamedTuple):
+    """How the artifact keeps a tensor."""
+
+    codec: str         # an entry of CODECS
+    bits: str          # gptq: the knob that has its bits,
+    clip_sigmas: str   # the knob that has the end of its grid,
+    site: str          # and the products whose inputs make its Hessian
+    stream: str        # of the artifact, for its integers
+    sort_rows: bool    # by similarity, with COMPRESSOR=pergroup
+
+
+HALF = StoredAs("float16", "", "", "", "rest", False)
+INT8_ROWS = StoredAs("int8_row", "", "", "", "rest", False)
+SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the order of the forward
+
+
+class Role(NamedTuple):
+    """What a tensor, or one of the equal parts of a bank, is for."""
+
+    name: str                # of the matrix in a block, "" for a tensor that is no bank
+    products: str            # "every": multiplied for every token; "scored": not for those that are only context; "": never
+    stored: StoredAs | None  # None: for training only, in no artifact
+
+
+class Parameter(NamedTuple):
+    """One tensor of the network: a row of `parameters`, with no column left out."""
+
+    name: str
+    present: bool
+    shape: tuple[int, ...]
+    init: Callable[[Tensor], Any]
+    optimizer: str  # an entry of OPTIMIZER_GROUPS
+    roles: tuple[Role, ...]
+
+
+def init_orthogonal(p: Tensor) -> None:
+    """Make each matrix of a bank orthogonal, gain 1."""
+    for matrix in p:
+        nn.init.orthogonal_(matrix)
+
+
+def init_half_orthogonal(p: Tensor) -> None:
+    """Make Q orthogonal and the output projection zero: every block starts as the identity."""
+    init_orthogonal(p[: len(p) // 2])
+    p[len(p) // 2 :].zero_()
+
+
+def init_resid_mix(p: Tensor) -> None:
+    """Take all of the residual stream and nothing of the embedding."""
+    p[0].fill_(1)
+    p[1].zero_()
+
+
+def gptq_matrix(name: str, products: str, clip_sigmas: str, site: str, sort_rows: bool = False) -> Role:
+    """Describe a block's matrix that GPTQ quantizes and that has a stream of its own."""
+    return Role(name, products, StoredAs("gptq", "matrix_bits", clip_sigmas, site, name, sort_rows))
+
+
+@cache
+def parameters(cfg: Config) -> tuple[Parameter, ...]:
+    """List every tensor of the network, once: presence, shape, initial values, optimizer, FLOPs and stored form are read from here.
+
+    The matrices of all blocks are stacked into four banks, so that the optimizer shards whole matrices over the ranks. A bank holds
+    its roles one after another, each with a matrix (n_out, n_in) per block. Names are those of published checkpoints.
+    """
+    L, D, heads, rows = cfg.num_layers, cfg.model_dim, cfg.num_heads, []
+    skips = len(layer_order(cfg, looping=True)) // 2
+    lanes = cfg.parallel_start_layer > 0
+    elementwise, gate = (Role("", "", HALF),), (Role("", "scored", HALF),)
+    gate_rows = (Role("", "scored", INT8_ROWS if cfg.gated_attn_quant_gate else HALF),)
+    gate_width = D if cfg.attn_gate == "dense" else cfg.gate_window
+    gate_std = cfg.gated_attn_init_std if cfg.attn_gate == "dense" else cfg.sparse_attn_gate_init_std
+    embedding = StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)
+
+    def constant(value: float) -> Callable[[Tensor], Any]:
+        return partial(nn.init.constant_, val=value)
+
+    def normal(std: float) -> Callable[[Tensor], Any]:
+        return partial(nn.init.normal_, std=std)
+
+    def row(name: str, shape: tuple[int, ...], init, optimizer: str, roles: tuple[Role, ...], present: bool = True) -> None:
+        rows.append(Parameter(name, present, shape, init, optimizer, roles))
+
+    row("qo_bank", (2 * L, D, D), init_half_orthogonal, "matrices", (
+        gptq_matrix("attn.c_q", "every", "attn_clip_sigmas", "attn_in", sort_rows=True),
+        gptq_matrix("attn.proj", "scored", "attn_clip_sigmas", "attn_out")))
+    row("kv_bank", (2 * L, cfg.kv_dim, D), init_orthogonal, "matrices", (
+        gptq_matrix("attn.c_k", "every", "attn_clip_sigmas", "attn_in"),
+        gptq_matrix("attn.c_v", "every", "attn_clip_sigmas", "attn_in")))
+    row("mlp_up_bank", (L, cfg.mlp_dim, D), init_orthogonal, "matrices", (
+        gptq_matrix("mlp.fc", "scored", "mlp_clip_sigmas", "mlp_in", sort_rows=True),))
+    row("mlp_down_bank", (L, D, cfg.mlp_dim), nn.init.zeros_, "matrices", (
+        gptq_matrix("mlp.proj", "scored", "mlp_clip_sigmas", "mlp_mid"),))
+    row("skip_weights", (skips, D), nn.init.ones_, "scalars", elementwise)
+    row("skip_gates", (skips, D), nn.init.zeros_, "scalars", elementwise, cfg.skip_gates_enabled)
+    row("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", elementwise, lanes)  # sublayer that writes, lane that receives
+    row("parallel_resid_lambdas", (L, 2), constant(1.1), "scalars", elementwise, lanes)
+    row("smear_lambda", (1,), nn.init.zeros_, "scalars", elementwise, cfg.smear_gate_enabled)
+    row("tok_emb.weight", (cfg.vocab_size, D), normal(cfg.tied_embed_init_std), "embedding", (Role("", "scored", embedding),))
+    for i in range(L):
+        row(f"blocks.{i}.attn_scale", (D,), nn.init.ones_, "scalars", elementwise)
+        row(f"blocks.{i}.mlp_scale", (D,), nn.init.ones_, "scalars", elementwise)
+        row(f"blocks.{i}.resid_mix", (2, D), init_resid_mix, "scalars", elementwise)
+        row(f"blocks.{i}.attn.q_gain", (heads,), constant(cfg.qk_gain_init), "scalars", elementwise)
+        row(f"blocks.{i}.attn.attn_gate_w", (heads, gate_width), normal(gate_std), "scalars", gate_rows, cfg.attn_gate in ("dense", "sparse"))
+        row(f"blocks.{i}.attn.attn_gate_proj.weight", (heads, gate_width), nn.init.zeros_, "scalars", gate, cfg.attn_gate == "out")
+    row("smear_gate.weight", (1, cfg.gate_window), nn.init.zeros_, "scalars", (Role("", "every", HALF),), cfg.smear_gate_enabled)
+    return tuple(parameter for parameter in rows if parameter.present)
+
+
+class Matrix(NamedTuple):
+    """A tensor as artifacts name it: a whole parameter, or one matrix of a bank."""
+
+    name: str
+    parameter: str
+    index: int | None  # in its bank; None: the whole parameter
+    layer: int | None  # its block; None: it belongs to no block
+    shape: tuple[int, ...]
+    products: str
+    stored: StoredAs | None
+
+
+@cache
+def matrices(cfg: Config) -> tuple[Matrix, ...]:
+    """List the tensors as artifacts name and order them: parameters that are no bank, then each block's matrices."""
+    whole, parts = [], []
+    for p in parameters(cfg):
+        for k, role in enumerate(p.roles):
+            if not role.name:
+                words = p.name.split(".")
+                layer = int(words[1]) if words[0] == "blocks" else None
+                whole.append(Matrix(p.name, p.name, None, layer, p.shape, role.products, role.stored))
+                continue
+            for i in range(cfg.num_layers):
+                name = f"blocks.{i}.{role.name}.weight"
+                parts.append(Matrix(name, p.name, k * cfg.num_layers + i, i, p.shape[1:], role.products, role.stored))
+    parts.sort(key=lambda m: (m.layer, SITES.index(m.stored.site)))
+    return (*whole, *parts)
+
+
+def unbank(cfg: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cut a state dict into the tensors that artifacts name; those of other parameters than are in it are left out."""
+    found = (m for m in matrices(cfg) if m.stored is not None and m.parameter in state)
+    return {m.name: state[m.parameter] if m.index is None else state[m.parameter][m.index] for m in found}
+
+
+def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the tensors that artifacts name together again: the inverse of `unbank`."""
+    parts: dict[str, list[Matrix]] = {}
+    for m in matrices(cfg):
+        parts.setdefault(m.parameter, []).append(m)
+    state = {}
+    for name, found in parts.items():
+        whole = found[0].index is None
+        state[name] = tensors[found[0].name] if whole else torch.stack([tensors[m.name] for m in sorted(found, key=lambda m: m.index)])
+    return state
+
+
 class Attention(nn.Module):
     """Small tensors of one attention sublayer; its matrices live in the banks."""
 
@@ -1564,11 +1722,8 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg, self.norm_scale, self.window = cfg, norm_scale, cfg.window(layer)
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
-        self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
         if cfg.attn_gate == "out":
             self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
-        elif cfg.attn_gate != "none":
-            self.attn_gate_w = nn.Parameter(torch.empty(cfg.num_heads, cfg.model_dim if cfg.attn_gate == "dense" else cfg.gate_window))
 
     def gate(self, n: Tensor, q_raw: Tensor) -> Tensor:
         """(B, T, H): how much of each head's output passes. n lacks the norm scale, which the weights take over."""
@@ -1621,9 +1776,6 @@ class Block(nn.Module):
         self.cfg, self.name = cfg, f"blocks.{layer}"
         self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
         self.attn = Attention(cfg, layer, self.norm_scale)
-        self.attn_scale = nn.Parameter(torch.empty(cfg.model_dim))
-        self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
-        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
 
     def fold(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Weights:
         """Scales of a sublayer's input and output, moved into its matrices: they cost a pass over weights instead of activations."""
@@ -1647,36 +1799,25 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The S14 network. Parameter names are those of published checkpoints.
-
-    The matrices of all blocks are stacked into four banks, so that the optimizer shards whole matrices over the ranks:
-    qo_bank (2L, D, D): rows i < L are Q of block i, rows L + i its output projection; kv_bank (2L, G d, D): K, then V;
-    mlp_up_bank (L, F, D); mlp_down_bank (L, D, F). Masters are fp32, the embedding has the activation dtype.
-    """
+    """The S14 network, its tensors as `parameters` lists them. Masters are fp32, the embedding has the activation dtype."""
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, kernels: Kernels = DEFINITIONS):
         super().__init__()
         self.cfg, self.kernels = cfg, kernels
-        L, D = cfg.num_layers, cfg.model_dim
-        looped = layer_order(cfg, looping=True)
-        # `init_rules` fill it. nn.Embedding would draw numbers, which on the meta device imports the compiler.
-        self.tok_emb = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, D, dtype=dtype), freeze=False)
-        self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
-        self.kv_bank = nn.Parameter(torch.empty(2 * L, cfg.kv_dim, D))
-        self.mlp_up_bank = nn.Parameter(torch.empty(L, cfg.mlp_dim, D))
-        self.mlp_down_bank = nn.Parameter(torch.empty(L, D, cfg.mlp_dim))
-        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(L))
-        self.skip_weights = nn.Parameter(torch.empty(len(looped) // 2, D))
-        self.skip_gates = nn.Parameter(torch.empty(len(looped) // 2, D)) if cfg.skip_gates_enabled else None
-        self.parallel_post_lambdas = nn.Parameter(torch.empty(L, 2, 2)) if cfg.parallel_start_layer else None
-        self.parallel_resid_lambdas = nn.Parameter(torch.empty(L, 2)) if cfg.parallel_start_layer else None
-        self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False) if cfg.smear_gate_enabled else None
-        self.smear_lambda = nn.Parameter(torch.empty(1)) if cfg.smear_gate_enabled else None
+        self.tok_emb = nn.Module()
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
+        if cfg.smear_gate_enabled:
+            self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False)
+        for p in parameters(cfg):
+            path, _, leaf = p.name.rpartition(".")
+            owner = self.get_submodule(path)
+            precision = dtype if p.optimizer == "embedding" else torch.float32
+            owner.register_parameter(leaf, nn.Parameter(torch.empty(p.shape, dtype=precision)))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, D), each token with a gated share of its predecessor."""
-        x = self.tok_emb(tokens)
-        if self.smear_gate is not None:
+        x = F.embedding(tokens, self.tok_emb.weight)
+        if self.cfg.smear_gate_enabled:
             weight, strength = self.smear_gate.weight.to(x.dtype), self.smear_lambda.to(x.dtype)
             gate = strength * torch.sigmoid(F.linear(x[:, 1:, : self.cfg.gate_window].contiguous(), weight))
             if self.cfg.smear_gate_bos_fix:
@@ -1694,7 +1835,7 @@ class GPT(nn.Module):
     def skip(self, x: Tensor, skipped: Tensor, j: int) -> Tensor:
         """Combine the decoder's x with an encoder output; rows of the weights count decoder positions, not blocks."""
         skipped = self.skip_weights[j].to(x.dtype) * skipped
-        if self.skip_gates is None:
+        if not self.cfg.skip_gates_enabled:
             return x + skipped
         return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[j]).to(x.dtype))
 
@@ -1786,20 +1927,33 @@ def causal_pairs(lengths: np.ndarray, window: int) -> float:
     return (full * (full + 1) / 2 + (lengths - full) * window).sum()
 
 
+def adapter_flops(site: str, lora: Lora, depths: int, scored: float) -> float:
+    """Count the products of one site's adapters for a token, two FLOPs each; at the last depth some only for scored tokens."""
+    spared = dict(o=1 / depths, mlp=1 / depths, head=1.0).get(site, 0.0) * (1 - scored)
+    per_document = (lora.A.numel() + lora.B.numel()) / lora.A.shape[-3]
+    return 2 * per_document * (1 - spared)
+
+
 def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0) -> Flops:
-    """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, gates, logits and
-    adapters, and attention by the causal pairs there really are. scored: share of the tokens, at the end of the segments, that are
-    scored; the last depth computes keys and values of the others, but not what follows. Zeros that adapters are padded with do not count."""
-    order, H, D, n = layer_order(cfg, looping), cfg.num_heads, cfg.model_dim, np.asarray(lengths, dtype=np.float64)
-    later = D * (D + 2 * cfg.mlp_dim) + H * dict(none=0, dense=D).get(cfg.attn_gate, cfg.gate_window)  # in a block, behind attention
-    block = D * (D + 2 * cfg.kv_dim) + later
-    smear, spared = cfg.gate_window if cfg.smear_gate_enabled else 0, 1 - scored
-    last = dict(o=1 / len(order), mlp=1 / len(order), head=1)  # share of an adapter's work that only scored tokens need
-    deltas = sum((lora.A.numel() + lora.B.numel()) / lora.A.shape[-3] * (1 - spared * last.get(site, 0))
-                 for site, lora in zip(adapters._fields, adapters, strict=True) if lora is not None)
-    pairs = sum(causal_pairs(n, cfg.window(layer)) for layer in order) - causal_pairs(spared * n, cfg.window(order[-1]))
-    products = len(order) * block - spared * later + scored * D * cfg.vocab_size + smear
-    return Flops(2 * products, 2 * deltas, 4 * D * pairs / n.sum())
+    """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, logits and adapters,
+    and attention by the causal pairs there really are.
+
+    scored: share of the tokens, at the end of the segments, that are scored; the last depth computes keys and values of the
+    others, but not what follows. Zeros that adapters are padded with do not count.
+    """
+    layers = layer_order(cfg, looping)
+    products = 0.0
+    for m in matrices(cfg):
+        times = 1.0 if m.layer is None else layers.count(m.layer)
+        if m.products == "scored" and m.layer in (None, layers[-1]):
+            times -= 1 - scored
+        products += times * math.prod(m.shape) * bool(m.products)
+    sites = {site: lora for site, lora in adapters._asdict().items() if lora is not None}
+    deltas = sum(adapter_flops(site, lora, len(layers), scored) for site, lora in sites.items())
+    n = np.asarray(lengths, dtype=np.float64)
+    pairs = sum(causal_pairs(n, cfg.window(layer)) for layer in layers)
+    pairs -= causal_pairs((1 - scored) * n, cfg.window(layers[-1]))
+    return Flops(2 * products, deltas, 4 * cfg.model_dim * pairs / n.sum())
 
 
 PASSES = {  # how often the forward's matrix, adapter and attention FLOPs are done: as the model defines it, and as the hardware runs it
@@ -1821,63 +1975,13 @@ class FlopCount:
         self.model, self.hardware, self.useful = self.model + model, self.hardware + hardware, self.useful + model * scored / tokens
 
 
-def init_orthogonal(p: Tensor) -> None:
-    """Each matrix of a bank orthogonal, gain 1."""
-    for matrix in p:
-        nn.init.orthogonal_(matrix)
-
-
-def init_half_orthogonal(p: Tensor) -> None:
-    """Q orthogonal, the output projection zero: every block starts as the identity."""
-    init_orthogonal(p[: len(p) // 2])
-    p[len(p) // 2 :].zero_()
-
-
-def init_resid_mix(p: Tensor) -> None:
-    """All of the residual stream, nothing of the embedding."""
-    p[0].fill_(1)
-    p[1].zero_()
-
-
-def init_rules(cfg: Config):
-    """(pattern, how to fill the parameter); first match wins."""
-    gate_std = cfg.gated_attn_init_std if cfg.attn_gate == "dense" else cfg.sparse_attn_gate_init_std
-    return (
-        ("tok_emb.weight", partial(nn.init.normal_, std=cfg.tied_embed_init_std)),
-        ("qo_bank", init_half_orthogonal),
-        ("kv_bank", init_orthogonal),
-        ("mlp_up_bank", init_orthogonal),
-        ("mlp_down_bank", nn.init.zeros_),
-        ("*.q_gain", partial(nn.init.constant_, val=cfg.qk_gain_init)),
-        ("*.attn_gate_w", partial(nn.init.normal_, std=gate_std)),
-        ("*.attn_gate_proj.weight", nn.init.zeros_),
-        ("*.attn_scale", nn.init.ones_),
-        ("*.mlp_scale", nn.init.ones_),
-        ("*.resid_mix", init_resid_mix),
-        ("skip_weights", nn.init.ones_),
-        ("skip_gates", nn.init.zeros_),
-        ("parallel_post_lambdas", nn.init.ones_),
-        ("parallel_resid_lambdas", partial(nn.init.constant_, val=1.1)),
-        ("smear_gate.weight", nn.init.zeros_),
-        ("smear_lambda", nn.init.zeros_),
-    )
-
-
-def first_match(rules, name: str):
-    """The right-hand side of the first rule whose pattern fits. Raises LookupError: a new tensor needs a line in every table."""
-    for pattern, *rule in rules:
-        if fnmatch.fnmatchcase(name, pattern):
-            return rule
-    raise LookupError(f"no rule for {name!r}: add one line to the table")
-
-
 @torch.no_grad()
 def build_model(cfg: Config, world: World, kernels: Kernels = DEFINITIONS) -> GPT:
     """A freshly initialised model on this rank's device; the same on every rank and on every device type."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, world.dtype, kernels)
-    for name, p in model.named_parameters():
-        first_match(init_rules(cfg), name)[0](p)
+    for p in parameters(cfg):
+        p.init(model.get_parameter(p.name))
     return model.to(world.device)
 
 
@@ -1942,13 +2046,10 @@ def muon_direction(G: Tensor, M: Tensor, momentum: float, steps: int, row_normal
     return polar_express(U, steps) * max(1.0, G.shape[-2] / G.shape[-1]) ** 0.5, M
 
 
-PARAM_RULES = (  # pattern, optimizer, learning rate, weight decay; first match wins, no match is an error
-    ("*_bank", "muon", "matrix_lr", "muon_wd"),
-    ("tok_emb.weight", "adamw", "tied_embed_lr", "embed_wd"),
-    ("blocks.*", "adamw", "scalar_lr", "adam_wd"),
-    ("skip_*", "adamw", "scalar_lr", "adam_wd"),
-    ("parallel_*", "adamw", "scalar_lr", "adam_wd"),
-    ("smear_*", "adamw", "scalar_lr", "adam_wd"),
+OPTIMIZER_GROUPS = dict(  # knobs of the learning rate and the weight decay; matrices are learned by Muon, the others by AdamW
+    matrices=("matrix_lr", "muon_wd"),
+    embedding=("tied_embed_lr", "embed_wd"),
+    scalars=("scalar_lr", "adam_wd"),
 )
 
 
@@ -2008,11 +2109,11 @@ class TrainOptimizer:
 
     def __init__(self, model: GPT, cfg: Config, world: World):
         self.cfg, self.world, self.banks, groups = cfg, world, [], {}
-        for name, p in model.named_parameters():
-            kind, lr, wd = first_match(PARAM_RULES, name)
-            if kind == "muon":
+        for row in parameters(cfg):
+            p, (lr, wd) = model.get_parameter(row.name), OPTIMIZER_GROUPS[row.optimizer]
+            if row.optimizer == "matrices":
                 self.banks.append(Bank(p, getattr(cfg, lr), getattr(cfg, wd), world))
-            elif kind == "adamw":
+            else:
                 groups.setdefault((lr, wd), []).append(p)
         self.banks.sort(key=lambda bank: -bank.p.numel())  # the largest reduction starts first
         self.replicated = [p for group in groups.values() for p in group]
@@ -2541,30 +2642,6 @@ def kind_of(name: str) -> str:
     return ".".join("*" if word.isdigit() else word for word in name.split("."))
 
 
-def unbank(cfg: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict -> one 2-D tensor per matrix, under the names of published artifacts; everything else as it is."""
-    L, out = cfg.num_layers, {name: t for name, t in state.items() if not name.endswith("_bank")}
-    for i in range(L):
-        out[f"blocks.{i}.attn.c_q.weight"] = state["qo_bank"][i]
-        out[f"blocks.{i}.attn.c_k.weight"] = state["kv_bank"][i]
-        out[f"blocks.{i}.attn.c_v.weight"] = state["kv_bank"][L + i]
-        out[f"blocks.{i}.attn.proj.weight"] = state["qo_bank"][L + i]
-        out[f"blocks.{i}.mlp.fc.weight"] = state["mlp_up_bank"][i]
-        out[f"blocks.{i}.mlp.proj.weight"] = state["mlp_down_bank"][i]
-    return out
-
-
-def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `unbank`."""
-    def stack(*roles: str) -> Tensor:
-        return torch.stack([tensors[f"blocks.{i}.{role}.weight"] for role in roles for i in range(cfg.num_layers)])
-
-    roles = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
-    out = {name: t for name, t in tensors.items() if not any(name.endswith(f".{role}.weight") for role in roles)}
-    return out | dict(qo_bank=stack("attn.c_q", "attn.proj"), kv_bank=stack("attn.c_k", "attn.c_v"),
-                      mlp_up_bank=stack("mlp.fc"), mlp_down_bank=stack("mlp.proj"))
-
-
 @torch.no_grad()
 def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, length: int = 2048, temperature: float = 0.8) -> np.ndarray:
     """Text of the model's own for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences, T = min(length,
@@ -2586,14 +2663,15 @@ def calibration_parts(cfg: Config) -> int:
 def calibrate(cfg: Config, world: World, model: GPT, weights: dict[str, Tensor], tokens: np.ndarray, hessians: Hessians) -> None:
     """Add one window to `hessians`, run through the looped network with documents masked as in training; its gradients with QUANT=rd.
     weights: parameters by name, which take the place of the model's own."""
-    row, banks = packed_row(tokens, cfg.train_seq_len, world.device), ("_bank", "tok_emb.weight")
-    matrices = {name: t for name, t in weights.items() if name.endswith(banks)}
+    row = packed_row(tokens, cfg.train_seq_len, world.device)
+    quantized = {m.parameter for m in matrices(cfg) if m.stored is not None and m.stored.codec == "gptq"}
+    learned = {name: t for name, t in weights.items() if name in quantized}
     how = dict(layers=layer_order(cfg, looping=True), segments=Segments(row.cu_seqlens, row.max_len), tap=hessians)
     with torch.set_grad_enabled(cfg.quant == "rd"):
         nats = torch.func.functional_call(model, weights, (row.inputs, row.targets), how)
         if cfg.quant == "rd":
-            gradients = torch.autograd.grad(nats.sum(), list(matrices.values()))
-            hessians.add_gradients(unbank(cfg, dict(zip(matrices, gradients, strict=True))))
+            gradients = torch.autograd.grad(nats.sum(), list(learned.values()))
+            hessians.add_gradients(unbank(cfg, dict(zip(learned, gradients, strict=True))))
 
 
 @torch.no_grad()
@@ -2869,22 +2947,14 @@ CODEC_PARTS = dict(  # what an artifact may hold of each codec, and its dtype
     low_rank_asym=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
 )
 
-QUANT_RULES = (  # pattern, codec, bits, clip, site of the Hessian; first match wins
-    ("tok_emb.weight", "gptq", "embed_bits", "embed_clip_sigmas", "head"),
-    ("blocks.*.attn.c_?.weight", "gptq", "matrix_bits", "attn_clip_sigmas", "attn_in"),
-    ("blocks.*.attn.proj.weight", "gptq", "matrix_bits", "attn_clip_sigmas", "attn_out"),
-    ("blocks.*.mlp.fc.weight", "gptq", "matrix_bits", "mlp_clip_sigmas", "mlp_in"),
-    ("blocks.*.mlp.proj.weight", "gptq", "matrix_bits", "mlp_clip_sigmas", "mlp_mid"),
-    ("blocks.*.attn.attn_gate_w", "int8_row", "", "", ""),
-    ("*", "float16", "", "", ""),
-)
-
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QUANT=s05 tries to end its grid
 
 
-def quant_rules(cfg: Config) -> tuple:
-    """QUANT_RULES, and what QUANT changes in it."""
-    return (("tok_emb.weight", "int8_row", "", "", ""), *QUANT_RULES) if cfg.quant == "s05" else QUANT_RULES
+def stored_as(cfg: Config) -> dict[str, StoredAs]:
+    """Codec by tensor, as the rows say; QUANT=s05 has an int8 embedding."""
+    found = {m.name: m.stored for m in matrices(cfg) if m.stored is not None}
+    embedding = found["tok_emb.weight"]
+    return found | {"tok_emb.weight": embedding._replace(codec="int8_row")} if cfg.quant == "s05" else found
 
 
 class GptqInput(NamedTuple):
@@ -2900,11 +2970,11 @@ class GptqInput(NamedTuple):
 def gptq_inputs(cfg: Config, tensors: dict[str, Tensor]) -> list[GptqInput]:
     """The tensors that the rules send to GPTQ, with their settings."""
     tasks = []
-    for name, t in tensors.items():
-        codec, bits, clip, site = first_match(quant_rules(cfg), name)
-        if codec == "gptq":
-            block = ".".join(name.split(".")[:2]) + "." if name.startswith("blocks.") else ""
-            tasks.append(GptqInput(name, t.float(), getattr(cfg, bits), getattr(cfg, clip), block + site))
+    for m in matrices(cfg):
+        how = stored_as(cfg).get(m.name)
+        if m.name in tensors and how is not None and how.codec == "gptq":
+            site = how.site if m.layer is None else f"blocks.{m.layer}.{how.site}"
+            tasks.append(GptqInput(m.name, tensors[m.name].float(), getattr(cfg, how.bits), getattr(cfg, how.clip_sigmas), site))
     return tasks
 
 
@@ -3096,7 +3166,7 @@ def full_fp32():
 @torch.no_grad()
 @full_fp32()
 def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, matrices: dict | None = None) -> dict[str, QuantizedTensor]:
-    """State dict -> every tensor as the artifact stores it, by `QUANT_RULES`. matrices: what `RateDistortion` made of them, if it did."""
+    """State dict -> every tensor as the artifact stores it, by `stored_as`. matrices: what `RateDistortion` made of them, if it did."""
     tensors = unbank(cfg, state)
     tasks, protected = mixed_bits(cfg, gptq_inputs(cfg, tensors), hessians), {}
     if cfg.quant == "rd":
@@ -3110,8 +3180,7 @@ def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, mat
             stored[name] = QuantizedTensor(stored[name].parts | extra.parts)
     for name, t in tensors.items():
         if name not in stored:
-            codec = first_match(quant_rules(cfg), name)[0]
-            codec = "float16" if name.endswith("attn_gate_w") and not cfg.gated_attn_quant_gate else codec
+            codec = stored_as(cfg)[name].codec
             stored[name] = QuantizedTensor({(codec, part): x for part, x in CODECS[codec].encode(t.float()).items()})
     log("Quantized weights:")
     kinds: dict[str, set[str]] = {}
@@ -3126,8 +3195,9 @@ def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, mat
 
 
 def dequantized_state(cfg: Config, stored: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
-    """What the artifact stands for, as a state dict in fp32."""
-    return rebank(cfg, {name: s.decode() for name, s in stored.items()})
+    """What the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are zero."""
+    unstored = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.stored is None}
+    return rebank(cfg, {name: s.decode() for name, s in stored.items()} | unstored)
 
 
 # ==================================================================================================
@@ -3151,17 +3221,7 @@ VERSION_3_FIELDS = (  # whose values artifacts of version 3 list in this order
     "smear_gate_bos_fix", "asym_logit_rescale",
 )
 
-STREAM_RULES = (  # array "tensor:codec.part", its stream, sort its rows by similarity when COMPRESSOR=pergroup; first match wins
-    ("tok_emb.weight:*.q", "tok_emb", True),
-    ("blocks.*.attn.c_k.weight:*.q", "attn.c_k", False),
-    ("blocks.*.attn.c_q.weight:*.q", "attn.c_q", True),
-    ("blocks.*.attn.c_v.weight:*.q", "attn.c_v", False),
-    ("blocks.*.attn.proj.weight:*.q", "attn.proj", False),
-    ("blocks.*.mlp.fc.weight:*.q", "mlp.fc", True),
-    ("blocks.*.mlp.proj.weight:*.q", "mlp.proj", False),
-    ("*:*", "rest", False),
-)
-STREAMS = (*dict.fromkeys(stream for _, stream, _ in STREAM_RULES), "row_order")
+STREAMS = ("tok_emb", "attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "rest", "row_order")
 TOKEN_STREAM = "tok_emb"  # a row per token: rows of rare tokens resemble each other
 
 
@@ -3391,7 +3451,14 @@ def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: 
     return x.transpose(2, 1, 0, 3).reshape(n, -1, cols)[:, :rows]
 
 
-def code_arrays(arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) -> dict[str, np.ndarray]:
+def stream_of(cfg: Config, array: str) -> tuple[str, bool]:
+    """Look up the stream of an array "tensor:codec.part", and whether its rows are sorted: integers have that of their row."""
+    tensor, _, part = array.rpartition(":")
+    how = stored_as(cfg).get(tensor, HALF) if part.endswith(".q") else HALF
+    return how.stream, how.sort_rows
+
+
+def code_arrays(cfg: Config, arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) -> dict[str, np.ndarray]:
     """Code every array "tensor:codec.part" with its stream's coder. Returns them.
 
     The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All other numbers of one
@@ -3399,7 +3466,7 @@ def code_arrays(arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) ->
     """
     start, groups, out = gaussian_counts(), {}, dict(arrays)
     for i, (name, a) in enumerate(arrays.items()):
-        stream = STREAMS.index(first_match(STREAM_RULES, name)[0])
+        stream = STREAMS.index(stream_of(cfg, name)[0])
         if a.size:
             kind = (kind_of(name),) if STREAMS[stream] == "rest" else (":trellis." in name, a.shape)
             groups.setdefault((stream, *kind), []).append((i, name, a))
@@ -3417,11 +3484,11 @@ def code_arrays(arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) ->
     return out
 
 
-def coded_bits(arrays: dict[str, np.ndarray]) -> np.ndarray:
+def coded_bits(cfg: Config, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Bits (fp64) that COMPRESSOR=range needs for each array "tensor:codec.part" (int8, int16 or fp16) of an artifact of just these, in
     their order, without coding anything: what `pack` writes is within 0.1 %, and up to 8 bytes a stream. Tables are shared."""
     counter = RangeCoder(owners=len(arrays))
-    code_arrays(arrays, dict.fromkeys(STREAMS, counter))
+    code_arrays(cfg, arrays, dict.fromkeys(STREAMS, counter))
     return counter.bits
 
 
@@ -3442,15 +3509,17 @@ def byte_planes(a: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(a).reshape(-1).view(np.uint8).reshape(a.size, a.itemsize).T
 
 
-def stream_views(compressor: str, arrays: dict[str, np.ndarray], order_of) -> tuple[dict[str, list[np.ndarray]], list]:
+def stream_views(
+    cfg: Config, compressor: str, arrays: dict[str, np.ndarray], order_of
+) -> tuple[dict[str, list[np.ndarray]], list]:
     """What a stream's bytes are when they are not range-coded: uint8 arrays one after another, views of `arrays` to read or to fill in.
 
-    Integer matrices of `pergroup` are transposed, and copies where STREAM_RULES has their rows sorted: those are returned too, as
+    Integer matrices of `pergroup` are transposed, and copies where a tensor's row says that its rows are sorted: those are returned too, as
     (matrix, `order_of` it, which is uint16 in stream row_order, its rows in that order). All others are byte planes.
     """
     views, copies = {stream: [] for stream in STREAMS}, []
     for name, a in arrays.items():
-        stream, sort = first_match(STREAM_RULES, name)
+        stream, sort = stream_of(cfg, name)
         if stream_coder(compressor, stream) != "lrzip":
             views[stream].append(byte_planes(a))
             continue
@@ -3461,23 +3530,25 @@ def stream_views(compressor: str, arrays: dict[str, np.ndarray], order_of) -> tu
     return views, copies
 
 
-def encode_streams(compressor: str, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
+def encode_streams(cfg: Config, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
     """Arrays "tensor:codec.part" -> the bytes of every stream."""
-    if compressor == "range":
+    if cfg.compressor == "range":
         coders = {stream: RangeCoder() for stream in STREAMS}
-        code_arrays(arrays, coders)
+        code_arrays(cfg, arrays, coders)
         return {stream: coder.encoder.get_compressed().astype("<u4").tobytes() for stream, coder in coders.items()}
-    views, _ = stream_views(compressor, arrays, similarity_order)
+    views, _ = stream_views(cfg, cfg.compressor, arrays, similarity_order)
     raw = {stream: b"".join(view.tobytes() for view in own) for stream, own in views.items()}
     with ThreadPoolExecutor() as pool:
-        return dict(zip(raw, pool.map(lambda s: CODERS[stream_coder(compressor, s)][0](raw[s]) if raw[s] else b"", raw), strict=True))
+        return dict(zip(raw, pool.map(lambda s: CODERS[stream_coder(cfg.compressor, s)][0](raw[s]) if raw[s] else b"", raw), strict=True))
 
 
-def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes]) -> dict[str, np.ndarray]:
+def decode_streams(
+    cfg: Config, compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes]
+) -> dict[str, np.ndarray]:
     """The inverse of `encode_streams`: fills in `arrays` and returns them. Raises ArtifactError or what a coder raises."""
     if compressor == "range":
-        return code_arrays(arrays, {stream: RangeCoder(data) for stream, data in coded.items()})
-    views, copies = stream_views(compressor, arrays, lambda a: np.zeros(len(a), "<u2"))
+        return code_arrays(cfg, arrays, {stream: RangeCoder(data) for stream, data in coded.items()})
+    views, copies = stream_views(cfg, compressor, arrays, lambda a: np.zeros(len(a), "<u2"))
     sizes = {stream: sum(view.size for view in own) for stream, own in views.items()}
     with ThreadPoolExecutor() as pool:
         raw = pool.map(lambda s: CODERS[stream_coder(compressor, s)][1](coded[s], sizes[s]) if coded[s] else b"", STREAMS)
@@ -3495,9 +3566,7 @@ def decode_streams(compressor: str, arrays: dict[str, np.ndarray], coded: dict[s
 @cache
 def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
-    with torch.device("meta"):
-        state = GPT(cfg).state_dict()
-    return {name: tuple(t.shape) for name, t in unbank(cfg, state).items()}
+    return {m.name: m.shape for m in matrices(cfg) if m.stored is not None}
 
 
 def arrays_of(stored: dict[str, QuantizedTensor]) -> dict[str, np.ndarray]:
@@ -3522,7 +3591,7 @@ def pack(cfg: Config, stored: dict[str, QuantizedTensor]) -> bytes:
         for shape, s in zip(shapes.values(), stored.values(), strict=True)]
     if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
         raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
-    streams = encode_streams(cfg.compressor, arrays)
+    streams = encode_streams(cfg, arrays)
     distinct = [json.loads(text) for text in dict.fromkeys(map(json.dumps, kinds))]
     header = [cfg.compressor, {f: getattr(cfg, f) for f in MODEL_FIELDS}, [len(data) for data in streams.values()], distinct,
               [distinct.index(kind) for kind in kinds]]
@@ -3618,7 +3687,7 @@ def unpack(cfg: Config, blob: bytes) -> dict[str, QuantizedTensor]:
     ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
     try:
         coded = {stream: blob[start:end] for stream, (start, end) in zip(STREAMS, pairwise(ends), strict=True)}
-        arrays = decode_streams(header.compressor, empty_arrays(cfg, header), coded)
+        arrays = decode_streams(cfg, header.compressor, empty_arrays(cfg, header), coded)
         if header.version < ARTIFACT_VERSION:
             arrays = from_version_3(cfg, header.model, arrays)
         if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
@@ -3822,7 +3891,7 @@ def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor
         plan, wide = RateDistortion(gptq_inputs(cfg, unbank(cfg, weights)), hessians), math.sqrt(12 * TRELLIS_ERROR)
         matrices = plan(finest := plan.delta(cfg.rd_loss), lambda x, _: ((q := (x / wide).round().clamp(-127, 127)), q * wide))
     stored = quantize(cfg, weights, hessians, quiet, matrices)
-    bits = coded_bits(arrays_of(stored))
+    bits = coded_bits(cfg, arrays_of(stored))
     size, text = code_bytes + bits.sum() / 8, f" for RD_LOSS {cfg.rd_loss:g}" if plan else ""
     if plan and 0 < cfg.target_bytes < size:
         delta = plan.delta_for(plan.bits(finest) + 8 * (cfg.target_bytes - size))
@@ -5653,7 +5722,7 @@ def log_start(run: Run, env) -> None:
     log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
     log(f"train_shards: {run.train_shards}")
     log(f"val_tokens: {len(run.data.target_bytes)}")
-    weights = sum(math.prod(shape) for name, shape in tensor_shapes(cfg).items() if first_match(QUANT_RULES, name)[0] == "gptq")
+    weights = sum(math.prod(m.shape) for m in matrices(cfg) if m.stored is not None and m.stored.codec == "gptq")
     bits, code = 8 * (cfg.target_bytes - script.stat().st_size) / weights, script.stat().st_size
     if cfg.quant == "rd" and cfg.target_bytes and cfg.stage != "eval":
         verdict = "CANNOT FIT" if bits < 0.2 else "fits, at a loss: 3 are usual" if bits < 2 else "fits"

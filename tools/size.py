@@ -90,9 +90,9 @@ def inventory(cfg: tg.Config, blob: bytes, code_bytes: int) -> list[Item]:
     header, totals, items = tg.read_header(blob), defaultdict(float), []
     arrays = {f"{name}:{codec}.{part}": t.numpy() for name, s in tg.unpack(cfg, blob).items() for (codec, part), t in s.parts.items()}
     bits = {name: entropy_bits(a) for name, a in arrays.items()}
-    coded = dict(zip(arrays, tg.coded_bits(arrays), strict=True)) if header.compressor == "range" else bits
+    coded = dict(zip(arrays, tg.coded_bits(cfg, arrays), strict=True)) if header.compressor == "range" else bits
     weight = {name: coded[name] + 1e-6 * a.nbytes for name, a in arrays.items()}  # a stream of constants has no entropy
-    stream_of = {name: tg.first_match(tg.STREAM_RULES, name)[0] for name in arrays}
+    stream_of = {name: tg.stream_of(cfg, name)[0] for name in arrays}
     for name, w in weight.items():
         totals[stream_of[name]] += w
     for name, a in arrays.items():
