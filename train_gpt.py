@@ -1335,6 +1335,9 @@ class ValData:
 # MODEL - one network, one forward: training, scoring, calibration and test-time training differ by its arguments.
 # ==================================================================================================
 
+# The same network in 140 lines of plain loops, with nothing folded or fused: tests/spec_model.py. Read that first.
+
+
 def softcap(logits: Tensor, cap: float) -> Tensor:
     """Compute cap tanh(logits / cap) in fp32."""
     return cap * torch.tanh(logits.float() / cap)
