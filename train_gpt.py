@@ -337,7 +337,8 @@ class Config:
     smear_gate_bos_fix: bool = knob(True, "never smear across a document start")
     tied_embed_init_std: float = knob(0.005, "initial std of the embedding", lo=0)
     # optimizers
-    matrix_lr: float = knob(0.026, "Muon, the weight banks", lo=0)
+    matrix_optimizer: str = knob("muon", "optimizer of the weight banks", choices=("muon",))
+    matrix_lr: float = knob(0.026, "learning rate of the weight banks", lo=0)
     tied_embed_lr: float = knob(0.03, "AdamW, the tied embedding and the untied head", lo=0)
     scalar_lr: float = knob(0.02, "AdamW, all small tensors", lo=0)
     muon_momentum: float = knob(0.97, "Nesterov momentum", lo=0, hi=0.9999)
@@ -1647,7 +1648,7 @@ class Parameter(NamedTuple):
     name: str
     shape: tuple[int, ...]
     init: Callable[[Tensor], Any]
-    optimizer: str  # an entry of OPTIMIZER_GROUPS
+    optimizer: str  # the group it is learned in: "matrices", "scalars" or "embedding", see TrainOptimizer
     roles: tuple[Role, ...]
     present: bool
 
@@ -2150,8 +2151,8 @@ def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False
 # OPTIMIZERS - which parameter is learned how, and one step of it on any number of ranks.
 # ==================================================================================================
 
-# Polar Express (arXiv:2505.16932): rows are (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X.
-# Five of them map singular values in [1e-3, 1] into [0.86, 1.14].
+# Polar Express (Amsel et al., arXiv:2505.16932): rows are (a, b, c) of one iteration,
+# X <- a X + b (X X^T) X + c (X X^T)^2 X. Five of them map singular values in [1e-3, 1] into [0.86, 1.14].
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -2162,46 +2163,60 @@ POLAR_EXPRESS = (
 
 
 def polar_express(G: Tensor, steps: int) -> Tensor:
-    """Nearest semi-orthogonal matrix, approximately, of each of G (n, rows, cols). Zero matrices stay zero."""
-    X = G.mT if G.shape[-2] > G.shape[-1] else G
+    """Approximate the semi-orthogonal matrix nearest to each of G (n, rows, cols). Zeros stay zeros."""
+    tall = G.shape[-2] > G.shape[-1]
+    X = G.mT if tall else G
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+
     for a, b, c in POLAR_EXPRESS[:steps]:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if G.shape[-2] > G.shape[-1] else X
+
+    return X.mT if tall else X
 
 
-def muon_direction(G: Tensor, M: Tensor, momentum: float, steps: int, row_normalize: bool) -> tuple[Tensor, Tensor]:
-    """One Muon update for matrices G (n, rows, cols) with momentum buffer M, and the next M.
+MatrixState = dict[str, Tensor]  # what an optimizer remembers of n matrices: tensors (n, ...); {} at first
+
+
+def muon(gradient: Tensor, state: MatrixState, cfg: Config, momentum: float) -> tuple[Tensor, MatrixState]:
+    """Compute the Muon update (Keller Jordan, 2024) of a gradient (n, rows, cols), and the next state.
 
     Nesterov momentum, rows scaled to norm 1 (MuonEq-R), orthogonalised, scaled by sqrt(max(1, rows / cols)).
     """
-    M = torch.add(G, M, alpha=momentum)
-    U = torch.add(G, M, alpha=momentum)
-    if row_normalize:
-        U = U / torch.linalg.vector_norm(U, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(U.dtype)
-    return polar_express(U, steps) * max(1.0, G.shape[-2] / G.shape[-1]) ** 0.5, M
+    rows, cols = gradient.shape[-2:]
+    average = torch.add(gradient, state.get("momentum", 0.0), alpha=momentum)
+    update = torch.add(gradient, average, alpha=momentum)
+
+    if cfg.muon_row_normalize:
+        norms = torch.linalg.vector_norm(update, dim=-1, keepdim=True, dtype=torch.float32)
+        update = update / norms.clamp_min(1e-7).to(update.dtype)
+
+    orthogonal = polar_express(update, cfg.muon_backend_steps)
+    return orthogonal * max(1.0, rows / cols) ** 0.5, dict(momentum=average)
 
 
-OPTIMIZER_GROUPS = dict(  # knobs of the learning rate and the weight decay; matrices are learned by Muon, the others by AdamW
-    matrices=("matrix_lr", "muon_wd"),
-    embedding=("tied_embed_lr", "embed_wd"),
-    scalars=("scalar_lr", "adam_wd"),
-)
+# (gradient, state, cfg, momentum of this step) -> (update, next state); what was handed in stays as it is.
+# A new optimizer is one function, one entry here, and its name among the choices of MATRIX_OPTIMIZER.
+MATRIX_OPTIMIZERS = dict(muon=muon)
 
 
 class Bank:
-    """A weight bank and this rank's share of it: `per_rank` whole matrices, zero padding behind the last."""
+    """Holds a weight bank (n, rows, cols) and this rank's share: `per_rank` matrices, zeros behind the last.
 
-    def __init__(self, p: nn.Parameter, lr: float, wd: float, world: World):
-        self.p, self.lr, self.wd, self.world = p, lr, wd, world
+    A step is launch_reduce, wait, launch_gather, apply.
+    """
+
+    def __init__(self, p: nn.Parameter, world: World):
+        self.p = p
+        self.world = world
         self.per_rank = -(-len(p) // world.size)
-        self.first = min(world.rank * self.per_rank, len(p))
-        self.momentum = p.new_zeros(self.per_rank, *p.shape[1:], dtype=world.dtype)
-        self.shard = torch.empty_like(self.momentum)
-        padded = (self.per_rank * world.size, *p.shape[1:])
-        self.padded = p.new_zeros(padded, dtype=world.dtype) if world.size > 1 else self.shard
-        self.update = self.pending = None
+        self.state = {}
+
+        # Gradients of all matrices, which the gathered updates replace, and of this rank's.
+        self.padded = p.new_zeros(self.per_rank * world.size, *p.shape[1:], dtype=world.dtype)
+        self.shard = torch.empty_like(self.padded[: self.per_rank]) if world.size > 1 else self.padded
+        self.update = None
+        self.pending = None
 
     def launch_reduce(self) -> None:
         """Start averaging the gradient over the ranks; each receives its share in `shard`."""
@@ -2215,132 +2230,163 @@ class Bank:
         self.update = update
         if self.world.size > 1:
             all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            self.update, self.pending = self.padded, all_gather(self.padded, update.contiguous(), async_op=True)
+            self.update = self.padded
+            self.pending = all_gather(self.padded, update.contiguous(), async_op=True)
 
     def wait(self) -> None:
-        if self.pending is not None:
+        if self.pending:
             self.pending.wait()
             self.pending = None
 
-    def apply(self, lr_scale: float) -> None:
+    def apply(self, lr: float, weight_decay: float) -> None:
         """Decay, then move along the gathered update."""
         self.wait()
-        lr = self.lr * lr_scale
-        self.p.mul_(1 - lr * self.wd).add_(self.update[: len(self.p)], alpha=-lr)
+        self.p.mul_(1 - lr * weight_decay).add_(self.update[: len(self.p)], alpha=-lr)
         self.update = None
 
-    def full_momentum(self) -> Tensor:
-        """Momentum of all matrices, on every rank."""
-        shares = [self.momentum.clone() for _ in range(self.world.size)]
-        if self.world.size > 1:
-            dist.all_gather(shares, self.momentum)
-        return torch.cat(shares)[: len(self.p)]
+    def full_state(self) -> MatrixState:
+        """Collect the state of all matrices, on every rank, in host memory."""
+        full = {}
+        for name, share in self.state.items():
+            shares = [share.clone() for _ in range(self.world.size)]
+            if self.world.size > 1:
+                dist.all_gather(shares, share)
+            full[name] = torch.cat(shares)[: len(self.p)].cpu()
+        return full
 
-    def load_momentum(self, full: Tensor) -> None:
-        mine = full[self.first : self.first + self.per_rank]
-        self.momentum.zero_()[: len(mine)].copy_(mine)
+    def load_state(self, full: MatrixState) -> None:
+        """Take this rank's share of the state of all matrices."""
+        first = self.world.rank * self.per_rank
+        self.state = {}
+        for name, whole in full.items():
+            mine = whole[first : first + self.per_rank]
+            padding = whole.new_zeros(self.per_rank - len(mine), *whole.shape[1:])
+            self.state[name] = torch.cat((mine, padding)).to(self.p.device)
 
 
 class TrainOptimizer:
-    """Muon on the banks, each rank owning whole matrices, and AdamW on everything else, replicated."""
+    """Learns the banks by MATRIX_OPTIMIZER, whole matrices a rank, and the rest by AdamW, replicated."""
 
     def __init__(self, model: GPT, cfg: Config, world: World):
-        self.cfg, self.world, self.banks, groups = cfg, world, [], {}
+        self.cfg = cfg
+        self.world = world
+        self.model = model
+        members = dict(matrices=[], scalars=[], embedding=[])
         for row in parameters(cfg):
-            p, (lr, wd) = model.get_parameter(row.name), OPTIMIZER_GROUPS[row.optimizer]
-            if row.optimizer == "matrices":
-                self.banks.append(Bank(p, getattr(cfg, lr), getattr(cfg, wd), world))
-            else:
-                groups.setdefault((lr, wd), []).append(p)
-        self.banks.sort(key=lambda bank: -bank.p.numel())  # the largest reduction starts first
-        self.replicated = [p for group in groups.values() for p in group]
-        self.adamw = torch.optim.AdamW(
-            [dict(params=ps, base_lr=getattr(cfg, lr), weight_decay=getattr(cfg, wd)) for (lr, wd), ps in groups.items()],
-            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=world.device.type in ("cuda", "cpu"))
+            members[row.optimizer].append(model.get_parameter(row.name))
+
+        banks = [Bank(p, world) for p in members["matrices"]]
+        self.banks = sorted(banks, key=lambda bank: -bank.p.numel())  # the largest reduction starts first
+        self.scalars = members["scalars"]  # fp32
+        self.embedding = members["embedding"]  # of the activations' dtype, as the banks' gradients
+        self.replicated = self.scalars + self.embedding
+        groups = [
+            dict(params=self.scalars, base_lr=cfg.scalar_lr, weight_decay=cfg.adam_wd),
+            dict(params=self.embedding, base_lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
+        ]
+        fused = world.device.type in ("cuda", "cpu")
+        self.adamw = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> float:
-        """Reduce the gradients, clip them, update. Returns the gradient norm before clipping.
+        """Reduce the gradients, clip them, update the weights. Returns the gradient's norm before clipping.
 
-        Raises FloatingPointError, leaving the weights as they were, when the norm is not finite.
+        Raises FloatingPointError, leaving weights and state as they were, when the norm is not finite.
         """
+        cfg = self.cfg
         self.reduce()
-        norm, cfg, wide = self.grad_norm(), self.cfg, self.world.wide
-        told, momenta, clip = Readback(norm), [], cfg.grad_clip_norm or math.inf
-        factor = (clip / (norm.to(wide) + 1e-6)).clamp(max=1.0).float()
-        for bank in self.banks:  # the gather of one bank overlaps the orthogonalisation of the next
-            bank.shard.mul_(factor.expand_as(bank.shard))  # as a scalar it would be rounded to bf16 first
-            update, M = muon_direction(bank.shard, bank.momentum, momentum, cfg.muon_backend_steps, cfg.muon_row_normalize)
+        norm = self.grad_norm()
+        norm_on_host = Readback(norm)
+        allowed = cfg.grad_clip_norm or math.inf
+        shrink = (allowed / (norm.to(self.world.wide) + 1e-6)).clamp(max=1.0).float()
+
+        optimizer = MATRIX_OPTIMIZERS[cfg.matrix_optimizer]
+        states = []  # the banks keep the old ones until the norm is known to be finite
+        for bank in self.banks:  # gathering one bank's update overlaps the next one's products
+            bank.shard.mul_(shrink.expand_as(bank.shard))  # as a scalar it would be rounded to bf16 first
+            update, state = optimizer(bank.shard, bank.state, cfg, momentum)
             bank.launch_gather(update)
-            momenta.append(M)  # a bad norm must leave no trace in the old one
-        value = told.read()  # the host waits for the norm alone: the device has the directions to compute meanwhile
+            states.append(state)
+
+        value = norm_on_host.read()  # of all that was launched, the host waits for the norm alone
         if not math.isfinite(value):
             for bank in self.banks:
                 bank.wait()
             raise FloatingPointError(f"the gradient norm is {value}")
-        grads = [p.grad for p in self.replicated]
-        torch._foreach_mul_([g for g in grads if g.dtype == torch.float32], factor)
-        for g in (g for g in grads if g.dtype != torch.float32):
-            g.mul_(factor.expand_as(g))
-        for group in self.adamw.param_groups:
-            group["lr"] = group["base_lr"] * lr_scale
-        self.adamw.step()
-        for bank, M in zip(self.banks, momenta, strict=True):
-            bank.momentum = M
-            bank.apply(lr_scale)
-        self.zero_grad()
+
+        self.step_replicated(shrink, lr_scale)
+        for bank, state in zip(self.banks, states, strict=True):
+            bank.state = state
+            bank.apply(cfg.matrix_lr * lr_scale, cfg.muon_wd)
+        self.model.zero_grad()
         return value
 
     def reduce(self) -> None:
-        """Average all gradients over the ranks: banks scattered, small tensors in one flat message. Clipping comes after."""
+        """Average all gradients over the ranks: banks scattered, scalars in one flat message."""
         for p in self.replicated:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a tensor this model has no use for, as skips of one block
+            if p.grad is None:  # this model has no use for it, as for the skips of a single block
+                p.grad = torch.zeros_like(p)
         for bank in self.banks:
             bank.launch_reduce()
+
         if self.world.size > 1:
-            large = [p.grad for p in self.replicated if p.numel() > 32768]
-            small = [p.grad for p in self.replicated if p.numel() <= 32768]
-            handles = [dist.all_reduce(g, dist.ReduceOp.AVG, async_op=True) for g in large]
-            self.world.sum_(*small)
-            torch._foreach_div_(small, self.world.size)
-            for handle in handles:
-                handle.wait()
+            pending = [dist.all_reduce(p.grad, dist.ReduceOp.AVG, async_op=True) for p in self.embedding]
+            scalars = [p.grad for p in self.scalars]
+            self.world.sum_(*scalars)
+            torch._foreach_div_(scalars, self.world.size)
+            for message in pending:
+                message.wait()
+
         for bank in self.banks:
             bank.wait()
 
     def grad_norm(self) -> Tensor:
-        """Norm of the averaged gradient, on the device: the same number on every rank."""
+        """Compute the norm of the averaged gradient, on the device: the same number on every rank."""
         parts = [bank.shard for bank in self.banks] + [p.grad for p in self.replicated]
-        groups = ([t for t in parts if (t.dtype == torch.float32) == full] for full in (False, True))  # a kernel for each; banks first
-        squares = torch.stack([n for group in groups if group for n in torch._foreach_norm(group, dtype=torch.float32)]).square()
-        mine = squares[: len(self.banks)].sum()
-        self.world.sum_(mine)
-        return (mine + squares[len(self.banks) :].sum()).sqrt()
+        half = [t for t in parts if t.dtype != torch.float32]
+        full = [t for t in parts if t.dtype == torch.float32]
 
-    def zero_grad(self) -> None:
-        for p in [*self.replicated, *(bank.p for bank in self.banks)]:
-            p.grad = None
+        # One kernel a dtype. The banks, which share one, are the first of the norms in either case.
+        norms = [torch._foreach_norm(group, dtype=torch.float32) for group in (half, full) if group]
+        squares = torch.stack(sum(norms, ())).square()
+        of_banks = squares[: len(self.banks)].sum()
+        self.world.sum_(of_banks)
+        return (of_banks + squares[len(self.banks) :].sum()).sqrt()
+
+    def step_replicated(self, shrink: Tensor, lr_scale: float) -> None:
+        """Clip the gradients of everything but matrices and take a step of AdamW."""
+        torch._foreach_mul_([p.grad for p in self.scalars], shrink)
+        for p in self.embedding:
+            p.grad.mul_(shrink.expand_as(p.grad))
+
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adamw.step()
 
     def state_dict(self) -> dict:
-        return dict(adamw=self.adamw.state_dict(), momentum=[bank.full_momentum().cpu() for bank in self.banks])
+        """Collect the state of all parameters, on every rank."""
+        return dict(adamw=self.adamw.state_dict(), matrices=[bank.full_state() for bank in self.banks])
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was taken."""
         self.adamw.load_state_dict(state["adamw"])
-        for bank, full in zip(self.banks, state["momentum"], strict=True):
-            bank.load_momentum(full.to(self.world.device))
+        for bank, full in zip(self.banks, state["matrices"], strict=True):
+            bank.load_state(full)
 
 
 class Ema:
-    """Moving average of every tensor of the model, in fp32, started at the initial weights, without debiasing."""
+    """Averages every tensor over the steps, in fp32, from the initial weights on, without debiasing."""
 
     def __init__(self, model: GPT, decay: float):
         self.decay = decay
-        self.shadow = {name: t.detach().float().clone() for name, t in model.state_dict().items()}
+        weights = model.state_dict()
+        self.shadow = {name: t.float().clone() for name, t in weights.items()}
 
     @torch.no_grad()
     def update(self, model: GPT) -> None:
         live = model.state_dict()
-        torch._foreach_lerp_(list(self.shadow.values()), [live[name].float() for name in self.shadow], 1 - self.decay)
+        weights = [live[name].float() for name in self.shadow]
+        torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - self.decay)
 
     def copy_to(self, model: GPT) -> None:
         """Replace the weights by their average, each in its own dtype."""
@@ -2606,7 +2652,7 @@ class Trainer:
                     log(f"{'loop_warmup_step' if looping else 'warmup_step'}: {k + 1}/{cfg.warmup_steps}")
         self.model.load_state_dict(model)
         self.optimizer.load_state_dict(optimizer)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         self.loader.close()
         self.loader, self.utilization = self.open_loader(), Utilization(self.world)
         torch.set_rng_state(generator)
@@ -2621,7 +2667,7 @@ class Trainer:
                 f"warmup_cu_buckets:{','.join(map(str, warm_lengths(n, length)))}")
             for shaped in warm_rows(row, length):
                 self.loss(shaped, layer_order(cfg, looping)).backward()
-                self.optimizer.zero_grad()
+                self.model.zero_grad()
 
     def plan_step(self, elapsed: float, log: Log) -> tuple[int, bool, float]:
         """Context, loop mode and learning-rate factor of the step about to run."""
@@ -2702,7 +2748,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
                 loss = trainer.train_step(window, context, looping, lr, muon_momentum(cfg, trainer.step))
             except FloatingPointError as e:
                 trainer.loader.position = position
-                trainer.optimizer.zero_grad()
+                trainer.model.zero_grad()
                 trainer.checkpoint(checkpoint_path)
                 raise RunError(f"step {trainer.step + 1}: {e}; the weights before it are in {checkpoint_path}. Lower MATRIX_LR or "
                                "TIED_EMBED_LR, or look at the data of this step") from None
