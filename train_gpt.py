@@ -116,13 +116,6 @@ REFUSED = {  # names that appear in published commands but never did anything, a
     "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
     "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are computed inside the evaluation's clock",
     "TARGET_MB": "published runs gave it in MiB, and their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES",
-    "MIDRUN_CAP_SCHEDULE": "no published run set it; TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate",
-    "MIDRUN_CAP_LOG_UPDATES": "there is no MIDRUN_CAP_SCHEDULE",
-    "COMPILE_SHAPE_WARMUP_ITERS": "one pass a shape compiles it",
-    "COMPILE_SHAPE_WARMUP_LOOP_MODES": "the loop modes that the run will meet are warmed",
-    "TTT_EVAL_BATCHES": "every batch is reported, and the order of scoring is fixed",
-    "TTT_TRAIN_MIN_DOC_LEN": "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases",
-    "TTT_TRAIN_MAX_DOC_LEN": "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases",
     "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; `parameters` says which optimizer owns which tensor",
 }
 
@@ -136,6 +129,13 @@ GONE = {  # published names that are accepted with one value, or with any (None)
     "LQER_GAIN_SELECT": ("0", "the tensors with the largest residual are corrected"),
     "TTT_OPTIMIZER": ("adam", "adapters are trained by AdamW"),
     "TTT_GRAD_STEPS": ("1", "one update a scored chunk"),
+    "MIDRUN_CAP_SCHEDULE": ("", "TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate"),
+    "MIDRUN_CAP_LOG_UPDATES": ("0", "there is no MIDRUN_CAP_SCHEDULE"),
+    "COMPILE_SHAPE_WARMUP_ITERS": ("1", "one pass a shape compiles it"),
+    "COMPILE_SHAPE_WARMUP_LOOP_MODES": ("auto", "the loop modes that the run will meet are warmed"),
+    "TTT_EVAL_BATCHES": ("", "every batch is reported, and the order of scoring is fixed"),
+    "TTT_TRAIN_MIN_DOC_LEN": ("0", "every document is learned from"),
+    "TTT_TRAIN_MAX_DOC_LEN": ("0", "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases"),
     "TTT_SHORT_LORA_ENABLED": ("0", "short documents have the adapters of all"),
     "TTT_SHORT_LORA_RANK": (None, "TTT_SHORT_LORA_ENABLED is 0"),
     "TTT_SHORT_LORA_LR": (None, "TTT_SHORT_LORA_ENABLED is 0"),
@@ -607,7 +607,7 @@ def config_from_env(env) -> Config:
         elif name in GONE:
             accepted, why = GONE[name]
             if accepted not in (None, env[name]):
-                errors.append(f"{name}={env[name]!r}: only {accepted} is left: {why}")
+                errors.append(f"{name}={env[name]!r}: only {accepted!r} is left: {why}")
         elif name in known:
             try:
                 values[name.lower()] = parse_knob(known[name], env[name])
@@ -1156,29 +1156,44 @@ def document_cu_seqlens(bos: np.ndarray, total: int, max_len: int, bucket: int =
     return out
 
 
-class Row(NamedTuple):
-    """One packed row: inputs and targets (1, T) int64, segments (padded) int32 and their lengths, longest segment allowed."""
+class Segments(NamedTuple):
+    """Attention segments of a packed row: int32 bounds of `document_cu_seqlens`, length of the longest one allowed.
 
-    inputs: Tensor
-    targets: Tensor
+    None in their place means plain causal attention.
+    """
+
     cu_seqlens: Tensor
-    lengths: np.ndarray  # of the segments, on the host
     max_len: int
 
 
+class Row(NamedTuple):
+    """One packed row: inputs and targets (1, T) int64, its attention segments, and their lengths on the host."""
+
+    inputs: Tensor
+    targets: Tensor
+    segments: Segments
+    lengths: np.ndarray
+
+
 def packed_row(tokens: np.ndarray, max_len: int, device: torch.device, every: int = 0) -> Row:
-    """T + 1 consecutive tokens -> a Row of T predictions; attention stays within documents cut at `max_len`.
+    """Pack T + 1 consecutive tokens into a Row of T predictions; attention stays within documents cut at `max_len`.
 
     every: cut at its multiples too, wherever documents start.
     """
-    window, starts = torch.from_numpy(tokens.astype(np.int64)), np.flatnonzero(tokens[:-1] == BOS_ID)
-    starts = np.union1d(starts, np.arange(0, len(tokens) - 1, every)) if every else starts
+    starts = np.flatnonzero(tokens[:-1] == BOS_ID)
+    if every:
+        starts = np.union1d(starts, np.arange(0, len(tokens) - 1, every))
     bounds = document_cu_seqlens(starts, len(tokens) - 1, max_len)
-    lengths, cu_seqlens = np.diff(bounds), torch.from_numpy(bounds)
+    lengths = np.diff(bounds)
+    window = torch.from_numpy(tokens.astype(np.int64))
+    cu_seqlens = torch.from_numpy(bounds)
+
     if device.type == "cuda":
-        window, cu_seqlens = window.pin_memory(), cu_seqlens.pin_memory()
+        window = window.pin_memory()
+        cu_seqlens = cu_seqlens.pin_memory()
     window = window.to(device, non_blocking=True)
-    return Row(window[None, :-1], window[None, 1:], cu_seqlens.to(device, non_blocking=True), lengths[lengths > 0], max_len)
+    segments = Segments(cu_seqlens.to(device, non_blocking=True), max_len)
+    return Row(window[None, :-1], window[None, 1:], segments, lengths[lengths > 0])
 
 
 class TrainLoader:
@@ -1329,25 +1344,29 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 
 
 def softcapped_ce(logits: Tensor, targets: Tensor, cap: float, round_cap: bool = False) -> Tensor:
-    """Cross-entropy in nats, per token and in fp32, of the capped logits.
+    """Compute the cross-entropy of the capped logits in nats, per token and in fp32.
 
-    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before the
-    cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
+    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before
+    the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
     """
     z = softcap(logits, cap)
-    z = z.to(logits.dtype).float() if round_cap else z
+    if round_cap:
+        z = z.to(logits.dtype).float()
     if targets.ndim == z.ndim:
         return z.logsumexp(-1, keepdim=True) - z.gather(-1, targets)
     return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
-    """leaky_relu(x)^2: homogeneous of degree 2 on each side of zero."""
+    """Compute leaky_relu(x)^2, which is homogeneous of degree 2 on each side of zero."""
     return F.leaky_relu(x, slope).square()
 
 
 def leaky_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, see_hidden=None) -> Tensor:
-    """leaky_relu(x up^T)^2 down^T. x (..., D), up (F, D), down (D, F) -> (..., D). see_hidden(h): sees what `down` reads."""
+    """Compute leaky_relu(x up^T)^2 down^T: x (..., D), up (F, D), down (D, F) -> (..., D).
+
+    see_hidden(h), if given, sees what `down` reads.
+    """
     hidden = leaky_relu_squared(F.linear(x, up), slope)
     if see_hidden is not None:
         see_hidden(hidden)
@@ -1355,87 +1374,101 @@ def leaky_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, see_hidden=None
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last dimension; no weight, eps is that of the dtype."""
+    """Divide x by its root mean square over the last dimension; no weight, eps is that of the dtype."""
     return F.rms_norm(x, (x.shape[-1],))
 
 
 def add_streams(weights: Tensor | None, *streams: Tensor) -> Tensor:
-    """Residual streams (B, T, D), each times its row of weights (n, D) or (n, 1), added up. weights None: a plain sum."""
-    w = weights if weights is None else weights.to(streams[0].dtype)
-    first, *rest = streams if w is None else (factor * x for factor, x in zip(w, streams, strict=True))
-    return sum(rest, first)
+    """Add up streams (B, T, D), each times its row of weights (n, D) or (n, 1); weights None: a plain sum."""
+    if weights is not None:
+        rows = weights.to(streams[0].dtype)
+        streams = tuple(row * x for row, x in zip(rows, streams, strict=True))
+    return sum(streams[1:], streams[0])
 
 
 def add_norm(weights: Tensor | None, *streams: Tensor) -> tuple[Tensor, Tensor]:
-    """Two or three residual streams added up by `add_streams`, and that sum normed."""
+    """Add up two or three streams by `add_streams` -> that sum, and that sum normed."""
     total = add_streams(weights, *streams)
     return total, rms_norm(total)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Partial rotary embedding, half-split: x (B, T, heads, d), the first 2 n of d dimensions turn, n = cos.shape[-1]."""
+    """Turn the first 2 n of d dimensions, half-split (partial rotary embedding): x (B, T, heads, d), n = cos.shape[-1]."""
     n = cos.shape[-1]
-    x1, x2, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    x1, x2, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
 def split_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One merged projection -> queries and keys, normed per head and rotated, queries times their gain, and values.
+    """Split one merged projection into queries and keys, normed per head and rotated, queries times their gain, and values.
 
     qkv (B, T, (H + 2 G) d), gain (H,), cos and sin (T, 1, n) -> q (B, T, H, d), k and v (B, T, G, d).
     """
     heads = len(gain)
-    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=2)
-    q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
+    merged = qkv.unflatten(-1, (heads + 2 * kv_heads, -1))
+    q, k, v = merged.split((heads, kv_heads, kv_heads), dim=2)
+    q = rotate(rms_norm(q), cos, sin)
+    k = rotate(rms_norm(k), cos, sin)
     return q * gain.to(q.dtype)[:, None], k, v
 
 
 def without_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: y - (y.v / v.v) v for each head of y (B, T, H, d) and its value v (B, T, G, d), computed in fp32."""
-    grouped, own = y.unflatten(2, (v.shape[2], -1)).float(), v.unsqueeze(3).float()  # (B, T, G, H/G, d) and (B, T, G, 1, d)
-    share = (grouped * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    """Compute XSA, y - (y.v / v.v) v, for each head of y (B, T, H, d) and its value v (B, T, G, d), in fp32."""
+    grouped = y.unflatten(2, (v.shape[2], -1)).float()  # (B, T, G, H/G, d)
+    own = v.unsqueeze(3).float()                        # (B, T, G, 1, d)
+    square = own.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    share = (grouped * own).sum(-1, keepdim=True) / square
     return (grouped - share * own).flatten(2, 3).to(y.dtype)
 
 
 def gate_heads(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """XSA and the output gate: drop from each head its part along the token's own value, then scale the head.
+    """Drop from each head its part along the token's own value (XSA), then scale the head by its gate.
 
     y (B, T, H, d), v (B, T, G, d), gate (B, T, H) -> (B, T, H, d).
     """
     return without_own_value(y, v) * gate.unsqueeze(-1)
 
 
-def window_mask(n: int, window: int, like: Tensor, at: Tensor | None = None) -> Tensor | None:
-    """What is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
+def window_mask(n: int, window: int, like: Tensor, positions: Tensor | None = None) -> Tensor | None:
+    """Make what is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
 
-    None where plain causal attention is the same: no window (0), or one that the segment fits into. at (.., m): just the queries at
-    these positions, -> (.., 1, m, n), never None.
+    None where plain causal attention is the same: no window (0), or one that the segment fits into. positions (.., m): just the
+    queries there, -> (.., 1, m, n), never None.
     """
-    if not 0 < window < n and at is None:
+    if positions is None and not 0 < window < n:
         return None
     keys = torch.arange(n, device=like.device)
-    distance = (keys if at is None else at.unsqueeze(-2)).unsqueeze(-1) - keys
-    return torch.zeros_like(distance, dtype=like.dtype).masked_fill_((distance < 0) | (distance >= (window or n)), -math.inf)
+    queries = keys if positions is None else positions.unsqueeze(-2)
+    distance = queries.unsqueeze(-1) - keys
+    hidden = (distance < 0) | (distance >= (window or n))
+    return torch.zeros_like(distance, dtype=like.dtype).masked_fill_(hidden, -math.inf)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, at: Tensor | None = None) -> Tensor:
-    """Causal attention of whole rows, in a window. q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d).
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, positions: Tensor | None = None) -> Tensor:
+    """Attend causally within whole rows, in a window: q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d).
 
-    at (B, n): positions of the queries, q (B, n, H, d); fewer queries than keys are otherwise the last.
+    positions (B, n): of the queries, q (B, n, H, d); fewer queries than keys are otherwise the last.
     """
-    if at is None and q.shape[1] < k.shape[1]:
-        at = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
-    mask = window_mask(k.shape[1], window, q, at)
+    queries, keys = q.shape[1], k.shape[1]
+    if positions is None and queries < keys:
+        positions = torch.arange(keys - queries, keys, device=q.device)
+    mask = window_mask(keys, window, q, positions)
     heads = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
+    out = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
-def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-    """The definition: causal attention within each segment. q (T, H, d), k and v (T, G, d) -> (T, H, d)."""
-    bounds = cu_seqlens.tolist()
-    return torch.cat([causal_attention(*(t[None, start:end] for t in (q, k, v)), window)[0]
-                      for start, end in pairwise(bounds) if end > start])
+def document_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0
+) -> Tensor:
+    """Attend causally within each segment: the definition. q (T, H, d), k and v (T, G, d) -> (T, H, d)."""
+    parts = []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        if end > start:
+            rows = (t[None, start:end] for t in (q, k, v))
+            parts.append(causal_attention(*rows, window)[0])
+    return torch.cat(parts)
 
 
 class Kernels(NamedTuple):
@@ -1472,22 +1505,27 @@ class Adapters(NamedTuple):
     head: Lora | None = None  # of no depth, reads the final normed hidden state
 
     def by_depth(self, blocks: list[Block]) -> list[Adapters]:
-        """One Adapters per depth, given its block. unbind, not indexing: its backward writes each gradient once."""
-        sites = {site: lora for site, lora in zip(self._fields, self, strict=True) if lora is not None and site != "head"}
-        columns = {site: zip(lora.A.unbind(0), lora.B.unbind(0), strict=True) for site, lora in sites.items()}
-        return [Adapters(**{site: block.fold_adapter(site, Lora(*next(column), sites[site].scale)) for site, column in columns.items()})
-                for block in blocks]
+        """Cut into one Adapters per depth, given its block. unbind, not indexing: its backward writes each gradient once."""
+        found: list[dict[str, Lora]] = [{} for _ in blocks]
+        for site, lora in self._asdict().items():
+            if lora is None or site == "head":
+                continue
+            pairs = zip(lora.A.unbind(0), lora.B.unbind(0), strict=True)
+            for sites, block, (A, B) in zip(found, blocks, pairs, strict=True):
+                sites[site] = block.fold_adapter(site, Lora(A, B, lora.scale))
+        return [Adapters(**sites) for sites in found]
 
     def rows(self, first: int, end: int) -> Adapters:
-        """Views of the adapters of documents [first, end)."""
-        return Adapters(*(lora and Lora(*(t[..., first:end, :, :] for t in lora[:2]), lora.scale) for lora in self))
+        """View the adapters of documents [first, end)."""
+        documents = (..., slice(first, end), slice(None), slice(None))
+        return Adapters(*(lora and Lora(lora.A[documents], lora.B[documents], lora.scale) for lora in self))
 
 
 NO_ADAPTERS = Adapters()
 
 
 class Weights(NamedTuple):
-    """The matrices of one block, (n_out, n_in) each, in the activation dtype, with the block's constant and learned scales folded in."""
+    """The matrices of one block, (n_out, n_in) each, in the activation dtype, its constant and learned scales folded in."""
 
     qkv: Tensor  # Q, K and V below one another
     o: Tensor
@@ -1495,58 +1533,85 @@ class Weights(NamedTuple):
     down: Tensor
 
 
-class Segments(NamedTuple):
-    """Attention segments of a packed row (1, T); None in its place means plain causal attention."""
-
-    cu_seqlens: Tensor
-    max_len: int
-
-
 class Cache:
-    """What rows (B, T) leave behind: their last token and, by depth, their keys and values. With it a forward goes on where it stopped."""
+    """What rows (B, T) leave behind: their last token and, by depth, their keys and values.
+
+    With it a forward goes on where it stopped.
+    """
 
     def __init__(self, max_len: int):
-        self.max_len, self.length, self.last, self.kv = max_len, 0, None, {}
+        self.max_len = max_len
+        self.length = 0
+        self.last_token: Tensor | None = None  # (B, 1)
+        self.kv: dict[int, Tensor] = {}
 
     def extend(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, T, G, d) of new tokens; returns those of all tokens so far."""
+        """Append keys and values (B, T, G, d) of new tokens; return those of all tokens so far."""
         B, T, G, d = k.shape
         if depth not in self.kv:
-            self.kv[depth] = k.new_empty(2, B, G, self.max_len, d).transpose(2, 3)  # a head's positions lie side by side: half the time
-        held = self.kv[depth][:, :, : self.length + T]
-        held[0, :, self.length :], held[1, :, self.length :] = k, v
-        return held[0], held[1]
+            # A head's positions lie side by side: reading them takes half the time.
+            self.kv[depth] = k.new_empty(2, B, G, self.max_len, d).transpose(2, 3)
+        kept = self.kv[depth][:, :, : self.length + T]
+        kept[0, :, self.length :] = k
+        kept[1, :, self.length :] = v
+        return kept[0], kept[1]
 
 
-def at_positions(x: Tensor, at: Tensor | None) -> Tensor:
-    """x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
-    return x if at is None else x.gather(1, at.view(*at.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
+class Context(NamedTuple):
+    """What all depths of one forward share."""
+
+    rope: tuple[Tensor, Tensor]  # cos and sin (T, 1, rope_dims / 2)
+    segments: Segments | None
+    cache: Cache | None
+    kernels: Kernels
+    tap: Any  # None, or tap(site, x): sees the input of every matrix
+
+
+class Streams(NamedTuple):
+    """The residual stream (B, T, D); the two-lane decoder has one for attention and one for the MLP."""
+
+    attn: Tensor
+    mlp: Tensor | None = None
+
+
+def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
+    """Take x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
+    if positions is None:
+        return x
+    return torch.take_along_dim(x, positions.view(*positions.shape, *[1] * (x.ndim - 2)), dim=1)
 
 
 def add_deltas(y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)) -> Tensor:
-    """y (B, T, width) plus the deltas of adapters that read x, each from its own of the `columns` on: one product by all A, one by all B,
-    added up inside it."""
-    found = [(lora, first) for lora, first in zip(loras, columns, strict=True) if lora is not None]
-    if not found:
+    """Add to y (B, T, width) the deltas of adapters that read x, each from its own of the `columns` on.
+
+    One product by all A, one by all B, added up inside it.
+    """
+    A, B = [], []
+    for lora, left in zip(loras, columns, strict=True):
+        if lora is not None:
+            right = y.shape[-1] - left - lora.B.shape[1]
+            A.append(lora.A)
+            B.append(F.pad(lora.scale * lora.B, (0, 0, left, right)))
+    if not A:
         return y
-    A = torch.cat([lora.A for lora, _ in found], 1).to(x.dtype)
-    B = torch.cat([F.pad(lora.scale * lora.B, (0, 0, first, y.shape[-1] - first - lora.B.shape[1])) for lora, first in found], 2)
-    return torch.baddbmm(y, x @ A.mT, B.to(x.dtype).mT)
+    down = torch.cat(A, dim=1).to(x.dtype)
+    up = torch.cat(B, dim=2).to(x.dtype)
+    return torch.baddbmm(y, x @ down.mT, up.mT)
 
 
 def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
-    """Blocks in execution order; when looping, the middle segment runs 1 + NUM_LOOPS times."""
+    """List the blocks in execution order; when looping, the middle ones run 1 + NUM_LOOPS times."""
     if not (looping and cfg.num_loops):
         return tuple(range(cfg.num_layers))
-    segment = tuple(range(cfg.loop_start, cfg.loop_end + 1))
-    return (*range(cfg.loop_start), *(segment * (1 + cfg.num_loops)), *range(cfg.loop_end + 1, cfg.num_layers))
+    middle = tuple(range(cfg.loop_start, cfg.loop_end + 1))
+    return (*range(cfg.loop_start), *(middle * (1 + cfg.num_loops)), *range(cfg.loop_end + 1, cfg.num_layers))
 
 
 def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, 1, rope_dims / 2) of the row positions: only differences matter, so documents need no reset.
+    """Compute cos and sin (length, 1, rope_dims / 2) of the row positions.
 
-    The frequencies are rounded to bf16 because published checkpoints were trained with rounded ones. With ROPE_YARN the base
-    grows where the attention context exceeds ROPE_TRAIN_SEQ_LEN.
+    Only differences of positions matter, so documents need no reset. The frequencies are rounded to bf16 because published
+    checkpoints were trained with rounded ones. With ROPE_YARN the base grows where `context` exceeds ROPE_TRAIN_SEQ_LEN.
     """
     base = cfg.rope_base
     if cfg.rope_yarn and context > cfg.rope_train_seq_len:
@@ -1558,26 +1623,21 @@ def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) 
 
 
 class StoredAs(NamedTuple):
-    """How the artifact keeps a tensor."""
+    """How the artifact keeps a tensor. Knobs and sites are blank where the codec has no use for them."""
 
-    codec: str         # an entry of CODECS
-    bits: str          # gptq: the knob that has its bits,
-    clip_sigmas: str   # the knob that has the end of its grid,
-    site: str          # and the products whose inputs make its Hessian
-    stream: str        # of the artifact, for its integers
-    sort_rows: bool    # by similarity, with COMPRESSOR=pergroup
-
-
-HALF = StoredAs("float16", "", "", "", "rest", False)
-INT8_ROWS = StoredAs("int8_row", "", "", "", "rest", False)
-SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the order of the forward
+    codec: str        # an entry of CODECS
+    bits: str         # the knob that has its bits
+    clip_sigmas: str  # the knob that has the end of its grid, in standard deviations of a row
+    site: str         # the product whose inputs make its Hessian
+    stream: str       # of the artifact, for its integers
+    sort_rows: bool   # by similarity, with COMPRESSOR=pergroup
 
 
 class Role(NamedTuple):
-    """What a tensor, or one of the equal parts of a bank, is for."""
+    """What a tensor, or each of the equal parts of a bank, is for."""
 
-    name: str                # of the matrix in a block, "" for a tensor that is no bank
-    products: str            # "every": multiplied for every token; "scored": not for those that are only context; "": never
+    name: str                # of the matrix in a block; "": the tensor is no bank
+    products: str            # "every": for every token; "scored": not for those that are only context; "": multiplies nothing
     stored: StoredAs | None  # None: for training only, in no artifact
 
 
@@ -1585,11 +1645,17 @@ class Parameter(NamedTuple):
     """One tensor of the network: a row of `parameters`, with no column left out."""
 
     name: str
-    present: bool
     shape: tuple[int, ...]
     init: Callable[[Tensor], Any]
     optimizer: str  # an entry of OPTIMIZER_GROUPS
     roles: tuple[Role, ...]
+    present: bool
+
+
+SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the order of the forward
+HALF = StoredAs("float16", "", "", "", "rest", False)
+INT8_ROWS = HALF._replace(codec="int8_row")
+ELEMENTWISE = (Role("", "", HALF),)
 
 
 def init_orthogonal(p: Tensor) -> None:
@@ -1610,61 +1676,79 @@ def init_resid_mix(p: Tensor) -> None:
     p[1].zero_()
 
 
-def gptq_matrix(name: str, products: str, clip_sigmas: str, site: str, sort_rows: bool = False) -> Role:
+def gptq_matrix(name: str, products: str, clip_sigmas: str, site: str, sort_rows: bool) -> Role:
     """Describe a block's matrix that GPTQ quantizes and that has a stream of its own."""
     return Role(name, products, StoredAs("gptq", "matrix_bits", clip_sigmas, site, name, sort_rows))
 
 
+def bank_parameters(cfg: Config) -> list[Parameter]:
+    """List the banks: the matrices of all blocks, stacked so that the optimizer shards whole matrices over the ranks.
+
+    A bank holds its roles one after another, each with one matrix (n_out, n_in) per block.
+    """
+    L, D = cfg.num_layers, cfg.model_dim
+    attn, mlp = "attn_clip_sigmas", "mlp_clip_sigmas"
+    q = gptq_matrix("attn.c_q", "every", attn, "attn_in", sort_rows=True)
+    k = gptq_matrix("attn.c_k", "every", attn, "attn_in", sort_rows=False)
+    v = gptq_matrix("attn.c_v", "every", attn, "attn_in", sort_rows=False)
+    o = gptq_matrix("attn.proj", "scored", attn, "attn_out", sort_rows=False)
+    up = gptq_matrix("mlp.fc", "scored", mlp, "mlp_in", sort_rows=True)
+    down = gptq_matrix("mlp.proj", "scored", mlp, "mlp_mid", sort_rows=False)
+    return [
+        Parameter("qo_bank", (2 * L, D, D), init_half_orthogonal, "matrices", (q, o), True),
+        Parameter("kv_bank", (2 * L, cfg.kv_dim, D), init_orthogonal, "matrices", (k, v), True),
+        Parameter("mlp_up_bank", (L, cfg.mlp_dim, D), init_orthogonal, "matrices", (up,), True),
+        Parameter("mlp_down_bank", (L, D, cfg.mlp_dim), nn.init.zeros_, "matrices", (down,), True),
+    ]
+
+
+def block_parameters(cfg: Config, block: str) -> list[Parameter]:
+    """List the small tensors of one block."""
+    D, heads = cfg.model_dim, cfg.num_heads
+    dense = cfg.attn_gate == "dense"
+    gain = partial(nn.init.constant_, val=cfg.qk_gain_init)
+    gate_shape = (heads, D if dense else cfg.gate_window)
+    gate_init = partial(nn.init.normal_, std=cfg.gated_attn_init_std if dense else cfg.sparse_attn_gate_init_std)
+    gate = (Role("", "scored", INT8_ROWS if cfg.gated_attn_quant_gate else HALF),)
+    out_gate = (Role("", "scored", HALF),)
+    has_gate = cfg.attn_gate in ("dense", "sparse")
+    return [
+        Parameter(f"{block}.attn_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
+        Parameter(f"{block}.mlp_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
+        Parameter(f"{block}.resid_mix", (2, D), init_resid_mix, "scalars", ELEMENTWISE, True),
+        Parameter(f"{block}.attn.q_gain", (heads,), gain, "scalars", ELEMENTWISE, True),
+        Parameter(f"{block}.attn.attn_gate_w", gate_shape, gate_init, "scalars", gate, has_gate),
+        Parameter(
+            f"{block}.attn.attn_gate_proj.weight", gate_shape, nn.init.zeros_, "scalars", out_gate, cfg.attn_gate == "out"),
+    ]
+
+
 @cache
 def parameters(cfg: Config) -> tuple[Parameter, ...]:
-    """List every tensor of the network, once: presence, shape, initial values, optimizer, FLOPs and stored form are read from here.
+    """List every tensor of the network, once: shape, initial values, optimizer, FLOPs and stored form are read from here.
 
-    The matrices of all blocks are stacked into four banks, so that the optimizer shards whole matrices over the ranks. A bank holds
-    its roles one after another, each with a matrix (n_out, n_in) per block. Names are those of published checkpoints.
+    Names are those of published checkpoints.
     """
-    L, D, heads, rows = cfg.num_layers, cfg.model_dim, cfg.num_heads, []
-    skips = len(layer_order(cfg, looping=True)) // 2
-    lanes = cfg.parallel_start_layer > 0
-    elementwise, gate = (Role("", "", HALF),), (Role("", "scored", HALF),)
-    gate_rows = (Role("", "scored", INT8_ROWS if cfg.gated_attn_quant_gate else HALF),)
-    gate_width = D if cfg.attn_gate == "dense" else cfg.gate_window
-    gate_std = cfg.gated_attn_init_std if cfg.attn_gate == "dense" else cfg.sparse_attn_gate_init_std
-    embedding = StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)
-
-    def constant(value: float) -> Callable[[Tensor], Any]:
-        return partial(nn.init.constant_, val=value)
-
-    def normal(std: float) -> Callable[[Tensor], Any]:
-        return partial(nn.init.normal_, std=std)
-
-    def row(name: str, shape: tuple[int, ...], init, optimizer: str, roles: tuple[Role, ...], present: bool = True) -> None:
-        rows.append(Parameter(name, present, shape, init, optimizer, roles))
-
-    row("qo_bank", (2 * L, D, D), init_half_orthogonal, "matrices", (
-        gptq_matrix("attn.c_q", "every", "attn_clip_sigmas", "attn_in", sort_rows=True),
-        gptq_matrix("attn.proj", "scored", "attn_clip_sigmas", "attn_out")))
-    row("kv_bank", (2 * L, cfg.kv_dim, D), init_orthogonal, "matrices", (
-        gptq_matrix("attn.c_k", "every", "attn_clip_sigmas", "attn_in"),
-        gptq_matrix("attn.c_v", "every", "attn_clip_sigmas", "attn_in")))
-    row("mlp_up_bank", (L, cfg.mlp_dim, D), init_orthogonal, "matrices", (
-        gptq_matrix("mlp.fc", "scored", "mlp_clip_sigmas", "mlp_in", sort_rows=True),))
-    row("mlp_down_bank", (L, D, cfg.mlp_dim), nn.init.zeros_, "matrices", (
-        gptq_matrix("mlp.proj", "scored", "mlp_clip_sigmas", "mlp_mid"),))
-    row("skip_weights", (skips, D), nn.init.ones_, "scalars", elementwise)
-    row("skip_gates", (skips, D), nn.init.zeros_, "scalars", elementwise, cfg.skip_gates_enabled)
-    row("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", elementwise, lanes)  # sublayer that writes, lane that receives
-    row("parallel_resid_lambdas", (L, 2), constant(1.1), "scalars", elementwise, lanes)
-    row("smear_lambda", (1,), nn.init.zeros_, "scalars", elementwise, cfg.smear_gate_enabled)
-    row("tok_emb.weight", (cfg.vocab_size, D), normal(cfg.tied_embed_init_std), "embedding", (Role("", "scored", embedding),))
-    for i in range(L):
-        row(f"blocks.{i}.attn_scale", (D,), nn.init.ones_, "scalars", elementwise)
-        row(f"blocks.{i}.mlp_scale", (D,), nn.init.ones_, "scalars", elementwise)
-        row(f"blocks.{i}.resid_mix", (2, D), init_resid_mix, "scalars", elementwise)
-        row(f"blocks.{i}.attn.q_gain", (heads,), constant(cfg.qk_gain_init), "scalars", elementwise)
-        row(f"blocks.{i}.attn.attn_gate_w", (heads, gate_width), normal(gate_std), "scalars", gate_rows, cfg.attn_gate in ("dense", "sparse"))
-        row(f"blocks.{i}.attn.attn_gate_proj.weight", (heads, gate_width), nn.init.zeros_, "scalars", gate, cfg.attn_gate == "out")
-    row("smear_gate.weight", (1, cfg.gate_window), nn.init.zeros_, "scalars", (Role("", "every", HALF),), cfg.smear_gate_enabled)
-    return tuple(parameter for parameter in rows if parameter.present)
+    L, D = cfg.num_layers, cfg.model_dim
+    skips = (len(layer_order(cfg, looping=True)) // 2, D)
+    lanes, smear = cfg.parallel_start_layer > 0, cfg.smear_gate_enabled
+    head = StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)
+    embedding_init = partial(nn.init.normal_, std=cfg.tied_embed_init_std)
+    stream_share = partial(nn.init.constant_, val=1.1)
+    rows = [
+        *bank_parameters(cfg),
+        Parameter("skip_weights", skips, nn.init.ones_, "scalars", ELEMENTWISE, True),
+        Parameter("skip_gates", skips, nn.init.zeros_, "scalars", ELEMENTWISE, cfg.skip_gates_enabled),
+        Parameter("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", ELEMENTWISE, lanes),  # by sublayer, stream
+        Parameter("parallel_resid_lambdas", (L, 2), stream_share, "scalars", ELEMENTWISE, lanes),
+        Parameter("smear_lambda", (1,), nn.init.zeros_, "scalars", ELEMENTWISE, smear),
+        Parameter("tok_emb.weight", (cfg.vocab_size, D), embedding_init, "embedding", (Role("", "scored", head),), True),
+    ]
+    for layer in range(L):
+        rows += block_parameters(cfg, f"blocks.{layer}")
+    every = (Role("", "every", HALF),)
+    rows.append(Parameter("smear_gate.weight", (1, cfg.gate_window), nn.init.zeros_, "scalars", every, smear))
+    return tuple(row for row in rows if row.present)
 
 
 class Matrix(NamedTuple):
@@ -1675,87 +1759,104 @@ class Matrix(NamedTuple):
     index: int | None  # in its bank; None: the whole parameter
     layer: int | None  # its block; None: it belongs to no block
     shape: tuple[int, ...]
-    products: str
-    stored: StoredAs | None
+    role: Role
 
 
 @cache
 def matrices(cfg: Config) -> tuple[Matrix, ...]:
     """List the tensors as artifacts name and order them: parameters that are no bank, then each block's matrices."""
     whole, parts = [], []
-    for p in parameters(cfg):
-        for k, role in enumerate(p.roles):
+    for row in parameters(cfg):
+        for k, role in enumerate(row.roles):
             if not role.name:
-                words = p.name.split(".")
-                layer = int(words[1]) if words[0] == "blocks" else None
-                whole.append(Matrix(p.name, p.name, None, layer, p.shape, role.products, role.stored))
+                layer = int(row.name.split(".")[1]) if row.name.startswith("blocks.") else None
+                whole.append(Matrix(row.name, row.name, None, layer, row.shape, role))
                 continue
-            for i in range(cfg.num_layers):
-                name = f"blocks.{i}.{role.name}.weight"
-                parts.append(Matrix(name, p.name, k * cfg.num_layers + i, i, p.shape[1:], role.products, role.stored))
-    parts.sort(key=lambda m: (m.layer, SITES.index(m.stored.site)))
+            for layer in range(cfg.num_layers):
+                name = f"blocks.{layer}.{role.name}.weight"
+                parts.append(Matrix(name, row.name, k * cfg.num_layers + layer, layer, row.shape[1:], role))
+    parts.sort(key=lambda m: (m.layer, SITES.index(m.role.stored.site)))
     return (*whole, *parts)
 
 
+def stored_matrices(cfg: Config) -> dict[str, Matrix]:
+    """Find what an artifact of this configuration holds, by name, in its order there."""
+    return {m.name: m for m in matrices(cfg) if m.role.stored is not None}
+
+
 def unbank(cfg: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut a state dict into the tensors that artifacts name; those of other parameters than are in it are left out."""
-    found = (m for m in matrices(cfg) if m.stored is not None and m.parameter in state)
-    return {m.name: state[m.parameter] if m.index is None else state[m.parameter][m.index] for m in found}
+    """Cut a state dict, or a part of one, into the tensors that artifacts name."""
+    out = {}
+    for name, m in stored_matrices(cfg).items():
+        if m.parameter in state:
+            out[name] = state[m.parameter] if m.index is None else state[m.parameter][m.index]
+    return out
 
 
 def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put the tensors that artifacts name together again: the inverse of `unbank`."""
-    parts: dict[str, list[Matrix]] = {}
-    for m in matrices(cfg):
-        parts.setdefault(m.parameter, []).append(m)
-    state = {}
-    for name, found in parts.items():
-        whole = found[0].index is None
-        state[name] = tensors[found[0].name] if whole else torch.stack([tensors[m.name] for m in sorted(found, key=lambda m: m.index)])
-    return state
+    out: dict[str, Any] = {}
+    for m in sorted(matrices(cfg), key=lambda m: m.index or 0):
+        if m.index is None:
+            out[m.parameter] = tensors[m.name]
+        else:
+            out.setdefault(m.parameter, []).append(tensors[m.name])
+    return {name: torch.stack(found) if isinstance(found, list) else found for name, found in out.items()}
 
 
 class Attention(nn.Module):
-    """Small tensors of one attention sublayer; its matrices live in the banks."""
+    """One attention sublayer: its small tensors; its matrices live in the banks."""
 
     def __init__(self, cfg: Config, layer: int, norm_scale: float):
         super().__init__()
-        self.cfg, self.norm_scale, self.window = cfg, norm_scale, cfg.window(layer)
+        self.cfg = cfg
+        self.name = f"blocks.{layer}"
+        self.norm_scale = norm_scale
+        self.window = cfg.window(layer)
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         if cfg.attn_gate == "out":
             self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
 
-    def gate(self, n: Tensor, q_raw: Tensor) -> Tensor:
-        """(B, T, H): how much of each head's output passes. n lacks the norm scale, which the weights take over."""
+    def gate(self, x: Tensor, q_raw: Tensor) -> Tensor:
+        """Compute how much of each head's output passes (B, T, H). x lacks the norm scale, which the weights take over."""
         cfg = self.cfg
         if cfg.attn_gate == "dense":
-            return torch.sigmoid(F.linear(n, (self.norm_scale * self.attn_gate_w).to(n.dtype)))
+            return torch.sigmoid(F.linear(x, (self.norm_scale * self.attn_gate_w).to(x.dtype)))
         if cfg.attn_gate == "sparse":
             weight = cfg.sparse_attn_gate_scale * self.norm_scale * self.attn_gate_w
-            return torch.sigmoid(F.linear(n[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
-        from_norm = cfg.attn_out_gate_src == "proj"
-        source, weight = (n, self.norm_scale * self.attn_gate_proj.weight) if from_norm else (q_raw, self.attn_gate_proj.weight)
-        return 2 * torch.sigmoid(F.linear(source[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
+            return torch.sigmoid(F.linear(x[..., : cfg.gate_window].contiguous(), weight.to(x.dtype)))
+        source, weight = q_raw, self.attn_gate_proj.weight
+        if cfg.attn_out_gate_src == "proj":
+            source, weight = x, self.norm_scale * weight
+        return 2 * torch.sigmoid(F.linear(source[..., : cfg.gate_window].contiguous(), weight.to(x.dtype)))
 
-    def qkv(self, n: Tensor, w: Weights, lora: Adapters) -> Tensor:
-        """(B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
+    def qkv(self, x: Tensor, weights: Weights, lora: Adapters) -> Tensor:
+        """Compute (B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
         D, kv = self.cfg.model_dim, self.cfg.kv_dim
-        return add_deltas(F.linear(n, w.qkv), n, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
+        return add_deltas(F.linear(x, weights.qkv), x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
 
-    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, segments, past, tap, name: str, at) -> Tensor:
-        """n (B, T, D) normed, without its norm scale -> (B, T, D); at (B, m): (B, m, D), only at these positions."""
-        cfg = self.cfg
-        if tap is not None:
-            tap(f"{name}.attn_in", self.norm_scale * n)
-        qkv = self.qkv(n, w, lora)
-        q, k, v = kernels.split_heads(qkv, self.q_gain, *rope, cfg.num_kv_heads)
-        if segments is None:
-            y = causal_attention(at_positions(q, at), *((k, v) if past is None else past(k, v)), self.window, at)
-        else:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, depth: int, positions: Tensor | None) -> Tensor:
+        """Attend within segments, to the cache, or within whole rows: -> (B, T, H, d), or only at the positions."""
+        if context.segments is not None:
             rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
-            y = kernels.attend(*rows, segments.cu_seqlens, segments.max_len, self.window)[None]
-        n, qkv, v = (at_positions(t, at) for t in (n, qkv, v))
-        gate = None if cfg.attn_gate == "none" else self.gate(n, qkv)
+            cu_seqlens, max_len = context.segments
+            return context.kernels.attend(*rows, cu_seqlens, max_len, self.window)[None]
+        if context.cache is not None:
+            k, v = context.cache.extend(depth, k, v)
+        return causal_attention(at_positions(q, positions), k, v, self.window, positions)
+
+    def forward(
+        self, x: Tensor, weights: Weights, lora: Adapters, context: Context, depth: int, positions: Tensor | None
+    ) -> Tensor:
+        """Map x (B, T, D), normed without its norm scale, -> (B, T, D); with positions (B, n): (B, n, D), only there."""
+        cfg, kernels = self.cfg, context.kernels
+        if context.tap is not None:
+            context.tap(f"{self.name}.attn_in", self.norm_scale * x)
+        qkv = self.qkv(x, weights, lora)
+        q, k, v = kernels.split_heads(qkv, self.q_gain, *context.rope, cfg.num_kv_heads)
+        y = self.attend(q, k, v, context, depth, positions)
+        x, qkv, v = (at_positions(t, positions) for t in (x, qkv, v))
+        gate = None if cfg.attn_gate == "none" else self.gate(x, qkv)
         if self.exclusive and gate is not None:
             y = kernels.gate_heads(y, v, gate)
         elif self.exclusive:
@@ -1763,39 +1864,64 @@ class Attention(nn.Module):
         elif gate is not None:
             y = y * gate.unsqueeze(-1)
         y = y.flatten(2)
-        if tap is not None:
-            tap(f"{name}.attn_out", y)
-        return add_deltas(F.linear(y, w.o), n, lora.o)
+        if context.tap is not None:
+            context.tap(f"{self.name}.attn_out", y)
+        return add_deltas(F.linear(y, weights.o), x, lora.o)
 
 
 class Block(nn.Module):
-    """Small tensors of one block and the two sublayers."""
+    """One block: its small tensors and the two sublayers."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.cfg, self.name = cfg, f"blocks.{layer}"
+        self.cfg = cfg
+        self.name = f"blocks.{layer}"
         self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
         self.attn = Attention(cfg, layer, self.norm_scale)
 
     def fold(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Weights:
-        """Scales of a sublayer's input and output, moved into its matrices: they cost a pass over weights instead of activations."""
-        qkv, o = self.norm_scale * torch.cat((q, k, v)), self.attn_scale[:, None] * o
-        up, down = self.norm_scale * up, self.mlp_scale[:, None] * down
-        return Weights(*(matrix.to(dtype) for matrix in (qkv, o, up, down)))
+        """Move the scales of a sublayer's input and output into its matrices: a pass over weights instead of activations."""
+        return Weights(
+            qkv=(self.norm_scale * torch.cat((q, k, v))).to(dtype),
+            o=(self.attn_scale[:, None] * o).to(dtype),
+            up=(self.norm_scale * up).to(dtype),
+            down=(self.mlp_scale[:, None] * down).to(dtype))
 
     def fold_adapter(self, site: str, lora: Lora) -> Lora:
-        """The same for an adapter."""
+        """Do the same for an adapter."""
         learned = dict(o=self.attn_scale, mlp=self.mlp_scale).get(site)
-        return Lora(lora.A, lora.B if learned is None else learned[:, None] * lora.B, lora.scale * self.norm_scale)
+        B = lora.B if learned is None else learned[:, None] * lora.B
+        return Lora(lora.A, B, lora.scale * self.norm_scale)
 
-    def mlp(self, n: Tensor, w: Weights, lora: Adapters, kernels: Kernels, tap) -> Tensor:
-        """What the MLP adds to the residual stream, from that stream normed, n (B, T, D)."""
+    def mlp(self, x: Tensor, weights: Weights, lora: Adapters, context: Context) -> Tensor:
+        """Compute what the MLP adds to the residual stream, from that stream normed, x (B, T, D)."""
+        slope, tap = self.cfg.mlp_slope, context.tap
         if tap is None:
-            out = kernels.mlp(n, w.up, w.down, self.cfg.mlp_slope)
+            out = context.kernels.mlp(x, weights.up, weights.down, slope)
         else:
-            tap(f"{self.name}.mlp_in", self.norm_scale * n)
-            out = leaky_mlp(n, w.up, w.down, self.cfg.mlp_slope, partial(tap, f"{self.name}.mlp_mid"))
-        return add_deltas(out, n, lora.mlp)
+            tap(f"{self.name}.mlp_in", self.norm_scale * x)
+            out = leaky_mlp(x, weights.up, weights.down, slope, partial(tap, f"{self.name}.mlp_mid"))
+        return add_deltas(out, x, lora.mlp)
+
+    def forward(
+        self, streams: Streams, x0: Tensor, weights: Weights, lora: Adapters, context: Context, depth: int,
+        positions: Tensor | None, lane_mix: Tensor | None,
+    ) -> Streams:
+        """Run attention and MLP, one after the other on one stream, or side by side on two.
+
+        x0 (B, T, D): the embedding, of which attention reads a share, per channel. positions (B, n): where alone to compute
+        what follows the keys and values. lane_mix: `GPT.lane_mix`, where there are two streams.
+        """
+        mixed, normed = add_norm(self.resid_mix, streams.attn, x0)
+        attn = self.attn(normed, weights, lora, context, depth, positions)
+        if streams.mlp is None:
+            x, normed = add_norm(None, at_positions(mixed, positions), attn)
+            return Streams(x + self.mlp(normed, weights, lora, context))
+        attn_stream, mlp_stream = (at_positions(x, positions) for x in streams)
+        mlp = self.mlp(rms_norm(mlp_stream), weights, lora, context)
+        return Streams(
+            add_streams(lane_mix[0], attn_stream, attn, mlp),
+            add_streams(lane_mix[1], mlp_stream, attn, mlp))
 
 
 class GPT(nn.Module):
@@ -1803,80 +1929,89 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, kernels: Kernels = DEFINITIONS):
         super().__init__()
-        self.cfg, self.kernels = cfg, kernels
+        self.cfg = cfg
+        self.kernels = kernels
         self.tok_emb = nn.Module()
-        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         if cfg.smear_gate_enabled:
             self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False)
-        for p in parameters(cfg):
-            path, _, leaf = p.name.rpartition(".")
-            owner = self.get_submodule(path)
-            precision = dtype if p.optimizer == "embedding" else torch.float32
-            owner.register_parameter(leaf, nn.Parameter(torch.empty(p.shape, dtype=precision)))
+        for row in parameters(cfg):
+            owner, _, leaf = row.name.rpartition(".")
+            precision = dtype if row.optimizer == "embedding" else torch.float32
+            value = nn.Parameter(torch.empty(row.shape, dtype=precision))
+            self.get_submodule(owner).register_parameter(leaf, value)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, D), each token with a gated share of its predecessor."""
+        """Embed (B, T) int64 -> (B, T, D), each token with a gated share of its predecessor."""
+        cfg = self.cfg
         x = F.embedding(tokens, self.tok_emb.weight)
-        if self.cfg.smear_gate_enabled:
-            weight, strength = self.smear_gate.weight.to(x.dtype), self.smear_lambda.to(x.dtype)
-            gate = strength * torch.sigmoid(F.linear(x[:, 1:, : self.cfg.gate_window].contiguous(), weight))
-            if self.cfg.smear_gate_bos_fix:
+        if cfg.smear_gate_enabled:
+            weight = self.smear_gate.weight.to(x.dtype)
+            gate = torch.sigmoid(F.linear(x[:, 1:, : cfg.gate_window].contiguous(), weight))
+            gate = self.smear_lambda.to(x.dtype) * gate
+            if cfg.smear_gate_bos_fix:
                 # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
                 gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
             x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
         return rms_norm(x)
 
     def weights(self, dtype: torch.dtype) -> list[Weights]:
-        """The banks cut into blocks. unbind, not indexing: its backward writes each gradient once."""
+        """Cut the banks into blocks. unbind, not indexing: its backward writes each gradient once."""
         L = self.cfg.num_layers
-        qo, kv, up, down = (bank.unbind(0) for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
-        return [b.fold(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i], dtype) for i, b in enumerate(self.blocks)]
+        qo, kv = self.qo_bank.unbind(0), self.kv_bank.unbind(0)
+        up, down = self.mlp_up_bank.unbind(0), self.mlp_down_bank.unbind(0)
+        out = []
+        for i, block in enumerate(self.blocks):
+            out.append(block.fold(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i], dtype))
+        return out
 
-    def skip(self, x: Tensor, skipped: Tensor, j: int) -> Tensor:
-        """Combine the decoder's x with an encoder output; rows of the weights count decoder positions, not blocks."""
-        skipped = self.skip_weights[j].to(x.dtype) * skipped
+    def skip(self, x: Tensor, skipped: Tensor, index: int) -> Tensor:
+        """Combine the decoder's x with an encoder output; rows of the weights count decoder depths, not blocks."""
+        skipped = self.skip_weights[index].to(x.dtype) * skipped
         if not self.cfg.skip_gates_enabled:
             return x + skipped
-        return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[j]).to(x.dtype))
+        return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
 
-    def hidden(self, tokens: Tensor, segments: Segments | None, layers: tuple[int, ...], adapters: Adapters, positions, cache, tap) -> Tensor:
-        """Tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`, and then the last depth computes the others' keys
-        and values alone. The first half of `layers` pushes skips, the second half pops them.
+    def lane_mix(self, layer: int) -> Tensor:
+        """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what the MLP writes."""
+        own = self.parallel_resid_lambdas[layer, :, None]
+        written = self.parallel_post_lambdas[layer].T  # rows of the parameter are the sublayers that write
+        return torch.cat((own, written), dim=1)[..., None]
 
-        From the first decoder depth with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
-        the first, the MLP reads the second, and both sublayers write to both.
+    def hidden(
+        self, tokens: Tensor, layers: tuple[int, ...], segments: Segments | None, cache: Cache | None, adapters: Adapters,
+        positions: Tensor | None, tap,
+    ) -> Tensor:
+        """Map tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`.
+
+        With positions the last depth computes of the others only keys and values. The first half of `layers` pushes skips,
+        the second half pops them. From the first decoder depth with block >= PARALLEL_START_LAYER on there are two streams:
+        attention reads and skips join the first, the MLP reads the second, and both sublayers write to both.
         """
-        cfg, T, start = self.cfg, tokens.shape[1], 0 if cache is None else cache.length
-        x0 = lane = self.embed(torch.cat((cache.last, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
-        context = next((c.max_len for c in (segments, cache) if c is not None), T)
-        rope = tuple(table[start:] for table in rotary_tables(cfg, start + T, context, tokens.device))
+        cfg, start = self.cfg, 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        x0 = self.embed(torch.cat((cache.last_token, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
+        longest = next((c.max_len for c in (segments, cache) if c is not None), tokens.shape[1])
+        cos, sin = rotary_tables(cfg, end, longest, tokens.device)
+        context = Context((cos[start:], sin[start:]), segments, cache, self.kernels, tap)
+        weights = self.weights(x0.dtype)
         loras = adapters.by_depth([self.blocks[layer] for layer in layers])
-        weights, half, skips, mlp_lane, mlp_in = self.weights(x0.dtype), len(layers) // 2, [], None, None
+        streams, skips, half = Streams(x0), [], len(layers) // 2
         for depth, layer in enumerate(layers):
-            block, w, lora, j = self.blocks[layer], weights[layer], loras[depth], depth - half
-            if j >= 0 and cfg.parallel_start_layer and layer >= cfg.parallel_start_layer and mlp_lane is None:
-                mlp_lane, mlp_in = lane, rms_norm(lane)
-            if j >= 0 and skips:
-                lane = self.skip(lane, skips.pop(), j)
-            past, at = None if cache is None else partial(cache.extend, depth), positions if depth == len(layers) - 1 else None
-            u, n = add_norm(block.resid_mix, lane, x0)  # the stream with its share of the embedding, per channel
-            a = block.attn(n, w, lora, rope, self.kernels, segments, past, tap, block.name, at)
-            u, lane, mlp_lane, mlp_in = (t if t is None else at_positions(t, at) for t in (u, lane, mlp_lane, mlp_in))
-            if mlp_lane is None:
-                lane, n = add_norm(None, u, a)
-                lane = lane + block.mlp(n, w, lora, self.kernels, tap)
-            else:
-                m = block.mlp(mlp_in, w, lora, self.kernels, tap)
-                post, resid = self.parallel_post_lambdas[layer], self.parallel_resid_lambdas[layer, :, None]
-                mixes = torch.cat((resid, post.T), dim=1)[..., None]  # (2 lanes, 3 streams, 1); post: sublayer that writes, lane
-                lane, (mlp_lane, mlp_in) = add_streams(mixes[0], lane, a, m), add_norm(mixes[1], mlp_lane, a, m)
-            if j < 0:
-                skips.append(lane)
+            if depth >= half:
+                if streams.mlp is None and 0 < cfg.parallel_start_layer <= layer:
+                    streams = Streams(streams.attn, streams.attn)
+                if skips:
+                    streams = streams._replace(attn=self.skip(streams.attn, skips.pop(), depth - half))
+            scored = positions if depth == len(layers) - 1 else None
+            lane_mix = None if streams.mlp is None else self.lane_mix(layer)
+            streams = self.blocks[layer](streams, x0, weights[layer], loras[depth], context, depth, scored, lane_mix)
+            if depth < half:
+                skips.append(streams.attn)
         if cache is not None:
-            cache.last, cache.length = tokens[:, -1:], start + T
-        if mlp_lane is not None:
-            lane = (lane + mlp_lane) / 2
-        return rms_norm(lane)
+            cache.last_token = tokens[:, -1:]
+            cache.length = end
+        return rms_norm(streams.attn if streams.mlp is None else (streams.attn + streams.mlp) / 2)
 
     def forward(
         self,
@@ -1892,25 +2027,27 @@ class GPT(nn.Module):
         training: bool = False,
         tap=None,
     ) -> Tensor:
-        """Nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
+        """Compute nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
 
         tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
         dimension for several candidates each; None: the capped logits (B, T, V). layers: `layer_order`. segments: of a packed
-        row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1, 1, D):
-        added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
+        row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1,
+        1, D): added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
         FUSED_CE_ENABLED says, not EVAL_SOFTCAP_FP32; without adapters.
         """
-        x = self.hidden(tokens, segments, layers, adapters, positions, cache, tap)
+        cfg, head = self.cfg, self.tok_emb.weight
+        x = self.hidden(tokens, layers, segments, cache, adapters, positions, tap)
         if shift is not None:
             x = (x + shift).to(x.dtype)
         if tap is not None:
             tap("head", x)
-        head, cap = self.tok_emb.weight, self.cfg.logit_softcap
-        round_cap = not (self.cfg.fused_ce_enabled if training else self.cfg.eval_softcap_fp32)
+        round_cap = not (cfg.fused_ce_enabled if training else cfg.eval_softcap_fp32)
         if training and self.kernels.head_ce is not None and not round_cap:
-            return self.kernels.head_ce(x, head, targets, cap)
+            return self.kernels.head_ce(x, head, targets, cfg.logit_softcap)
         logits = add_deltas(F.linear(x, head), x, adapters.head)
-        return softcap(logits, cap) if targets is None else softcapped_ce(logits, targets, cap, round_cap)
+        if targets is None:
+            return softcap(logits, cfg.logit_softcap)
+        return softcapped_ce(logits, targets, cfg.logit_softcap, round_cap)
 
 
 class Flops(NamedTuple):
@@ -1945,9 +2082,9 @@ def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO
     products = 0.0
     for m in matrices(cfg):
         times = 1.0 if m.layer is None else layers.count(m.layer)
-        if m.products == "scored" and m.layer in (None, layers[-1]):
+        if m.role.products == "scored" and m.layer in (None, layers[-1]):
             times -= 1 - scored
-        products += times * math.prod(m.shape) * bool(m.products)
+        products += times * math.prod(m.shape) * bool(m.role.products)
     sites = {site: lora for site, lora in adapters._asdict().items() if lora is not None}
     deltas = sum(adapter_flops(site, lora, len(layers), scored) for site, lora in sites.items())
     n = np.asarray(lengths, dtype=np.float64)
@@ -2276,14 +2413,14 @@ def warm_rows(row: Row, context: int) -> list[Row]:
     """`row` cut every `context` tokens, once for each of its `warm_lengths`."""
     n, device = row.targets.numel(), row.inputs.device
     bounds = (torch.arange(length, dtype=torch.int32).mul(context).clamp(max=n) for length in warm_lengths(n, context))
-    return [row._replace(cu_seqlens=cu_seqlens.to(device), max_len=context) for cu_seqlens in bounds]
+    return [row._replace(segments=Segments(cu_seqlens.to(device), context)) for cu_seqlens in bounds]
 
 
 def nats_of_row(row: Row, forward, graphs: Graphed | None, **options) -> Tensor:
     """Nats (1, T). A row of more segments than were warmed does without a graph."""
-    few = len(row.cu_seqlens) in warm_lengths(row.targets.numel(), row.max_len)
+    few = len(row.segments.cu_seqlens) in warm_lengths(row.targets.numel(), row.segments.max_len)
     run = graphs if graphs and few else forward
-    return run(row.inputs, row.targets, segments=Segments(row.cu_seqlens, row.max_len), **options)
+    return run(row.inputs, row.targets, segments=row.segments, **options)
 
 
 class StepClock:
@@ -2664,9 +2801,9 @@ def calibrate(cfg: Config, world: World, model: GPT, weights: dict[str, Tensor],
     """Add one window to `hessians`, run through the looped network with documents masked as in training; its gradients with QUANT=rd.
     weights: parameters by name, which take the place of the model's own."""
     row = packed_row(tokens, cfg.train_seq_len, world.device)
-    quantized = {m.parameter for m in matrices(cfg) if m.stored is not None and m.stored.codec == "gptq"}
+    quantized = {m.parameter for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq"}
     learned = {name: t for name, t in weights.items() if name in quantized}
-    how = dict(layers=layer_order(cfg, looping=True), segments=Segments(row.cu_seqlens, row.max_len), tap=hessians)
+    how = dict(layers=layer_order(cfg, looping=True), segments=row.segments, tap=hessians)
     with torch.set_grad_enabled(cfg.quant == "rd"):
         nats = torch.func.functional_call(model, weights, (row.inputs, row.targets), how)
         if cfg.quant == "rd":
@@ -2952,7 +3089,7 @@ PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QU
 
 def stored_as(cfg: Config) -> dict[str, StoredAs]:
     """Codec by tensor, as the rows say; QUANT=s05 has an int8 embedding."""
-    found = {m.name: m.stored for m in matrices(cfg) if m.stored is not None}
+    found = {m.name: m.role.stored for m in matrices(cfg) if m.role.stored is not None}
     embedding = found["tok_emb.weight"]
     return found | {"tok_emb.weight": embedding._replace(codec="int8_row")} if cfg.quant == "s05" else found
 
@@ -3196,7 +3333,7 @@ def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, mat
 
 def dequantized_state(cfg: Config, stored: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
     """What the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are zero."""
-    unstored = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.stored is None}
+    unstored = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.role.stored is None}
     return rebank(cfg, {name: s.decode() for name, s in stored.items()} | unstored)
 
 
@@ -3566,7 +3703,7 @@ def decode_streams(
 @cache
 def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
-    return {m.name: m.shape for m in matrices(cfg) if m.stored is not None}
+    return {m.name: m.shape for m in matrices(cfg) if m.role.stored is not None}
 
 
 def arrays_of(stored: dict[str, QuantizedTensor]) -> dict[str, np.ndarray]:
@@ -3593,7 +3730,7 @@ def pack(cfg: Config, stored: dict[str, QuantizedTensor]) -> bytes:
         raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
     streams = encode_streams(cfg, arrays)
     distinct = [json.loads(text) for text in dict.fromkeys(map(json.dumps, kinds))]
-    header = [cfg.compressor, {f: getattr(cfg, f) for f in MODEL_FIELDS}, [len(data) for data in streams.values()], distinct,
+    header = [cfg.compressor, {f: getattr(cfg, f) for f in sorted(MODEL_FIELDS)}, [len(data) for data in streams.values()], distinct,
               [distinct.index(kind) for kind in kinds]]
     head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
     body = head + b"".join(streams.values())
@@ -5606,6 +5743,11 @@ def choose_viterbi(device: torch.device):
     return fused if all(torch.equal(a, b) for a, b in zip(fused(x), viterbi(x), strict=True)) else viterbi
 
 
+def checked_viterbi(lanes: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `viterbi` by what `choose_viterbi` takes for this device, looked up at the first call and not before training."""
+    return choose_viterbi(lanes.device)(lanes)
+
+
 def choose_kernels(cfg: Config, world: World) -> Kernels:
     """The attention this device has, and the kernels that *_KERNEL ask for. Raises RunError where they can not run."""
     knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel", "ttt_adam_kernel")}
@@ -5634,7 +5776,7 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
         split_heads if cfg.qk_kernel == "eager" else split_heads_op,
         gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
         None if cfg.fused_ce_kernel == "eager" else HeadCe.apply,
-        choose_viterbi(world.device),
+        checked_viterbi,
         None if cfg.ttt_adam_kernel == "eager" else FusedAdam)
 
 
@@ -5722,7 +5864,7 @@ def log_start(run: Run, env) -> None:
     log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
     log(f"train_shards: {run.train_shards}")
     log(f"val_tokens: {len(run.data.target_bytes)}")
-    weights = sum(math.prod(m.shape) for m in matrices(cfg) if m.stored is not None and m.stored.codec == "gptq")
+    weights = sum(math.prod(m.shape) for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq")
     bits, code = 8 * (cfg.target_bytes - script.stat().st_size) / weights, script.stat().st_size
     if cfg.quant == "rd" and cfg.target_bytes and cfg.stage != "eval":
         verdict = "CANNOT FIT" if bits < 0.2 else "fits, at a loss: 3 are usual" if bits < 2 else "fits"

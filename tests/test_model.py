@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from conftest import tiny_config
 from spec_model import PlainNetwork, layer_order
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,7 +13,6 @@ import train_gpt as tg
 
 # Both sides run in fp64; what is left is the fp32 of rotary tables and cross-entropy: about 1e-6 nats at losses near 10.
 CLOSE = dict(rtol=0, atol=2e-5)
-GOLDEN = ROOT.parent / "shared" / "golden" / "two_lanes.npz"  # weights, and what published code made of them in fp32
 
 
 def spec_nats(model, cfg, tokens, targets, segments, looping, adapter=None, see=None, context=0):
@@ -33,9 +32,7 @@ def packed_run(model, tokens, max_len, looping=True, **kwargs):
     """nats (T,) of one packed row in the model's own precision."""
     row = tg.packed_row(tokens, max_len, torch.device("cpu"))
     with torch.no_grad():
-        return model(
-            row.inputs, row.targets, layers=tg.layer_order(model.cfg, looping), segments=tg.Segments(row.cu_seqlens, max_len), **kwargs
-        )[0]
+        return model(row.inputs, row.targets, layers=tg.layer_order(model.cfg, looping), segments=row.segments, **kwargs)[0]
 
 
 def dense_run(model, tokens, looping=True, **kwargs):
@@ -106,52 +103,6 @@ def test_rows_in_pieces_with_a_cache_equal_whole_rows(name, random_model):
             with torch.no_grad():
                 pieces.append(model(x, y, layers=tg.layer_order(cfg, looping), cache=cache))
         torch.testing.assert_close(torch.cat(pieces, 1), dense_run(model, tokens, looping), **CLOSE)
-
-
-@pytest.fixture(scope="module")
-def published():
-    if not GOLDEN.exists():
-        pytest.skip(f"{GOLDEN} is not here")
-    arrays = {name: torch.from_numpy(t) for name, t in np.load(GOLDEN).items() if t.dtype.kind != "U"}
-    cfg = tiny_config(num_layers=5, model_dim=48, vocab_size=200, mlp_mult=2.0, xsa_last_n=4, gate_window=12)
-    model = tg.GPT(cfg).double()
-    model.load_state_dict({name[2:]: t for name, t in arrays.items() if name.startswith("w/")})
-    return model, arrays
-
-
-def test_logits_equal_published_code(published):
-    """Two streams, skips, loops and gates; parallel_post_lambdas read the other way round would be off by far more."""
-    model, arrays = published
-    tokens, targets = arrays["tokens"], arrays["targets"]
-    bounds = torch.unique(arrays["cu_seqlens"])
-    segments = list(itertools.pairwise(bounds.tolist()))
-    for looping in (False, True):
-        layers = tg.layer_order(model.cfg, looping)
-        logits = arrays[f"logits_packed_loop{int(looping)}"].double()
-        nats = -logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]
-        with torch.no_grad():
-            ours = model(tokens, targets, layers=layers, segments=tg.Segments(arrays["cu_seqlens"], 64))
-            dense = model(tokens, None, layers=layers)
-        torch.testing.assert_close(ours.double(), nats, **CLOSE)
-        torch.testing.assert_close(dense, arrays[f"logits_dense_loop{int(looping)}"], **CLOSE)
-        spec = spec_nats(model, model.cfg, tokens[0], targets[0], segments, looping)
-        torch.testing.assert_close(spec, nats[0], **CLOSE)
-
-
-def test_adapters_equal_published_code(published):
-    model, arrays = published
-    layers = tg.layer_order(model.cfg, True)
-
-    def lora(site):
-        names = ["lm_head_lora"] if site == "head" else [f"{site}_loras.{depth}" for depth in range(len(layers))]
-        A, B = (torch.stack([arrays[f"lora/{name}.{factor}"] for name in names]) for factor in "AB")
-        return tg.Lora(A[0], B[0], scale) if site == "head" else tg.Lora(A, B, scale)
-
-    scale = arrays["lora_scale"].item()
-    adapters = tg.Adapters(**{site: lora(site) for site in SITES})
-    with torch.no_grad():
-        ours = model(arrays["tokens_ttt"], arrays["targets_ttt"], layers=layers, adapters=adapters)
-    torch.testing.assert_close(ours, arrays["ttt_nats"], rtol=0, atol=1e-4)  # losses up to 61
 
 
 def test_without_targets_the_forward_gives_the_logits_behind_the_loss(random_model):
@@ -275,9 +226,9 @@ def test_padding_segments_change_nothing(random_model):
     model, tokens = random_model(tiny_config()), sample()
     row = tg.packed_row(tokens, 17, torch.device("cpu"))
     order, outputs = tg.layer_order(model.cfg, True), []
-    for count in (int((row.cu_seqlens < 50).sum()) + 1, 64, 192):
+    for count in (int((row.segments.cu_seqlens < 50).sum()) + 1, 64, 192):
         cu_seqlens = torch.full((count,), 50, dtype=torch.int32)
-        cu_seqlens[: min(count, 64)] = row.cu_seqlens[:count]
+        cu_seqlens[: min(count, 64)] = row.segments.cu_seqlens[:count]
         outputs.append(model(row.inputs, row.targets, layers=order, segments=tg.Segments(cu_seqlens, 17)))
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
@@ -289,7 +240,7 @@ def test_the_future_is_invisible(random_model, looping, packed):
     model, tokens = random_model(tiny_config()), sample()
     order = tg.layer_order(model.cfg, looping)
     row = tg.packed_row(tokens, 17, torch.device("cpu"))
-    segments = tg.Segments(row.cu_seqlens, 17) if packed else None
+    segments = row.segments if packed else None
     with torch.no_grad():
         before = model(row.inputs, row.targets, layers=order, segments=segments)
         for t in (0, 10, 11, 12, 29, 40, 48):
@@ -492,16 +443,58 @@ def test_every_parameter_has_an_initial_value(name):
     cfg = tiny_config(**VARIANTS[name])
     model = tg.GPT(cfg)
     with torch.no_grad():
-        for parameter, p in model.named_parameters():
-            p.fill_(float("nan"))
-            tg.first_match(tg.init_rules(cfg), parameter)[0](p)
-            assert p.isfinite().all(), parameter
+        for row in tg.parameters(cfg):
+            p = model.get_parameter(row.name).fill_(float("nan"))
+            row.init(p)
+            assert p.isfinite().all(), row.name
 
 
-def test_an_unknown_parameter_is_an_error():
-    for rules in (tg.init_rules(tg.Config()), tg.PARAM_RULES):
-        with pytest.raises(LookupError, match="nobody"):
-            tg.first_match(rules, "nobody_knows_me")
+ROW = dict(
+    name="value_embed", shape=(8, 4), init=torch.nn.init.zeros_, optimizer="scalars", roles=tg.ELEMENTWISE, present=True)
+
+
+@pytest.mark.parametrize("column", [name for name in ROW if name != "name"])
+def test_a_tensor_that_leaves_out_a_column_is_an_error(column):
+    with pytest.raises(TypeError, match=column):
+        tg.Parameter(**{name: value for name, value in ROW.items() if name != column})
+
+
+@pytest.mark.parametrize("column", ["codec", "bits", "clip_sigmas", "site", "stream", "sort_rows"])
+def test_a_stored_form_that_leaves_out_a_column_is_an_error(column):
+    with pytest.raises(TypeError, match=column):
+        tg.StoredAs(**{name: value for name, value in tg.HALF._asdict().items() if name != column})
+    with pytest.raises(TypeError, match="stored"):
+        tg.Role("", "")
+
+
+def test_a_new_row_reaches_model_optimizer_artifact_and_size(world, monkeypatch):
+    """One row, nothing else: the tensor is made, initialised, learned, stored, read back and counted."""
+    cfg, rows = tiny_config(), tg.parameters
+    new = (tg.Parameter(**ROW), tg.Parameter(**ROW | dict(name="for_training", roles=(tg.Role("", "", None),))))
+    monkeypatch.setattr(tg, "parameters", lambda cfg: (*rows(cfg), *new))
+    tg.matrices.cache_clear()
+    try:
+        model = tg.build_model(cfg, world)
+        assert (model.value_embed == 0).all() and (model.for_training == 0).all()
+        optimizer = tg.TrainOptimizer(model, cfg, world)
+        assert any(p is model.value_embed for p in optimizer.replicated)
+        assert tg.tensor_shapes(cfg)["value_embed"] == (8, 4) and "for_training" not in tg.tensor_shapes(cfg)
+        tensors = tg.unbank(cfg, model.state_dict())
+        stored = {name: tg.QuantizedTensor({("float16", "w"): t.half()}) for name, t in tensors.items()}
+        back = tg.unpack(cfg, tg.pack(cfg, stored))
+        model.load_state_dict(tg.dequantized_state(cfg, back))
+    finally:
+        tg.matrices.cache_clear()
+
+
+def test_rows_name_what_there_is():
+    for name in VARIANTS:
+        cfg = tiny_config(**VARIANTS[name])
+        for row in tg.parameters(cfg):
+            assert row.optimizer in tg.OPTIMIZER_GROUPS
+            for role in row.roles:
+                assert role.products in ("", "scored", "every") and role.stored.codec in tg.CODECS
+                assert role.stored.stream in tg.STREAMS
 
 
 def test_weights_depend_on_the_seed_alone(world):
