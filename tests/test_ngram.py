@@ -149,7 +149,7 @@ def test_test_time_training_is_tilted_and_learns_from_the_untilted_loss(world, r
     assert (tilted.nats > plain.nats - 1e-3)[wrong].all() and (plain.nats - tilted.nats)[right].max() > 1
     batch = tg.document_batches(cfg, data)[-1]
     _, a = run_batch(off, world, ready(model), data, batch)
-    b, scorer = tg.AdapterChain(cfg, world, len(batch.sizes), seed=3), tg.prepare(cfg, tg.Scorer(data, world), order)
+    b, scorer = tg.AdapterChain(cfg, world, len(batch.sizes), seed=3), tg.announce_order(cfg, tg.Scorer(data, world), order)
     tg.score_batch(cfg, ready(model), scorer, batch, b)
     assert np.array_equal(scorer.hints, hints) and (scorer.hints[scorer.own > 0] >= 0).any()
     for x, y in zip(a.loras, b.loras, strict=True):
@@ -224,7 +224,7 @@ def test_the_audit_fails_a_hint_that_knows_its_target(path, world, random_model,
     def trusting(scorer, order, guess, boost):
         scorer.hints, scorer.boost = guess(scorer._data.tokens, order), boost
 
-    monkeypatch.setattr(tg.Scorer, "foresee", trusting)
+    monkeypatch.setattr(tg.Scorer, "set_hints", trusting)
     found = probed(cfg, world, model, gated)
     assert found["P1"][0] == "FAIL" and found["P2"][0] == "FAIL", found
 
