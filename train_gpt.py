@@ -1354,7 +1354,8 @@ def softcapped_ce(logits: Tensor, targets: Tensor, cap: float, round_cap: bool =
         z = z.to(logits.dtype).float()
     if targets.ndim == z.ndim:
         return z.logsumexp(-1, keepdim=True) - z.gather(-1, targets)
-    return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    nats = F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none")
+    return nats.view(targets.shape)
 
 
 def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
@@ -1396,11 +1397,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first 2 n of d dimensions, half-split (partial rotary embedding): x (B, T, heads, d), n = cos.shape[-1]."""
     n = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    x1, x2, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+    x1, x2, rest = x.tensor_split((n, 2 * n), dim=-1)
+    turned = (x1 * cos + x2 * sin, x2 * cos - x1 * sin)
+    return torch.cat((*turned, rest), dim=-1)
 
 
-def split_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split one merged projection into queries and keys, normed per head and rotated, queries times their gain, and values.
 
     qkv (B, T, (H + 2 G) d), gain (H,), cos and sin (T, 1, n) -> q (B, T, H, d), k and v (B, T, G, d).
@@ -1517,8 +1521,11 @@ class Adapters(NamedTuple):
 
     def rows(self, first: int, end: int) -> Adapters:
         """View the adapters of documents [first, end)."""
-        documents = (..., slice(first, end), slice(None), slice(None))
-        return Adapters(*(lora and Lora(lora.A[documents], lora.B[documents], lora.scale) for lora in self))
+        count, cut = end - first, {}
+        for site, lora in self._asdict().items():
+            if lora is not None:
+                cut[site] = Lora(lora.A.narrow(-3, first, count), lora.B.narrow(-3, first, count), lora.scale)
+        return Adapters(**cut)
 
 
 NO_ADAPTERS = Adapters()
@@ -1578,10 +1585,13 @@ def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
     """Take x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
     if positions is None:
         return x
-    return torch.take_along_dim(x, positions.view(*positions.shape, *[1] * (x.ndim - 2)), dim=1)
+    trailing = [1] * (x.ndim - 2)
+    return torch.take_along_dim(x, positions.view(*positions.shape, *trailing), dim=1)
 
 
-def add_deltas(y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)) -> Tensor:
+def add_deltas(
+    y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)
+) -> Tensor:
     """Add to y (B, T, width) the deltas of adapters that read x, each from its own of the `columns` on.
 
     One product by all A, one by all B, added up inside it.
@@ -1603,8 +1613,10 @@ def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
     """List the blocks in execution order; when looping, the middle ones run 1 + NUM_LOOPS times."""
     if not (looping and cfg.num_loops):
         return tuple(range(cfg.num_layers))
-    middle = tuple(range(cfg.loop_start, cfg.loop_end + 1))
-    return (*range(cfg.loop_start), *(middle * (1 + cfg.num_loops)), *range(cfg.loop_end + 1, cfg.num_layers))
+    before = range(cfg.loop_start)
+    middle = range(cfg.loop_start, cfg.loop_end + 1)
+    after = range(cfg.loop_end + 1, cfg.num_layers)
+    return (*before, *[*middle] * (1 + cfg.num_loops), *after)
 
 
 def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -1616,9 +1628,10 @@ def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) 
     base = cfg.rope_base
     if cfg.rope_yarn and context > cfg.rope_train_seq_len:
         base *= (context / cfg.rope_train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
-    exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32, device=device) / cfg.rope_dims
-    frequencies = (base**-exponents).bfloat16().float()
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+    exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32, device=device)
+    frequencies = (base ** -(exponents / cfg.rope_dims)).bfloat16().float()
+    places = torch.arange(length, dtype=torch.float32, device=device)
+    angles = places[:, None] * frequencies
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
@@ -1769,12 +1782,14 @@ def matrices(cfg: Config) -> tuple[Matrix, ...]:
     for row in parameters(cfg):
         for k, role in enumerate(row.roles):
             if not role.name:
-                layer = int(row.name.split(".")[1]) if row.name.startswith("blocks.") else None
+                words = row.name.split(".")
+                layer = int(words[1]) if words[0] == "blocks" else None
                 whole.append(Matrix(row.name, row.name, None, layer, row.shape, role))
                 continue
             for layer in range(cfg.num_layers):
                 name = f"blocks.{layer}.{role.name}.weight"
-                parts.append(Matrix(name, row.name, k * cfg.num_layers + layer, layer, row.shape[1:], role))
+                index = k * cfg.num_layers + layer
+                parts.append(Matrix(name, row.name, index, layer, row.shape[1:], role))
     parts.sort(key=lambda m: (m.layer, SITES.index(m.role.stored.site)))
     return (*whole, *parts)
 
@@ -1789,19 +1804,21 @@ def unbank(cfg: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for name, m in stored_matrices(cfg).items():
         if m.parameter in state:
-            out[name] = state[m.parameter] if m.index is None else state[m.parameter][m.index]
+            whole = state[m.parameter]
+            out[name] = whole if m.index is None else whole[m.index]
     return out
 
 
 def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put the tensors that artifacts name together again: the inverse of `unbank`."""
-    out: dict[str, Any] = {}
+    out: dict[str, Tensor] = {}
+    banks: dict[str, list[Tensor]] = {}
     for m in sorted(matrices(cfg), key=lambda m: m.index or 0):
         if m.index is None:
             out[m.parameter] = tensors[m.name]
         else:
-            out.setdefault(m.parameter, []).append(tensors[m.name])
-    return {name: torch.stack(found) if isinstance(found, list) else found for name, found in out.items()}
+            banks.setdefault(m.parameter, []).append(tensors[m.name])
+    return out | {name: torch.stack(parts) for name, parts in banks.items()}
 
 
 class Attention(nn.Module):
@@ -1819,23 +1836,30 @@ class Attention(nn.Module):
 
     def gate(self, x: Tensor, q_raw: Tensor) -> Tensor:
         """Compute how much of each head's output passes (B, T, H). x lacks the norm scale, which the weights take over."""
-        cfg = self.cfg
+        cfg, source = self.cfg, x
         if cfg.attn_gate == "dense":
-            return torch.sigmoid(F.linear(x, (self.norm_scale * self.attn_gate_w).to(x.dtype)))
-        if cfg.attn_gate == "sparse":
+            weight = self.norm_scale * self.attn_gate_w
+        elif cfg.attn_gate == "sparse":
             weight = cfg.sparse_attn_gate_scale * self.norm_scale * self.attn_gate_w
-            return torch.sigmoid(F.linear(x[..., : cfg.gate_window].contiguous(), weight.to(x.dtype)))
-        source, weight = q_raw, self.attn_gate_proj.weight
-        if cfg.attn_out_gate_src == "proj":
-            source, weight = x, self.norm_scale * weight
-        return 2 * torch.sigmoid(F.linear(source[..., : cfg.gate_window].contiguous(), weight.to(x.dtype)))
+        elif cfg.attn_out_gate_src == "proj":
+            weight = self.norm_scale * self.attn_gate_proj.weight
+        else:
+            weight, source = self.attn_gate_proj.weight, q_raw
+        if cfg.attn_gate != "dense":
+            source = source[..., : cfg.gate_window].contiguous()
+        gate = torch.sigmoid(F.linear(source, weight.to(x.dtype)))
+        return 2 * gate if cfg.attn_gate == "out" else gate
 
     def qkv(self, x: Tensor, weights: Weights, lora: Adapters) -> Tensor:
         """Compute (B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
         D, kv = self.cfg.model_dim, self.cfg.kv_dim
-        return add_deltas(F.linear(x, weights.qkv), x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
+        merged = F.linear(x, weights.qkv)
+        return add_deltas(merged, x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, depth: int, positions: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor,
+        context: Context, depth: int, positions: Tensor | None,
+    ) -> Tensor:
         """Attend within segments, to the cache, or within whole rows: -> (B, T, H, d), or only at the positions."""
         if context.segments is not None:
             rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
@@ -1846,7 +1870,8 @@ class Attention(nn.Module):
         return causal_attention(at_positions(q, positions), k, v, self.window, positions)
 
     def forward(
-        self, x: Tensor, weights: Weights, lora: Adapters, context: Context, depth: int, positions: Tensor | None
+        self, x: Tensor, weights: Weights, lora: Adapters,
+        context: Context, depth: int, positions: Tensor | None,
     ) -> Tensor:
         """Map x (B, T, D), normed without its norm scale, -> (B, T, D); with positions (B, n): (B, n, D), only there."""
         cfg, kernels = self.cfg, context.kernels
@@ -1879,13 +1904,14 @@ class Block(nn.Module):
         self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
         self.attn = Attention(cfg, layer, self.norm_scale)
 
-    def fold(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Weights:
+    def fold(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, dtype: torch.dtype) -> Weights:
         """Move the scales of a sublayer's input and output into its matrices: a pass over weights instead of activations."""
-        return Weights(
-            qkv=(self.norm_scale * torch.cat((q, k, v))).to(dtype),
-            o=(self.attn_scale[:, None] * o).to(dtype),
-            up=(self.norm_scale * up).to(dtype),
-            down=(self.mlp_scale[:, None] * down).to(dtype))
+        o, up, down = others
+        qkv = self.norm_scale * torch.cat((q, k, v))
+        o = self.attn_scale[:, None] * o
+        up = self.norm_scale * up
+        down = self.mlp_scale[:, None] * down
+        return Weights(*(matrix.to(dtype) for matrix in (qkv, o, up, down)))
 
     def fold_adapter(self, site: str, lora: Lora) -> Lora:
         """Do the same for an adapter."""
@@ -1904,8 +1930,8 @@ class Block(nn.Module):
         return add_deltas(out, x, lora.mlp)
 
     def forward(
-        self, streams: Streams, x0: Tensor, weights: Weights, lora: Adapters, context: Context, depth: int,
-        positions: Tensor | None, lane_mix: Tensor | None,
+        self, streams: Streams, x0: Tensor, weights: Weights, lora: Adapters,
+        context: Context, depth: int, positions: Tensor | None, lane_mix: Tensor | None,
     ) -> Streams:
         """Run attention and MLP, one after the other on one stream, or side by side on two.
 
@@ -1946,13 +1972,14 @@ class GPT(nn.Module):
         cfg = self.cfg
         x = F.embedding(tokens, self.tok_emb.weight)
         if cfg.smear_gate_enabled:
-            weight = self.smear_gate.weight.to(x.dtype)
-            gate = torch.sigmoid(F.linear(x[:, 1:, : cfg.gate_window].contiguous(), weight))
+            before, after = x[:, :-1], x[:, 1:]
+            source = after[..., : cfg.gate_window].contiguous()
+            gate = torch.sigmoid(F.linear(source, self.smear_gate.weight.to(x.dtype)))
             gate = self.smear_lambda.to(x.dtype) * gate
             if cfg.smear_gate_bos_fix:
                 # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
                 gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
-            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+            x = torch.cat((x[:, :1], after + gate * before), dim=1)
         return rms_norm(x)
 
     def weights(self, dtype: torch.dtype) -> list[Weights]:
@@ -1962,7 +1989,8 @@ class GPT(nn.Module):
         up, down = self.mlp_up_bank.unbind(0), self.mlp_down_bank.unbind(0)
         out = []
         for i, block in enumerate(self.blocks):
-            out.append(block.fold(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i], dtype))
+            q, k, v, o = qo[i], kv[i], kv[L + i], qo[L + i]
+            out.append(block.fold(q, k, v, o, up[i], down[i], dtype=dtype))
         return out
 
     def skip(self, x: Tensor, skipped: Tensor, index: int) -> Tensor:
@@ -1970,7 +1998,8 @@ class GPT(nn.Module):
         skipped = self.skip_weights[index].to(x.dtype) * skipped
         if not self.cfg.skip_gates_enabled:
             return x + skipped
-        return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
+        gate = torch.sigmoid(self.skip_gates[index])
+        return torch.lerp(skipped, x, gate.to(x.dtype))
 
     def lane_mix(self, layer: int) -> Tensor:
         """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what the MLP writes."""
@@ -1979,8 +2008,8 @@ class GPT(nn.Module):
         return torch.cat((own, written), dim=1)[..., None]
 
     def hidden(
-        self, tokens: Tensor, layers: tuple[int, ...], segments: Segments | None, cache: Cache | None, adapters: Adapters,
-        positions: Tensor | None, tap,
+        self, tokens: Tensor, layers: tuple[int, ...], segments: Segments | None, cache: Cache | None,
+        adapters: Adapters, positions: Tensor | None, tap,
     ) -> Tensor:
         """Map tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`.
 
@@ -1990,10 +2019,15 @@ class GPT(nn.Module):
         """
         cfg, start = self.cfg, 0 if cache is None else cache.length
         end = start + tokens.shape[1]
-        x0 = self.embed(torch.cat((cache.last_token, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
-        longest = next((c.max_len for c in (segments, cache) if c is not None), tokens.shape[1])
+        if start:  # the smear gate looks back at the token before
+            x0 = self.embed(torch.cat((cache.last_token, tokens), dim=1))[:, 1:]
+        else:
+            x0 = self.embed(tokens)
+        bounded = segments or cache
+        longest = tokens.shape[1] if bounded is None else bounded.max_len
         cos, sin = rotary_tables(cfg, end, longest, tokens.device)
-        context = Context((cos[start:], sin[start:]), segments, cache, self.kernels, tap)
+        rope = (cos[start:], sin[start:])
+        context = Context(rope, segments, cache, self.kernels, tap)
         weights = self.weights(x0.dtype)
         loras = adapters.by_depth([self.blocks[layer] for layer in layers])
         streams, skips, half = Streams(x0), [], len(layers) // 2
@@ -2002,16 +2036,20 @@ class GPT(nn.Module):
                 if streams.mlp is None and 0 < cfg.parallel_start_layer <= layer:
                     streams = Streams(streams.attn, streams.attn)
                 if skips:
-                    streams = streams._replace(attn=self.skip(streams.attn, skips.pop(), depth - half))
+                    joined = self.skip(streams.attn, skips.pop(), depth - half)
+                    streams = streams._replace(attn=joined)
             scored = positions if depth == len(layers) - 1 else None
             lane_mix = None if streams.mlp is None else self.lane_mix(layer)
-            streams = self.blocks[layer](streams, x0, weights[layer], loras[depth], context, depth, scored, lane_mix)
+            streams = self.blocks[layer](
+                streams, x0, weights[layer], loras[depth], context, depth, scored, lane_mix)
             if depth < half:
                 skips.append(streams.attn)
         if cache is not None:
             cache.last_token = tokens[:, -1:]
             cache.length = end
-        return rms_norm(streams.attn if streams.mlp is None else (streams.attn + streams.mlp) / 2)
+        if streams.mlp is None:
+            return rms_norm(streams.attn)
+        return rms_norm((streams.attn + streams.mlp) / 2)
 
     def forward(
         self,
