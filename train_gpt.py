@@ -4578,117 +4578,173 @@ def evaluate(cfg: Config, world: World, forward, scorer: Scorer, looping: bool =
 # ==================================================================================================
 # TEST-TIME TRAINING - score a chunk, then learn from it: a prediction never depends on what it predicts.
 # ==================================================================================================
+# Start at `score_batch`, the loop that this is about: what stands above it plans, what stands below runs it.
 
 class Batch(NamedTuple):
-    """Documents side by side. starts and sizes (n,): first input token and number of predictions, sizes ascending."""
+    """Documents side by side, n of them, by ascending length; each is scored `chunk` tokens at a time."""
 
-    number: int  # position in the order of ascending length
-    starts: np.ndarray
-    sizes: np.ndarray
+    number: int         # position in the order of ascending length
+    starts: np.ndarray  # (n,) first input token of a document
+    sizes: np.ndarray   # (n,) predictions of a document
     chunk: int
+
+    @property
+    def chunks(self) -> np.ndarray:
+        """Count the chunks of each document, (n,), the last one often partial."""
+        return -(-self.sizes // self.chunk)
+
+    def targets(self) -> np.ndarray:
+        """List the targets, places in the stream, as they are scored: all chunks 0, then all chunks 1, ..."""
+        offsets = np.concatenate([np.arange(size) for size in self.sizes])
+        targets = np.repeat(self.starts, self.sizes) + offsets
+        return targets[np.argsort(offsets // self.chunk, kind="stable")]
 
 
 def chunk_size(cfg: Config, length: int) -> int:
-    """Tokens scored between two updates, for a batch whose longest document has `length` tokens, its last target included."""
+    """Choose how many tokens are scored between two updates of a batch.
+
+    length: tokens of its longest document, the last target included.
+    """
     if not cfg.ttt_short_score_first_enabled:
         return cfg.ttt_chunk_size
-    if cfg.ttt_short_score_first_steps:
-        steps = parse_steps(cfg.ttt_short_score_first_steps, ":")
-        return next((int(chunk) for limit, chunk in steps if length <= limit), cfg.ttt_chunk_size)
-    return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
+
+    if not cfg.ttt_short_score_first_steps:
+        return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
+
+    for limit, chunk in parse_steps(cfg.ttt_short_score_first_steps, ":"):
+        if length <= limit:
+            return int(chunk)
+    return cfg.ttt_chunk_size
 
 
-def document_batches(cfg: Config, scorer: Scorer) -> list[Batch]:
-    """All documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
-    starts, ends = scorer.documents()
+def document_batches(cfg: Config, data: ValData | Scorer) -> list[Batch]:
+    """Batch all documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
+    starts, ends = data.documents()
     sizes = ends - starts
-    order = np.argsort(sizes, kind="stable")
-    groups = [order[i : i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
-    return [Batch(i, starts[g], sizes[g], chunk_size(cfg, int(sizes[g].max()) + 1)) for i, g in enumerate(groups)]
+    by_length = np.argsort(sizes, kind="stable")
+
+    batches = []
+    for first in range(0, len(sizes), cfg.ttt_batch_size):
+        chosen = by_length[first : first + cfg.ttt_batch_size]
+        longest = int(sizes[chosen[-1]])
+        batches.append(Batch(len(batches), starts[chosen], sizes[chosen], chunk_size(cfg, longest + 1)))
+    return batches
 
 
 def chunk_window(size: int, chunk: int, index: int, context: int) -> tuple[int, int, int]:
-    """(window start, chunk start, end) in inputs of a document with `size` predictions: chunk `index` sees up to `context` tokens.
+    """Locate chunk `index` of a document with `size` predictions -> (window start, chunk start, end).
 
+    A window holds up to `context` input tokens and ends with its chunk.
     Example: size 100, chunk 48, context 3072 -> (0, 0, 48), (0, 48, 96), (0, 96, 100).
     """
-    start, end = index * chunk, min((index + 1) * chunk, size)
+    start = index * chunk
+    end = min(start + chunk, size)
     return max(0, end - context), start, end
 
 
 def window_width(cfg: Config, chunk: int, index: int) -> int:
-    """Tokens of all windows of a batch at its chunk `index`. With CUDA_GRAPHS they are padded to a multiple of TTT_BUCKET, as nothing that
-    is scored looks behind itself; not with ROPE_YARN, whose base follows the width."""
-    bucket = cfg.ttt_bucket if cfg.cuda_graphs and not cfg.rope_yarn else 1
-    return min(-(-(index + 1) * chunk // bucket) * bucket, cfg.ttt_eval_seq_len)
+    """Compute the tokens of all windows of a batch at its chunk `index`.
 
-
-def batch_cost(batch: Batch, context: int) -> float:
-    """Token positions a batch runs through the network, the unit of its duration."""
-    chunks = -(-int(batch.sizes.max()) // batch.chunk)
-    growing = min(chunks, context // batch.chunk)
-    return len(batch.sizes) * (batch.chunk * growing * (growing + 1) / 2 + (chunks - growing) * context)
-
-
-def phase_segments(cfg: Config, batches: list[Batch]) -> list[tuple[list[Batch], int]]:
-    """The scoring order cut at the global phases: [(batches, documents the phase after them learns from; 0 = no phase)].
-
-    Longest first, because they cost most and teach most. A function of the data alone.
+    With CUDA_GRAPHS they are padded to a multiple of TTT_BUCKET, as nothing that is scored looks behind
+    itself; not with ROPE_YARN, whose base follows the width.
     """
-    order = batches[::-1]
-    total = sum(len(b.sizes) for b in batches)
+    bucket = cfg.ttt_bucket if cfg.cuda_graphs and not cfg.rope_yarn else 1
+    padded = -(-(index + 1) * chunk // bucket) * bucket
+    return min(padded, cfg.ttt_eval_seq_len)
+
+
+def batch_cost(cfg: Config, batch: Batch) -> float:
+    """Count the token positions that a batch runs through the network, the unit of its duration."""
+    chunk, context = batch.chunk, cfg.ttt_eval_seq_len
+    chunks = int(batch.chunks.max())
+    growing = min(chunks, context // chunk)  # windows of 1, 2, 3, ... chunks; later ones are full
+    positions = chunk * growing * (growing + 1) / 2 + (chunks - growing) * context
+    return len(batch.sizes) * positions
+
+
+class Part(NamedTuple):
+    """What is scored between two global phases."""
+
+    batches: list[Batch]
+    documents_to_learn: int  # that the phase behind these batches learns from, 0 = no phase
+
+
+def split_at_phases(cfg: Config, batches: list[Batch]) -> list[Part]:
+    """Split the batches at the global phases. A function of the data alone.
+
+    The longest come first, because they cost most and teach most. A batch that passes several boundaries is
+    followed by one phase, over all of their documents. After the last batch no document is left for one.
+    """
+    total = sum(len(batch.sizes) for batch in batches)
     prefix = min(total, cfg.phased_ttt_prefix_docs) if cfg.phased_ttt_enabled else 0
-    boundaries = [prefix * (p + 1) // cfg.phased_ttt_num_phases for p in range(cfg.phased_ttt_num_phases)] if prefix else []
-    segments, current, done = [], [], 0
-    for batch in order:
-        current.append(batch)
-        done += len(batch.sizes)
-        if reached := [b for b in boundaries if b <= done]:  # several at once make one phase, over all of their documents
-            segments.append((current, reached[-1]))
-            boundaries, current = boundaries[len(reached) :], []
-    return [*segments, (current, 0)] if current else [*segments[:-1], (segments[-1][0], 0)]
+    phases = cfg.phased_ttt_num_phases
+    boundaries = [prefix * (phase + 1) // phases for phase in range(phases)]
+
+    parts, waiting = [], []
+    scored, learned = 0, 0
+    for batch in batches[::-1]:
+        waiting.append(batch)
+        scored += len(batch.sizes)
+        reached = max((b for b in boundaries if b <= scored), default=0)
+        if learned < reached and scored < total:
+            parts.append(Part(waiting, reached))
+            waiting, learned = [], reached
+    return [*parts, Part(waiting, 0)]
 
 
-def deal(costs: list[float], lanes: int) -> list[list[int]]:
-    """Items to lanes, in the given order, each to the least loaded lane: balanced when costs fall, and the same on every run."""
-    load, hands = [(0.0, lane) for lane in range(lanes)], [[] for _ in range(lanes)]
-    for i, cost in enumerate(costs):
-        total, lane = heapq.heappop(load)
-        hands[lane].append(i)
-        heapq.heappush(load, (total + cost, lane))
-    return hands
+def assign_to_chains(cfg: Config, batches: list[Batch]) -> list[list[Batch]]:
+    """Assign batches, in the given order, to TTT_LANES chains of adapters, each to the least loaded one.
+
+    That is balanced when costs fall, and the same on every run. The ranks share out the chains.
+    """
+    loads = [(0.0, chain) for chain in range(cfg.ttt_lanes)]
+    assigned = [[] for _ in loads]
+    for batch in batches:
+        load, chain = heapq.heappop(loads)
+        assigned[chain].append(batch)
+        heapq.heappush(loads, (load + batch_cost(cfg, batch), chain))
+    return assigned
 
 
-def scoring_order(cfg: Config, segments: list[tuple[list[Batch], int]]) -> np.ndarray:
-    """All targets in the order in which one rank scores them: (N,) places in the stream."""
-    places = []
-    for batches in (segment for segment, _ in segments):
-        for i in (i for hand in deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in batches], cfg.ttt_lanes) for i in hand):
-            rows = [np.arange(size) for size in batches[i].sizes]
-            chunks = np.concatenate(rows) // batches[i].chunk
-            places.append(np.concatenate([start + row for start, row in zip(batches[i].starts, rows, strict=True)])
-                          [np.argsort(chunks, kind="stable")])
-    return np.concatenate(places)
+def scoring_order(cfg: Config, parts: list[Part]) -> np.ndarray:
+    """List all targets, (N,) places in the stream, in the order in which one rank scores them."""
+    order = []
+    for part in parts:
+        for batches in assign_to_chains(cfg, part.batches):
+            order += [batch.targets() for batch in batches]
+    return np.concatenate(order)
+
+
+def empty_adapters(cfg: Config, rows: int, device: torch.device) -> Adapters:
+    """Allocate fp32 adapters of `rows` documents: A (depths, rows, rank, n_in), not set, and B, zero.
+
+    B is (depths, rows, n_out, rank). Those of the head have no depths.
+    """
+    D, rank = cfg.model_dim, cfg.ttt_lora_rank
+    depths = len(layer_order(cfg, looping=True))
+    n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
+
+    loras = {}
+    for site in (*cfg.lora_sites, "head"):
+        lead = (rows,) if site == "head" else (depths, rows)
+        A = torch.empty(*lead, rank, D, device=device, requires_grad=True)
+        B = torch.zeros(*lead, n_out[site], rank, device=device, requires_grad=True)
+        loras[site] = Lora(A, B, cfg.ttt_lora_alpha / rank)
+    return Adapters(**loras)
 
 
 class AdapterChain:
     """Adapters passed on from batch to batch: B starts at zero every time, A is kept (TTT_WARM_START_A).
 
     What is passed on comes from tokens scored in earlier batches only.
+    adam: optimizer of `Kernels`, None = torch's AdamW.
     """
 
     def __init__(self, cfg: Config, world: World, rows: int, seed: int, adam=None):
-        self.cfg, self.adam, self.generator = cfg, adam, torch.Generator()
-        D, depths, rank = cfg.model_dim, len(layer_order(cfg, looping=True)), cfg.ttt_lora_rank
-        n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
-
-        def lora(site: str) -> Lora:
-            lead = (rows,) if site == "head" else (depths, rows)
-            A = torch.empty(*lead, rank, D, device=world.device, requires_grad=True)
-            B = torch.zeros(*lead, n_out[site], rank, device=world.device, requires_grad=True)
-            return Lora(A, B, cfg.ttt_lora_alpha / rank)
-
-        self.adapters = Adapters(**{site: lora(site) for site in (*cfg.lora_sites, "head")})
+        self.cfg = cfg
+        self.adam = adam
+        self.generator = torch.Generator()
+        self.adapters = empty_adapters(cfg, rows, world.device)
         self.loras = [lora for lora in self.adapters if lora is not None]
         self.restart(seed)
 
@@ -4702,273 +4758,378 @@ class AdapterChain:
         """Draw fresh A, uniform in +-1/sqrt(n_in)."""
         for lora in self.loras:
             bound = lora.A.shape[-1] ** -0.5
-            lora.A.copy_(torch.empty(lora.A.shape).uniform_(-bound, bound, generator=self.generator))
+            fresh = torch.empty(lora.A.shape).uniform_(-bound, bound, generator=self.generator)
+            lora.A.copy_(fresh)
 
     @torch.no_grad()
     def begin(self) -> torch.optim.Optimizer:
-        """Reset for a new batch and return its optimizer."""
+        """Reset the adapters for a new batch and return its optimizer."""
         cfg = self.cfg
         if not cfg.ttt_warm_start_a:
             self.draw()
         for lora in self.loras:
             lora.B.zero_()
+
         parameters = [t for lora in self.loras for t in (lora.A, lora.B)]
         lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+        decay, eps = cfg.ttt_weight_decay, 1e-10
         if self.adam is not None:
-            return self.adam(parameters, lr, cfg.ttt_beta2, 1e-10, cfg.ttt_weight_decay)
-        return torch.optim.AdamW(
-            parameters, lr=lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10, weight_decay=cfg.ttt_weight_decay,
-            fused=parameters[0].device.type in ("cuda", "cpu"))
+            return self.adam(parameters, lr, cfg.ttt_beta2, eps, decay)
+
+        fused = parameters[0].device.type in ("cuda", "cpu")
+        betas = cfg.ttt_beta1, cfg.ttt_beta2
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=fused)
 
 
 class Chunk(NamedTuple):
-    """One step of a batch: windows (B, w), the positions to score in them (B, c), the targets there or -1 (B, c)."""
+    """The next c tokens of B documents of a batch, in windows of w tokens that show what comes before."""
 
-    inputs: Tensor
-    positions: Tensor
-    at: np.ndarray
+    inputs: Tensor       # (B, w) int64
+    positions: Tensor    # (B, c) where in its window a target is predicted
+    targets: np.ndarray  # (B, c) places in the stream, -1 = none
+    learns: np.ndarray   # (B,) the document goes on behind this chunk, so something is left to learn for
 
 
-def build_chunk(scorer: Scorer, batch: Batch, first: int, rows: int, index: int, context: int, width: int = 0) -> Chunk:
-    """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing.
-    width: of the windows; 0 = no padding behind the chunk."""
-    c, width = batch.chunk, width or min((index + 1) * batch.chunk, context)
-    inputs, positions, at = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64), np.full((rows, c), -1)
-    for row, (origin, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
-        window, start, end = chunk_window(size, c, index, context)
+def build_chunk(cfg: Config, scorer: Scorer, batch: Batch, index: int, first: int, rows: int) -> Chunk:
+    """Build chunk `index` of documents first, first + 1, ... of a batch in `rows` rows.
+
+    Rows of documents that have ended, or that are not there, stay empty.
+    """
+    width = window_width(cfg, batch.chunk, index)
+    inputs = np.zeros((rows, width), np.int64)
+    positions = np.zeros((rows, batch.chunk), np.int64)
+    targets = np.full((rows, batch.chunk), -1)
+    learns = np.zeros(rows, bool)
+
+    for row, document in enumerate(range(first, len(batch.sizes))):
+        origin, size = int(batch.starts[document]), int(batch.sizes[document])
+        window, start, end = chunk_window(size, batch.chunk, index, cfg.ttt_eval_seq_len)
         if start >= size:
             continue
-        at[row, : end - start] = np.arange(origin + start, origin + end)
-        inputs[row, : end - window] = scorer.inputs_for(origin + window, at[row])
-        positions[row] = np.minimum(start - window + np.arange(c), width - 1)
-    return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), at)
+        targets[row, : end - start] = np.arange(origin + start, origin + end)
+        inputs[row, : end - window] = scorer.inputs_for(origin + window, targets[row])
+        positions[row] = np.minimum(np.arange(batch.chunk) + start - window, width - 1)
+        learns[row] = end < size
+    return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), targets, learns)
+
+
+def learn_from(scorer: Scorer, chunk: Chunk, nats: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take one step down the mean loss (B, c) of each document that goes on.
+
+    Each has its own adapters and the loss is a sum over documents, so they do not influence each other.
+    """
+    scorer.targets_to_learn(np.where(chunk.learns[:, None], chunk.targets, -1))
+    learns = torch.from_numpy(chunk.learns).float().to(nats.device)
+    (nats.mean(1) * learns).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def score_batch(
-    cfg: Config, world: World, forward, scorer: Scorer, batch: Batch, chain: AdapterChain, static_rows: int = 0
+    cfg: Config, forward, scorer: Scorer, batch: Batch, chain: AdapterChain, static_rows: int = 0
 ) -> None:
-    """Two verbs, in this order: grade a chunk with adapters that have never seen it, then learn from it.
+    """Score each chunk of a batch with adapters that have never seen it, then learn from it.
 
-    Each document has its own adapters and the loss is a sum over documents, so they do not influence each other. A document's
-    last chunk is scored and not learned from. static_rows: a compiled forward wants this many rows at every step; otherwise
-    documents that have ended are left out (sizes ascend, so they are the first).
+    Two verbs, in this order. A document's last chunk is not learned from.
+    static_rows: a compiled forward wants this many rows at every step; otherwise documents that have ended
+    are left out (sizes ascend, so they are the first).
     """
-    optimizer, layers = chain.begin(), layer_order(cfg, looping=True)
-    context, device = cfg.ttt_eval_seq_len, world.device
-    chunks = -(-batch.sizes // batch.chunk)
-    for index in range(int(chunks.max())):
-        first = 0 if static_rows else int(np.searchsorted(chunks, index, side="right"))
-        rows = static_rows or len(chunks) - first
-        chunk = build_chunk(scorer, batch, first, rows, index, context, window_width(cfg, batch.chunk, index))
-        inputs, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.positions))
-        learn = torch.zeros(rows)
-        learn[: len(chunks) - first] = torch.from_numpy((chunks > index + 1)[first:])
+    optimizer = chain.begin()
+    layers = layer_order(cfg, looping=True)
+
+    for index in range(int(batch.chunks.max())):
+        first = 0 if static_rows else int(np.searchsorted(batch.chunks, index, side="right"))
+        rows = static_rows or len(batch.sizes) - first
         adapters = chain.adapters if static_rows else chain.adapters.rows(first, first + rows)
-        score = partial(forward, inputs, layers=layers, adapters=adapters, positions=positions)
-        with torch.set_grad_enabled(bool(learn.any())):
-            nats = scorer.score(chunk.at, score)
-        width, learns = inputs.shape[1], bool(learn.any())
-        flops = flops_per_token(cfg, [width], True, chain.adapters, batch.chunk / width)
-        scorer.work.add(flops, "adapt" if learns else "score", inputs.numel(), int((chunk.at >= 0).sum()))
+        chunk = build_chunk(cfg, scorer, batch, index, first, rows)
+        inputs, positions = (t.to(scorer.world.device, non_blocking=True) for t in chunk[:2])
+        learns = bool(chunk.learns.any())
+
+        with torch.set_grad_enabled(learns):
+            nats_of = partial(forward, inputs, layers=layers, adapters=adapters, positions=positions)
+            nats = scorer.score(chunk.targets, nats_of)
         if learns:
-            scorer.targets_to_learn(np.where(learn.bool()[:, None], chunk.at, -1))
-            loss = (nats.mean(1) * learn.to(device)).sum()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            learn_from(scorer, chunk, nats, optimizer)
+
+        width = inputs.shape[1]
+        flops = flops_per_token(cfg, [width], True, chain.adapters, scored=batch.chunk / width)
+        scored = int((chunk.targets >= 0).sum())
+        scorer.work.add(flops, "adapt" if learns else "score", inputs.numel(), scored)
     scorer.receipt()
 
 
 def base_lr(cfg: Config, chunk: int, chunks: int) -> float:
-    """Learning rate of a global phase: linear warm-up, then a cosine to zero."""
-    warm = cfg.global_ttt_warmup_chunks
+    """Compute the learning rate of a global phase: linear warm-up, then a cosine to zero."""
+    warm, peak = cfg.global_ttt_warmup_chunks, cfg.global_ttt_lr
     if chunk < warm:
-        return cfg.global_ttt_warmup_start_lr + (cfg.global_ttt_lr - cfg.global_ttt_warmup_start_lr) * chunk / warm
-    return cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (chunk - warm) / max(1, chunks - 1 - warm)))
+        lowest = cfg.global_ttt_warmup_start_lr
+        return lowest + (peak - lowest) * chunk / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (chunk - warm) / max(1, chunks - 1 - warm)))
 
 
 class BaseLearner:
     """Global phases: SGD on all weights over scored tokens, all ranks together.
 
-    Every rank joins every collective, with zero gradients when a chunk has fewer sequences than there are ranks, and the mean
-    is over the chunk's tokens: the result does not depend on the ranks (but for the smear gate at a row's first token).
+    Every rank joins every collective, with zero gradients when a chunk has fewer sequences than there are
+    ranks, and the mean is over the chunk's tokens: the result does not depend on the ranks (but for the smear
+    gate at a row's first token).
     """
 
     def __init__(self, cfg: Config, world: World, model: GPT):
-        self.cfg, self.world, self.layers = cfg, world, layer_order(cfg, looping=True)
+        self.cfg = cfg
+        self.world = world
+        self.layers = layer_order(cfg, looping=True)
         self.parameters = [*model.parameters()]
         self.forward = compile_forward(model, cfg, world)
         self.graphs = Graphed(self.forward, self.parameters) if cfg.cuda_graphs else None
-        self.per_chunk, most = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len, cfg.global_ttt_batch_seqs
-        first, end = (self.per_chunk * rank // world.size for rank in (world.rank, world.rank + 1))
-        self.shares = [(s, min(most, end - s)) for s in range(first, end, most)]  # (first sequence of a chunk, how many) of each forward
+
+        # Sequences of a chunk: all, this rank's [first, end), and (first, how many) of each of its forwards.
+        self.per_chunk = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len
+        first = self.per_chunk * world.rank // world.size
+        end = self.per_chunk * (world.rank + 1) // world.size
+        most = cfg.global_ttt_batch_seqs
+        self.shares = [(s, min(most, end - s)) for s in range(first, end, most)]
+
+    def set_trainable(self, on: bool) -> None:
+        """Let gradients flow into all weights or into none, from no gradient on."""
+        for p in self.parameters:
+            p.requires_grad_(on).grad = None
 
     def add_gradient(self, row: Row) -> None:
-        """Of this row's part of the mean loss of a chunk."""
+        """Add the gradient of this row's part of the mean loss of a chunk."""
         seq = self.cfg.eval_seq_len
         if self.cfg.global_ttt_respect_doc_boundaries:
             nats = nats_of_row(row, self.forward, self.graphs, layers=self.layers)
         else:
-            nats = (self.graphs or self.forward)(row.inputs.view(-1, seq), row.targets.view(-1, seq), layers=self.layers)
+            run = self.graphs or self.forward
+            nats = run(row.inputs.view(-1, seq), row.targets.view(-1, seq), layers=self.layers)
         (nats.sum() / (self.per_chunk * seq)).backward()
 
     def warm_up(self) -> None:
         """Compile, and record, what `learn` will run, on random tokens; no weight changes."""
-        seq, rng = self.cfg.eval_seq_len, np.random.default_rng(0)
-        for p in self.parameters:
-            p.requires_grad_(True)
-        for count in [*dict.fromkeys(count for _, count in self.shares)] * (1 + bool(self.graphs)):
+        seq = self.cfg.eval_seq_len
+        rng = np.random.default_rng(0)
+        counts = [*dict.fromkeys(count for _, count in self.shares)]
+
+        self.set_trainable(True)
+        for count in counts * (1 + self.cfg.cuda_graphs):  # graphs are recorded in the second round
             tokens = rng.integers(0, self.cfg.vocab_size, count * seq + 1)
             for row in warm_rows(packed_row(tokens, seq, self.world.device, every=seq), seq):
                 self.add_gradient(row)
+        self.set_trainable(False)
+
+    def step(self, optimizer: torch.optim.Optimizer, tokens: np.ndarray, chunk: int) -> None:
+        """Take one step down the mean loss of a chunk of the phase's tokens."""
+        cfg, seq = self.cfg, self.cfg.eval_seq_len
+        for first, count in self.shares:
+            start = chunk * cfg.global_ttt_chunk_tokens + first * seq
+            # Cut at every sequence: how many share a row depends on the ranks, what a token sees must not.
+            row = packed_row(tokens[start : start + count * seq + 1], seq, self.world.device, every=seq)
+            self.add_gradient(row)
+
         for p in self.parameters:
-            p.requires_grad_(False).grad = None
-
-    def learn(self, tokens: np.ndarray, log: Log) -> None:
-        """One phase; the last, partial chunk is skipped."""
-        cfg, seq, size, parameters = self.cfg, self.cfg.eval_seq_len, self.cfg.global_ttt_chunk_tokens, self.parameters
-        chunks = -(-(len(tokens) - 1) // size)
-        for p in parameters:
-            p.requires_grad_(True)
-        optimizer = torch.optim.SGD(parameters, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-        eta = Eta(cfg.global_ttt_epochs * (chunks - 1))
-        for chunk in (c for _ in range(cfg.global_ttt_epochs) for c in range(chunks - 1)):
-            for first, count in self.shares:
-                at = chunk * size + first * seq
-                # Cut at every sequence: how many of them share a row depends on the ranks, what a token sees must not.
-                self.add_gradient(packed_row(tokens[at : at + count * seq + 1], seq, self.world.device, every=seq))
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.world.sum_(*(p.grad for p in parameters))
-            if cfg.global_ttt_grad_clip:
-                torch.nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = base_lr(cfg, chunk, chunks)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            eta.add(1)
-            if chunk % 50 == 0 or chunk == chunks - 2:
-                log(f"tttg: c{chunk + 1}/{chunks} lr:{base_lr(cfg, chunk, chunks):.6f} t:{eta.elapsed:.1f}s")
-        for p in parameters:
-            p.requires_grad_(False)
-
-
-def warm_up_ttt(cfg: Config, world: World, forward, chain: AdapterChain, shapes: list[tuple[int, int]], log: Log) -> None:
-    """Compile the scoring step for (chunk size, width of windows) on random tokens; model in eval mode, adapters of no use after."""
-    log(f"ttt_lora:warming up compile (random tokens, no val data) shapes:{len(shapes)}")
-    start, layers, generator = time.perf_counter(), layer_order(cfg, looping=True), torch.Generator().manual_seed(0)
-    optimizer, rows = chain.begin(), chain.adapters.head.A.shape[0]
-    for chunk, width in shapes * (1 + cfg.cuda_graphs):  # graphs are recorded in the second round
-        inputs, targets = (torch.randint(0, cfg.vocab_size, (rows, n), generator=generator).to(world.device) for n in (width, chunk))
-        positions = torch.arange(width - chunk, width, device=world.device).expand(rows, -1).contiguous()
-        targets = torch.stack((targets, targets), -1) if cfg.ngram_tilt_enabled else targets
-        for learn in (False, True):
-            with torch.set_grad_enabled(learn):
-                nats = forward(inputs, targets, layers=layers, adapters=chain.adapters, positions=positions)
-        nats.mean().backward()
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.world.sum_(*(p.grad for p in self.parameters))
+        if cfg.global_ttt_grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, cfg.global_ttt_grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    log(f"ttt_lora:compile warmup done ({time.perf_counter() - start:.1f}s)")
+
+    def learn(self, tokens: np.ndarray, log: Log) -> None:
+        """Learn from the (N,) tokens of one phase; the last, partial chunk is skipped."""
+        cfg, start = self.cfg, time.perf_counter()
+        chunks = -(-(len(tokens) - 1) // cfg.global_ttt_chunk_tokens)
+        optimizer = torch.optim.SGD(self.parameters, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+
+        self.set_trainable(True)
+        for chunk in [*range(chunks - 1)] * cfg.global_ttt_epochs:
+            lr = base_lr(cfg, chunk, chunks)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            self.step(optimizer, tokens, chunk)
+            if chunk % 50 == 0 or chunk == chunks - 2:
+                seconds = time.perf_counter() - start
+                log(f"ttt_phase_chunk:{chunk + 1}/{chunks} lr:{lr:.6f} t:{seconds:.1f}s")
+        self.set_trainable(False)
+
+
+class TttEngine:
+    """What runs of test-time training share: compiled forwards, their CUDA graphs, one chain of adapters.
+
+    data: the documents it is built for; a run may score others, in batches of no more rows.
+    """
+
+    def __init__(self, cfg: Config, world: World, model: GPT, data: ValData):
+        self.cfg = cfg
+        self.world = world
+        self.batches = document_batches(cfg, data)
+        self.rows = max(len(batch.sizes) for batch in self.batches)
+
+        self.forward = compile_forward(model, cfg, world, growing=True)
+        if cfg.cuda_graphs:
+            gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
+            self.forward = Graphed(self.forward)
+        self.static_rows = 0 if self.forward is model else self.rows
+        self.base = BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
+        self.chain = AdapterChain(cfg, world, self.rows, cfg.seed, model.kernels.adam)
+
+    def warm_up(self, log: Log) -> None:
+        """Compile what a run will run, if anything is compiled; no weight changes, adapters end as noise."""
+        if not self.static_rows:
+            return
+        self.warm_up_scoring(self.shapes(), log)
+        if self.base:
+            self.base.warm_up()
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """List (chunk size, width of windows): for CUDA graphs all, else those a compiler tells apart."""
+        cfg, found = self.cfg, {}
+        for batch in self.batches:
+            indices = range(int(batch.chunks.max())) if cfg.cuda_graphs else (0, 1, cfg.ttt_eval_seq_len)
+            for index in indices:
+                found[batch.chunk, window_width(cfg, batch.chunk, index)] = None
+        return [*found]
+
+    def warm_up_scoring(self, shapes: list[tuple[int, int]], log: Log) -> None:
+        """Score and learn from random tokens in each of these shapes."""
+        log(f"ttt_lora:warming up compile (random tokens, no val data) shapes:{len(shapes)}")
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(0)
+        optimizer = self.chain.begin()
+
+        for chunk, width in shapes * (1 + self.cfg.cuda_graphs):  # graphs are recorded in the second round
+            nats = self.score_noise(chunk, width, generator)
+            nats.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        log(f"ttt_lora:compile warmup done ({time.perf_counter() - start:.1f}s)")
+
+    def score_noise(self, chunk: int, width: int, generator: torch.Generator) -> Tensor:
+        """Score the last `chunk` of `width` random tokens, without and with gradients -> (rows, chunk)."""
+        cfg, device = self.cfg, self.world.device
+        draw = partial(torch.randint, 0, cfg.vocab_size, generator=generator)
+        inputs = draw((self.rows, width)).to(device)
+        targets = draw((self.rows, chunk)).to(device)
+        if cfg.ngram_tilt_enabled:
+            targets = torch.stack((targets, targets), -1)  # a hint beside each target
+        positions = torch.arange(width - chunk, width, device=device).expand(self.rows, -1).contiguous()
+
+        layers = layer_order(cfg, looping=True)
+        for learn in (False, True):
+            with torch.set_grad_enabled(learn):
+                nats = self.forward(
+                    inputs, targets, layers=layers, adapters=self.chain.adapters, positions=positions)
+        return nats
 
 
 class TttRun:
-    """One scored evaluation with test-time training: its scorer, its clock and its log lines. like: a run whose graphs it can use."""
+    """One scored evaluation with test-time training. Its clock starts when it is made."""
 
-    def __init__(self, cfg: Config, world: World, model: GPT, scorer: Scorer, log: Log, like: TttRun | None = None):
-        self.cfg, self.world, self.model, self.scorer, self.log = cfg, world, model, scorer, log
-        self.forward = like.forward if like else compile_forward(model, cfg, world, growing=True)
-        if cfg.cuda_graphs and not like:
-            gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
-            self.forward = Graphed(self.forward)
+    def __init__(self, cfg: Config, engine: TttEngine, scorer: Scorer, log: Log):
+        self.cfg = cfg
+        self.engine = engine
+        self.scorer = scorer
+        self.log = log
         self.batches = document_batches(cfg, scorer)
-        self.rows = like.rows if like else max(len(b.sizes) for b in self.batches)
-        self.base = like.base if like else BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
-        self.static_rows = 0 if self.forward is model else self.rows
-        self.chain = like.chain if like else AdapterChain(cfg, world, self.rows, cfg.seed, model.kernels.adam)  # all in its place
-        self.phases_done = self.scored_docs = 0
-        self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
+        self.parts = split_at_phases(cfg, self.batches)
+        self.phases = sum(part.documents_to_learn > 0 for part in self.parts)
+        self.phases_done = 0
+        self.scored_docs = 0  # by this rank
 
-    def warm_up(self) -> None:
-        """Compile what the evaluation will run, if anything is compiled; for CUDA graphs every width."""
-        cfg, few = self.cfg, (0, 1, 1 << 30)
-        chunks = ((b.chunk, range(-(-int(b.sizes.max()) // b.chunk)) if cfg.cuda_graphs else few) for b in self.batches)
-        shapes = list(dict.fromkeys((c, window_width(cfg, c, i)) for c, indices in chunks for i in indices))
-        if self.static_rows:
-            warm_up_ttt(cfg, self.world, self.forward, self.chain, shapes, self.log)
-            if self.base:
-                self.base.warm_up()
+        self.graphs_before = len(compilations())
+        self.eta = Eta(sum(batch_cost(cfg, batch) for batch in self.batches) / scorer.world.size)
+
+    def run(self) -> Score:
+        """Score every document. Returns the number that the run is judged by."""
+        self.log_plan()
+        order = scoring_order(self.cfg, self.parts)
+        scored: list[Batch] = []
+        with announce_order(self.cfg, self.scorer, order).only_released_steps():
+            for part in self.parts:
+                self.score_part(part.batches)
+                scored += part.batches
+                if part.documents_to_learn:
+                    self.scorer.sync()
+                    self.learn_base(scored, part.documents_to_learn)
+            return self.scorer.finish()
+
+    def log_plan(self) -> None:
+        """Log how many documents there are and where the phases lie."""
+        total = sum(len(batch.sizes) for batch in self.batches)
+        boundaries = [part.documents_to_learn for part in self.parts[:-1]]
+        prefix = max(boundaries, default=0)
+        self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
+                 f"num_phases:{self.phases} boundaries:{boundaries} target_tokens:{self.scorer.total}")
+
+    def score_part(self, batches: list[Batch]) -> None:
+        """Score all batches between two phases, on this rank those of its chains."""
+        cfg, world, chain = self.cfg, self.scorer.world, self.engine.chain
+        assigned = assign_to_chains(cfg, batches)
+        for number in range(world.rank, cfg.ttt_lanes, world.size):
+            chain.restart(cfg.seed + 1000 * (1 + self.phases_done * cfg.ttt_lanes + number))
+            for batch in assigned[number]:
+                self.check_budget(batch)
+                before = self.scorer.sums()
+                score_batch(cfg, self.engine.forward, self.scorer, batch, chain, self.engine.static_rows)
+                self.scored_docs += len(batch.sizes)
+                self.eta.add(batch_cost(cfg, batch))
+                self.report(batch, before)
+                self.check_compiler(batch)
 
     def check_budget(self, batch: Batch) -> None:
-        """Raises RunError before the batch that would break MAX_EVAL_SECONDS."""
-        budget, cost = self.cfg.max_eval_seconds, batch_cost(batch, self.cfg.ttt_eval_seq_len)
-        forecast = self.eta.elapsed + (self.eta.elapsed / self.eta.done * cost if self.eta.done else 0)
+        """Raise RunError before the batch that would break MAX_EVAL_SECONDS."""
+        eta, budget = self.eta, self.cfg.max_eval_seconds
+        per_position = eta.elapsed / eta.done if eta.done else 0
+        forecast = eta.elapsed + per_position * batch_cost(self.cfg, batch)
         if budget and forecast > budget:
             raise RunError(
-                f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {self.eta.elapsed:.0f} s used, {self.scored_docs} documents scored, "
-                f"about {self.eta.left:.0f} s to go. Use larger TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, "
-                "fewer PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
+                f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {eta.elapsed:.0f} s used, "
+                f"{self.scored_docs} documents scored, about {eta.left:.0f} s to go. Use larger "
+                "TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, fewer "
+                "PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
+
+    def check_compiler(self, batch: Batch) -> None:
+        """Raise RunError behind a batch in which something was compiled or recorded."""
+        new_graphs = compilations()[self.graphs_before :]
+        if new_graphs and not self.cfg.compile_allow_recompiles:
+            remedy = "the artifact exists: go on with STAGE=eval"
+            raise recompile_error(f"evaluation batch {batch.number + 1}", new_graphs, remedy)
 
     def report(self, batch: Batch, before: tuple[float, int, int]) -> None:
         """Log a batch and this rank's running score; before: the sums ahead of the batch."""
-        total = self.scorer.sums()
-        nats, tokens, size = (now - old for now, old in zip(total, before, strict=True))
-        self.log(f"ttp: b{batch.number + 1}/{len(self.batches)} bl:{nats / tokens:.4f} bb:{nats / math.log(2) / max(1, size):.4f} "
-                 f"rl:{total[0] / total[1]:.4f} rb:{total[0] / math.log(2) / max(1, total[2]):.4f} "
-                 f"dl:{batch.sizes.min() + 1}-{batch.sizes.max() + 1} gd:{self.phases_done} "
-                 f"sf:{int(batch.chunk != self.cfg.ttt_chunk_size)} t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")
+        sums = self.scorer.sums()
+        nats, tokens, size = (now - old for now, old in zip(sums, before, strict=True))
+        all_nats, all_tokens, all_size = sums
+        bpb = nats / math.log(2) / max(1, size)
+        running_bpb = all_nats / math.log(2) / max(1, all_size)
+        lengths = f"{batch.sizes.min() + 1}-{batch.sizes.max() + 1}"
+        self.log(
+            f"ttt batch:{batch.number + 1}/{len(self.batches)} bpb:{bpb:.4f} loss:{nats / tokens:.4f} "
+            f"running_bpb:{running_bpb:.4f} running_loss:{all_nats / all_tokens:.4f} "
+            f"docs:{lengths} phases:{self.phases_done} chunk:{batch.chunk} "
+            f"t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")
 
-    def score_segment(self, segment: list[Batch], phase: int) -> None:
-        """Score all batches between two phases: dealt to TTT_LANES adapter chains, which the ranks share out."""
-        cfg, world = self.cfg, self.world
-        hands = deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in segment], cfg.ttt_lanes)
-        for number in range(world.rank, cfg.ttt_lanes, world.size):
-            if not hands[number]:
-                continue
-            self.chain.restart(cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
-            for batch in (segment[i] for i in hands[number]):
-                self.check_budget(batch)
-                before = self.scorer.sums()
-                score_batch(cfg, world, self.forward, self.scorer, batch, self.chain, self.static_rows)
-                self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
-                self.scored_docs += len(batch.sizes)
-                self.report(batch, before)
-                if not cfg.compile_allow_recompiles and (made := compilations()[self.compiled :]):
-                    raise recompile_error(f"evaluation batch {batch.number + 1}", made, "the artifact exists: go on with STAGE=eval")
+    def learn_base(self, scored: list[Batch], documents: int) -> None:
+        """Run a global phase over the first `documents` scored documents in the order of ascending length."""
+        cfg, scorer = self.cfg, self.scorer
+        starts = np.concatenate([batch.starts for batch in scored[::-1]])  # shortest documents first
+        sizes = np.concatenate([batch.sizes for batch in scored[::-1]])
+        name = f"ttt_phase:{self.phases_done + 1}/{self.phases}"
+        self.log(f"{name} start docs:{documents} of:{len(starts)} t:{self.eta.elapsed:.1f}s")
 
-    def learn_base(self, segments: list[Batch], documents: int) -> None:
-        """A global phase over the first `documents` scored documents in the order of ascending length."""
-        records = sorted((b.number, i) for b in segments for i in range(len(b.sizes)))[:documents]
-        by_number = {b.number: b for b in segments}
-        pieces = [(int(by_number[n].starts[i]), int(by_number[n].sizes[i])) for n, i in records]
-        tokens = self.scorer.targets_to_learn(np.concatenate([np.r_[-1, at : at + size] for at, size in pieces]), "base").cpu().numpy()
-        self.log(f"ttpp: phase:{self.phases_done + 1}/{self.cfg.phased_ttt_num_phases} pd:{sum(len(b.sizes) for b in segments)} "
-                 f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
-        self.world.barrier()
-        self.base.learn(tokens, self.log)
-        learned, lengths = self.cfg.global_ttt_epochs * len(tokens) / self.world.size, [min(n, self.cfg.eval_seq_len) for _, n in pieces]
-        self.scorer.work.add(flops_per_token(self.cfg, lengths, True), "train", learned, 0)
+        ranges = zip(starts[:documents], sizes[:documents], strict=True)
+        # Target -1 is the token that starts the stream and, here, every document.
+        targets = np.concatenate([np.r_[-1, start : start + size] for start, size in ranges])
+        tokens = scorer.targets_to_learn(targets, "base").cpu().numpy()
+        scorer.world.barrier()
+        self.engine.base.learn(tokens, self.log)
+
+        lengths = np.minimum(sizes[:documents], cfg.eval_seq_len)
+        flops = flops_per_token(cfg, lengths, True)
+        learned = cfg.global_ttt_epochs * len(tokens) / scorer.world.size
+        scorer.work.add(flops, "train", learned, 0)
         self.phases_done += 1
-        self.log(f"ttpr: phase:{self.phases_done}/{self.cfg.phased_ttt_num_phases} t:{self.eta.elapsed:.1f}s")
-
-    def run(self) -> Score:
-        """Score every document. Returns the number the run is judged by."""
-        cfg = self.cfg
-        segments = phase_segments(cfg, self.batches)
-        boundaries = [documents for _, documents in segments if documents]
-        total = sum(len(b.sizes) for b in self.batches)
-        prefix = max(boundaries, default=0)
-        self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
-                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.scorer.total}")
-        self.eta, self.compiled = Eta(self.eta.total), len(compilations())
-        scored: list[Batch] = []
-        with announce_order(cfg, self.scorer, scoring_order(cfg, segments)).only_released_steps():
-            for phase, (segment, documents) in enumerate(segments):
-                self.score_segment(segment, phase)
-                scored += segment
-                if documents:
-                    self.scorer.sync()
-                    self.learn_base(scored, documents)
-            return self.scorer.finish()
+        self.log(f"{name} end t:{self.eta.elapsed:.1f}s")
 
 
 # ==================================================================================================
@@ -6041,7 +6202,7 @@ def warm_stage(run: Run) -> None:
     trainer.loader.close()
     trainer.graphs = None
     if cfg.ttt_enabled:
-        TttRun(cfg, world, trainer.model.requires_grad_(False), Scorer(run.data, world), run.log).warm_up()
+        TttEngine(cfg, world, trainer.model.requires_grad_(False), run.data).warm_up(run.log)
     folder = compile_cache(cfg, world).get("TORCHINDUCTOR_CACHE_DIR", "torch's default folder")
     run.log(f"warm: {len(compilations())} graphs, kept in {folder}")
 
@@ -6115,17 +6276,18 @@ def score_artifact(run: Run) -> None:
 
 def adapt_and_score(run: Run, model: GPT) -> float:
     """Score with test-time training, and return the seconds that it took."""
+    cfg = run.cfg
     scorer = run.scorer("ttt")
-    ttt = TttRun(run.cfg, run.world, model, scorer, run.log)
-    if ttt.static_rows:
+    engine = TttEngine(cfg, run.world, model, run.data)
+    if engine.static_rows:
         run.clock.phase("compile")
         with run.unchanged(model.state_dict):
-            ttt.warm_up()
+            engine.warm_up(run.log)
     run.note_weights(model, "first_score")
 
     run.clock.phase("eval")
     run.log("beginning TTT eval timer")
-    seconds = run.score("quantized_ttt_phased", scorer, lambda scorer: ttt.run())
+    seconds = run.score("quantized_ttt_phased", scorer, lambda scorer: TttRun(cfg, engine, scorer, run.log).run())
     run.log(f"total_eval_time:{seconds:.1f}s")
     run.log(f"ttt_utilization: {Utilization(run.world, scorer.work, seconds).interval()}")
     return seconds
