@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.attention.flex_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_gpt as tg
@@ -42,6 +43,7 @@ D, H, G, HEAD, HIDDEN, V = CFG.model_dim, CFG.num_heads, CFG.num_kv_heads, CFG.h
 CAP = CFG.logit_softcap
 ALL_KERNELS = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", fused_ce_kernel="triton")
 # Document lengths in tokens of FineWeb's validation part at these percentiles (50,000 documents, CaseOps, 8,192 pieces).
+FLEX_TILES = ((), (64, 64), (64, 128), (128, 64), (128, 128))  # queries and keys at a time; () is torch's own choice
 PERCENTILES = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.9, 100)
 LENGTHS = (26, 104, 142, 179, 251, 334, 440, 566, 722, 936, 1259, 1873, 2769, 4618, 6625, 9624, 22379, 93646)
 
@@ -352,11 +354,42 @@ def fa3():
         yield from time_attention("fa3 of xformers", tg.varlen_attention(), (1024, 2048, 3072))
 
 
+def tiled_flex_attention(tile: tuple[int, ...]):
+    """Make `tg.flex_attention` with this tile, in which its backward's blocks divide each other as torch asks."""
+    queries, keys = tile
+    short, long = sorted(tile)
+    options = dict(
+        BLOCK_M=queries, BLOCK_N=keys, BLOCK_M1=short, BLOCK_N1=long, BLOCK_M2=long, BLOCK_N2=short)
+    untiled = torch.nn.attention.flex_attention.flex_attention
+
+    def flex(*args, **rest):
+        return untiled(*args, kernel_options=options, **rest)
+
+    with unittest.mock.patch.object(torch.nn.attention.flex_attention, "flex_attention", flex):
+        return tg.flex_attention()
+
+
 def flex_tiles():
-    """B6: FlexAttention by tile; the CPU has only its forward, uncompiled, so a dry run takes the definition's place."""
-    for tile in tg.FLEX_TILES:
-        attend = tg.document_attention_reference if DRY else tg.flex_attention(tile)
-        yield from time_attention(f"flex {'x'.join(map(str, tile)) or 'as torch chooses'}", attend, (1024, 3072))
+    """B6: FlexAttention by tile, checked and timed, and the fastest right one.
+
+    The CPU has only its forward, uncompiled, so a dry run takes the definition's place.
+    """
+    times = {}
+    for tile in FLEX_TILES:
+        attend = tiled_flex_attention(tile) if tile else tg.flex_attention()
+        attend = tg.document_attention_reference if DRY else attend
+        name = f"flex {'x'.join(map(str, tile)) or 'as torch chooses'}"
+        checks = list(check_attention(name, attend))
+        timings = list(time_attention(name, attend, (1024, 3072)))
+        yield from checks + timings
+        if all(check["reached"] for check in checks) and all("ms" in timing for timing in timings):
+            times[name] = sum(timing["ms"] for timing in timings)
+
+    if times:
+        best = min(times, key=times.get)
+        yield dict(name=f"best tile: {best}", ms=round(times[best], 4))
+    else:
+        yield dict(name="best tile", error="no tile of FlexAttention is right here")
 
 
 def muon():
@@ -439,11 +472,14 @@ def evaluation():
     yield line("scoring forward", ms, tf=N * sum(flops) / 1e12) | dict(tokens_per_s=round(N / ms * 1e3))
 
 
-def learning_step(cfg, world, forward, rows: int, width: int, chunk: int, padded: int):
-    """A function that scores a chunk of `rows` documents, learns from it and returns the nats. padded: width of the windows."""
+def learning_step(cfg, world, adam, forward, rows: int, width: int, chunk: int, padded: int):
+    """Make a function that scores a chunk of `rows` documents, learns from it and returns the nats.
+
+    adam: `Kernels.adam`. padded: width of the windows.
+    """
     order, generator = tg.layer_order(cfg, True), torch.Generator(DEVICE).manual_seed(0)
-    chain = tg.AdapterChain(cfg, world, rows, cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, seed=0)
-    optimizer = chain.begin(False)
+    chain = tg.AdapterChain(cfg, world, rows, seed=0, adam=adam)
+    optimizer = chain.begin()
     inputs, targets = (torch.randint(8, V, (rows, n), device=DEVICE, generator=generator) for n in (width, chunk))
     inputs = torch.nn.functional.pad(inputs, (0, padded - width))
     positions = torch.arange(width - chunk, width, device=DEVICE).expand(rows, -1).contiguous()
@@ -461,10 +497,11 @@ def learning_step(cfg, world, forward, rows: int, width: int, chunk: int, padded
 def ttt():
     """B12: learning steps of test-time training at four shapes: definitions; kernels; kernels in CUDA graphs, their windows padded to a
     bucket. The nats of three steps from the same adapters come first: those in graphs must be those of the same windows without."""
-    world, models, cfgs = make_world(), [], []
+    world, models, cfgs, adams = make_world(), [], [], []
     for kernels in ({}, {**ALL_KERNELS, "ttt_adam_kernel": "triton"}):
         cfgs.append(cfg := tg.Config(**SMALL, **kernels))
         model = tg.build_model(cfg, world, tg.choose_kernels(cfg, world)).requires_grad_(False)
+        adams.append(model.kernels.adam)
         models.append(tg.compile_forward(model, cfg, world, growing=True))
     definitions, kernels = models
     for rows, bucket, chunk in ((2, 16, 4),) if DRY else ((24, 3072, 48), (24, 1024, 24), (96, 512, 8), (256, 192, 8)):
@@ -474,7 +511,8 @@ def ttt():
         nats, ms = {}, {}
         for name in list(kinds):  # one after the other: the adapters and moments of 256 documents are 14 GB
             forward, padded = kinds.pop(name)
-            step = learning_step(cfgs[name != "definitions"], world, forward, rows, width, chunk, padded)
+            fused = name != "definitions"
+            step = learning_step(cfgs[fused], world, adams[fused], forward, rows, width, chunk, padded)
             nats[name], ms[name] = torch.stack([step() for _ in range(3)]), milliseconds(step, 5)
             del step, forward
             gc.collect()
@@ -527,7 +565,7 @@ SECTIONS = dict(  # name: (what runs, its limit in seconds); those that may be c
     ceilings=(ceilings, 40), correctness=(correctness, 90), attention_correctness=(attention_correctness, 90), gemms=(gemms, 30),
     mlp=(mlp, 60), heads=(heads, 60), cross_entropy=(cross_entropy, 40), attention=(attention, 60),
     muon=(muon, 40), train_step=(train_step, 300), evaluation=(evaluation, 90), gptq=(gptq, 60), quantization=(quantization, 60),
-    ttt=(ttt, 180), fa3=(fa3, 60), cutlass=(cutlass, 180), flex_tiles=(flex_tiles, 120))
+    ttt=(ttt, 180), fa3=(fa3, 60), cutlass=(cutlass, 180), flex_tiles=(flex_tiles, 150))
 
 
 def table(lines: list[dict]) -> str:
@@ -592,7 +630,7 @@ def main() -> int:
               file=sys.stderr)
         return 1
     lines = [dict(section="machine", name="dry run" if DRY else torch.cuda.get_device_name(0), torch=torch.__version__,
-                  triton=tg.triton.__version__ if tg.triton else None)]
+                  triton=tg.triton_version())]
     start = time.perf_counter()
     for name in args.sections or SECTIONS:
         made = section_lines(name, math.inf if DRY else args.seconds - (time.perf_counter() - start))
