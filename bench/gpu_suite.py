@@ -472,13 +472,13 @@ def evaluation():
     yield line("scoring forward", ms, tf=N * sum(flops) / 1e12) | dict(tokens_per_s=round(N / ms * 1e3))
 
 
-def learning_step(cfg, world, adam, forward, rows: int, width: int, chunk: int, padded: int):
+def learning_step(cfg, world, forward, rows: int, width: int, chunk: int, padded: int):
     """Make a function that scores a chunk of `rows` documents, learns from it and returns the nats.
 
-    adam: `Kernels.adam`. padded: width of the windows.
+    padded: width of the windows.
     """
     order, generator = tg.layer_order(cfg, True), torch.Generator(DEVICE).manual_seed(0)
-    chain = tg.AdapterChain(cfg, world, rows, seed=0, adam=adam)
+    chain = tg.AdapterChain(cfg, world, rows, cfg.seed, tg.choose_kernels(cfg, world).adam)
     optimizer = chain.begin()
     inputs, targets = (torch.randint(8, V, (rows, n), device=DEVICE, generator=generator) for n in (width, chunk))
     inputs = torch.nn.functional.pad(inputs, (0, padded - width))
@@ -497,11 +497,10 @@ def learning_step(cfg, world, adam, forward, rows: int, width: int, chunk: int, 
 def ttt():
     """B12: learning steps of test-time training at four shapes: definitions; kernels; kernels in CUDA graphs, their windows padded to a
     bucket. The nats of three steps from the same adapters come first: those in graphs must be those of the same windows without."""
-    world, models, cfgs, adams = make_world(), [], [], []
+    world, models, cfgs = make_world(), [], []
     for kernels in ({}, {**ALL_KERNELS, "ttt_adam_kernel": "triton"}):
         cfgs.append(cfg := tg.Config(**SMALL, **kernels))
         model = tg.build_model(cfg, world, tg.choose_kernels(cfg, world)).requires_grad_(False)
-        adams.append(model.kernels.adam)
         models.append(tg.compile_forward(model, cfg, world, growing=True))
     definitions, kernels = models
     for rows, bucket, chunk in ((2, 16, 4),) if DRY else ((24, 3072, 48), (24, 1024, 24), (96, 512, 8), (256, 192, 8)):
@@ -511,8 +510,7 @@ def ttt():
         nats, ms = {}, {}
         for name in list(kinds):  # one after the other: the adapters and moments of 256 documents are 14 GB
             forward, padded = kinds.pop(name)
-            fused = name != "definitions"
-            step = learning_step(cfgs[fused], world, adams[fused], forward, rows, width, chunk, padded)
+            step = learning_step(cfgs[name != "definitions"], world, forward, rows, width, chunk, padded)
             nats[name], ms[name] = torch.stack([step() for _ in range(3)]), milliseconds(step, 5)
             del step, forward
             gc.collect()
