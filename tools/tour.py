@@ -4,8 +4,8 @@
     PRESET=demo NUM_LOOPS=2 python tools/tour.py --out tour.png    # what these variables make of it
     python tools/tour.py --out tour.png --run logs/demo            # a run's or record's settings and numbers
 
-The first half of the depths is the upper row, from left to right; the second half is the lower one, from right
-to left, so that every skip is a vertical line. Equal colours are equal weights.
+The first half of the depths is the upper row, left to right; the second half is the lower one, right to
+left, so that every skip is a vertical line. Equal colours are equal weights.
 """
 
 from __future__ import annotations
@@ -224,8 +224,7 @@ def legend(cfg: tg.Config, depths: list[Depth]) -> list[str]:
     if any(at.two_streams for at in depths):
         lines.append("two lines: attention reads one stream, the MLP the other; both write to both")
     if cfg.ttt_enabled:
-        rank = f"rank {cfg.ttt_lora_rank}, own ones a depth and document"
-        lines.append(f"discs: adapters of test-time training, {rank}: {sites}")
+        lines.append(f"discs: test-time adapters of rank {cfg.ttt_lora_rank}: {sites}")
     if cfg.num_loops:
         lines.append(f"the loops begin after {cfg.enable_looping_at:.0%} of the training")
     return lines
@@ -263,7 +262,7 @@ def draw_network(ax: Axes, cfg: tg.Config) -> None:
 def rounding_words(cfg: tg.Config) -> str:
     """Say how the configuration makes integers of weights."""
     if cfg.quant == "rd":
-        return "QUANT=rd: every weight at one\nslope of loss against bits;\ntrellis inside GPTQ"
+        return "QUANT=rd: all weights at\none slope of loss to bits;\ntrellis inside GPTQ"
     if cfg.quant == "s05":
         return "QUANT=s05: GPTQ, int5 or int6\nby the Hessian's trace,\nembedding int8"
     extra = [name for name, on in (("AWQ", cfg.awq_lite_enabled), ("LQER", cfg.lqer_enabled)) if on]
@@ -309,7 +308,7 @@ def road(cfg: tg.Config, run: dict[str, Any] | None) -> tuple[list[Step], list[S
         Step("scored", "bits per byte of\nvalidation text", measured("quantized_val_bpb", "{:.4f} bpb")),
     ]
     if cfg.ttt_enabled:
-        words = "adapters (and, in phases, all weights)\nlearn from what was scored"
+        words = "adapters (in phases, all\nweights) learn from\nwhat was scored"
         back.append(Step("scored and taught", words, measured("ttt_val_bpb", "{:.4f} bpb")))
     return there, back
 
@@ -336,7 +335,7 @@ def draw_bytes(ax: Axes, run: dict[str, Any], y: float) -> None:
     for index, (name, size) in enumerate(sorted(parts.items(), key=lambda part: -part[1])):
         width = 6 * size / total
         ax.barh(y, width, 0.3, left, color=("#d5dfec", "#c3d1e3")[index % 2], edgecolor="white", zorder=3)
-        if width > 0.2:
+        if width > 0.23:
             say(ax, left + width / 2, y, f"{name}\n{size:,}", 5.9, linespacing=1.05)
         left += width
     share = run["bytes_total"] / CAP_BYTES
