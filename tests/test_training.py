@@ -46,7 +46,7 @@ def fingerprint(trainer) -> dict[str, torch.Tensor]:
     out |= {f"ema.{n}": t.clone() for n, t in trainer.ema.shadow.items()}
     state = trainer.optimizer.state_dict()
     out |= {f"adam.{k}.{n}": t.clone() for k, moments in state["adamw"]["state"].items() for n, t in moments.items()}
-    return out | {f"momentum.{i}": t for i, t in enumerate(state["momentum"])}
+    return out | {f"matrices.{i}.{n}": t for i, bank in enumerate(state["matrices"]) for n, t in bank.items()}
 
 
 def assert_same(a: dict, b: dict):
