@@ -8,7 +8,7 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
 train -> EMA -> Hessians -> GPTQ -> artifact on disk -> reload from its bytes -> score -> test-time training -> one JSON line.
 
 Reads top to bottom, a name is used below its definition:
-CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, AUDIT, KERNELS, MAIN.
+CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, KERNELS, MAIN.
 Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width, V vocabulary,
 L blocks, S depths (positions in the unrolled layer order), W ranks.
 """
@@ -28,7 +28,6 @@ import importlib.util
 import inspect
 import io
 import json
-import linecache
 import math
 import os
 import platform
@@ -42,7 +41,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import pairwise
@@ -116,13 +115,7 @@ REFUSED = {  # names that appear in published commands but never did anything, a
     "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
     "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are computed inside the evaluation's clock",
     "TARGET_MB": "published runs gave it in MiB, and their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES",
-    "MIDRUN_CAP_SCHEDULE": "no published run set it; TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate",
-    "MIDRUN_CAP_LOG_UPDATES": "there is no MIDRUN_CAP_SCHEDULE",
-    "COMPILE_SHAPE_WARMUP_ITERS": "one pass a shape compiles it",
-    "COMPILE_SHAPE_WARMUP_LOOP_MODES": "the loop modes that the run will meet are warmed",
-    "TTT_EVAL_BATCHES": "every batch is reported, and the order of scoring is fixed",
-    "TTT_TRAIN_MIN_DOC_LEN": "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases",
-    "TTT_TRAIN_MAX_DOC_LEN": "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases",
+    "AUDIT": "nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length",
     "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; `parameters` says which optimizer owns which tensor",
 }
 
@@ -136,6 +129,13 @@ GONE = {  # published names that are accepted with one value, or with any (None)
     "LQER_GAIN_SELECT": ("0", "the tensors with the largest residual are corrected"),
     "TTT_OPTIMIZER": ("adam", "adapters are trained by AdamW"),
     "TTT_GRAD_STEPS": ("1", "one update a scored chunk"),
+    "MIDRUN_CAP_SCHEDULE": ("", "TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate"),
+    "MIDRUN_CAP_LOG_UPDATES": ("0", "there is no MIDRUN_CAP_SCHEDULE"),
+    "COMPILE_SHAPE_WARMUP_ITERS": ("1", "one pass a shape compiles it"),
+    "COMPILE_SHAPE_WARMUP_LOOP_MODES": ("auto", "the loop modes that the run will meet are warmed"),
+    "TTT_EVAL_BATCHES": ("", "every batch is reported, and the order of scoring is fixed"),
+    "TTT_TRAIN_MIN_DOC_LEN": ("0", "every document is learned from"),
+    "TTT_TRAIN_MAX_DOC_LEN": ("0", "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases"),
     "TTT_SHORT_LORA_ENABLED": ("0", "short documents have the adapters of all"),
     "TTT_SHORT_LORA_RANK": (None, "TTT_SHORT_LORA_ENABLED is 0"),
     "TTT_SHORT_LORA_LR": (None, "TTT_SHORT_LORA_ENABLED is 0"),
@@ -273,7 +273,6 @@ class Config:
     ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact")
     seed: int = knob(1337, "seeds weights and adapters; the data order does not depend on it", lo=0)
     seeds_declared: str = knob("", "comma list of the seeds that will be run and averaged, fixed before the first of them")
-    audit: str = knob("sample", "probes of the scored evaluation: none, a few short documents, or many", choices=("off", "sample", "full"))
     run_id: str = knob("", "name of the run; blank = date and time")
     artifact_dir: str = knob("", "folder for log, checkpoint and artifact; blank = logs/RUN_ID")
     resume: bool = knob(False, "continue from checkpoint.pt of ARTIFACT_DIR")
@@ -608,7 +607,7 @@ def config_from_env(env) -> Config:
         elif name in GONE:
             accepted, why = GONE[name]
             if accepted not in (None, env[name]):
-                errors.append(f"{name}={env[name]!r}: only {accepted} is left: {why}")
+                errors.append(f"{name}={env[name]!r}: only {accepted!r} is left: {why}")
         elif name in known:
             try:
                 values[name.lower()] = parse_knob(known[name], env[name])
@@ -647,7 +646,7 @@ def without_effect(cfg: Config, env) -> list[str]:
 def config_hash(cfg: Config) -> str:
     """Identity of the recipe: everything but the seed, the stage, the run's name, where files lie and what is logged."""
     skip = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage", "prequant_only",
-            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "audit", "seeds_declared",
+            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "seeds_declared",
             "compile_allow_recompiles", "compile_cache_dir", "cutlass_path"}
     recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in skip}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
@@ -1157,29 +1156,44 @@ def document_cu_seqlens(bos: np.ndarray, total: int, max_len: int, bucket: int =
     return out
 
 
-class Row(NamedTuple):
-    """One packed row: inputs and targets (1, T) int64, segments (padded) int32 and their lengths, longest segment allowed."""
+class Segments(NamedTuple):
+    """Attention segments of a packed row: int32 bounds of `document_cu_seqlens`, length of the longest one allowed.
 
-    inputs: Tensor
-    targets: Tensor
+    None in their place means plain causal attention.
+    """
+
     cu_seqlens: Tensor
-    lengths: np.ndarray  # of the segments, on the host
     max_len: int
 
 
+class Row(NamedTuple):
+    """One packed row: inputs and targets (1, T) int64, its attention segments, and their lengths on the host."""
+
+    inputs: Tensor
+    targets: Tensor
+    segments: Segments
+    lengths: np.ndarray
+
+
 def packed_row(tokens: np.ndarray, max_len: int, device: torch.device, every: int = 0) -> Row:
-    """T + 1 consecutive tokens -> a Row of T predictions; attention stays within documents cut at `max_len`.
+    """Pack T + 1 consecutive tokens into a Row of T predictions; attention stays within documents cut at `max_len`.
 
     every: cut at its multiples too, wherever documents start.
     """
-    window, starts = torch.from_numpy(tokens.astype(np.int64)), np.flatnonzero(tokens[:-1] == BOS_ID)
-    starts = np.union1d(starts, np.arange(0, len(tokens) - 1, every)) if every else starts
+    starts = np.flatnonzero(tokens[:-1] == BOS_ID)
+    if every:
+        starts = np.union1d(starts, np.arange(0, len(tokens) - 1, every))
     bounds = document_cu_seqlens(starts, len(tokens) - 1, max_len)
-    lengths, cu_seqlens = np.diff(bounds), torch.from_numpy(bounds)
+    lengths = np.diff(bounds)
+    window = torch.from_numpy(tokens.astype(np.int64))
+    cu_seqlens = torch.from_numpy(bounds)
+
     if device.type == "cuda":
-        window, cu_seqlens = window.pin_memory(), cu_seqlens.pin_memory()
+        window = window.pin_memory()
+        cu_seqlens = cu_seqlens.pin_memory()
     window = window.to(device, non_blocking=True)
-    return Row(window[None, :-1], window[None, 1:], cu_seqlens.to(device, non_blocking=True), lengths[lengths > 0], max_len)
+    segments = Segments(cu_seqlens.to(device, non_blocking=True), max_len)
+    return Row(window[None, :-1], window[None, 1:], segments, lengths[lengths > 0])
 
 
 class TrainLoader:
@@ -1321,31 +1335,39 @@ class ValData:
 # MODEL - one network, one forward: training, scoring, calibration and test-time training differ by its arguments.
 # ==================================================================================================
 
+# The same network in 140 lines of plain loops, with nothing folded or fused: tests/spec_model.py. Read that first.
+
+
 def softcap(logits: Tensor, cap: float) -> Tensor:
     """Compute cap tanh(logits / cap) in fp32."""
     return cap * torch.tanh(logits.float() / cap)
 
 
 def softcapped_ce(logits: Tensor, targets: Tensor, cap: float, round_cap: bool = False) -> Tensor:
-    """Cross-entropy in nats, per token and in fp32, of the capped logits.
+    """Compute the cross-entropy of the capped logits in nats, per token and in fp32.
 
-    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before the
-    cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
+    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before
+    the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
     """
     z = softcap(logits, cap)
-    z = z.to(logits.dtype).float() if round_cap else z
+    if round_cap:
+        z = z.to(logits.dtype).float()
     if targets.ndim == z.ndim:
         return z.logsumexp(-1, keepdim=True) - z.gather(-1, targets)
-    return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    nats = F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none")
+    return nats.view(targets.shape)
 
 
 def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
-    """leaky_relu(x)^2: homogeneous of degree 2 on each side of zero."""
+    """Compute leaky_relu(x)^2, which is homogeneous of degree 2 on each side of zero."""
     return F.leaky_relu(x, slope).square()
 
 
 def leaky_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, see_hidden=None) -> Tensor:
-    """leaky_relu(x up^T)^2 down^T. x (..., D), up (F, D), down (D, F) -> (..., D). see_hidden(h): sees what `down` reads."""
+    """Compute leaky_relu(x up^T)^2 down^T: x (..., D), up (F, D), down (D, F) -> (..., D).
+
+    see_hidden(h), if given, sees what `down` reads.
+    """
     hidden = leaky_relu_squared(F.linear(x, up), slope)
     if see_hidden is not None:
         see_hidden(hidden)
@@ -1353,87 +1375,104 @@ def leaky_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, see_hidden=None
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last dimension; no weight, eps is that of the dtype."""
+    """Divide x by its root mean square over the last dimension; no weight, eps is that of the dtype."""
     return F.rms_norm(x, (x.shape[-1],))
 
 
 def add_streams(weights: Tensor | None, *streams: Tensor) -> Tensor:
-    """Residual streams (B, T, D), each times its row of weights (n, D) or (n, 1), added up. weights None: a plain sum."""
-    w = weights if weights is None else weights.to(streams[0].dtype)
-    first, *rest = streams if w is None else (factor * x for factor, x in zip(w, streams, strict=True))
-    return sum(rest, first)
+    """Add up streams (B, T, D), each times its row of weights (n, D) or (n, 1); weights None: a plain sum."""
+    if weights is not None:
+        rows = weights.to(streams[0].dtype)
+        streams = tuple(row * x for row, x in zip(rows, streams, strict=True))
+    return sum(streams[1:], streams[0])
 
 
 def add_norm(weights: Tensor | None, *streams: Tensor) -> tuple[Tensor, Tensor]:
-    """Two or three residual streams added up by `add_streams`, and that sum normed."""
+    """Add up two or three streams by `add_streams` -> that sum, and that sum normed."""
     total = add_streams(weights, *streams)
     return total, rms_norm(total)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Partial rotary embedding, half-split: x (B, T, heads, d), the first 2 n of d dimensions turn, n = cos.shape[-1]."""
+    """Turn the first 2 n of d dimensions, half-split (partial rotary embedding): x (B, T, heads, d), n = cos.shape[-1]."""
     n = cos.shape[-1]
-    x1, x2, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+    x1, x2, rest = x.tensor_split((n, 2 * n), dim=-1)
+    turned = (x1 * cos + x2 * sin, x2 * cos - x1 * sin)
+    return torch.cat((*turned, rest), dim=-1)
 
 
-def split_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One merged projection -> queries and keys, normed per head and rotated, queries times their gain, and values.
+def split_heads(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split one merged projection into queries and keys, normed per head and rotated, queries times their gain, and values.
 
     qkv (B, T, (H + 2 G) d), gain (H,), cos and sin (T, 1, n) -> q (B, T, H, d), k and v (B, T, G, d).
     """
     heads = len(gain)
-    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=2)
-    q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
+    merged = qkv.unflatten(-1, (heads + 2 * kv_heads, -1))
+    q, k, v = merged.split((heads, kv_heads, kv_heads), dim=2)
+    q = rotate(rms_norm(q), cos, sin)
+    k = rotate(rms_norm(k), cos, sin)
     return q * gain.to(q.dtype)[:, None], k, v
 
 
 def without_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: y - (y.v / v.v) v for each head of y (B, T, H, d) and its value v (B, T, G, d), computed in fp32."""
-    grouped, own = y.unflatten(2, (v.shape[2], -1)).float(), v.unsqueeze(3).float()  # (B, T, G, H/G, d) and (B, T, G, 1, d)
-    share = (grouped * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    """Compute XSA, y - (y.v / v.v) v, for each head of y (B, T, H, d) and its value v (B, T, G, d), in fp32."""
+    grouped = y.unflatten(2, (v.shape[2], -1)).float()  # (B, T, G, H/G, d)
+    own = v.unsqueeze(3).float()                        # (B, T, G, 1, d)
+    square = own.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    share = (grouped * own).sum(-1, keepdim=True) / square
     return (grouped - share * own).flatten(2, 3).to(y.dtype)
 
 
 def gate_heads(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """XSA and the output gate: drop from each head its part along the token's own value, then scale the head.
+    """Drop from each head its part along the token's own value (XSA), then scale the head by its gate.
 
     y (B, T, H, d), v (B, T, G, d), gate (B, T, H) -> (B, T, H, d).
     """
     return without_own_value(y, v) * gate.unsqueeze(-1)
 
 
-def window_mask(n: int, window: int, like: Tensor, at: Tensor | None = None) -> Tensor | None:
-    """What is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
+def window_mask(n: int, window: int, like: Tensor, positions: Tensor | None = None) -> Tensor | None:
+    """Make what is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
 
-    None where plain causal attention is the same: no window (0), or one that the segment fits into. at (.., m): just the queries at
-    these positions, -> (.., 1, m, n), never None.
+    None where plain causal attention is the same: no window (0), or one that the segment fits into. positions (.., m): just the
+    queries there, -> (.., 1, m, n), never None.
     """
-    if not 0 < window < n and at is None:
+    if positions is None and not 0 < window < n:
         return None
     keys = torch.arange(n, device=like.device)
-    distance = (keys if at is None else at.unsqueeze(-2)).unsqueeze(-1) - keys
-    return torch.zeros_like(distance, dtype=like.dtype).masked_fill_((distance < 0) | (distance >= (window or n)), -math.inf)
+    queries = keys if positions is None else positions.unsqueeze(-2)
+    distance = queries.unsqueeze(-1) - keys
+    hidden = (distance < 0) | (distance >= (window or n))
+    return torch.zeros_like(distance, dtype=like.dtype).masked_fill_(hidden, -math.inf)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, at: Tensor | None = None) -> Tensor:
-    """Causal attention of whole rows, in a window. q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d).
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, positions: Tensor | None = None) -> Tensor:
+    """Attend causally within whole rows, in a window: q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d).
 
-    at (B, n): positions of the queries, q (B, n, H, d); fewer queries than keys are otherwise the last.
+    positions (B, n): of the queries, q (B, n, H, d); fewer queries than keys are otherwise the last.
     """
-    if at is None and q.shape[1] < k.shape[1]:
-        at = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
-    mask = window_mask(k.shape[1], window, q, at)
+    queries, keys = q.shape[1], k.shape[1]
+    if positions is None and queries < keys:
+        positions = torch.arange(keys - queries, keys, device=q.device)
+    mask = window_mask(keys, window, q, positions)
     heads = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
+    out = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
-def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-    """The definition: causal attention within each segment. q (T, H, d), k and v (T, G, d) -> (T, H, d)."""
-    bounds = cu_seqlens.tolist()
-    return torch.cat([causal_attention(*(t[None, start:end] for t in (q, k, v)), window)[0]
-                      for start, end in pairwise(bounds) if end > start])
+def document_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0
+) -> Tensor:
+    """Attend causally within each segment: the definition. q (T, H, d), k and v (T, G, d) -> (T, H, d)."""
+    parts = []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        if end > start:
+            rows = (t[None, start:end] for t in (q, k, v))
+            parts.append(causal_attention(*rows, window)[0])
+    return torch.cat(parts)
 
 
 class Kernels(NamedTuple):
@@ -1470,22 +1509,30 @@ class Adapters(NamedTuple):
     head: Lora | None = None  # of no depth, reads the final normed hidden state
 
     def by_depth(self, blocks: list[Block]) -> list[Adapters]:
-        """One Adapters per depth, given its block. unbind, not indexing: its backward writes each gradient once."""
-        sites = {site: lora for site, lora in zip(self._fields, self, strict=True) if lora is not None and site != "head"}
-        columns = {site: zip(lora.A.unbind(0), lora.B.unbind(0), strict=True) for site, lora in sites.items()}
-        return [Adapters(**{site: block.fold_adapter(site, Lora(*next(column), sites[site].scale)) for site, column in columns.items()})
-                for block in blocks]
+        """Cut into one Adapters per depth, given its block. unbind, not indexing: its backward writes each gradient once."""
+        found: list[dict[str, Lora]] = [{} for _ in blocks]
+        for site, lora in self._asdict().items():
+            if lora is None or site == "head":
+                continue
+            pairs = zip(lora.A.unbind(0), lora.B.unbind(0), strict=True)
+            for sites, block, (A, B) in zip(found, blocks, pairs, strict=True):
+                sites[site] = block.fold_adapter(site, Lora(A, B, lora.scale))
+        return [Adapters(**sites) for sites in found]
 
     def rows(self, first: int, end: int) -> Adapters:
-        """Views of the adapters of documents [first, end)."""
-        return Adapters(*(lora and Lora(*(t[..., first:end, :, :] for t in lora[:2]), lora.scale) for lora in self))
+        """View the adapters of documents [first, end)."""
+        count, cut = end - first, {}
+        for site, lora in self._asdict().items():
+            if lora is not None:
+                cut[site] = Lora(lora.A.narrow(-3, first, count), lora.B.narrow(-3, first, count), lora.scale)
+        return Adapters(**cut)
 
 
 NO_ADAPTERS = Adapters()
 
 
 class Weights(NamedTuple):
-    """The matrices of one block, (n_out, n_in) each, in the activation dtype, with the block's constant and learned scales folded in."""
+    """The matrices of one block, (n_out, n_in) each, in the activation dtype, its constant and learned scales folded in."""
 
     qkv: Tensor  # Q, K and V below one another
     o: Tensor
@@ -1493,89 +1540,117 @@ class Weights(NamedTuple):
     down: Tensor
 
 
-class Segments(NamedTuple):
-    """Attention segments of a packed row (1, T); None in its place means plain causal attention."""
-
-    cu_seqlens: Tensor
-    max_len: int
-
-
 class Cache:
-    """What rows (B, T) leave behind: their last token and, by depth, their keys and values. With it a forward goes on where it stopped."""
+    """What rows (B, T) leave behind: their last token and, by depth, their keys and values.
+
+    With it a forward goes on where it stopped.
+    """
 
     def __init__(self, max_len: int):
-        self.max_len, self.length, self.last, self.kv = max_len, 0, None, {}
+        self.max_len = max_len
+        self.length = 0
+        self.last_token: Tensor | None = None  # (B, 1)
+        self.kv: dict[int, Tensor] = {}
 
     def extend(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, T, G, d) of new tokens; returns those of all tokens so far."""
+        """Append keys and values (B, T, G, d) of new tokens; return those of all tokens so far."""
         B, T, G, d = k.shape
         if depth not in self.kv:
-            self.kv[depth] = k.new_empty(2, B, G, self.max_len, d).transpose(2, 3)  # a head's positions lie side by side: half the time
-        held = self.kv[depth][:, :, : self.length + T]
-        held[0, :, self.length :], held[1, :, self.length :] = k, v
-        return held[0], held[1]
+            # A head's positions lie side by side: reading them takes half the time.
+            self.kv[depth] = k.new_empty(2, B, G, self.max_len, d).transpose(2, 3)
+        kept = self.kv[depth][:, :, : self.length + T]
+        kept[0, :, self.length :] = k
+        kept[1, :, self.length :] = v
+        return kept[0], kept[1]
 
 
-def at_positions(x: Tensor, at: Tensor | None) -> Tensor:
-    """x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
-    return x if at is None else x.gather(1, at.view(*at.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
+class Context(NamedTuple):
+    """What all depths of one forward share."""
+
+    rope: tuple[Tensor, Tensor]  # cos and sin (T, 1, rope_dims / 2)
+    segments: Segments | None
+    cache: Cache | None
+    kernels: Kernels
+    tap: Any  # None, or tap(site, x): sees the input of every matrix
 
 
-def add_deltas(y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)) -> Tensor:
-    """y (B, T, width) plus the deltas of adapters that read x, each from its own of the `columns` on: one product by all A, one by all B,
-    added up inside it."""
-    found = [(lora, first) for lora, first in zip(loras, columns, strict=True) if lora is not None]
-    if not found:
+class Streams(NamedTuple):
+    """The residual stream (B, T, D); the two-lane decoder has one for attention and one for the MLP."""
+
+    attn: Tensor
+    mlp: Tensor | None = None
+
+
+def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
+    """Take x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
+    if positions is None:
+        return x
+    trailing = [1] * (x.ndim - 2)
+    return torch.take_along_dim(x, positions.view(*positions.shape, *trailing), dim=1)
+
+
+def add_deltas(
+    y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)
+) -> Tensor:
+    """Add to y (B, T, width) the deltas of adapters that read x, each from its own of the `columns` on.
+
+    One product by all A, one by all B, added up inside it.
+    """
+    A, B = [], []
+    for lora, left in zip(loras, columns, strict=True):
+        if lora is not None:
+            right = y.shape[-1] - left - lora.B.shape[1]
+            A.append(lora.A)
+            B.append(F.pad(lora.scale * lora.B, (0, 0, left, right)))
+    if not A:
         return y
-    A = torch.cat([lora.A for lora, _ in found], 1).to(x.dtype)
-    B = torch.cat([F.pad(lora.scale * lora.B, (0, 0, first, y.shape[-1] - first - lora.B.shape[1])) for lora, first in found], 2)
-    return torch.baddbmm(y, x @ A.mT, B.to(x.dtype).mT)
+    down = torch.cat(A, dim=1).to(x.dtype)
+    up = torch.cat(B, dim=2).to(x.dtype)
+    return torch.baddbmm(y, x @ down.mT, up.mT)
 
 
 def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
-    """Blocks in execution order; when looping, the middle segment runs 1 + NUM_LOOPS times."""
+    """List the blocks in execution order; when looping, the middle ones run 1 + NUM_LOOPS times."""
     if not (looping and cfg.num_loops):
         return tuple(range(cfg.num_layers))
-    segment = tuple(range(cfg.loop_start, cfg.loop_end + 1))
-    return (*range(cfg.loop_start), *(segment * (1 + cfg.num_loops)), *range(cfg.loop_end + 1, cfg.num_layers))
+    before = range(cfg.loop_start)
+    middle = range(cfg.loop_start, cfg.loop_end + 1)
+    after = range(cfg.loop_end + 1, cfg.num_layers)
+    return (*before, *[*middle] * (1 + cfg.num_loops), *after)
 
 
 def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, 1, rope_dims / 2) of the row positions: only differences matter, so documents need no reset.
+    """Compute cos and sin (length, 1, rope_dims / 2) of the row positions.
 
-    The frequencies are rounded to bf16 because published checkpoints were trained with rounded ones. With ROPE_YARN the base
-    grows where the attention context exceeds ROPE_TRAIN_SEQ_LEN.
+    Only differences of positions matter, so documents need no reset. The frequencies are rounded to bf16 because published
+    checkpoints were trained with rounded ones. With ROPE_YARN the base grows where `context` exceeds ROPE_TRAIN_SEQ_LEN.
     """
     base = cfg.rope_base
     if cfg.rope_yarn and context > cfg.rope_train_seq_len:
         base *= (context / cfg.rope_train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
-    exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32, device=device) / cfg.rope_dims
-    frequencies = (base**-exponents).bfloat16().float()
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+    exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32, device=device)
+    frequencies = (base ** -(exponents / cfg.rope_dims)).bfloat16().float()
+    places = torch.arange(length, dtype=torch.float32, device=device)
+    angles = places[:, None] * frequencies
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
 class StoredAs(NamedTuple):
-    """How the artifact keeps a tensor."""
+    """How the artifact keeps a tensor. Knobs and sites are blank where the codec has no use for them."""
 
-    codec: str         # an entry of CODECS
-    bits: str          # gptq: the knob that has its bits,
-    clip_sigmas: str   # the knob that has the end of its grid,
-    site: str          # and the products whose inputs make its Hessian
-    stream: str        # of the artifact, for its integers
-    sort_rows: bool    # by similarity, with COMPRESSOR=pergroup
-
-
-HALF = StoredAs("float16", "", "", "", "rest", False)
-INT8_ROWS = StoredAs("int8_row", "", "", "", "rest", False)
-SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the order of the forward
+    codec: str        # an entry of CODECS
+    bits: str         # the knob that has its bits
+    clip_sigmas: str  # the knob that has the end of its grid, in standard deviations of a row
+    site: str         # the product whose inputs make its Hessian
+    stream: str       # of the artifact, for its integers
+    sort_rows: bool   # by similarity, with COMPRESSOR=pergroup
 
 
 class Role(NamedTuple):
-    """What a tensor, or one of the equal parts of a bank, is for."""
+    """What a tensor, or each of the equal parts of a bank, is for."""
 
-    name: str                # of the matrix in a block, "" for a tensor that is no bank
-    products: str            # "every": multiplied for every token; "scored": not for those that are only context; "": never
+    name: str                # of the matrix in a block; "": the tensor is no bank
+    products: str            # "every": for every token; "scored": not for those that are only context; "": multiplies nothing
     stored: StoredAs | None  # None: for training only, in no artifact
 
 
@@ -1583,11 +1658,17 @@ class Parameter(NamedTuple):
     """One tensor of the network: a row of `parameters`, with no column left out."""
 
     name: str
-    present: bool
     shape: tuple[int, ...]
     init: Callable[[Tensor], Any]
     optimizer: str  # the group it is learned in: "matrices", "scalars" or "embedding", see TrainOptimizer
     roles: tuple[Role, ...]
+    present: bool
+
+
+SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the order of the forward
+HALF = StoredAs("float16", "", "", "", "rest", False)
+INT8_ROWS = HALF._replace(codec="int8_row")
+ELEMENTWISE = (Role("", "", HALF),)
 
 
 def init_orthogonal(p: Tensor) -> None:
@@ -1608,61 +1689,79 @@ def init_resid_mix(p: Tensor) -> None:
     p[1].zero_()
 
 
-def gptq_matrix(name: str, products: str, clip_sigmas: str, site: str, sort_rows: bool = False) -> Role:
+def gptq_matrix(name: str, products: str, clip_sigmas: str, site: str, sort_rows: bool) -> Role:
     """Describe a block's matrix that GPTQ quantizes and that has a stream of its own."""
     return Role(name, products, StoredAs("gptq", "matrix_bits", clip_sigmas, site, name, sort_rows))
 
 
+def bank_parameters(cfg: Config) -> list[Parameter]:
+    """List the banks: the matrices of all blocks, stacked so that the optimizer shards whole matrices over the ranks.
+
+    A bank holds its roles one after another, each with one matrix (n_out, n_in) per block.
+    """
+    L, D = cfg.num_layers, cfg.model_dim
+    attn, mlp = "attn_clip_sigmas", "mlp_clip_sigmas"
+    q = gptq_matrix("attn.c_q", "every", attn, "attn_in", sort_rows=True)
+    k = gptq_matrix("attn.c_k", "every", attn, "attn_in", sort_rows=False)
+    v = gptq_matrix("attn.c_v", "every", attn, "attn_in", sort_rows=False)
+    o = gptq_matrix("attn.proj", "scored", attn, "attn_out", sort_rows=False)
+    up = gptq_matrix("mlp.fc", "scored", mlp, "mlp_in", sort_rows=True)
+    down = gptq_matrix("mlp.proj", "scored", mlp, "mlp_mid", sort_rows=False)
+    return [
+        Parameter("qo_bank", (2 * L, D, D), init_half_orthogonal, "matrices", (q, o), True),
+        Parameter("kv_bank", (2 * L, cfg.kv_dim, D), init_orthogonal, "matrices", (k, v), True),
+        Parameter("mlp_up_bank", (L, cfg.mlp_dim, D), init_orthogonal, "matrices", (up,), True),
+        Parameter("mlp_down_bank", (L, D, cfg.mlp_dim), nn.init.zeros_, "matrices", (down,), True),
+    ]
+
+
+def block_parameters(cfg: Config, block: str) -> list[Parameter]:
+    """List the small tensors of one block."""
+    D, heads = cfg.model_dim, cfg.num_heads
+    dense = cfg.attn_gate == "dense"
+    gain = partial(nn.init.constant_, val=cfg.qk_gain_init)
+    gate_shape = (heads, D if dense else cfg.gate_window)
+    gate_init = partial(nn.init.normal_, std=cfg.gated_attn_init_std if dense else cfg.sparse_attn_gate_init_std)
+    gate = (Role("", "scored", INT8_ROWS if cfg.gated_attn_quant_gate else HALF),)
+    out_gate = (Role("", "scored", HALF),)
+    has_gate = cfg.attn_gate in ("dense", "sparse")
+    return [
+        Parameter(f"{block}.attn_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
+        Parameter(f"{block}.mlp_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
+        Parameter(f"{block}.resid_mix", (2, D), init_resid_mix, "scalars", ELEMENTWISE, True),
+        Parameter(f"{block}.attn.q_gain", (heads,), gain, "scalars", ELEMENTWISE, True),
+        Parameter(f"{block}.attn.attn_gate_w", gate_shape, gate_init, "scalars", gate, has_gate),
+        Parameter(
+            f"{block}.attn.attn_gate_proj.weight", gate_shape, nn.init.zeros_, "scalars", out_gate, cfg.attn_gate == "out"),
+    ]
+
+
 @cache
 def parameters(cfg: Config) -> tuple[Parameter, ...]:
-    """List every tensor of the network, once: presence, shape, initial values, optimizer, FLOPs and stored form are read from here.
+    """List every tensor of the network, once: shape, initial values, optimizer, FLOPs and stored form are read from here.
 
-    The matrices of all blocks are stacked into four banks, so that the optimizer shards whole matrices over the ranks. A bank holds
-    its roles one after another, each with a matrix (n_out, n_in) per block. Names are those of published checkpoints.
+    Names are those of published checkpoints.
     """
-    L, D, heads, rows = cfg.num_layers, cfg.model_dim, cfg.num_heads, []
-    skips = len(layer_order(cfg, looping=True)) // 2
-    lanes = cfg.parallel_start_layer > 0
-    elementwise, gate = (Role("", "", HALF),), (Role("", "scored", HALF),)
-    gate_rows = (Role("", "scored", INT8_ROWS if cfg.gated_attn_quant_gate else HALF),)
-    gate_width = D if cfg.attn_gate == "dense" else cfg.gate_window
-    gate_std = cfg.gated_attn_init_std if cfg.attn_gate == "dense" else cfg.sparse_attn_gate_init_std
-    embedding = StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)
-
-    def constant(value: float) -> Callable[[Tensor], Any]:
-        return partial(nn.init.constant_, val=value)
-
-    def normal(std: float) -> Callable[[Tensor], Any]:
-        return partial(nn.init.normal_, std=std)
-
-    def row(name: str, shape: tuple[int, ...], init, optimizer: str, roles: tuple[Role, ...], present: bool = True) -> None:
-        rows.append(Parameter(name, present, shape, init, optimizer, roles))
-
-    row("qo_bank", (2 * L, D, D), init_half_orthogonal, "matrices", (
-        gptq_matrix("attn.c_q", "every", "attn_clip_sigmas", "attn_in", sort_rows=True),
-        gptq_matrix("attn.proj", "scored", "attn_clip_sigmas", "attn_out")))
-    row("kv_bank", (2 * L, cfg.kv_dim, D), init_orthogonal, "matrices", (
-        gptq_matrix("attn.c_k", "every", "attn_clip_sigmas", "attn_in"),
-        gptq_matrix("attn.c_v", "every", "attn_clip_sigmas", "attn_in")))
-    row("mlp_up_bank", (L, cfg.mlp_dim, D), init_orthogonal, "matrices", (
-        gptq_matrix("mlp.fc", "scored", "mlp_clip_sigmas", "mlp_in", sort_rows=True),))
-    row("mlp_down_bank", (L, D, cfg.mlp_dim), nn.init.zeros_, "matrices", (
-        gptq_matrix("mlp.proj", "scored", "mlp_clip_sigmas", "mlp_mid"),))
-    row("skip_weights", (skips, D), nn.init.ones_, "scalars", elementwise)
-    row("skip_gates", (skips, D), nn.init.zeros_, "scalars", elementwise, cfg.skip_gates_enabled)
-    row("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", elementwise, lanes)  # sublayer that writes, lane that receives
-    row("parallel_resid_lambdas", (L, 2), constant(1.1), "scalars", elementwise, lanes)
-    row("smear_lambda", (1,), nn.init.zeros_, "scalars", elementwise, cfg.smear_gate_enabled)
-    row("tok_emb.weight", (cfg.vocab_size, D), normal(cfg.tied_embed_init_std), "embedding", (Role("", "scored", embedding),))
-    for i in range(L):
-        row(f"blocks.{i}.attn_scale", (D,), nn.init.ones_, "scalars", elementwise)
-        row(f"blocks.{i}.mlp_scale", (D,), nn.init.ones_, "scalars", elementwise)
-        row(f"blocks.{i}.resid_mix", (2, D), init_resid_mix, "scalars", elementwise)
-        row(f"blocks.{i}.attn.q_gain", (heads,), constant(cfg.qk_gain_init), "scalars", elementwise)
-        row(f"blocks.{i}.attn.attn_gate_w", (heads, gate_width), normal(gate_std), "scalars", gate_rows, cfg.attn_gate in ("dense", "sparse"))
-        row(f"blocks.{i}.attn.attn_gate_proj.weight", (heads, gate_width), nn.init.zeros_, "scalars", gate, cfg.attn_gate == "out")
-    row("smear_gate.weight", (1, cfg.gate_window), nn.init.zeros_, "scalars", (Role("", "every", HALF),), cfg.smear_gate_enabled)
-    return tuple(parameter for parameter in rows if parameter.present)
+    L, D = cfg.num_layers, cfg.model_dim
+    skips = (len(layer_order(cfg, looping=True)) // 2, D)
+    lanes, smear = cfg.parallel_start_layer > 0, cfg.smear_gate_enabled
+    head = StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)
+    embedding_init = partial(nn.init.normal_, std=cfg.tied_embed_init_std)
+    stream_share = partial(nn.init.constant_, val=1.1)
+    rows = [
+        *bank_parameters(cfg),
+        Parameter("skip_weights", skips, nn.init.ones_, "scalars", ELEMENTWISE, True),
+        Parameter("skip_gates", skips, nn.init.zeros_, "scalars", ELEMENTWISE, cfg.skip_gates_enabled),
+        Parameter("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", ELEMENTWISE, lanes),  # by sublayer, stream
+        Parameter("parallel_resid_lambdas", (L, 2), stream_share, "scalars", ELEMENTWISE, lanes),
+        Parameter("smear_lambda", (1,), nn.init.zeros_, "scalars", ELEMENTWISE, smear),
+        Parameter("tok_emb.weight", (cfg.vocab_size, D), embedding_init, "embedding", (Role("", "scored", head),), True),
+    ]
+    for layer in range(L):
+        rows += block_parameters(cfg, f"blocks.{layer}")
+    every = (Role("", "every", HALF),)
+    rows.append(Parameter("smear_gate.weight", (1, cfg.gate_window), nn.init.zeros_, "scalars", every, smear))
+    return tuple(row for row in rows if row.present)
 
 
 class Matrix(NamedTuple):
@@ -1673,87 +1772,116 @@ class Matrix(NamedTuple):
     index: int | None  # in its bank; None: the whole parameter
     layer: int | None  # its block; None: it belongs to no block
     shape: tuple[int, ...]
-    products: str
-    stored: StoredAs | None
+    role: Role
 
 
 @cache
 def matrices(cfg: Config) -> tuple[Matrix, ...]:
     """List the tensors as artifacts name and order them: parameters that are no bank, then each block's matrices."""
     whole, parts = [], []
-    for p in parameters(cfg):
-        for k, role in enumerate(p.roles):
+    for row in parameters(cfg):
+        for k, role in enumerate(row.roles):
             if not role.name:
-                words = p.name.split(".")
+                words = row.name.split(".")
                 layer = int(words[1]) if words[0] == "blocks" else None
-                whole.append(Matrix(p.name, p.name, None, layer, p.shape, role.products, role.stored))
+                whole.append(Matrix(row.name, row.name, None, layer, row.shape, role))
                 continue
-            for i in range(cfg.num_layers):
-                name = f"blocks.{i}.{role.name}.weight"
-                parts.append(Matrix(name, p.name, k * cfg.num_layers + i, i, p.shape[1:], role.products, role.stored))
-    parts.sort(key=lambda m: (m.layer, SITES.index(m.stored.site)))
+            for layer in range(cfg.num_layers):
+                name = f"blocks.{layer}.{role.name}.weight"
+                index = k * cfg.num_layers + layer
+                parts.append(Matrix(name, row.name, index, layer, row.shape[1:], role))
+    parts.sort(key=lambda m: (m.layer, SITES.index(m.role.stored.site)))
     return (*whole, *parts)
 
 
+def stored_matrices(cfg: Config) -> dict[str, Matrix]:
+    """Find what an artifact of this configuration holds, by name, in its order there."""
+    return {m.name: m for m in matrices(cfg) if m.role.stored is not None}
+
+
 def unbank(cfg: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut a state dict into the tensors that artifacts name; those of other parameters than are in it are left out."""
-    found = (m for m in matrices(cfg) if m.stored is not None and m.parameter in state)
-    return {m.name: state[m.parameter] if m.index is None else state[m.parameter][m.index] for m in found}
+    """Cut a state dict, or a part of one, into the tensors that artifacts name."""
+    out = {}
+    for name, m in stored_matrices(cfg).items():
+        if m.parameter in state:
+            whole = state[m.parameter]
+            out[name] = whole if m.index is None else whole[m.index]
+    return out
 
 
 def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put the tensors that artifacts name together again: the inverse of `unbank`."""
-    parts: dict[str, list[Matrix]] = {}
-    for m in matrices(cfg):
-        parts.setdefault(m.parameter, []).append(m)
-    state = {}
-    for name, found in parts.items():
-        whole = found[0].index is None
-        state[name] = tensors[found[0].name] if whole else torch.stack([tensors[m.name] for m in sorted(found, key=lambda m: m.index)])
-    return state
+    out: dict[str, Tensor] = {}
+    banks: dict[str, list[Tensor]] = {}
+    for m in sorted(matrices(cfg), key=lambda m: m.index or 0):
+        if m.index is None:
+            out[m.parameter] = tensors[m.name]
+        else:
+            banks.setdefault(m.parameter, []).append(tensors[m.name])
+    return out | {name: torch.stack(parts) for name, parts in banks.items()}
 
 
 class Attention(nn.Module):
-    """Small tensors of one attention sublayer; its matrices live in the banks."""
+    """One attention sublayer: its small tensors; its matrices live in the banks."""
 
     def __init__(self, cfg: Config, layer: int, norm_scale: float):
         super().__init__()
-        self.cfg, self.norm_scale, self.window = cfg, norm_scale, cfg.window(layer)
+        self.cfg = cfg
+        self.name = f"blocks.{layer}"
+        self.norm_scale = norm_scale
+        self.window = cfg.window(layer)
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         if cfg.attn_gate == "out":
             self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
 
-    def gate(self, n: Tensor, q_raw: Tensor) -> Tensor:
-        """(B, T, H): how much of each head's output passes. n lacks the norm scale, which the weights take over."""
-        cfg = self.cfg
+    def gate(self, x: Tensor, q_raw: Tensor) -> Tensor:
+        """Compute how much of each head's output passes (B, T, H). x lacks the norm scale, which the weights take over."""
+        cfg, source = self.cfg, x
         if cfg.attn_gate == "dense":
-            return torch.sigmoid(F.linear(n, (self.norm_scale * self.attn_gate_w).to(n.dtype)))
-        if cfg.attn_gate == "sparse":
+            weight = self.norm_scale * self.attn_gate_w
+        elif cfg.attn_gate == "sparse":
             weight = cfg.sparse_attn_gate_scale * self.norm_scale * self.attn_gate_w
-            return torch.sigmoid(F.linear(n[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
-        from_norm = cfg.attn_out_gate_src == "proj"
-        source, weight = (n, self.norm_scale * self.attn_gate_proj.weight) if from_norm else (q_raw, self.attn_gate_proj.weight)
-        return 2 * torch.sigmoid(F.linear(source[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
-
-    def qkv(self, n: Tensor, w: Weights, lora: Adapters) -> Tensor:
-        """(B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
-        D, kv = self.cfg.model_dim, self.cfg.kv_dim
-        return add_deltas(F.linear(n, w.qkv), n, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
-
-    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, segments, past, tap, name: str, at) -> Tensor:
-        """n (B, T, D) normed, without its norm scale -> (B, T, D); at (B, m): (B, m, D), only at these positions."""
-        cfg = self.cfg
-        if tap is not None:
-            tap(f"{name}.attn_in", self.norm_scale * n)
-        qkv = self.qkv(n, w, lora)
-        q, k, v = kernels.split_heads(qkv, self.q_gain, *rope, cfg.num_kv_heads)
-        if segments is None:
-            y = causal_attention(at_positions(q, at), *((k, v) if past is None else past(k, v)), self.window, at)
+        elif cfg.attn_out_gate_src == "proj":
+            weight = self.norm_scale * self.attn_gate_proj.weight
         else:
+            weight, source = self.attn_gate_proj.weight, q_raw
+        if cfg.attn_gate != "dense":
+            source = source[..., : cfg.gate_window].contiguous()
+        gate = torch.sigmoid(F.linear(source, weight.to(x.dtype)))
+        return 2 * gate if cfg.attn_gate == "out" else gate
+
+    def qkv(self, x: Tensor, weights: Weights, lora: Adapters) -> Tensor:
+        """Compute (B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
+        D, kv = self.cfg.model_dim, self.cfg.kv_dim
+        merged = F.linear(x, weights.qkv)
+        return add_deltas(merged, x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor,
+        context: Context, depth: int, positions: Tensor | None,
+    ) -> Tensor:
+        """Attend within segments, to the cache, or within whole rows: -> (B, T, H, d), or only at the positions."""
+        if context.segments is not None:
             rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
-            y = kernels.attend(*rows, segments.cu_seqlens, segments.max_len, self.window)[None]
-        n, qkv, v = (at_positions(t, at) for t in (n, qkv, v))
-        gate = None if cfg.attn_gate == "none" else self.gate(n, qkv)
+            cu_seqlens, max_len = context.segments
+            return context.kernels.attend(*rows, cu_seqlens, max_len, self.window)[None]
+        if context.cache is not None:
+            k, v = context.cache.extend(depth, k, v)
+        return causal_attention(at_positions(q, positions), k, v, self.window, positions)
+
+    def forward(
+        self, x: Tensor, weights: Weights, lora: Adapters,
+        context: Context, depth: int, positions: Tensor | None,
+    ) -> Tensor:
+        """Map x (B, T, D), normed without its norm scale, -> (B, T, D); with positions (B, n): (B, n, D), only there."""
+        cfg, kernels = self.cfg, context.kernels
+        if context.tap is not None:
+            context.tap(f"{self.name}.attn_in", self.norm_scale * x)
+        qkv = self.qkv(x, weights, lora)
+        q, k, v = kernels.split_heads(qkv, self.q_gain, *context.rope, cfg.num_kv_heads)
+        y = self.attend(q, k, v, context, depth, positions)
+        x, qkv, v = (at_positions(t, positions) for t in (x, qkv, v))
+        gate = None if cfg.attn_gate == "none" else self.gate(x, qkv)
         if self.exclusive and gate is not None:
             y = kernels.gate_heads(y, v, gate)
         elif self.exclusive:
@@ -1761,39 +1889,65 @@ class Attention(nn.Module):
         elif gate is not None:
             y = y * gate.unsqueeze(-1)
         y = y.flatten(2)
-        if tap is not None:
-            tap(f"{name}.attn_out", y)
-        return add_deltas(F.linear(y, w.o), n, lora.o)
+        if context.tap is not None:
+            context.tap(f"{self.name}.attn_out", y)
+        return add_deltas(F.linear(y, weights.o), x, lora.o)
 
 
 class Block(nn.Module):
-    """Small tensors of one block and the two sublayers."""
+    """One block: its small tensors and the two sublayers."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.cfg, self.name = cfg, f"blocks.{layer}"
+        self.cfg = cfg
+        self.name = f"blocks.{layer}"
         self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
         self.attn = Attention(cfg, layer, self.norm_scale)
 
-    def fold(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Weights:
-        """Scales of a sublayer's input and output, moved into its matrices: they cost a pass over weights instead of activations."""
-        qkv, o = self.norm_scale * torch.cat((q, k, v)), self.attn_scale[:, None] * o
-        up, down = self.norm_scale * up, self.mlp_scale[:, None] * down
+    def fold(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, dtype: torch.dtype) -> Weights:
+        """Move the scales of a sublayer's input and output into its matrices: a pass over weights instead of activations."""
+        o, up, down = others
+        qkv = self.norm_scale * torch.cat((q, k, v))
+        o = self.attn_scale[:, None] * o
+        up = self.norm_scale * up
+        down = self.mlp_scale[:, None] * down
         return Weights(*(matrix.to(dtype) for matrix in (qkv, o, up, down)))
 
     def fold_adapter(self, site: str, lora: Lora) -> Lora:
-        """The same for an adapter."""
+        """Do the same for an adapter."""
         learned = dict(o=self.attn_scale, mlp=self.mlp_scale).get(site)
-        return Lora(lora.A, lora.B if learned is None else learned[:, None] * lora.B, lora.scale * self.norm_scale)
+        B = lora.B if learned is None else learned[:, None] * lora.B
+        return Lora(lora.A, B, lora.scale * self.norm_scale)
 
-    def mlp(self, n: Tensor, w: Weights, lora: Adapters, kernels: Kernels, tap) -> Tensor:
-        """What the MLP adds to the residual stream, from that stream normed, n (B, T, D)."""
+    def mlp(self, x: Tensor, weights: Weights, lora: Adapters, context: Context) -> Tensor:
+        """Compute what the MLP adds to the residual stream, from that stream normed, x (B, T, D)."""
+        slope, tap = self.cfg.mlp_slope, context.tap
         if tap is None:
-            out = kernels.mlp(n, w.up, w.down, self.cfg.mlp_slope)
+            out = context.kernels.mlp(x, weights.up, weights.down, slope)
         else:
-            tap(f"{self.name}.mlp_in", self.norm_scale * n)
-            out = leaky_mlp(n, w.up, w.down, self.cfg.mlp_slope, partial(tap, f"{self.name}.mlp_mid"))
-        return add_deltas(out, n, lora.mlp)
+            tap(f"{self.name}.mlp_in", self.norm_scale * x)
+            out = leaky_mlp(x, weights.up, weights.down, slope, partial(tap, f"{self.name}.mlp_mid"))
+        return add_deltas(out, x, lora.mlp)
+
+    def forward(
+        self, streams: Streams, x0: Tensor, weights: Weights, lora: Adapters,
+        context: Context, depth: int, positions: Tensor | None, lane_mix: Tensor | None,
+    ) -> Streams:
+        """Run attention and MLP, one after the other on one stream, or side by side on two.
+
+        x0 (B, T, D): the embedding, of which attention reads a share, per channel. positions (B, n): where alone to compute
+        what follows the keys and values. lane_mix: `GPT.lane_mix`, where there are two streams.
+        """
+        mixed, normed = add_norm(self.resid_mix, streams.attn, x0)
+        attn = self.attn(normed, weights, lora, context, depth, positions)
+        if streams.mlp is None:
+            x, normed = add_norm(None, at_positions(mixed, positions), attn)
+            return Streams(x + self.mlp(normed, weights, lora, context))
+        attn_stream, mlp_stream = (at_positions(x, positions) for x in streams)
+        mlp = self.mlp(rms_norm(mlp_stream), weights, lora, context)
+        return Streams(
+            add_streams(lane_mix[0], attn_stream, attn, mlp),
+            add_streams(lane_mix[1], mlp_stream, attn, mlp))
 
 
 class GPT(nn.Module):
@@ -1801,80 +1955,101 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, kernels: Kernels = DEFINITIONS):
         super().__init__()
-        self.cfg, self.kernels = cfg, kernels
+        self.cfg = cfg
+        self.kernels = kernels
         self.tok_emb = nn.Module()
-        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         if cfg.smear_gate_enabled:
             self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False)
-        for p in parameters(cfg):
-            path, _, leaf = p.name.rpartition(".")
-            owner = self.get_submodule(path)
-            precision = dtype if p.optimizer == "embedding" else torch.float32
-            owner.register_parameter(leaf, nn.Parameter(torch.empty(p.shape, dtype=precision)))
+        for row in parameters(cfg):
+            owner, _, leaf = row.name.rpartition(".")
+            precision = dtype if row.optimizer == "embedding" else torch.float32
+            value = nn.Parameter(torch.empty(row.shape, dtype=precision))
+            self.get_submodule(owner).register_parameter(leaf, value)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, D), each token with a gated share of its predecessor."""
+        """Embed (B, T) int64 -> (B, T, D), each token with a gated share of its predecessor."""
+        cfg = self.cfg
         x = F.embedding(tokens, self.tok_emb.weight)
-        if self.cfg.smear_gate_enabled:
-            weight, strength = self.smear_gate.weight.to(x.dtype), self.smear_lambda.to(x.dtype)
-            gate = strength * torch.sigmoid(F.linear(x[:, 1:, : self.cfg.gate_window].contiguous(), weight))
-            if self.cfg.smear_gate_bos_fix:
+        if cfg.smear_gate_enabled:
+            before, after = x[:, :-1], x[:, 1:]
+            source = after[..., : cfg.gate_window].contiguous()
+            gate = torch.sigmoid(F.linear(source, self.smear_gate.weight.to(x.dtype)))
+            gate = self.smear_lambda.to(x.dtype) * gate
+            if cfg.smear_gate_bos_fix:
                 # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
                 gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
-            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+            x = torch.cat((x[:, :1], after + gate * before), dim=1)
         return rms_norm(x)
 
     def weights(self, dtype: torch.dtype) -> list[Weights]:
-        """The banks cut into blocks. unbind, not indexing: its backward writes each gradient once."""
+        """Cut the banks into blocks. unbind, not indexing: its backward writes each gradient once."""
         L = self.cfg.num_layers
-        qo, kv, up, down = (bank.unbind(0) for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
-        return [b.fold(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i], dtype) for i, b in enumerate(self.blocks)]
+        qo, kv = self.qo_bank.unbind(0), self.kv_bank.unbind(0)
+        up, down = self.mlp_up_bank.unbind(0), self.mlp_down_bank.unbind(0)
+        out = []
+        for i, block in enumerate(self.blocks):
+            q, k, v, o = qo[i], kv[i], kv[L + i], qo[L + i]
+            out.append(block.fold(q, k, v, o, up[i], down[i], dtype=dtype))
+        return out
 
-    def skip(self, x: Tensor, skipped: Tensor, j: int) -> Tensor:
-        """Combine the decoder's x with an encoder output; rows of the weights count decoder positions, not blocks."""
-        skipped = self.skip_weights[j].to(x.dtype) * skipped
+    def skip(self, x: Tensor, skipped: Tensor, index: int) -> Tensor:
+        """Combine the decoder's x with an encoder output; rows of the weights count decoder depths, not blocks."""
+        skipped = self.skip_weights[index].to(x.dtype) * skipped
         if not self.cfg.skip_gates_enabled:
             return x + skipped
-        return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[j]).to(x.dtype))
+        gate = torch.sigmoid(self.skip_gates[index])
+        return torch.lerp(skipped, x, gate.to(x.dtype))
 
-    def hidden(self, tokens: Tensor, segments: Segments | None, layers: tuple[int, ...], adapters: Adapters, positions, cache, tap) -> Tensor:
-        """Tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`, and then the last depth computes the others' keys
-        and values alone. The first half of `layers` pushes skips, the second half pops them.
+    def lane_mix(self, layer: int) -> Tensor:
+        """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what the MLP writes."""
+        own = self.parallel_resid_lambdas[layer, :, None]
+        written = self.parallel_post_lambdas[layer].T  # rows of the parameter are the sublayers that write
+        return torch.cat((own, written), dim=1)[..., None]
 
-        From the first decoder depth with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
-        the first, the MLP reads the second, and both sublayers write to both.
+    def hidden(
+        self, tokens: Tensor, layers: tuple[int, ...], segments: Segments | None, cache: Cache | None,
+        adapters: Adapters, positions: Tensor | None, tap,
+    ) -> Tensor:
+        """Map tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`.
+
+        With positions the last depth computes of the others only keys and values. The first half of `layers` pushes skips,
+        the second half pops them. From the first decoder depth with block >= PARALLEL_START_LAYER on there are two streams:
+        attention reads and skips join the first, the MLP reads the second, and both sublayers write to both.
         """
-        cfg, T, start = self.cfg, tokens.shape[1], 0 if cache is None else cache.length
-        x0 = lane = self.embed(torch.cat((cache.last, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
-        context = next((c.max_len for c in (segments, cache) if c is not None), T)
-        rope = tuple(table[start:] for table in rotary_tables(cfg, start + T, context, tokens.device))
+        cfg, start = self.cfg, 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        if start:  # the smear gate looks back at the token before
+            x0 = self.embed(torch.cat((cache.last_token, tokens), dim=1))[:, 1:]
+        else:
+            x0 = self.embed(tokens)
+        bounded = segments or cache
+        longest = tokens.shape[1] if bounded is None else bounded.max_len
+        cos, sin = rotary_tables(cfg, end, longest, tokens.device)
+        rope = (cos[start:], sin[start:])
+        context = Context(rope, segments, cache, self.kernels, tap)
+        weights = self.weights(x0.dtype)
         loras = adapters.by_depth([self.blocks[layer] for layer in layers])
-        weights, half, skips, mlp_lane, mlp_in = self.weights(x0.dtype), len(layers) // 2, [], None, None
+        streams, skips, half = Streams(x0), [], len(layers) // 2
         for depth, layer in enumerate(layers):
-            block, w, lora, j = self.blocks[layer], weights[layer], loras[depth], depth - half
-            if j >= 0 and cfg.parallel_start_layer and layer >= cfg.parallel_start_layer and mlp_lane is None:
-                mlp_lane, mlp_in = lane, rms_norm(lane)
-            if j >= 0 and skips:
-                lane = self.skip(lane, skips.pop(), j)
-            past, at = None if cache is None else partial(cache.extend, depth), positions if depth == len(layers) - 1 else None
-            u, n = add_norm(block.resid_mix, lane, x0)  # the stream with its share of the embedding, per channel
-            a = block.attn(n, w, lora, rope, self.kernels, segments, past, tap, block.name, at)
-            u, lane, mlp_lane, mlp_in = (t if t is None else at_positions(t, at) for t in (u, lane, mlp_lane, mlp_in))
-            if mlp_lane is None:
-                lane, n = add_norm(None, u, a)
-                lane = lane + block.mlp(n, w, lora, self.kernels, tap)
-            else:
-                m = block.mlp(mlp_in, w, lora, self.kernels, tap)
-                post, resid = self.parallel_post_lambdas[layer], self.parallel_resid_lambdas[layer, :, None]
-                mixes = torch.cat((resid, post.T), dim=1)[..., None]  # (2 lanes, 3 streams, 1); post: sublayer that writes, lane
-                lane, (mlp_lane, mlp_in) = add_streams(mixes[0], lane, a, m), add_norm(mixes[1], mlp_lane, a, m)
-            if j < 0:
-                skips.append(lane)
+            if depth >= half:
+                if streams.mlp is None and 0 < cfg.parallel_start_layer <= layer:
+                    streams = Streams(streams.attn, streams.attn)
+                if skips:
+                    joined = self.skip(streams.attn, skips.pop(), depth - half)
+                    streams = streams._replace(attn=joined)
+            scored = positions if depth == len(layers) - 1 else None
+            lane_mix = None if streams.mlp is None else self.lane_mix(layer)
+            streams = self.blocks[layer](
+                streams, x0, weights[layer], loras[depth], context, depth, scored, lane_mix)
+            if depth < half:
+                skips.append(streams.attn)
         if cache is not None:
-            cache.last, cache.length = tokens[:, -1:], start + T
-        if mlp_lane is not None:
-            lane = (lane + mlp_lane) / 2
-        return rms_norm(lane)
+            cache.last_token = tokens[:, -1:]
+            cache.length = end
+        if streams.mlp is None:
+            return rms_norm(streams.attn)
+        return rms_norm((streams.attn + streams.mlp) / 2)
 
     def forward(
         self,
@@ -1890,25 +2065,27 @@ class GPT(nn.Module):
         training: bool = False,
         tap=None,
     ) -> Tensor:
-        """Nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
+        """Compute nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
 
         tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
         dimension for several candidates each; None: the capped logits (B, T, V). layers: `layer_order`. segments: of a packed
-        row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1, 1, D):
-        added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
+        row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1,
+        1, D): added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
         FUSED_CE_ENABLED says, not EVAL_SOFTCAP_FP32; without adapters.
         """
-        x = self.hidden(tokens, segments, layers, adapters, positions, cache, tap)
+        cfg, head = self.cfg, self.tok_emb.weight
+        x = self.hidden(tokens, layers, segments, cache, adapters, positions, tap)
         if shift is not None:
             x = (x + shift).to(x.dtype)
         if tap is not None:
             tap("head", x)
-        head, cap = self.tok_emb.weight, self.cfg.logit_softcap
-        round_cap = not (self.cfg.fused_ce_enabled if training else self.cfg.eval_softcap_fp32)
+        round_cap = not (cfg.fused_ce_enabled if training else cfg.eval_softcap_fp32)
         if training and self.kernels.head_ce is not None and not round_cap:
-            return self.kernels.head_ce(x, head, targets, cap)
+            return self.kernels.head_ce(x, head, targets, cfg.logit_softcap)
         logits = add_deltas(F.linear(x, head), x, adapters.head)
-        return softcap(logits, cap) if targets is None else softcapped_ce(logits, targets, cap, round_cap)
+        if targets is None:
+            return softcap(logits, cfg.logit_softcap)
+        return softcapped_ce(logits, targets, cfg.logit_softcap, round_cap)
 
 
 class Flops(NamedTuple):
@@ -1943,9 +2120,9 @@ def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO
     products = 0.0
     for m in matrices(cfg):
         times = 1.0 if m.layer is None else layers.count(m.layer)
-        if m.products == "scored" and m.layer in (None, layers[-1]):
+        if m.role.products == "scored" and m.layer in (None, layers[-1]):
             times -= 1 - scored
-        products += times * math.prod(m.shape) * bool(m.products)
+        products += times * math.prod(m.shape) * bool(m.role.products)
     sites = {site: lora for site, lora in adapters._asdict().items() if lora is not None}
     deltas = sum(adapter_flops(site, lora, len(layers), scored) for site, lora in sites.items())
     n = np.asarray(lengths, dtype=np.float64)
@@ -2335,15 +2512,16 @@ def warm_rows(row: Row, context: int) -> list[Row]:
     tokens = row.targets.numel()
     for length in warm_lengths(tokens, context):
         bounds = torch.arange(length, dtype=torch.int32).mul(context).clamp(max=tokens)
-        rows.append(row._replace(cu_seqlens=bounds.to(row.inputs.device), max_len=context))
+        rows.append(row._replace(segments=Segments(bounds.to(row.inputs.device), context)))
     return rows
 
 
 def nats_of_row(row: Row, forward, graphs: Graphed | None, **options) -> Tensor:
     """Compute the nats (1, T) of a row. One of more segments than were warmed does without a graph."""
-    warmed = len(row.cu_seqlens) in warm_lengths(row.targets.numel(), row.max_len)
+    segments = row.segments
+    warmed = len(segments.cu_seqlens) in warm_lengths(row.targets.numel(), segments.max_len)
     run = graphs if graphs and warmed else forward
-    return run(row.inputs, row.targets, segments=Segments(row.cu_seqlens, row.max_len), **options)
+    return run(row.inputs, row.targets, segments=segments, **options)
 
 
 class StepClock:
@@ -2847,9 +3025,9 @@ def calibrate(cfg: Config, world: World, model: GPT, weights: dict[str, Tensor],
     """Add one window to `hessians`, run through the looped network with documents masked as in training; its gradients with QUANT=rd.
     weights: parameters by name, which take the place of the model's own."""
     row = packed_row(tokens, cfg.train_seq_len, world.device)
-    quantized = {m.parameter for m in matrices(cfg) if m.stored is not None and m.stored.codec == "gptq"}
+    quantized = {m.parameter for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq"}
     learned = {name: t for name, t in weights.items() if name in quantized}
-    how = dict(layers=layer_order(cfg, looping=True), segments=Segments(row.cu_seqlens, row.max_len), tap=hessians)
+    how = dict(layers=layer_order(cfg, looping=True), segments=row.segments, tap=hessians)
     with torch.set_grad_enabled(cfg.quant == "rd"):
         nats = torch.func.functional_call(model, weights, (row.inputs, row.targets), how)
         if cfg.quant == "rd":
@@ -3135,7 +3313,7 @@ PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QU
 
 def stored_as(cfg: Config) -> dict[str, StoredAs]:
     """Codec by tensor, as the rows say; QUANT=s05 has an int8 embedding."""
-    found = {m.name: m.stored for m in matrices(cfg) if m.stored is not None}
+    found = {m.name: m.role.stored for m in matrices(cfg) if m.role.stored is not None}
     embedding = found["tok_emb.weight"]
     return found | {"tok_emb.weight": embedding._replace(codec="int8_row")} if cfg.quant == "s05" else found
 
@@ -3379,7 +3557,7 @@ def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, mat
 
 def dequantized_state(cfg: Config, stored: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
     """What the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are zero."""
-    unstored = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.stored is None}
+    unstored = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.role.stored is None}
     return rebank(cfg, {name: s.decode() for name, s in stored.items()} | unstored)
 
 
@@ -3749,7 +3927,7 @@ def decode_streams(
 @cache
 def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
-    return {m.name: m.shape for m in matrices(cfg) if m.stored is not None}
+    return {m.name: m.shape for m in matrices(cfg) if m.role.stored is not None}
 
 
 def arrays_of(stored: dict[str, QuantizedTensor]) -> dict[str, np.ndarray]:
@@ -3776,7 +3954,7 @@ def pack(cfg: Config, stored: dict[str, QuantizedTensor]) -> bytes:
         raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
     streams = encode_streams(cfg, arrays)
     distinct = [json.loads(text) for text in dict.fromkeys(map(json.dumps, kinds))]
-    header = [cfg.compressor, {f: getattr(cfg, f) for f in MODEL_FIELDS}, [len(data) for data in streams.values()], distinct,
+    header = [cfg.compressor, {f: getattr(cfg, f) for f in sorted(MODEL_FIELDS)}, [len(data) for data in streams.values()], distinct,
               [distinct.index(kind) for kind in kinds]]
     head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
     body = head + b"".join(streams.values())
@@ -3931,18 +4109,6 @@ def load_checkpoint_model(cfg: Config, world: World, path: Path, kernels: Kernel
     return model.to(world.device)
 
 
-def upstream_code_bytes() -> int | None:
-    """Code size by the convention of published records: a minified, compressed, base85 script that is never written. None
-    when python_minifier is not installed. Our own count is the size of the script that runs."""
-    try:
-        import python_minifier
-    except ImportError:
-        return None
-    source = "".join(linecache.getlines(upstream_code_bytes.__code__.co_filename))  # also when the script runs packed
-    small = python_minifier.minify(source, rename_locals=False, hoist_literals=False, remove_literal_statements=True, remove_asserts=True)
-    return len(brotli.compress(small.encode(), quality=11)) * 5 // 4 + 67
-
-
 # ==================================================================================================
 # BUDGET - the searches for a size: as good a model as fits into TARGET_BYTES beside the script.
 # ==================================================================================================
@@ -4087,47 +4253,98 @@ def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor
 # ==================================================================================================
 
 class Ledger:
-    """Append-only account of a run. A line {"n", "prev", "kind", .., "hash"} names the hash of the one before: an edit breaks the chain.
-    A later stage in the same folder goes on behind the last line. Without a path (ranks but the first) nothing is kept."""
+    """Keep the account of a run, line by line: {"n", "prev", "kind", .., "hash"}, where "prev" is the hash of the line before.
+
+    An edit breaks the chain. A later stage in the same folder goes on behind the last line. Without a path, as on all ranks but
+    the first, nothing is kept.
+    """
 
     def __init__(self, path: Path | None):
-        self.path, self.lines, self.last = path, 0, ""
+        self.path = path
+        self.lines = 0
+        self.last = ""  # hash of the last line
+
         if path is not None and path.exists():
             try:
                 entry = json.loads(path.read_text().splitlines()[-1])
-                self.lines, self.last = entry["n"] + 1, entry["hash"]
+                self.lines = entry["n"] + 1
+                self.last = entry["hash"]
             except (OSError, ValueError, LookupError, TypeError):
                 raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose another ARTIFACT_DIR") from None
 
     @staticmethod
     def digest(entry: dict) -> str:
-        """blake2b-128, in hex, of the canonical JSON of a line without its "hash"."""
-        canonical = json.dumps({k: v for k, v in entry.items() if k != "hash"}, sort_keys=True, separators=(",", ":"))
+        """Hash a line without its "hash": blake2b-128, in hex, of the canonical JSON."""
+        content = {key: value for key, value in entry.items() if key != "hash"}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
-    def add(self, kind: str, payload: dict) -> None:
+    def add(self, kind: str, facts: dict) -> None:
         """Append one line, at once. Raises RunError."""
         if self.path is None:
             return
-        entry = dict(n=self.lines, prev=self.last, kind=kind, **payload)
-        self.lines, self.last = self.lines + 1, self.digest(entry)
+        entry = dict(n=self.lines, prev=self.last, kind=kind, **facts)
+        self.lines += 1
+        self.last = entry["hash"] = self.digest(entry)
         try:
             with self.path.open("a") as f:
-                f.write(json.dumps(entry | dict(hash=self.last), separators=(",", ":")) + "\n")
+                f.write(json.dumps(entry, separators=(",", ":")) + "\n")
         except OSError as e:
             raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another ARTIFACT_DIR") from None
 
 
-def state_hash(*states: Any) -> str:
-    """blake2b-128, in hex, of nested states: every tensor's bytes, every other value as text."""
-    h = hashlib.blake2b(digest_size=16)
-    for x in torch.utils._pytree.tree_leaves(states):
-        h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if isinstance(x, Tensor) else repr(x).encode())
-    return h.hexdigest()
+class AccessLog:
+    """Log what Python opens, connects to and starts within `with`, and refuse training data: opening a training shard is a RunError.
+
+    It is an audit hook and cannot be removed, so a process has one: `access_log()`.
+    """
+
+    def __init__(self):
+        self.on = False
+        self.seen: list[tuple[str, Any]] = []
+        sys.addaudithook(self.hook)
+
+    def hook(self, event: str, args: tuple) -> None:
+        """Take down an event. Raises RunError where a training shard is opened."""
+        if not self.on or event not in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+            return
+        what = args[1] if event == "socket.connect" else args[0]
+        self.seen.append((event, what))
+        if event == "open" and not isinstance(what, int) and Path(os.fsdecode(what)).name.startswith("fineweb_train_"):
+            raise RunError(f"{os.fsdecode(what)}: training data was about to be read in an evaluation: a bug, please report it")
+
+    def __enter__(self) -> AccessLog:
+        self.on = True
+        self.seen = []
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.on = False
+
+    def unexpected(self, data: Path, own_files: list[Path]) -> list[list[str]]:
+        """List [event, file, host or program], each once: no file of the run, of Python or of the system, but any other beside the data."""
+        system = (sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
+        own, software = (tuple(str(Path(path).resolve()) for path in paths) for paths in (own_files, (*system, Path(__file__).parent)))
+        beside_the_data = f"{data.resolve()}{os.sep}"
+        found = {}
+        for event, what in self.seen:
+            if event == "open" and isinstance(what, int):
+                continue  # it is open already
+            name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what or "")
+            if event == "open":
+                name = str(Path(name).resolve())
+                known = name.startswith(software) and not name.startswith(beside_the_data)
+                if known or name.startswith(own) or ".cache/" in name:
+                    continue
+            found[event, name] = None
+        return [list(entry) for entry in found]
+
+
+access_log = cache(AccessLog)
 
 
 class Score(NamedTuple):
-    """What an evaluation comes to."""
+    """Hold what an evaluation comes to."""
 
     loss: float  # nats per token
     bpb: float   # bits per byte
@@ -4135,94 +4352,126 @@ class Score(NamedTuple):
     bytes: int
 
 
-def graded(forward, targets: Tensor, hints: Tensor | None, boost: float) -> tuple[Tensor, Tensor]:
-    """Nats of targets, (B, n) or (B, n, K), as the model sees them, for learning, and as they count. forward(targets) -> nats.
+def graded(forward, tokens: Tensor, hints: Tensor | None, boost: float) -> tuple[Tensor, Tensor]:
+    """Grade tokens (B, n) or (B, n, K) twice: nats as the model sees them, to learn from, and nats that count. forward(tokens) -> nats.
 
     The two differ where there is a hint, (B, n), -1 = none: its probability q is multiplied by e^boost and all probabilities are
     divided by their new sum, 1 + q (e^boost - 1), whatever the target is.
     """
     if hints is None:
-        return (nats := forward(targets)), nats
+        nats = forward(tokens)
+        return nats, nats
     hint = hints.unsqueeze(-1)
-    candidates = targets.view(*hints.shape, -1)
+    candidates = tokens.view(*hints.shape, -1)
     nats = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
     nats, hinted = nats[..., :-1], nats[..., -1:]
-    tilted = nats - boost * (candidates == hint) + torch.log1p((-hinted).exp() * math.expm1(boost))
-    return nats.reshape(targets.shape), torch.where(hint < 0, nats, tilted).reshape(targets.shape)
+
+    log_sum = torch.log1p((-hinted).exp() * math.expm1(boost))
+    tilted = nats - boost * (candidates == hint) + log_sum
+    counted = torch.where(hint < 0, nats, tilted)
+    return nats.reshape(tokens.shape), counted.reshape(tokens.shape)
 
 
 class Scorer:
-    """The one way from an evaluation to the validation tokens; target i is token i + 1. `inputs_for` shows what comes before targets, `score`
-    grades them, each once, `targets_to_learn` hands out graded ones to learn from, `sync` merges the ranks and writes the receipts."""
+    """Stand between an evaluation and the validation tokens; target i is token i + 1.
+
+    `inputs_for` shows what comes before targets, `score` grades them, each once, `targets_to_learn` hands out graded ones to
+    learn from, `sync` merges the ranks and writes the receipts.
+    """
 
     def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
-        self._data, self.world, self.name, self.ledger = data, world, name, ledger
-        self.documents, self.total = data.documents, len(data.target_bytes)
-        self.own, self.graded = np.zeros(self.total, np.uint8), np.zeros(self.total, bool)  # by this rank; by any, at the last sync
-        self.nats = torch.zeros(self.total, device=world.device)
-        self.sum = torch.zeros((), dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
-        self.tokens, self.bytes, self.steps, self.early, self.work = 0, 0, 0, False, FlopCount()
-        self.hints, self.boost, self.order = None, 0.0, np.arange(self.total)  # see `graded`, `set_hints`
-        self.shown: list[np.ndarray] = []                     # targets whose inputs are out, to be graded next
-        self.unwritten: dict[str, list[np.ndarray]] = {}      # graded and released since the last receipt
-        self.receipts: list[tuple[str, np.ndarray]] = []  # since the last sync
+        self._data = data
+        self.world = world
+        self.name = name
+        self.ledger = ledger
+        self.documents = data.documents
+        self.total = len(data.target_bytes)
 
-    def inputs_for(self, start: int, at: np.ndarray) -> np.ndarray:
-        """Inputs for the targets `at`, -1 = none: tokens from `start` to the one before the last of them. The next `score` must grade
+        self.own = np.zeros(self.total, np.uint8)   # graded by this rank
+        self.graded = np.zeros(self.total, bool)    # by any, at the last sync
+        self.nats = torch.zeros(self.total, device=world.device)
+        self.sum = torch.zeros((), dtype=world.wide, device=world.device)
+        self.tokens = 0
+        self.bytes = 0
+        self.work = FlopCount()
+
+        self.order = np.arange(self.total)  # in which targets are graded, see `announce_order`
+        self.hints: np.ndarray | None = None
+        self.boost = 0.0
+        self.steps = 0.0  # that optimizers may take
+        self.shown: list[np.ndarray] = []  # targets whose inputs are out, to be graded next
+        self.unwritten: dict[tuple[str, bool], list[np.ndarray]] = {}  # targets by (what with, early) since the last receipt
+        self.receipts: list[tuple[str, bool, np.ndarray]] = []  # since the last sync
+
+    def inputs_for(self, start: int, targets: np.ndarray) -> np.ndarray:
+        """Show the inputs of targets, -1 = none: tokens from `start` to the one before the last of them. The next `score` must grade
         them all: nothing is seen that is not scored."""
-        self.shown.append(at[at >= 0])
-        return self._data.tokens[start : self.shown[-1].max(initial=-1) + 1]
+        wanted = targets[targets >= 0]
+        self.shown.append(wanted)
+        return self._data.tokens[start : wanted.max(initial=-1) + 1]
 
     def set_hints(self, order: np.ndarray, guess, boost: float) -> None:
-        """Hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. Nothing else is handed the stream
-        at once, so it is asked again with a forged future, from a drawn target on; RunError where that changes a hint up to there."""
-        tokens, cut = self._data.tokens, int(np.random.default_rng(self.total).integers(self.total))
-        future, forged = order[cut:][tokens[order[cut:] + 1] != BOS_ID] + 1, tokens.copy()  # where documents start is known
+        """Take hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. Nothing else is handed the
+        stream at once, so it is asked again with a forged future, from a drawn target on; RunError where that changes a hint before."""
+        tokens = self._data.tokens
+        cut = int(np.random.default_rng(self.total).integers(self.total))
+        future = order[cut:] + 1
+        future = future[tokens[future] != BOS_ID]  # where documents start is known
+        forged = tokens.copy()
         forged[future] = tokens[future[::-1]]
-        self.hints, self.boost, past = guess(tokens, order), boost, order[: cut + 1]
+
+        self.boost = boost
+        self.hints = guess(tokens, order)
+        past = order[: cut + 1]
         if (self.hints[past] != guess(forged, order)[past]).any():
             raise RunError(f"{self.name}: a hint depends on its target or on what comes after it: a bug, please report it")
 
-    def _targets(self, at: np.ndarray) -> Tensor:
-        return torch.from_numpy(self._data.tokens[at + 1].astype(np.int64)).to(self.world.device, non_blocking=True)
+    def on_device(self, values: np.ndarray) -> Tensor:
+        """Copy whole numbers to the device, as int64."""
+        return torch.from_numpy(values.astype(np.int64)).to(self.world.device, non_blocking=True)
 
-    def _hints(self, at: np.ndarray) -> Tensor | None:
-        return None if self.hints is None else torch.from_numpy(self.hints[at].astype(np.int64)).to(self.world.device, non_blocking=True)
+    def hints_at(self, targets: np.ndarray) -> Tensor | None:
+        """Look up the hints of targets."""
+        return None if self.hints is None else self.on_device(self.hints[targets])
 
-    def score(self, at: np.ndarray, forward) -> Tensor:
-        """Grade. at (B, n): targets, none of them graded before (RunError), -1 = none; forward(targets (B, n) int64) -> nats (B, n),
-        which come back; what counts is what `graded` makes of them."""
-        flat, device = np.flatnonzero(at >= 0), self.world.device
-        index = at.reshape(-1)[flat]
+    def score(self, targets: np.ndarray, forward) -> Tensor:
+        """Grade targets (B, n), -1 = none, none of them graded before (RunError): forward(tokens (B, n) int64) -> nats (B, n), which
+        come back; what counts is what `graded` makes of them."""
+        places = np.flatnonzero(targets >= 0)
+        index = targets.reshape(-1)[places]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
             raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
-        seen, self.shown = np.concatenate([*self.shown, index[:0]]), []
+        seen = np.concatenate([*self.shown, index[:0]])
+        self.shown = []
         if not np.isin(seen, index).all():
             raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are scored: a bug, please report it")
-        self.steps, (nats, counted) = 0, graded(forward, self._targets(at), self._hints(at), self.boost)
-        counted = counted.detach().reshape(-1)[torch.from_numpy(flat).to(device, non_blocking=True)].float()
-        self.nats[torch.from_numpy(index).to(device, non_blocking=True)] = counted
+
+        self.steps = 0
+        tokens = self.on_device(self._data.tokens[targets + 1])
+        nats, counted = graded(forward, tokens, self.hints_at(targets), self.boost)
+        counted = counted.detach().reshape(-1)[self.on_device(places)].float()
+        self.nats[self.on_device(index)] = counted
         self.sum += counted.to(self.sum.dtype).sum()
         self.own[index] = 1
-        self.tokens, self.bytes = self.tokens + len(index), self.bytes + int(self._data.target_bytes[index].sum())
-        self.unwritten.setdefault("score", []).append(index)
+        self.tokens += len(index)
+        self.bytes += int(self._data.target_bytes[index].sum())
+        self.unwritten.setdefault(("score", False), []).append(index)
         return nats
 
-    def targets_to_learn(self, at: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
-        """Targets to learn from, as for `score`; one step of an optimizer may follow, with what = "base" any number until `score`.
+    def targets_to_learn(self, targets: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
+        """Hand out targets to learn from, as for `score`: one step of an optimizer may follow, with what = "base" any number until `score`.
         RunError: one has not been graded; `early`, for methods that break this rule, puts that into the ledger instead."""
-        index = at[at >= 0]
+        index = targets[targets >= 0]
         ready = bool((self.own[index] | self.graded[index]).all())
         if not ready and not early:
             raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
-        self.early |= not ready
         self.steps = 1 if what == "adapters" else math.inf
-        self.unwritten.setdefault(what if ready else f"early {what}", []).append(index)
-        return self._targets(at)
+        self.unwritten.setdefault((what, not ready), []).append(index)
+        return self.on_device(self._data.tokens[targets + 1])
 
     @contextlib.contextmanager
     def only_released_steps(self):
-        """Meanwhile every step of a torch optimizer without a release raises RunError."""
+        """Refuse, meanwhile, every step of a torch optimizer that nothing was handed out for: RunError."""
         def before_step(*_):
             if self.steps < 1:
                 raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: a bug, please report it")
@@ -4232,90 +4481,107 @@ class Scorer:
             yield
 
     def sums(self) -> tuple[float, int, int]:
-        """Nats, tokens and bytes graded by this rank so far."""
+        """Add up nats, tokens and bytes graded by this rank so far."""
         return self.sum.item(), self.tokens, self.bytes
 
     def receipt(self) -> None:
-        """One line for what was scored, and one for what was learned from, since the last receipt."""
-        self.receipts += [(kind, np.unique(np.concatenate(index))) for kind, index in self.unwritten.items()]
+        """Close an entry for what was scored, and for what was learned from, since the last receipt."""
+        for (what, early), parts in self.unwritten.items():
+            self.receipts.append((what, early, np.unique(np.concatenate(parts))))
         self.unwritten = {}
 
-    def ledger_line(self, nats: np.ndarray, kind: str, index: np.ndarray) -> tuple[str, dict]:
-        """Ledger line of a receipt: ranges [a, b) of targets, and for scores nats and bytes of each range."""
-        starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)
-        line = {"pass": self.name, "ranges": np.stack((index[starts], index[np.append(starts[1:], len(index)) - 1] + 1), 1).tolist()}
-        if kind != "score":
-            return "update", line | dict(what=kind.removeprefix("early "), early=kind.startswith("early "))
-        sums = (np.add.reduceat(a[index].astype(t), starts).tolist() for a, t in ((nats, np.float64), (self._data.target_bytes, np.int64)))
-        return "score", line | dict(zip(("nats", "bytes"), sums, strict=True))
+    def ledger_line(self, nats: np.ndarray, what: str, early: bool, index: np.ndarray) -> tuple[str, dict]:
+        """Write a receipt as a line of the ledger: ranges [a, b) of targets, and for scores nats and bytes of each range."""
+        runs = np.split(index, np.flatnonzero(np.diff(index) > 1) + 1)
+        line = {"pass": self.name, "ranges": [[int(run[0]), int(run[-1]) + 1] for run in runs if len(run)]}
+        if what != "score":
+            return "update", line | dict(what=what, early=early)
+        line["nats"] = [float(nats[run].sum(dtype=np.float64)) for run in runs]
+        line["bytes"] = [int(self._data.target_bytes[run].sum()) for run in runs]
+        return "score", line
 
     def sync(self) -> None:
-        """Merge the ranks, all together. Raises RunError when two of them have graded the same target."""
+        """Merge the ranks, all together, and write the receipts. Raises RunError when two ranks have graded the same target."""
         self.receipt()
         counts = torch.tensor(self.own, device=self.world.device)
         self.world.sum_(counts)
-        self.graded = (counts > 0).cpu().numpy()
         if (counts > 1).any():
             raise RunError(f"{self.name}: two ranks scored the same targets: a bug, please report it")
+        self.graded = (counts > 0).cpu().numpy()
+
         nats = self.nats.cpu().numpy()
-        entries, self.receipts = [self.ledger_line(nats, *receipt) for receipt in self.receipts if len(receipt[1])], []
-        for line in (line for lines in self.world.gather(entries) for line in lines) if self.ledger is not None else ():
-            self.ledger.add(*line)
+        if self.ledger is not None:
+            lines = [self.ledger_line(nats, *receipt) for receipt in self.receipts]
+            for of_rank in self.world.gather(lines):
+                for kind, line in of_rank:
+                    self.ledger.add(kind, line)
+        self.receipts = []
 
     def finish(self) -> Score:
         """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target. Raises RunError when one was left out."""
         self.sync()
         self.world.sum_(self.nats)  # zero where another rank has graded
-        nats, size, count = self.nats.cpu().numpy(), int(self._data.target_bytes.sum()), int(self.graded.sum())
+        nats = self.nats.cpu().numpy()
         total = float(nats.sum(dtype=np.float64))
+        count = int(self.graded.sum())
+        size = int(self._data.target_bytes.sum())
         if count != self.total or not math.isfinite(total):
             raise RunError(f"scored {count} targets instead of {self.total}, {total:g} nats: a bug, please report it with the log")
+
         if self.ledger is not None and self.ledger.path is not None:
-            buffer, path = io.BytesIO(), self.ledger.path.with_name(f"token_nats_{self.name}.npy")
+            buffer = io.BytesIO()
             np.save(buffer, nats)
+            path = self.ledger.path.with_name(f"token_nats_{self.name}.npy")
             write_atomic(path, buffer.getvalue())
-            self.ledger.add("tokens", {"pass": self.name, "file": path.name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
+            self.ledger.add("tokens", {"pass": self.name, "file": path.name, "sha256": sha256_file(path)})
         return Score(total / count, total / math.log(2) / size, count, size)
 
 
-def run_starts(x: Tensor) -> Tensor:
-    """(n,) -> for each element, the index at which its run of equal elements starts."""
-    first = torch.ones_like(x, dtype=torch.bool)
-    first[1:] = x[1:] != x[:-1]
-    return torch.where(first, torch.arange(len(x), device=x.device), 0).cummax(0).values
-
-
 def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torch.device | str) -> np.ndarray:
-    """A guess for each target of the stream from those scored before it (the token-only n-gram of PR #2135).
+    """Guess each target of the stream from those scored before it (the token-only n-gram of PR #2135).
 
     tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often followed the same
     TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where its share is below TOKEN_THRESHOLD or
     there is none. Sorts instead of a loop over hash tables; contexts are told apart exactly, from 1 token to 2, 4, 8, ...: they
     are equal if both halves are.
     """
-    stream, order, n = torch.from_numpy(tokens.astype(np.int64)).to(device), torch.from_numpy(order).to(device), cfg.token_order - 1
-    names, length, base = stream[:-1], 1, max(len(stream), 1 << 16)
-    begin = torch.where(names == BOS_ID, torch.arange(len(names), device=device), 0).cummax(0).values
-    order = order[order - begin[order] >= n - 1]
+    n = cfg.token_order - 1
+    stream = torch.from_numpy(tokens.astype(np.int64)).to(device)
+    order = torch.from_numpy(order).to(device)
+    base = max(len(stream), 1 << 16)  # above every token and every name
+
+    context = stream[:-1]
+    positions = torch.arange(len(context), device=device)
+    document_start = torch.where(context == BOS_ID, positions, 0).cummax(0).values
+    order = order[order - document_start[order] >= n - 1]
+
+    length = 1  # of the contexts that have a name: context[i] is that of tokens i to i + length - 1
     while length < n:
         step = min(length, n - length)
-        key, at = (names[step:] * base + names[:-step]).sort()
-        names, length = torch.empty_like(at).scatter_(0, at, run_starts(key)), length + step
-    context, at = names[order - (n - 1)].sort(stable=True)
-    order, place = order[at], torch.arange(len(at), device=device)  # by context, then as they are scored
+        halves = context[step:] * base + context[:-step]
+        context = halves.unique(return_inverse=True)[1]
+        length += step
+
+    context, by_context = context[order - (n - 1)].sort(stable=True)
+    order = order[by_context]  # one context after the other, within each as they are scored
     follows = stream[order + 1]
-    pair, at = (context * base + follows).sort(stable=True)
-    count = torch.empty_like(place).scatter_(0, at, place - run_starts(pair) + 1)
-    leader = run_starts((context * base + count).cummax(0).values)  # where the highest count so far was reached
-    seen, before = place - run_starts(context), leader.roll(1)
+    rank = torch.arange(len(order), device=device)
+    pairs, by_pair = (context * base + follows).sort(stable=True)
+    count = torch.empty_like(rank)
+    count[by_pair] = rank - torch.searchsorted(pairs, pairs) + 1  # how often this token has followed, this time included
+    most = (context * base + count).cummax(0).values
+    leader = torch.searchsorted(most, most)  # where the highest count so far was reached
+
+    seen = rank - torch.searchsorted(context, context)  # how often the context came before
+    before = leader.roll(1)
     sure = (seen > 0) & (count[before].double() / seen >= cfg.token_threshold)
     hints = torch.full((len(stream) - 1,), -1, dtype=torch.int32, device=device)
     hints[order[sure]] = follows[before[sure]].int()
     return hints.cpu().numpy()
 
 
-def prepare(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
-    """Tell the scorer in which order its targets come, and the guesses that NGRAM_TILT_ENABLED asks for. On the evaluation's clock."""
+def announce_order(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
+    """Tell the scorer in which order its targets come, and the hints that NGRAM_TILT_ENABLED asks for; on the evaluation's clock."""
     scorer.order = order
     if cfg.ngram_tilt_enabled:
         device = scorer.world.device if scorer.world.device.type == "cuda" else "cpu"
@@ -4324,12 +4590,13 @@ def prepare(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
 
 
 class EvalBatch(NamedTuple):
-    """Inputs (B, T) int64, the target that each predicts or -1 (B, T), and the packing of a packed row."""
+    """Inputs (B, T) int64 on the device, the target that each predicts or -1 (B, T), and the attention segments of a packed row."""
 
     inputs: Tensor
-    at: np.ndarray
-    segments: Segments | None
-    learn: np.ndarray | None = None  # (B, T) likewise: targets that SLOT learns from
+    targets: np.ndarray
+    lengths: np.ndarray  # of the attention segments
+    segments: Segments | None = None
+    learn: np.ndarray | None = None  # (B, T), as targets: those that SLOT learns from
 
 
 def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int, int]]:
@@ -4344,58 +4611,90 @@ def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int
 
 
 def packed_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
-    """Whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
-    context = cfg.eval_seq_len
-    row_tokens = min(max(cfg.val_batch_tokens // 8, context), -(-scorer.total // context) * context)
+    """Yield whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
+    context, device = cfg.eval_seq_len, scorer.world.device
+    whole_stream = -(-scorer.total // context) * context
+    row_tokens = min(max(cfg.val_batch_tokens // 8, context), whole_stream)
+
     for start, end in packed_rows(scorer, context, row_tokens)[rank::size]:
-        n = end - start
-        inputs, at = np.zeros((1, row_tokens), np.int64), np.full((1, row_tokens), -1)
-        at[0, :n] = np.arange(start, end)
-        inputs[0, :n] = scorer.inputs_for(start, at)
-        starts = np.flatnonzero(inputs[0, :n] == BOS_ID)
-        cu_seqlens = document_cu_seqlens(np.append(starts, n) if n < row_tokens else starts, row_tokens, context)
-        yield EvalBatch(torch.from_numpy(inputs), at, Segments(torch.from_numpy(cu_seqlens), context))
+        targets = np.full((1, row_tokens), -1)
+        targets[0, : end - start] = np.arange(start, end)
+        inputs = np.zeros((1, row_tokens), np.int64)
+        inputs[0, : end - start] = scorer.inputs_for(start, targets)
+
+        starts = np.flatnonzero(inputs[0] == BOS_ID)
+        if end - start < row_tokens:
+            starts = np.append(starts, end - start)  # the padding
+        cuts = document_cu_seqlens(starts, row_tokens, context)
+        segments = Segments(torch.from_numpy(cuts).to(device), context)
+        yield EvalBatch(torch.from_numpy(inputs).to(device), targets, np.diff(cuts), segments)
 
 
 def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
-    """Windows every EVAL_STRIDE tokens, documents not masked; each scores the targets no earlier window has scored.
+    """Yield windows every EVAL_STRIDE tokens, documents not masked; each scores the targets that no earlier window has scored.
 
     Each row walks through a stretch of its own: most of what its window shows has been scored by the same row in earlier batches.
     """
     seq, stride = cfg.eval_seq_len, cfg.eval_stride
     starts = np.arange(0, max(1, scorer.total - (seq - stride)), stride)
-    per_batch = max(1, cfg.val_batch_tokens // 8 // seq)
-    steps = -(-len(starts) // (size * per_batch))
+    first_new = starts + seq - stride  # the first target that a window scores
+    first_new[0] = 0
+    rows = max(1, cfg.val_batch_tokens // 8 // seq)
+    steps = -(-len(starts) // (size * rows))
+    stretches = np.arange(rank * rows, (rank + 1) * rows) * steps
+
     for step in range(steps):
-        window = np.arange(rank * per_batch, (rank + 1) * per_batch) * steps + step
-        window = window[window < len(starts)]
-        if not len(window):
+        first = stretches[stretches + step < len(starts)]
+        if not len(first):
             continue
-        at = starts[window][:, None] + np.arange(seq)
-        at = np.where(at < scorer.total, at, -1)
-        first, fresh = (np.where(starts[w] == 0, 0, starts[w] + seq - stride)[:, None] for w in (window - step, window))
-        learn = at if cfg.slot == "published" else np.where((at >= first) & (at < fresh), at, -1)
-        at, inputs = np.where(at >= fresh, at, -1), np.zeros(at.shape, np.int64)
-        for row, targets in enumerate(at):
-            seen = scorer.inputs_for(starts[window[row]], targets)
-            inputs[row, : len(seen)] = seen
-        yield EvalBatch(torch.from_numpy(inputs), at, None, learn)
+        windows = first + step
+        targets = starts[windows, None] + np.arange(seq)
+        targets = np.where(targets < scorer.total, targets, -1)
+        new = targets >= first_new[windows, None]
+        by_this_row = ~new & (targets >= first_new[first, None])
+        learn = targets if cfg.slot == "published" else np.where(by_this_row, targets, -1)
+        targets = np.where(new, targets, -1)
+
+        inputs = np.zeros(targets.shape, np.int64)
+        for row, window in enumerate(windows):
+            shown = scorer.inputs_for(starts[window], targets[row])
+            inputs[row, : len(shown)] = shown
+        lengths = np.full(len(windows), seq)
+        yield EvalBatch(torch.from_numpy(inputs).to(scorer.world.device), targets, lengths, learn=learn)
+
+
+class Method(NamedTuple):
+    """Say what a way of scoring is, for `evaluate`, and for the probes of tools/probes.py."""
+
+    batches: Any            # (cfg, scorer, rank, size) -> EvalBatch after EvalBatch; None: TttRun deals its own
+    documents_masked: bool  # no document sees another
+    small: dict             # upper limits of variables with which a few short documents go through all of it
+
+
+METHODS = dict(
+    packed=Method(packed_batches, True, {}),
+    sliding=Method(sliding_batches, False, dict(eval_seq_len=64, eval_stride=16, val_batch_tokens=8)),
+    ttt=Method(None, True, dict(phased_ttt_enabled=False)))
 
 
 @torch.enable_grad()
 def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
-    """A shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
+    """Learn a shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
 
     published: one shift for the batch, from all its targets, those about to be scored included, which breaks the rules. causal:
-    one for each window, from targets that its row has scored before. score(targets, shift=...) -> nats. -> (1 or B, 1, D).
+    one for each window, from targets that its row has scored before. score(tokens, shift=...) -> nats. -> (1 or B, 1, D).
     """
-    alone, chosen, device = cfg.slot == "causal", torch.from_numpy(learn >= 0), scorer.world.device
-    targets = scorer.targets_to_learn(learn, "slot", early=not alone)
-    weight = (chosen / chosen.sum(1 if alone else None, keepdim=alone).clamp_min(1)).to(device)
-    shift = torch.zeros(len(learn) if alone else 1, 1, cfg.model_dim, device=device, requires_grad=True)
+    device, causal = scorer.world.device, cfg.slot == "causal"
+    tokens = scorer.targets_to_learn(learn, "slot", early=not causal)
+    chosen = torch.from_numpy(learn >= 0)
+    count = chosen.sum(1 if causal else None, keepdim=causal)
+    weight = (chosen / count.clamp_min(1)).to(device)
+
+    shift = torch.zeros(len(learn) if causal else 1, 1, cfg.model_dim, device=device, requires_grad=True)
     optimizer = torch.optim.AdamW([shift], lr=cfg.slot_lr, eps=1e-5, weight_decay=1e-8)
     for _ in range(cfg.slot_steps):
-        shift.grad = torch.autograd.grad((score(targets, shift=shift) * weight).sum(), shift)[0]
+        loss = (score(tokens, shift=shift) * weight).sum()
+        shift.grad = torch.autograd.grad(loss, shift)[0]
         optimizer.step()
     return shift.detach()
 
@@ -4403,17 +4702,17 @@ def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
 @torch.no_grad()
 def evaluate(cfg: Config, world: World, forward, scorer: Scorer, looping: bool = True) -> Score:
     """Score everything behind the scorer with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
-    order, batches = layer_order(cfg, looping), packed_batches if cfg.eval_method == "packed" else sliding_batches
-    with prepare(cfg, scorer, np.arange(scorer.total)).only_released_steps():
+    layers = layer_order(cfg, looping)
+    batches = METHODS[cfg.eval_method].batches
+    with announce_order(cfg, scorer, scorer.order).only_released_steps():
         for batch in batches(cfg, scorer, world.rank, world.size):
-            segments = batch.segments and Segments(batch.segments.cu_seqlens.to(world.device), batch.segments.max_len)
-            score = partial(forward, batch.inputs.to(world.device), layers=order, segments=segments)
+            score = partial(forward, batch.inputs, layers=layers, segments=batch.segments)
             if cfg.slot != "off":
                 scorer.receipt()  # what is learned now comes after what was scored up to here
                 score = partial(score, shift=slot_shift(cfg, scorer, score, batch.learn))
-            scorer.score(batch.at, score)
-            lengths = np.diff(batch.segments.cu_seqlens.numpy()) if batch.segments else np.full(*batch.at.shape)
-            scorer.work.add(flops_per_token(cfg, lengths, looping), "score", batch.at.size, int((batch.at >= 0).sum()))
+            scorer.score(batch.targets, score)
+            flops = flops_per_token(cfg, batch.lengths, looping)
+            scorer.work.add(flops, "score", batch.targets.size, int((batch.targets >= 0).sum()))
         return scorer.finish()
 
 
@@ -4803,7 +5102,7 @@ class TttRun:
                  f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.scorer.total}")
         self.eta, self.compiled = Eta(self.eta.total), len(compilations())
         scored: list[Batch] = []
-        with prepare(cfg, self.scorer, scoring_order(cfg, segments)).only_released_steps():
+        with announce_order(cfg, self.scorer, scoring_order(cfg, segments)).only_released_steps():
             for phase, (segment, documents) in enumerate(segments):
                 self.score_segment(segment, phase)
                 scored += segment
@@ -4811,175 +5110,6 @@ class TttRun:
                     self.scorer.sync()
                     self.learn_base(scored, documents)
             return self.scorer.finish()
-
-
-# ==================================================================================================
-# AUDIT - probes of the scored pass, and a verdict for each rule of the contest.
-# ==================================================================================================
-
-class Watch:
-    """What Python opens, connects to and starts within `with`: an audit hook. It cannot be removed, so `open_watch` makes one. Training
-    data that is opened then is a RunError."""
-
-    def __init__(self):
-        self.on, self.seen = False, []
-        sys.addaudithook(self)
-
-    def __call__(self, event: str, args: tuple) -> None:
-        if self.on and event in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
-            self.seen.append((event, what := args[1] if event == "socket.connect" else args[0]))
-            if event == "open" and not isinstance(what, int) and Path(os.fsdecode(what)).name.startswith("fineweb_train_"):
-                raise RunError(f"{os.fsdecode(what)}: training data was about to be read in an evaluation: a bug, please report it")
-
-    def __enter__(self) -> Watch:
-        self.on, self.seen = True, []
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.on = False
-
-    def strangers(self, data: Path, ours: list[Path]) -> list[str]:
-        """What an evaluation has no business with: data but `ours`, files of neither Python, the system nor the run, other machines."""
-        system = [sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib"]
-        ours, places = (tuple(str(Path(path).resolve()) for path in paths) for paths in (ours, [*system, Path(__file__).parent]))
-        programs, found = ("lrzip", "gcc", "g++", "cc", "c++", "clang", "ptxas", "ldconfig", "python"), {}
-        for event, what in self.seen:
-            path = str(Path(os.fsdecode(what)).resolve()) if isinstance(what, (str, bytes, os.PathLike)) else ""
-            place = (path.startswith(places) and not path.startswith(f"{data.resolve()}{os.sep}")) or ".cache/" in path
-            fine = {"open": not path or path.startswith(ours) or place,
-                    "socket.connect": not isinstance(what, tuple) or what[0] in ("127.0.0.1", "::1", "localhost")}
-            if not fine.get(event, Path(path).name.startswith(programs)):
-                found[f"{event} {path or what}"] = None
-        return list(found)
-
-
-open_watch = cache(Watch)
-Finding = tuple[str, str]  # a verdict, and the evidence in one line
-SEVERITY = ("FAIL", "NEEDS-RULING", "NOT-MEASURED", "PASS")
-RULES = dict(  # rule -> the findings that decide it; tools/validity.md says what each of them asks
-    R1=("bytes",), R2=("P7",), R3=("P9",), R4=("P4", "P5", "P10"), R5=("P2",), R6=("P1", "P3"), R7=("order",), R8=("P6",), R9=("P11",),
-    R10=("P12",), R11=("sum",), R12=("P8",))
-UNRULED = (  # rule, when, what no maintainer has ruled on
-    ("R7", lambda c: c.slot == "causal", "a shift of the hidden states learned from scored targets (SLOT, issue #1336)"),
-    ("R4", lambda c: not c.caseops_enabled, "bytes are those of the normalized pieces, not of a sidecar"),
-)
-
-
-def holds(good: bool, evidence: str, known: bool = True) -> Finding:
-    """PASS or FAIL, or NOT-MEASURED where nobody could know."""
-    return ("PASS" if good else "FAIL") if known else "NOT-MEASURED", evidence
-
-
-def worst(findings: list[Finding]) -> Finding:
-    """The gravest verdict, with the evidence of all that share it."""
-    verdict = min((v for v, _ in findings), key=SEVERITY.index)
-    return verdict, "; ".join(dict.fromkeys(text for v, text in findings if v == verdict))
-
-
-def verdicts(cfg: Config, findings: dict[str, Finding]) -> dict[str, Finding]:
-    """Rule by rule. What nobody looked at is NOT-MEASURED."""
-    missing = ("NOT-MEASURED", "AUDIT=off" if cfg.audit == "off" else "no part of this stage")
-    unruled = {rule: [("NEEDS-RULING", why) for r, applies, why in UNRULED if r == rule and applies(cfg) and findings] for rule in RULES}
-    return {rule: worst([findings.get(name, missing) for name in names] + unruled[rule]) for rule, names in RULES.items()}
-
-
-class ProbeScorer(Scorer):
-    """Where target `watch` is scored, it asks for the nats of the whole vocabulary too: `row` at that target, `excess` anywhere near it."""
-
-    def __init__(self, data: ValData, world: World, watch: int, vocab: int):
-        super().__init__(data, world, "probe")
-        self.watch, self.vocab, self.row, self.excess = watch, vocab, None, math.inf
-
-    def score(self, at: np.ndarray, forward) -> Tensor:
-        if (at == self.watch).any():
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # one shape, once: not worth a graph
-                whole = torch.arange(self.vocab, device=self.world.device).expand(*at.shape, -1)
-                nats = graded(forward, whole, self._hints(at), self.boost)[1].cpu()
-            self.excess = float((nats[torch.from_numpy(at >= 0)].double().neg().exp().sum(-1) - 1).abs().max())
-            self.row = nats[torch.from_numpy(at == self.watch)]
-        return super().score(at, forward)
-
-
-def short_stream(data: ValData, count: int, length: int, generator: np.random.Generator) -> ValData:
-    """The first `length` tokens of `count` random documents that have so many, or of the longest ones."""
-    starts, ends = data.documents()
-    sizes, count = ends - starts, min(count, len(starts))
-    picked = generator.choice(np.argsort(sizes)[-max(count, (sizes >= length).sum()) :], count, replace=False)
-    tokens = np.append(np.concatenate([data.tokens[starts[i] : starts[i] + min(sizes[i], length)] for i in picked]), BOS_ID)
-    return ValData(tokens.astype(np.uint16), np.ones(len(tokens) - 1, np.int32))
-
-
-def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, length: int, rounds: int, seed: int, isolated: bool = True):
-    """P1 forged future, P2 sum over the vocabulary, P3 neighbours (if isolated): {id: finding}. replay(scorer), the scored pass from
-    a fresh start, scores `count` short documents as they are, and with one forged from a random target on. All before that in
-    the order of scoring, and the other documents, must keep the same bits; so must the distribution at the first forged target."""
-    generator, past, others, row, excess = np.random.Generator(np.random.PCG64(seed)), 0.0, 0.0, 0.0, 0.0
-    for _ in range(rounds):
-        true = short_stream(data, count, length, generator)
-        starts, ends = true.documents()
-        start, end = starts[len(starts) // 2], ends[len(starts) // 2]
-        if end - start < 3:
-            return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", "the documents are too short"))
-        cut = int(generator.integers(start + (end - start) // 3, end - 1))  # token cut + 1 is the first to be forged
-        tokens = true.tokens.astype(np.int64)
-        tokens[cut + 1 : end] = 2 + (tokens[cut + 1 : end] - 1 + generator.integers(0, vocab - 3, end - cut - 1)) % (vocab - 2)
-        scorers = [ProbeScorer(ValData(t, true.target_bytes), world, cut, vocab) for t in (true.tokens, tokens.astype(np.uint16), true.tokens)]
-        for scorer in scorers[:2]:
-            replay(scorer)
-        moved = (scorers[1].nats - scorers[0].nats).abs().cpu().numpy()
-        before = np.concatenate((scorers[0].order[: int(np.flatnonzero(scorers[0].order == cut)[0])], np.arange(start, cut)))
-        past, others = max(past, moved[before].max(initial=0.0)), max(others, np.delete(moved, np.s_[start:end]).max(initial=0.0))
-        row, excess = max(row, float((scorers[1].row - scorers[0].row).abs().max())), max(excess, scorers[0].excess)
-        if max(row, past, others) > 0:
-            replay(scorers[2])
-            if noise := float((scorers[2].nats - scorers[0].nats).abs().max()):
-                return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", f"scoring the same text twice differs by {noise:.2g} nats here"))
-    return dict(
-        P1=holds(past == row == 0, f"a forged future moves the scores before it by {past:.3g}, its own distribution by {row:.3g} nats"),
-        P2=holds(excess < 1e-4 and row == 0, f"sums over {vocab} tokens are off by {excess:.2g}"),
-        P3=holds(others == 0, f"a forged document moves scores of its {count - 1} neighbours by {others:.3g} nats", isolated))
-
-
-def document_hashes(tokens: np.ndarray, offset: int, length: int) -> np.ndarray:
-    """64-bit hash of tokens [offset, offset + length) of every document, 0 for those without the first of them."""
-    starts = np.flatnonzero(tokens == BOS_ID)
-    ends, h = np.append(starts[1:], len(tokens)), np.zeros(len(starts), np.uint64)
-    for at in (starts + offset + j for j in range(length)):
-        token = np.where(at < ends, tokens[np.minimum(at, len(tokens) - 1)], 0).astype(np.uint64)
-        h = (h ^ token ^ (h >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
-    return np.where(starts + offset < ends, h, np.uint64(0))
-
-
-def probe_overlap(shards: tuple[Path, ...], val: np.ndarray, seconds: float) -> dict[str, Finding]:
-    """P9: validation documents whose first 64 tokens start a training document; and others that share 32 tokens further in."""
-    spans, deadline, read = ((1, 64), (65, 32), (129, 32), (257, 32)), time.perf_counter() + seconds, 0
-    ours = [document_hashes(val, *span) for span in spans]
-    hits = np.zeros((len(spans), len(ours[0])), bool)
-    while read < len(shards) and time.perf_counter() < deadline:
-        tokens, read = np.array(read_shard(shards[read])), read + 1
-        hits |= [np.isin(hashes, document_hashes(tokens, *span)) & (hashes > 0) for hashes, span in zip(ours, spans, strict=True)]
-    exact, near = int(hits[0].sum()), int((hits[1:].any(0) & ~hits[0]).sum())
-    verdict = "PASS" if not exact else "FAIL" if exact > 0.01 * len(ours[0]) else "NEEDS-RULING"
-    return dict(P9=(verdict, f"{exact} of {len(ours[0])} documents are in {read} of {len(shards)} training shards, {near} more in part"))
-
-
-def probe_round_trip(cfg: Config, data: ValData, count: int, seed: int) -> Finding:
-    """P10: documents decoded to text must have the bytes that were counted for them, and give the same tokens when encoded again."""
-    try:
-        import sentencepiece
-        decode = importlib.import_module("lossless_caps").decode if cfg.caseops_enabled else str
-        model = sentencepiece.SentencePieceProcessor(model_file=str(cfg.tokenizer_file))
-    except (ImportError, OSError, RuntimeError) as e:
-        return "NOT-MEASURED", f"the text cannot be decoded here: {str(e).splitlines()[0]}"
-    starts, broken, lost, total = data.documents()[0], 0, 0, 0
-    ends = np.append(starts[1:], len(data.tokens))
-    picked = np.random.Generator(np.random.PCG64(seed)).choice(len(starts), min(count, len(starts)), replace=False)
-    for start, end in zip(starts[picked].tolist(), ends[picked].tolist(), strict=True):
-        ids, counted = data.tokens[start + 1 : end].tolist(), int(data.target_bytes[start : end - 1].sum())
-        coded = model.decode(ids)
-        missing = abs(counted - len(decode(coded).encode()))
-        broken, lost, total = broken + bool(missing or model.encode(coded) != ids), lost + missing, total + counted
-    return ("NEEDS-RULING" if broken else "PASS"), f"{broken} of {len(picked)} documents and {lost} of {total} bytes do not come back"
 
 
 # ==================================================================================================
@@ -5789,6 +5919,11 @@ def choose_viterbi(device: torch.device):
     return fused if all(torch.equal(a, b) for a, b in zip(fused(x), viterbi(x), strict=True)) else viterbi
 
 
+def checked_viterbi(lanes: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `viterbi` by what `choose_viterbi` takes for this device, looked up at the first call and not before training."""
+    return choose_viterbi(lanes.device)(lanes)
+
+
 def choose_kernels(cfg: Config, world: World) -> Kernels:
     """The attention this device has, and the kernels that *_KERNEL ask for. Raises RunError where they can not run."""
     knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel", "ttt_adam_kernel")}
@@ -5817,7 +5952,7 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
         split_heads if cfg.qk_kernel == "eager" else split_heads_op,
         gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
         None if cfg.fused_ce_kernel == "eager" else HeadCe.apply,
-        choose_viterbi(world.device),
+        checked_viterbi,
         None if cfg.ttt_adam_kernel == "eager" else FusedAdam)
 
 
@@ -5825,109 +5960,174 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
 # MAIN - the stages of a run. The artifact's bytes on disk are the only bridge from training to scoring.
 # ==================================================================================================
 
+class Note(NamedTuple):
+    """Say where facts of one kind are kept."""
+
+    log: str              # lines, formatted with the facts
+    result: dict          # key of result.json, formatted with the facts -> fact
+    ledger: bool = False  # whether all of them stand in a line of their kind
+
+
+NOTES = dict(
+    data=Note("train_shards: {train_shards}\nval_tokens: {val_tokens}", dict(val_tokens="val_tokens", docs_val="docs_val")),
+    trained=Note(
+        "peak memory allocated: {allocated} MiB reserved: {reserved} MiB",
+        {name: name for name in ("steps", "train_seconds", "train_tokens", "step_avg_ms", "loss_curve", "mfu")}),
+    calibrated=Note("GPTQ:collected {count} Hessians in {seconds:.1f}s", dict(calib_seconds="budgeted")),
+    scored=Note(
+        "{name} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{milliseconds:.0f}ms",
+        {"{key}_val_loss": "loss", "{key}_val_bpb": "bpb", "{key}_mfu": "mfu", "val_loss": "loss", "val_bpb": "bpb",
+         "target_tokens": "tokens", "val_bytes": "bytes"}),
+    artifact=Note(
+        "Code size (uncompressed): {code_bytes} bytes\n"
+        "Serialized model {form}: {bytes} bytes\n"
+        "Total submission size {form}: {total} bytes",
+        dict(artifact_file="file", artifact_bytes="bytes", artifact_sha256="sha256", bytes_by_part="parts", code_bytes="code_bytes",
+             code_sha256="code_sha256", bytes_total="total", over_cap="over_cap"),
+        ledger=True),
+)
+
+
+def state_hash(*states: Any) -> str:
+    """Hash nested states, blake2b-128 in hex: every tensor's bytes, every other value as text."""
+    h = hashlib.blake2b(digest_size=16)
+    for x in torch.utils._pytree.tree_leaves(states):
+        if isinstance(x, Tensor):
+            h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            h.update(repr(x).encode())
+    return h.hexdigest()
+
+
 class Run:
-    """What all stages of one run share: configuration, ranks, files, log, clock and the numbers collected so far."""
+    """Hold what all stages of a run share: configuration, ranks, files, log, ledger, clock, and the numbers collected so far."""
 
     def __init__(self, cfg: Config, world: World, out: Path):
-        self.cfg, self.world, self.out = cfg, world, out
-        self.log = Log(out / f"{out.name if not cfg.run_id else cfg.run_id}.txt" if world.main else None)
+        self.cfg = cfg
+        self.world = world
+        self.out = out
+        self.id = cfg.run_id or out.name
+        self.checkpoint = out / "checkpoint.pt"
+        self.weights = out / "final_model.pt"
+        self.artifact = out / "final_model.int6.ptz"
+        self.log = Log(out / f"{self.id}.txt" if world.main else None)
         self.ledger = Ledger(out / "ledger.jsonl" if world.main else None)
         self.clock = Clock(world, lambda name, seconds: self.ledger.add("phase", dict(name=name, seconds=seconds)))
-        self.checkpoint, self.weights, self.artifact = out / "checkpoint.pt", out / "final_model.pt", out / "final_model.int6.ptz"
         if cfg.stage not in ("train", "warm"):
             {"pergroup": need_lrzip, "range": need_constriction}.get(cfg.compressor, str)()  # before an hour of training, not after
+
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
-        self.data, self.train_shards = ValData.load(cfg, self.files), len(self.files.train)
+        self.data = ValData.load(cfg, self.files)
         self.kernels = choose_kernels(cfg, world)
         self.result: dict[str, Any] = {}
-        self.findings, self.warm_ups, self.weight_hashes, self.scored_pass = {}, [], [], ""
+        self.last_pass = ""  # over the validation tokens
 
-    def scorer(self, name: str) -> Scorer:
-        """A pass over the validation tokens that the ledger keeps account of."""
-        self.scored_pass, self.scored = name, Scorer(self.data, self.world, name, self.ledger)
-        return self.scored
+    def note(self, kind: str, **facts: Any) -> None:
+        """Write facts to the log, the result and the ledger, as NOTES says for their kind."""
+        note = NOTES[kind]
+        self.log(note.log.format(**facts))
+        for key, fact in note.result.items():
+            self.result[key.format(**facts)] = facts[fact]
+        if note.ledger:
+            self.ledger.add(kind, facts)
 
-    def probe(self, check, *args) -> None:
-        """check(*args) -> {id: finding}, by rank 0, into the ledger with its cost. Nothing where AUDIT=off."""
-        if self.cfg.audit != "off" and self.world.main:
-            start, found = time.perf_counter(), check(*args)
-            seconds = (time.perf_counter() - start) / len(found)
-            for name, (verdict, evidence) in found.items():
-                self.ledger.add("probe", dict(id=name, verdict=verdict, evidence=evidence, seconds=seconds))
-            self.findings |= found
+    def note_weights(self, model: GPT, when: str) -> None:
+        """Keep the hash of all parameters: what was loaded must be what scores the first target."""
+        self.ledger.add("weights", dict(when=when, sha256=state_hash(model.state_dict())))
 
     @contextlib.contextmanager
     def unchanged(self, state):
-        """Around a warm-up, after which what state() returns and the random generators must be what they were (P6)."""
-        before = state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
-        yield
-        after = state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
-        self.warm_ups.append((before[:8], after[:8]))
-        self.ledger.add("warmup", dict(before=before, after=after))
+        """Keep the hash of what state() returns and of the random generators, before a warm-up and after it."""
+        def look() -> str:
+            return state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
 
-    def diagnostic(self, name: str, key: str, forward) -> Score:
-        """Score with fixed weights and log it."""
-        self.clock.phase("diagnostic eval")
-        start, scorer = time.perf_counter(), self.scorer(key)
-        score = evaluate(self.cfg, self.world, forward, scorer)
+        before = look()
+        yield
+        self.ledger.add("warmup", dict(before=before, after=look()))
+
+    def scorer(self, name: str) -> Scorer:
+        """Begin a pass over the validation tokens that the ledger keeps account of."""
+        self.last_pass = name
+        return Scorer(self.data, self.world, name, self.ledger)
+
+    def score(self, name: str, scorer: Scorer, method) -> float:
+        """Time method(scorer) -> Score, note what it comes to and return the seconds. name: in the log."""
+        start = time.perf_counter()
+        score = method(scorer)
         seconds = time.perf_counter() - start
-        self.log(f"{name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
-        self.result[f"{key}_mfu"] = Utilization(self.world, scorer.work, seconds).result(seconds)
-        self.result |= {f"{key}_val_loss": score.loss, f"{key}_val_bpb": score.bpb, "val_loss": score.loss, "val_bpb": score.bpb,
-                        "target_tokens": score.tokens, "val_bytes": score.bytes}
-        return score
+        mfu = Utilization(self.world, scorer.work, seconds).result(seconds)
+        self.note("scored", name=name, key=scorer.name, milliseconds=1000 * seconds, mfu=mfu, **score._asdict())
+        return seconds
+
+    def diagnostic(self, name: str, key: str, forward) -> float:
+        """Score with fixed weights."""
+        self.clock.phase("diagnostic eval")
+        return self.score(name, self.scorer(key), partial(evaluate, self.cfg, self.world, forward))
 
 
 def environment(world: World) -> dict:
-    """Versions and machine."""
+    """List versions and machine."""
     return dict(hardware=hardware_name(world), python_version=platform.python_version(), torch_version=torch.__version__,
                 triton_version=triton.__version__ if triton else None, world_size=world.size)
 
 
 def log_start(run: Run, env) -> None:
-    """Overrides, variables without effect, the whole configuration and the source: a log is a complete account of its run."""
-    cfg, log, files = run.cfg, run.log, run.files
-    script, tokenizer = Path(__file__), cfg.tokenizer_file
-    run.ledger.add("start", dict(
-        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage, code_sha256=sha256_file(script),
-        config_hash=config_hash(cfg), overrides=overrides(cfg), seed=cfg.seed, seeds_declared=cfg.seeds_declared, audit=cfg.audit,
-        manifest_sha256=files.manifest_sha256, shards=files.hashes,
-        tokenizer_sha256=sha256_file(tokenizer) if tokenizer.exists() else files.manifest.get("tokenizer_sha256"),
-        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()), environment=environment(run.world)))
+    """Log overrides, variables without effect, the whole configuration and the source: a log is a complete account of its run."""
+    cfg, log = run.cfg, run.log
+    script = Path(__file__)
+    changed = " ".join(f"{name}={value}" for name, value in overrides(cfg).items())
     log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, torch {torch.__version__}, "
         f"python {platform.python_version()}")
-    log("overrides: " + (" ".join(f"{k}={v}" for k, v in overrides(cfg).items()) or "none"))
+    log(f"overrides: {changed or 'none'}")
     for note in without_effect(cfg, env):
         log(f"no effect: {note}")
     log("Hyperparameters:", console=False)
-    for f in sorted(fields(cfg), key=lambda f: f.name):
-        log(f"  {f.name}: {getattr(cfg, f.name)}", console=False)
+    for name in sorted(f.name for f in fields(cfg)):
+        log(f"  {name}: {getattr(cfg, name)}", console=False)
     log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
-    log(f"train_shards: {run.train_shards}")
-    log(f"val_tokens: {len(run.data.target_bytes)}")
-    weights = sum(math.prod(m.shape) for m in matrices(cfg) if m.stored is not None and m.stored.codec == "gptq")
-    bits, code = 8 * (cfg.target_bytes - script.stat().st_size) / weights, script.stat().st_size
+    run.note("data", train_shards=len(run.files.train), val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]))
     if cfg.quant == "rd" and cfg.target_bytes and cfg.stage != "eval":
-        verdict = "CANNOT FIT" if bits < 0.2 else "fits, at a loss: 3 are usual" if bits < 2 else "fits"
-        log(f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code}, {bits:.2f} bits each: {verdict}")
+        log(bits_available(cfg, script.stat().st_size))
+
     kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel, adam=cfg.ttt_adam_kernel)
+    chosen = " ".join(f"{name}:{kind}" for name, kind in kernels.items())
     attention, _, trials = choose_attention(cfg.attn_backend, run.world, cfg.compile_cache_dir)
-    log(f"kernels: attention:{attention} ({trials}) " + " ".join(f"{name}:{kind}" for name, kind in kernels.items()))
+    log(f"kernels: attention:{attention} ({trials}) {chosen}")
+
+
+def bits_available(cfg: Config, code_bytes: int) -> str:
+    """Say how many bits TARGET_BYTES leaves for a weight, and what that means."""
+    weights = sum(math.prod(m.shape) for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq")
+    bits = 8 * (cfg.target_bytes - code_bytes) / weights
+    verdicts = ((0.2, "CANNOT FIT"), (2, "fits, at a loss: 3 are usual"), (math.inf, "fits"))
+    verdict = next(verdict for limit, verdict in verdicts if bits < limit)
+    return f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code_bytes}, {bits:.2f} bits each: {verdict}"
+
+
+def open_account(run: Run) -> None:
+    """Begin the ledger's account of this process: who ran what on which data."""
+    cfg, files = run.cfg, run.files
+    tokenizer = files.manifest.get("tokenizer_sha256")
+    if cfg.tokenizer_file.exists():
+        tokenizer = sha256_file(cfg.tokenizer_file)
+    run.ledger.add("start", dict(
+        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage, code_sha256=sha256_file(Path(__file__)),
+        config_hash=config_hash(cfg), overrides=overrides(cfg), seed=cfg.seed, seeds_declared=cfg.seeds_declared,
+        manifest_sha256=files.manifest_sha256, shards=files.hashes, tokenizer_sha256=tokenizer,
+        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()), environment=environment(run.world)))
 
 
 def train_stage(run: Run) -> GPT:
     """Train within the budget, average, score, and leave final_model.pt. Returns the averaged model."""
-    cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
+    cfg, world = run.cfg, run.world
+    log, clock = run.log, run.clock
     trainer = Trainer(cfg, world, run.files, run.kernels)
     log_training_start(cfg, trainer, log)
     clock.phase("compile")
     with run.unchanged(trainer.state):
         trainer.warm_up(log)
     if cfg.resume:
-        if not run.checkpoint.exists():
-            raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
-        trainer.load_state(load_tensors(run.checkpoint, world.device))
-        log(f"resumed after step {trainer.step}")
+        resume(run, trainer)
 
     def validate() -> Score:
         clock.phase("diagnostic eval")
@@ -5942,20 +6142,35 @@ def train_stage(run: Run) -> GPT:
     clock.phase("train")
     start = time.perf_counter()
     train(trainer, validate, log, run.checkpoint, forecast)
-    run.result["mfu"] = trainer.utilization.result(time.perf_counter() - start)
-    peak = max(peak_memory_mib(world.device), clock.peak_mib.get("train", 0))
-    reserved = torch.cuda.max_memory_reserved() >> 20 if world.device.type == "cuda" else peak
-    log(f"peak memory allocated: {peak} MiB reserved: {reserved} MiB")
+    note_training(run, trainer, time.perf_counter() - start)
+
     if trainer.ema:
         log("ema:applying EMA weights")
         trainer.ema.copy_to(trainer.model)
-    run.result |= dict(steps=trainer.step, train_seconds=trainer.clock.seconds, train_tokens=trainer.step * cfg.train_batch_tokens,
-                       step_avg_ms=1000 * trainer.clock.seconds / trainer.step, loss_curve=trainer.losses)
     if world.main:
         save_tensors(run.weights, dict(format=CHECKPOINT_FORMAT, model=trainer.model.state_dict()))
         run.checkpoint.unlink(missing_ok=True)
     run.diagnostic("diagnostic pre-quantization post-ema", "pre_quant", trainer.forward)
     return trainer.model
+
+
+def resume(run: Run, trainer: Trainer) -> None:
+    """Go on where an interrupted run left its checkpoint. Raises RunError without one."""
+    if not run.checkpoint.exists():
+        raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
+    trainer.load_state(load_tensors(run.checkpoint, run.world.device))
+    run.log(f"resumed after step {trainer.step}")
+
+
+def note_training(run: Run, trainer: Trainer, wall_seconds: float) -> None:
+    """Note what the training took."""
+    device, seconds = run.world.device, trainer.clock.seconds
+    allocated = max(peak_memory_mib(device), run.clock.peak_mib.get("train", 0))
+    reserved = torch.cuda.max_memory_reserved() >> 20 if device.type == "cuda" else allocated
+    run.note(
+        "trained", allocated=allocated, reserved=reserved, steps=trainer.step, train_seconds=seconds,
+        train_tokens=trainer.step * run.cfg.train_batch_tokens, step_avg_ms=1000 * seconds / trainer.step,
+        loss_curve=trainer.losses, mfu=trainer.utilization.result(wall_seconds))
 
 
 def warm_stage(run: Run) -> None:
@@ -5973,30 +6188,31 @@ def warm_stage(run: Run) -> None:
 
 
 def quantize_stage(run: Run, model: GPT | None) -> None:
-    """Hessians, GPTQ, packing; the artifact is read back and compared before the stage is done."""
-    cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
+    """Collect Hessians, quantize and pack; the artifact is read back and compared before the stage is done."""
+    cfg, world, log = run.cfg, run.world, run.log
     if model is None:
         model = load_checkpoint_model(cfg, world, run.weights, run.kernels)
         run.diagnostic("diagnostic pre-quantization post-ema", "pre_quant", model)
     if world.main:
         log(f"Serialized model: {run.weights.stat().st_size} bytes")
+
     trains = cfg.gptq_calibration == "train"  # on training data it is part of the training budget
-    clock.phase("calibrate" if trains else "self-calibrate")
+    run.clock.phase("calibrate" if trains else "self-calibrate")
     start = time.perf_counter()
     log("GPTQ:collecting Hessians from calibration data...")
     hessians = collect_hessians(cfg, world, model, run.files, log)
     world.synchronize()
     seconds = time.perf_counter() - start
-    run.result["calib_seconds"] = seconds if trains else 0.0
-    log(f"GPTQ:collected {len(hessians.H)} Hessians in {seconds:.1f}s")
-    clock.phase("quantize")
+    run.note("calibrated", count=len(hessians.H), seconds=seconds, budgeted=seconds if trains else 0.0)
+
+    run.clock.phase("quantize")
     if world.main:
         start = time.perf_counter()
         stored, blob = quantize_to_fit(
             cfg, model.state_dict(), hessians, Path(__file__).stat().st_size, log, model.kernels.viterbi)
         log(f"Serialize: {cfg.quant} quantization and {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
         write_atomic(run.artifact, blob)
-        clock.phase("unpack")
+        run.clock.phase("unpack")
         back = unpack(cfg, run.artifact.read_bytes())
         for name, s in stored.items():
             if not torch.equal(s.decode(), back[name].decode()):
@@ -6005,180 +6221,134 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
 
 
 def count_bytes(run: Run) -> None:
-    """Sizes of the files that a submission ships: the artifact and the script that is running."""
-    log, script, artifact = run.log, Path(__file__), run.artifact
-    code, model, kind = script.stat().st_size, artifact.stat().st_size, f"quantized+{run.cfg.compressor}"
-    upstream, total = upstream_code_bytes(), script.stat().st_size + artifact.stat().st_size
-    log(f"Code size (uncompressed): {code} bytes")
-    if upstream is not None:
-        log(f"Code size (compressed): {upstream} bytes (upstream's convention, a file that is never written)")
-    log(f"Serialized model {kind}: {model} bytes")
-    log(f"Total submission size {kind}: {total} bytes")
-    if total > ARTIFACT_CAP_BYTES:
-        log(f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; nothing is deleted, the run is "
-            "marked. Ship the packed script (tools/pack_code.py), or set QUANT=rd TARGET_BYTES, or raise *_CLIP_SIGMAS")
-    run.result |= dict(
-        artifact_file=artifact.name, artifact_bytes=model, artifact_sha256=sha256_file(artifact),
-        bytes_by_part=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script),
-        code_bytes_upstream_convention=upstream, bytes_total=total,
+    """Note the sizes of the files that a submission ships: the artifact and the script that is running."""
+    script, artifact = Path(__file__), run.artifact
+    code, model = script.stat().st_size, artifact.stat().st_size
+    total = code + model
+    run.note(
+        "artifact", form=f"quantized+{run.cfg.compressor}", file=artifact.name, bytes=model, sha256=sha256_file(artifact),
+        parts=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script), total=total,
         over_cap=total > ARTIFACT_CAP_BYTES)
-    run.ledger.add("artifact", dict(file=artifact.name, sha256=run.result["artifact_sha256"], bytes=model, code_bytes=code))
+    if total > ARTIFACT_CAP_BYTES:
+        run.log(
+            f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; nothing is deleted, the run is "
+            "marked. Ship the packed script (tools/pack_code.py), or set QUANT=rd TARGET_BYTES, or raise *_CLIP_SIGMAS")
 
 
-def note_weights(run: Run, model: GPT, when: str) -> None:
-    """The hash of all parameters: what was loaded must be what scores the first target."""
-    run.weight_hashes.append(state_hash(model.state_dict()))
-    run.ledger.add("weights", dict(when=when, sha256=run.weight_hashes[-1]))
-
-
-def score_artifact(run: Run) -> tuple[GPT, Any, TttRun | None, Score]:
-    """Load the artifact from its bytes, score it as it is, then with test-time training. -> model, its forward, the run that adapted it
-    and the score that counts."""
-    cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
-    clock.phase("unpack")
+def score_artifact(run: Run) -> None:
+    """Load the artifact from its bytes, score it as it is, and then, with TTT_ENABLED, as it adapts to what it has scored."""
+    cfg = run.cfg
+    run.clock.phase("unpack")
     start = time.perf_counter()
-    model = load_artifact(cfg, world, run.artifact, run.kernels)
-    log(f"Deserialize: decompression and dequantization done in {time.perf_counter() - start:.1f}s")
-    note_weights(run, model, "loaded")
+    model = load_artifact(cfg, run.world, run.artifact, run.kernels)
+    run.log(f"Deserialize: decompression and dequantization done in {time.perf_counter() - start:.1f}s")
+    run.note_weights(model, "loaded")
     run.result["model_params"] = sum(p.numel() for p in model.parameters())
     count_bytes(run)
-    forward = compile_forward(model, cfg, world)
+
+    forward = compile_forward(model, cfg, run.world)
     if not cfg.ttt_enabled:
-        note_weights(run, model, "first_score")
-    start = time.perf_counter()
-    score, ttt = run.diagnostic("diagnostic quantized", "quantized", forward), None
-    run.result |= dict(eval_seconds=time.perf_counter() - start, ttt_val_loss=None, ttt_val_bpb=None)
+        run.note_weights(model, "first_score")
+    run.result["eval_seconds"] = run.diagnostic("diagnostic quantized", "quantized", forward)
     if cfg.ttt_enabled:
-        ttt = TttRun(cfg, world, model, run.scorer("ttt"), log)
-        if ttt.static_rows:
-            clock.phase("compile")
-            with run.unchanged(model.state_dict):
-                ttt.warm_up()
-        note_weights(run, model, "first_score")
-        clock.phase("eval")
-        log("beginning TTT eval timer")
-        start = time.perf_counter()
-        score = ttt.run()
-        world.synchronize()
-        seconds = time.perf_counter() - start
-        log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
-        log(f"total_eval_time:{seconds:.1f}s")
-        utilization = Utilization(world, ttt.scorer.work, seconds)
-        log(f"ttt_utilization: {utilization.interval()}")
-        run.result["ttt_mfu"] = utilization.result(seconds)
-        run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb,
-                           target_tokens=score.tokens, val_bytes=score.bytes, eval_seconds=seconds)
-    return model, forward, ttt, score
+        run.result["eval_seconds"] = adapt_and_score(run, model)
+
+
+def adapt_and_score(run: Run, model: GPT) -> float:
+    """Score with test-time training, and return the seconds that it took."""
+    scorer = run.scorer("ttt")
+    ttt = TttRun(run.cfg, run.world, model, scorer, run.log)
+    if ttt.static_rows:
+        run.clock.phase("compile")
+        with run.unchanged(model.state_dict):
+            ttt.warm_up()
+    run.note_weights(model, "first_score")
+
+    run.clock.phase("eval")
+    run.log("beginning TTT eval timer")
+    seconds = run.score("quantized_ttt_phased", scorer, lambda scorer: ttt.run())
+    run.log(f"total_eval_time:{seconds:.1f}s")
+    run.log(f"ttt_utilization: {Utilization(run.world, scorer.work, seconds).interval()}")
+    return seconds
 
 
 def eval_stage(run: Run) -> None:
-    """Score the artifact, watched, and look at how that was done."""
-    cfg, world, run.files = run.cfg, run.world, replace(run.files, train=())
-    with open_watch() as watch:
-        model, forward, ttt, score = score_artifact(run)
-    run.clock.phase("audit")
-    alone = World(0, 1, world.device, world.dtype)
-    mini = replace(cfg, phased_ttt_enabled=False, max_eval_seconds=0.0, compile_allow_recompiles=True)
-
-    def replay(scorer: Scorer) -> Score:
-        return TttRun(mini, alone, model, scorer, Log(None), ttt).run() if ttt else evaluate(mini, alone, forward, scorer)
-
-    if cfg.eval_method == "sliding":  # windows that a short stream fills
-        mini = replace(mini, eval_seq_len=min(cfg.eval_seq_len, 64), eval_stride=min(cfg.eval_stride, 16), val_batch_tokens=8)
-    count, length, rounds = *((min(3, cfg.ttt_batch_size), 3 * chunk_size(cfg, 2)) if ttt else (3, 128)), 16 if cfg.audit == "full" else 1
-    isolated = (bool(ttt) or cfg.eval_method == "packed") and not cfg.ngram_tilt_enabled
-    run.probe(probe_scoring, run.data, alone, cfg.vocab_size, replay, count, length, rounds, cfg.seed, isolated)
-    ours = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *run.files.val, *run.files.sidecar]
-    strangers = sorted(set().union(*world.gather(watch.strangers(cfg.shards_path, ours))))
-    run.probe(score_findings, run, score, run.scored.early, strangers)
-    world.barrier()
+    """Score the artifact, and keep account of what was opened meanwhile."""
+    cfg, files = run.cfg, run.files
+    with access_log() as log:
+        score_artifact(run)
+    own_files = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *files.val, *files.sidecar]
+    of_ranks = run.world.gather(log.unexpected(cfg.shards_path, own_files))
+    run.ledger.add("access", dict(seen=sorted(entry for seen in of_ranks for entry in seen)))
 
 
-def score_findings(run: Run, score: Score, early: bool, strangers: list[str]) -> dict[str, Finding]:
-    """Findings from what lies on the table: sizes, clocks, hashes, coverage, and the score computed again from its file."""
-    cfg, result, seconds, weights = run.cfg, run.result, run.clock.seconds, [digest[:8] for digest in run.weight_hashes]
-    total, said = sum(len(read_shard(p)) for p in run.files.val) - 1, run.files.manifest.get("splits", {}).get("val", {}).get("bytes")
-    good, lossy = score.tokens == total and score.bytes == said, said is not None and score.tokens == total and score.bytes < said
-    covered = holds(good, f"{score.tokens} of {total} targets, {score.bytes} of {said or '?'} bytes", bool(said) or score.tokens != total)
-    trained = (result.get("train_seconds") or math.nan) + result.get("calib_seconds", 0)
-    clocks = ((trained, cfg.max_wallclock_seconds, ("train", "calibrate", "quantize")),
-              (result["eval_seconds"], cfg.max_eval_seconds, ("unpack", "diagnostic eval", "eval")))
-    late = any(budget and spent > budget for spent, budget, _ in clocks)
-    times = [f"{spent:.1f} of {budget:g} s (strict {sum(seconds.get(p, 0) for p in phases):.1f})" for spent, budget, phases in clocks]
-    nats = np.load(run.out / f"token_nats_{run.scored_pass}.npy").sum(dtype=np.float64)
-    off = abs(float(nats) / math.log(2) / int(run.data.target_bytes.sum()) - score.bpb)
-    declared = [int(seed) for seed in filter(None, cfg.seeds_declared.split(","))]
+def documents_of(manifest: dict, split: str) -> int | None:
+    """Count the documents of a split by the manifest; None where it does not say."""
+    first, end = manifest.get("splits", {}).get(split, {}).get("documents", [0, 0])
+    return end - first or None
+
+
+def complete_result(run: Run) -> dict:
+    """Put the numbers collected so far among what says which run they are of; what no stage has measured is None."""
+    cfg, files = run.cfg, run.files
+    phases = run.clock.table()
+    scores = [f"{stage}val_{unit}" for stage in ("", "pre_quant_", "quantized_", "ttt_") for unit in ("loss", "bpb")]
+    unmeasured = dict.fromkeys((*scores, "steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds"))
+    data = dict(
+        manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents_of(files.manifest, "train"),
+        train_tokens=files.manifest.get("splits", {}).get("train", {}).get("tokens"), docs_val=documents_of(files.manifest, "val"),
+        tokenizer_sha256=files.manifest.get("tokenizer_sha256"))
     return dict(
-        bytes=holds(not result["over_cap"], f"{result['bytes_total']:,} of {ARTIFACT_CAP_BYTES:,} bytes, packed by {cfg.compressor}"),
-        order=holds(weights[0] == weights[1] and not early, f"weights {weights[0]} when loaded, {weights[1]} at the first score; learned "
-                    f"from {'unscored' if early else 'scored'} targets"),
-        P4=("NEEDS-RULING", covered[1]) if lossy else covered, P5=holds(True, f"{score.tokens:,} targets, each once, by the scorer"),
-        P6=holds(all(a == b for a, b in run.warm_ups), f"hashes of the state before and after: {run.warm_ups}", bool(run.warm_ups)),
-        P7=holds(not late, f"train {times[0]}, eval {times[1]}", late or all(budget and spent == spent for spent, budget, _ in clocks)),
-        P8=("NOT-MEASURED", "tools/audit.py rescore does it"),
-        P10=probe_round_trip(cfg, run.data, 1 << 30 if cfg.audit == "full" else 8, cfg.seed),
-        P11=holds(not strangers, f"strange among the files, sockets and programs: {', '.join(strangers[:3]) or 'none'}"),
-        P12=holds(cfg.seed in declared, f"seed {cfg.seed}, declared: {declared}", bool(declared)),
-        sum=holds(off <= 1e-9, f"bits per byte from token_nats_{run.scored_pass}.npy differ by {off:.1g}"))
+        schema_version=1, run_id=run.id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage, overrides=overrides(cfg),
+        config_hash=config_hash(cfg), **unmeasured | run.result, phases=phases, wall_seconds=sum(p["seconds"] for p in phases),
+        compilations=run.clock.compiled, peak_mem_mib=max(p["peak_mib"] for p in phases), **environment(run.world), data=data,
+        train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)
 
 
 def finish(run: Run) -> None:
-    """Complete the result, judge it, write result.json, print the tables and the one JSON line."""
-    cfg, world, files, manifest = run.cfg, run.world, run.files, run.files.manifest.get("splits", {})
-    phases = run.clock.table()
-    documents = {split: (lambda d: d[1] - d[0])(manifest.get(split, {}).get("documents", [0, 0])) or None for split in ("train", "val")}
-    scores = [f"{stage}val_{unit}" for stage in ("", "pre_quant_", "quantized_", "ttt_") for unit in ("loss", "bpb")]
-    keys = (*scores, "steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds")
-    result = dict(
-        schema_version=1, run_id=run.out.name if not cfg.run_id else cfg.run_id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
-        overrides=overrides(cfg), config_hash=config_hash(cfg), **dict.fromkeys(keys)) | run.result | dict(
-        val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]), wall_seconds=sum(p["seconds"] for p in phases),
-        phases=phases, compilations=run.clock.compiled, peak_mem_mib=max(p["peak_mib"] for p in phases), **environment(world),
-        data=dict(manifest_sha256=files.manifest_sha256, train_shards=run.train_shards, docs_train=documents["train"],
-                  train_tokens=manifest.get("train", {}).get("tokens"), docs_val=documents["val"],
-                  tokenizer_sha256=files.manifest.get("tokenizer_sha256")),
-        train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)
-    judged = verdicts(cfg, run.findings)
-    run.ledger.add("verdicts", judged)
-    run.ledger.add("end", dict(val_loss=result["val_loss"], val_bpb=result["val_bpb"], tokens=result.get("target_tokens"),
-                               bytes=result.get("val_bytes"), **{"pass": run.scored_pass}))
-    result["audit"] = dict(mode=cfg.audit, verdicts=judged, findings=run.findings, lines=run.ledger.lines, last_hash=run.ledger.last)
-    if world.main:
-        curve = result.pop("loss_curve", None)
+    """Close the account, write result.json, print the tables, how the run is judged, and the result as one line of JSON."""
+    result = complete_result(run)
+    times = ("train_seconds", "calib_seconds", "eval_seconds", "train_budget_seconds", "eval_budget_seconds")
+    run.ledger.add("end", dict(
+        val_loss=result["val_loss"], val_bpb=result["val_bpb"], tokens=result.get("target_tokens"), bytes=result.get("val_bytes"),
+        **{name: result[name] for name in times}, **{"pass": run.last_pass}))
+    result["ledger"] = dict(lines=run.ledger.lines, last_hash=run.ledger.last)
+
+    curve = result.pop("loss_curve", None)
+    if run.world.main:
         if curve:
             write_atomic(run.out / "loss_curve.json", json.dumps(curve).encode())
         write_atomic(run.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     for line in summary_table(result):
         run.log(line)
+    run.log(f"judge this run: python tools/audit.py run {run.out}")
     run.log(f"result: {json.dumps(result)}")
 
 
 def summary_table(result: dict) -> list[str]:
-    """The numbers a person wants first."""
+    """Write out the numbers that a person wants first."""
     lines = ["", f"{'stage':<28}{'val_bpb':>10}{'val_loss':>10}"]
     for name, key in (("trained (EMA)", "pre_quant"), ("quantized", "quantized"), ("test-time trained", "ttt")):
-        if result.get(f"{key}_val_bpb") is not None:
+        if result[f"{key}_val_bpb"] is not None:
             lines.append(f"{name:<28}{result[f'{key}_val_bpb']:>10.5f}{result[f'{key}_val_loss']:>10.5f}")
     if "artifact_bytes" in result:
         lines += ["", f"{'bytes':<28}{'':>10}{'':>10}"]
         lines += [f"  {name:<26}{size:>10,}" for name, size in result["bytes_by_part"].items() if size]
-        lines += [f"  {'code':<26}{result['code_bytes']:>10,}", f"{'total':<28}{result['bytes_total']:>10,}  of {ARTIFACT_CAP_BYTES:,}"]
+        lines.append(f"  {'code':<26}{result['code_bytes']:>10,}")
+        lines.append(f"{'total':<28}{result['bytes_total']:>10,}  of {ARTIFACT_CAP_BYTES:,}")
     lines += ["", f"{'phase':<28}{'seconds':>10}{'peak MiB':>10}"]
     lines += [f"  {p['name']:<26}{p['seconds']:>10.1f}{p['peak_mib']:>10}" for p in result["phases"]]
-    lines += [f"{'wall':<28}{result['wall_seconds']:>10.1f}{result['peak_mem_mib']:>10}", ""]
-    return [*lines, *(f"{rule:<4}{verdict:<14}{evidence}" for rule, (verdict, evidence) in result["audit"]["verdicts"].items()), ""]
+    return [*lines, f"{'wall':<28}{result['wall_seconds']:>10.1f}{result['peak_mem_mib']:>10}", ""]
 
 
 def run_stages(cfg: Config, world: World, env) -> None:
-    """The stages that STAGE asks for, in order, and the result."""
+    """Run the stages that STAGE asks for, in order, and write the result."""
     run_id = cfg.run_id or world.from_main(datetime.now(UTC).strftime("%Y%m%d_%H%M%S"))
     run = Run(cfg, world, Path(cfg.artifact_dir or f"logs/{run_id}"))
+    open_account(run)
     log_start(run, env)
     if cfg.stage == "warm":
         warm_stage(run)
-    if run.files.train and cfg.stage != "warm":
-        run.clock.phase("audit")
-        run.probe(probe_overlap, run.files.train, run.data.tokens, math.inf if cfg.audit == "full" else 6.0)
     model = train_stage(run) if cfg.stage in ("all", "train") else None
     if cfg.stage in ("all", "quantize"):
         quantize_stage(run, model)
@@ -6188,7 +6358,7 @@ def run_stages(cfg: Config, world: World, env) -> None:
 
 
 def main() -> int:
-    """Exit codes: 0 done, 1 the run failed with an explanation, 2 bad configuration, 130 interrupted."""
+    """Run from the command line. Exit codes: 0 done, 1 the run failed with an explanation, 2 bad configuration, 130 interrupted."""
     if set(sys.argv[1:]) & {"-h", "--help"}:
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly

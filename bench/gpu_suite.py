@@ -39,6 +39,7 @@ N = 256 if DRY else 98_304  # tokens of a micro-batch of S14
 DEVICE = "cpu" if DRY else "cuda"
 BUILD = Path(__file__).parents[1] / "build"  # where the CUTLASS kernel is looked for, and made
 D, H, G, HEAD, HIDDEN, V = CFG.model_dim, CFG.num_heads, CFG.num_kv_heads, CFG.head_dim, CFG.mlp_dim, CFG.vocab_size
+CAP = CFG.logit_softcap
 ALL_KERNELS = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", fused_ce_kernel="triton")
 # Document lengths in tokens of FineWeb's validation part at these percentiles (50,000 documents, CaseOps, 8,192 pieces).
 PERCENTILES = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.9, 100)
@@ -125,14 +126,13 @@ def gate_inputs(grad: bool = False):
 
 
 def head_inputs(rows: int, scale: float = 1.0):
-    """Hidden states and head of `rows` tokens, targets, caps."""
-    cap = torch.tensor(30.0, device=DEVICE)
+    """Draw hidden states (1, rows, D), a head (V, D) and targets (1, rows)."""
     x, head = randn(1, rows, D, grad=True), randn(V, D, grad=True, scale=scale * D**-0.5)
-    return x, head, torch.randint(0, V, (1, rows), device=DEVICE), (cap, cap)
+    return x, head, torch.randint(0, V, (1, rows), device=DEVICE)
 
 
-def defined_head_ce(x, head, targets, *caps):
-    return tg.softcapped_ce(torch.nn.functional.linear(x, head), targets, *caps)
+def defined_head_ce(x, head, targets):
+    return tg.softcapped_ce(torch.nn.functional.linear(x, head), targets, CAP)
 
 
 def mlp_inputs(grad: bool = False):
@@ -190,11 +190,11 @@ def correctness():
         reference = forward_backward(definition, wide, [d.bfloat16().float() for d in directions])
         error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
         yield dict(name=f"check {name}", error=error, tolerance=tolerance, reached=error < tolerance)
-    x, head, targets, caps = head_inputs(N // 4, scale=8.0)
+    x, head, targets = head_inputs(N // 4, scale=8.0)
     wide = [t.detach().float().requires_grad_() for t in (x, head)]
     direction = [torch.rand(targets.shape, device=DEVICE)]
-    ours = forward_backward(lambda *args: tg.HeadCe.apply(*args, targets, *caps), (x, head), direction)
-    reference = forward_backward(lambda *args: defined_head_ce(*args, targets, *caps), wide, direction)
+    ours = forward_backward(lambda *args: tg.HeadCe.apply(*args, targets, CAP), (x, head), direction)
+    reference = forward_backward(lambda *args: defined_head_ce(*args, targets), wide, direction)
     error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
     yield dict(name="check head_ce", error=error, tolerance=0.01, reached=error < 0.01)
     x = 20 * torch.randn(tg.TRELLIS_SEGMENT, 33, device=DEVICE)
@@ -292,10 +292,10 @@ def heads():
 
 def cross_entropy():
     """B7: head, loss and gradients, one pass over the logits against two."""
-    x, head, targets, caps = head_inputs(N)
-    reference = compiled(lambda x, head: defined_head_ce(x, head, targets, *caps).sum())
+    x, head, targets = head_inputs(N)
+    reference = compiled(lambda x, head: defined_head_ce(x, head, targets).sum())
     yield line("head and softcapped CE forward+backward", milliseconds(lambda: forward_backward(
-        compiled(lambda x, head: tg.HeadCe.apply(x, head, targets, *caps).sum()), (x, head))), "compiled definition",
+        compiled(lambda x, head: tg.HeadCe.apply(x, head, targets, CAP).sum()), (x, head))), "compiled definition",
         milliseconds(lambda: forward_backward(reference, (x, head))), gb=4 * N * V * 2 / 1e9, tf=6 * N * V * D / 1e12, target_ms=4.6)
 
 
@@ -442,8 +442,8 @@ def evaluation():
 def learning_step(cfg, world, forward, rows: int, width: int, chunk: int, padded: int):
     """A function that scores a chunk of `rows` documents, learns from it and returns the nats. padded: width of the windows."""
     order, generator = tg.layer_order(cfg, True), torch.Generator(DEVICE).manual_seed(0)
-    chain = tg.AdapterChain(cfg, world, rows, cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, seed=0)
-    optimizer = chain.begin(False)
+    chain = tg.AdapterChain(cfg, world, rows, cfg.seed, tg.choose_kernels(cfg, world).adam)
+    optimizer = chain.begin()
     inputs, targets = (torch.randint(8, V, (rows, n), device=DEVICE, generator=generator) for n in (width, chunk))
     inputs = torch.nn.functional.pad(inputs, (0, padded - width))
     positions = torch.arange(width - chunk, width, device=DEVICE).expand(rows, -1).contiguous()

@@ -49,7 +49,7 @@ def per_target(cfg, data, forward) -> np.ndarray:
 class Probe:
     """A forward whose nats are functions of what a packed position may see: easy to predict by hand."""
 
-    def __call__(self, inputs, targets, *, order, segments):
+    def __call__(self, inputs, targets, *, layers, segments):
         return inputs * 1000.0 + targets
 
 
@@ -262,7 +262,7 @@ def test_bytes_are_the_sidecars(method, dataset, world):
 def test_scores_round_the_softcap_only_when_asked(random_model, monkeypatch):
     """In bf16, through the real loop; training goes by FUSED_CE_ENABLED whatever the scores do. The audit passes both."""
     base, data, asked, real = tiny_config(), some(6), [], tg.softcapped_ce
-    monkeypatch.setattr(tg, "softcapped_ce", lambda *a: (asked.append(a[4]), real(*a))[1])
+    monkeypatch.setattr(tg, "softcapped_ce", lambda *a: (asked.append(a[3]), real(*a))[1])
     bf16 = tg.World(0, 1, torch.device("cpu"), torch.bfloat16)
     weights, nats = random_model(base).state_dict(), {}
     for fp32 in (True, False):

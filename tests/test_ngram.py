@@ -129,7 +129,7 @@ def test_the_evaluation_is_tilted(method, random_model):
 
 
 def test_scoring_order_is_the_order_of_scoring(world, random_model):
-    for changes in ({}, dict(ttt_lanes=3), dict(ttt_eval_batches="1"), dict(phased_ttt_num_phases=3)):
+    for changes in ({}, dict(ttt_lanes=3), dict(phased_ttt_num_phases=3)):
         cfg, data = tiny_config(**changes), some(14)
         order = tg.scoring_order(cfg, tg.phase_segments(cfg, tg.document_batches(cfg, data)))
         ledger = run_ttt(cfg, world, random_model(cfg), data)
@@ -150,7 +150,7 @@ def test_test_time_training_is_tilted_and_learns_from_the_untilted_loss(world, r
     batch = tg.document_batches(cfg, data)[-1]
     _, a = run_batch(off, world, ready(model), data, batch)
     b, scorer = tg.AdapterChain(cfg, world, len(batch.sizes), seed=3), tg.prepare(cfg, tg.Scorer(data, world), order)
-    tg.score_batch(cfg, world, ready(model), scorer, batch, b, False)
+    tg.score_batch(cfg, world, ready(model), scorer, batch, b)
     assert np.array_equal(scorer.hints, hints) and (scorer.hints[scorer.own > 0] >= 0).any()
     for x, y in zip(a.loras, b.loras, strict=True):
         assert (x.B - y.B).norm() <= 1e-3 * y.B.norm() and y.B.norm() > 0
@@ -222,7 +222,7 @@ def test_the_audit_fails_a_hint_that_knows_its_target(path, world, random_model,
     def trusting(scorer, order, guess, boost):
         scorer.hints, scorer.boost = guess(scorer._data.tokens, order), boost
 
-    monkeypatch.setattr(tg.Scorer, "foresee", trusting)
+    monkeypatch.setattr(tg.Scorer, "set_hints", trusting)
     found = probed(cfg, world, model, gated)
     assert found["P1"][0] == "FAIL" and found["P2"][0] == "FAIL", found
 

@@ -162,7 +162,7 @@ def noise(size: int, seed: int, compressor: str = "brotli") -> tuple[tg.Config, 
     return cfg, stored
 
 
-@given(st.floats(0.9, 0.999), st.integers(0, 99), st.sampled_from(["brotli", "lzma", "range"]))
+@given(st.floats(0.9, 0.999), st.integers(0, 99), st.sampled_from(["brotli", "range"]))
 @settings(max_examples=3, deadline=None)
 def test_the_artifact_lands_just_below_its_target(share, seed, compressor):
     cfg, stored = noise(64, seed, compressor)
@@ -229,7 +229,7 @@ def test_own_text_feeds_the_same_hessians(dataset, world, random_model):
     for tokens in tg.write_sequences(cfg, world, model):
         row = tg.packed_row(tokens, cfg.train_seq_len, world.device)
         with torch.no_grad():
-            model(row.inputs, row.targets, layers=tg.layer_order(cfg, True), segments=tg.Segments(row.cu_seqlens, row.max_len), tap=expected)
+            model(row.inputs, row.targets, layers=tg.layer_order(cfg, True), segments=row.segments, tap=expected)
     assert got.H.keys() == expected.H.keys() and all(torch.equal(got.H[site], expected.H[site]) for site in got.H)
     assert got.count["head"] == 64 * cfg.train_seq_len and any("wrote 64 sequences" in line for line in lines)
 

@@ -32,10 +32,9 @@ def slow_slot(cfg, model, data) -> np.ndarray:
         alone = cfg.slot == "causal"
         shift = torch.zeros(len(hidden) if alone else 1, 1, cfg.model_dim, requires_grad=True)
         first, second = torch.zeros_like(shift), torch.zeros_like(shift)
-        cap = torch.tensor(cfg.logit_softcap)
 
-        def nats(targets, hidden=hidden, shift=shift, cap=cap):
-            return tg.softcapped_ce((hidden + shift) @ model.tok_emb.weight.T, targets, cap, cap)
+        def nats(targets, hidden=hidden, shift=shift):
+            return tg.softcapped_ce((hidden + shift) @ model.tok_emb.weight.T, targets, cfg.logit_softcap)
 
         for step in range(cfg.slot_steps):
             loss = torch.zeros(())

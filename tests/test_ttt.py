@@ -64,12 +64,12 @@ def run_ttt(cfg, world, model, data) -> Ledger:
     return ledger
 
 
-def run_batch(cfg, world, model, data, batch=None, chain=None, static_rows=0, from_mean=False):
+def run_batch(cfg, world, model, data, batch=None, chain=None, static_rows=0):
     """One batch alone. Returns its ledger and its chain."""
     batch, adam = batch or tg.document_batches(cfg, data)[0], tg.choose_kernels(cfg, world).adam
     chain = chain or tg.AdapterChain(cfg, world, max(static_rows, len(batch.sizes)), seed=3, adam=adam)
     ledger = Ledger(data, world)
-    tg.score_batch(cfg, world, model, ledger, batch, chain, from_mean, static_rows)
+    tg.score_batch(cfg, world, model, ledger, batch, chain, static_rows)
     ledger.nats = ledger.nats.numpy()
     return ledger, chain
 
@@ -148,7 +148,6 @@ def plan(prefix: int, phases: int, sizes=(4, 4, 4, 3), **changes):
 
 def test_phases_cut_the_order():
     assert plan(6, 1) == [([3, 2], 6), ([1, 0], 0)]
-    assert plan(6, 1, ttt_eval_batches="2") == [([0, 1], 6), ([2, 3], 0)], "TTT_EVAL_BATCHES: shortest first"
     assert plan(3, 1) == [([3], 3), ([2, 1, 0], 0)]
     assert plan(11, 2) == [([3, 2], 5), ([1], 11), ([0], 0)]
     assert plan(9, 3) == [([3], 3), ([2], 6), ([1], 9), ([0], 0)]
@@ -207,7 +206,7 @@ def test_a_chunk_holds_the_window_the_positions_and_the_targets(first, world):
 
 def test_shapes_and_scale_of_the_adapters(world):
     cfg = tiny_config(ttt_mask="")
-    chain = tg.AdapterChain(cfg, world, 3, 4, 1e-3, 0.5, 0.99, seed=0)
+    chain = tg.AdapterChain(cfg, world, 3, seed=0)
     slots, D = len(tg.layer_order(cfg, looping=True)), cfg.model_dim
     n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D)
     for site, n in n_out.items():
@@ -224,11 +223,11 @@ def test_shapes_and_scale_of_the_adapters(world):
     expected = torch.stack([2.0 * (B[b] @ (A[b] @ x[b].T)).T for b in range(2)])
     y = torch.zeros(2, 5, 9)
     torch.testing.assert_close(tg.add_deltas(y, x, None, tg.Lora(A, B, 2.0), columns=(0, 2))[..., 2:], expected, rtol=1e-4, atol=1e-4)
-    default = tg.AdapterChain(tiny_config(), world, 3, 4, 1e-3, 0.5, 0.99, seed=0).adapters
+    default = tg.AdapterChain(tiny_config(), world, 3, seed=0).adapters
     assert default.q is None and default.v is None and default.k is not None and default.o is not None and default.mlp is not None
 
 
-def test_seeds_of_lanes_differ_and_repeat(world):
+def test_seeds_of_chains_differ_and_repeat(world):
     cfg = tiny_config()
     first, second, again = (tg.AdapterChain(cfg, world, 2, seed).adapters.head.A for seed in (0, 1, 0))
     assert torch.equal(first, again) and not torch.equal(first, second)
@@ -251,7 +250,7 @@ def test_without_learning_it_is_the_plain_score_of_each_document(world, random_m
 
 
 @pytest.mark.parametrize("changes", [
-    {}, QUIET, dict(ttt_batch_size=5, ttt_lanes=3), dict(phased_ttt_num_phases=3), dict(ttt_eval_batches="1,2"),
+    {}, QUIET, dict(ttt_batch_size=5, ttt_lanes=3), dict(phased_ttt_num_phases=3),
 ])  # fmt: skip
 def test_every_target_and_every_byte_once(changes, world, random_model):
     cfg, data = tiny_config(**changes), some(13)
@@ -261,7 +260,7 @@ def test_every_target_and_every_byte_once(changes, world, random_model):
     assert ledger.result.loss == pytest.approx(ledger.nats.astype(float).mean(), rel=1e-12)
     assert ledger.result.bpb == pytest.approx(ledger.nats.astype(float).sum() / math.log(2) / data.target_bytes.sum(), rel=1e-12)
     reports = [line for line in ledger.lines if line.startswith("ttp:")]
-    assert len(reports) == (2 if "ttt_eval_batches" in changes else len(tg.document_batches(cfg, data)))
+    assert len(reports) == len(tg.document_batches(cfg, data))
 
 
 # ---------------------------------------------------------------------------------------------------- legality
@@ -269,9 +268,8 @@ def test_every_target_and_every_byte_once(changes, world, random_model):
 
 @pytest.fixture(scope="module")
 def whole(random_model, world):
-    """A run with everything on: warm-started A, two lanes, a moving mean, a global phase of several chunks."""
-    cfg = tiny_config(ttt_warm_start_mean_enabled=True, ttt_short_lora_enabled=True, ttt_short_doc_len=40, ttt_short_lora_rank=3,
-                      ttt_short_lora_lr=5e-3)  # fmt: skip
+    """A run with everything on: warm-started A, two chains, a global phase of several chunks."""
+    cfg = tiny_config()
     model, data = random_model(cfg), some(16)
     return cfg, model, data, run_ttt(cfg, world, model, data)
 
@@ -300,7 +298,7 @@ def test_the_future_never_reaches_a_score(nth, share, whole, world):
 
 
 def test_the_past_does_reach_the_scores(whole, world):
-    """The previous test would see a leak: forging a document of the first batch changes the next of its lane, and all after the phase."""
+    """The previous test would see a leak: forging a document of the first batch changes the next of its chain, and all after the phase."""
     cfg, model, data, ledger = whole
     batches = tg.document_batches(cfg, data)
     assert [line for line in ledger.lines if line.startswith("ttpr:")], "there was a global phase"
@@ -573,10 +571,7 @@ def graphed_run(cfg, world, model, data):
     return ttt, ledger
 
 
-@pytest.mark.parametrize("changes", [
-    {}, dict(ttt_short_lora_enabled=True, ttt_short_doc_len=40, ttt_short_lora_rank=3, ttt_warm_start_mean_enabled=True),
-    dict(ngram_tilt_enabled=True, token_order=3), dict(ttt_grad_steps=2, **QUIET),
-])  # fmt: skip
+@pytest.mark.parametrize("changes", [{}, dict(ngram_tilt_enabled=True, token_order=3), QUIET])
 def test_a_run_in_graphs_is_a_run(changes, world, random_model, recordings, monkeypatch):
     """Bit for bit what the same padded rows give without graphs, phases included; every graph is recorded in the warm-up."""
     cfg, data = tiny_config(cuda_graphs=True, ttt_bucket=32, **changes), some(10, longest=80)
@@ -584,7 +579,7 @@ def test_a_run_in_graphs_is_a_run(changes, world, random_model, recordings, monk
     ttt, ledger = graphed_run(cfg, world, model, data)
     batches = tg.document_batches(cfg, data)
     shapes = {(b.chunk, tg.window_width(cfg, b.chunk, i)) for b in batches for i in range(-(-int(b.sizes.max()) // b.chunk))}
-    graphs = len(shapes) * (1 + cfg.ttt_short_lora_enabled)
+    graphs = len(shapes)
     phases = len({count for _, count in ttt.base.shares}) * 4 if ttt.base else 0
     assert len(ttt.forward.recorded) == graphs >= 3 and len(ttt.base.graphs.recorded if ttt.base else ()) == phases
     assert len(tg.Graphed.made) == graphs + phases == len(recordings) / 2
@@ -614,113 +609,39 @@ def test_a_graph_recorded_in_the_scored_evaluation_is_an_error(world, random_mod
     assert run(dataclasses.replace(cfg, compile_allow_recompiles=True)).tokens == len(data.target_bytes)
 
 
-def test_lanes_follow_one_another_in_the_same_place(world, random_model):
-    """As if each had been made anew: nothing is left of the one before, not even the mean."""
-    cfg, data = tiny_config(ttt_warm_start_mean_enabled=True, ttt_short_lora_enabled=True, ttt_short_doc_len=60), of_sizes(50, 60, 70, 80)
-    model, lane = ready(random_model(cfg)), tg.Lane(cfg, world, 4, seed=3)
-    places = [t.data_ptr() for chain in (lane.normal, lane.short) for lora in chain.loras for t in lora[:2]]
-    first = run_batch(cfg, world, model, data, chain=lane.normal)[0]
-    run_batch(cfg, world, model, data, chain=lane.short)
-    fresh, again = tg.Lane(cfg, world, 4, seed=9), lane.restart(9)
-    assert again is lane and places == [t.data_ptr() for chain in (lane.normal, lane.short) for lora in chain.loras for t in lora[:2]]
-    for name in ("normal", "short"):
-        a, b = (run_batch(cfg, world, model, data, chain=getattr(x, name), from_mean=True) for x in (fresh, again))
-        assert np.array_equal(a[0].nats, b[0].nats) and not np.array_equal(a[0].nats, first.nats)
-        assert all(torch.equal(x.A, y.A) and torch.equal(x.B, y.B) for x, y in zip(a[1].loras, b[1].loras, strict=True))
+def test_chains_follow_one_another_in_the_same_place(world, random_model):
+    """As if each had been made anew: nothing is left of the one before."""
+    cfg, data = tiny_config(), of_sizes(50, 60, 70, 80)
+    model, chain = ready(random_model(cfg)), tg.AdapterChain(cfg, world, 4, seed=3)
+    places = [t.data_ptr() for lora in chain.loras for t in lora[:2]]
+    first = run_batch(cfg, world, model, data, chain=chain)[0]
+    fresh = tg.AdapterChain(cfg, world, 4, seed=9)
+    chain.restart(9)
+    assert places == [t.data_ptr() for lora in chain.loras for t in lora[:2]]
+    a, b = (run_batch(cfg, world, model, data, chain=x) for x in (fresh, chain))
+    assert np.array_equal(a[0].nats, b[0].nats) and not np.array_equal(a[0].nats, first.nats)
+    assert all(torch.equal(x.A, y.A) and torch.equal(x.B, y.B) for x, y in zip(a[1].loras, b[1].loras, strict=True))
 
 
 def nats_of(cfg, world, model, data, **changes) -> np.ndarray:
     return run_batch(dataclasses.replace(cfg, **changes), world, model, data)[0].nats
 
 
-def test_more_steps_and_other_optimizers_change_what_follows_the_first_chunk(world, random_model, monkeypatch):
+def test_options_change_what_follows_the_first_chunk(world, random_model):
     cfg, data = tiny_config(), of_sizes(60, 60)
     model = ready(random_model(cfg))
     base, first = nats_of(cfg, world, model, data), np.r_[0:16, 60:76]
-    for change in (dict(ttt_grad_steps=2), dict(ttt_optimizer="sgd"), dict(ttt_local_lr_mult=0.5), dict(ttt_lora_alpha=2.0),
-                   dict(ttt_o_lora=False), dict(ttt_mlp_lora=False), dict(ttt_k_lora=False), dict(ttt_v_lora="1")):  # fmt: skip
+    for change in (dict(ttt_local_lr_mult=0.5), dict(ttt_lora_alpha=2.0), dict(ttt_o_lora=False),
+                   dict(ttt_mlp_lora=False), dict(ttt_k_lora=False), dict(ttt_v_lora="1")):  # fmt: skip
         other = nats_of(cfg, world, model, data, **change)
         assert np.allclose(other[first], base[first], atol=1e-5), change  # B is zero: fresh adapters change nothing
         assert not np.allclose(np.delete(other, first), np.delete(base, first), atol=1e-5), change
-    steps, real = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (steps.append(1), real(self, *a))[1])
-    nats_of(cfg, world, model, data, ttt_grad_steps=3)
-    assert len(steps) == 3 * 3  # four chunks, the last not learned from
 
 
-def test_sgd_is_one_gradient_step(world, random_model):
-    cfg, data = tiny_config(ttt_optimizer="sgd", ttt_lora_lr=0.1, ttt_local_lr_mult=0.5), of_sizes(60)
-    cfg = dataclasses.replace(cfg, ttt_chunk_size=32)
-    model, batch = ready(random_model(cfg)), tg.document_batches(cfg, data)[0]
-    chain = tg.AdapterChain(cfg, world, 1, seed=3)
-    x = torch.from_numpy(data.tokens[:33].astype(np.int64))[None]
-    loss = model(x[:, :-1], x[:, 1:], layers=tg.layer_order(cfg, True), adapters=chain.adapters).mean()
-    head = torch.autograd.grad(loss, chain.adapters.head.B)[0]
-    _, chain = run_batch(cfg, world, model, data, batch, chain)
-    torch.testing.assert_close(chain.adapters.head.B.detach(), -0.05 * head, rtol=1e-3, atol=1e-6)  # fp32
-
-
-def test_documents_outside_the_length_limits_are_scored_without_learning(world, random_model):
-    data = of_sizes(50, 70, 90)
-    for change, learning in ((dict(ttt_train_min_doc_len=71), [1, 2]), (dict(ttt_train_max_doc_len=71), [0, 1]),
-                             (dict(ttt_train_min_doc_len=71, ttt_train_max_doc_len=71), [1])):  # fmt: skip
-        cfg = tiny_config(**change)
-        model = ready(random_model(cfg))
-        ledger, chain = run_batch(cfg, world, model, data)
-        still = nats_of(cfg, world, model, data, ttt_lora_lr=0.0)
-        learned = nats_of(cfg, world, model, data, ttt_train_min_doc_len=0, ttt_train_max_doc_len=0)
-        moved = [i for i in range(3) if any(lora.B[..., i, :, :].any() for lora in chain.loras)]
-        assert moved == learning
-        for i, (a, b) in enumerate(((0, 50), (50, 120), (120, 210))):
-            assert np.allclose(ledger.nats[a:b], (learned if i in learning else still)[a:b], atol=1e-3)  # fp32
-
-
-def test_short_documents_get_their_own_adapters(world):
-    cfg = tiny_config(ttt_short_lora_enabled=True, ttt_short_doc_len=41, ttt_short_lora_rank=2, ttt_short_lora_lr=0.25,
-                      ttt_short_lora_weight_decay=0.125, ttt_short_lora_beta2=0.75)  # fmt: skip
-    lane = tg.Lane(cfg, world, 3, seed=0)
-    short, long = (tg.document_batches(cfg, of_sizes(20, n))[0] for n in (40, 41))
-    assert lane.chain(short) is lane.short is not lane.chain(long) is lane.normal
-    assert lane.short.adapters.head.A.shape[1] == 2 and lane.short.adapters.head.scale == cfg.ttt_lora_alpha / 2
-    group = lane.short.begin(False).param_groups[0]
-    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.25 * 0.75, 0.125, (0.0, 0.75))
-    group = lane.normal.begin(False).param_groups[0]
+def test_the_optimizer_of_the_adapters(world):
+    chain = tg.AdapterChain(tiny_config(), world, 3, seed=0)
+    group = chain.begin().param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (5e-3 * 0.75, 0.5, (0.0, 0.99), 1e-10)
-    off = tg.Lane(dataclasses.replace(cfg, ttt_short_lora_enabled=False), world, 3, seed=0)
-    assert off.chain(short) is off.normal is off.chain(long)
-
-
-def test_the_moving_mean_of_finished_adapters(world, random_model):
-    cfg, data = tiny_config(ttt_warm_start_mean_enabled=True, ttt_warm_start_mean_momentum=0.75), of_sizes(50, 60)
-    model = ready(random_model(cfg))
-    chain = tg.AdapterChain(cfg, world, 4, seed=3)  # two rows more than documents: they are no part of the mean
-    run_batch(cfg, world, model, data, chain=chain)
-    first = [[t.detach()[..., :2, :, :].mean(-3) for t in lora[:2]] for lora in chain.loras]
-    chain.begin(from_mean=True)
-    for lora, means in zip(chain.loras, first, strict=True):
-        for t, mean in zip(lora[:2], means, strict=True):
-            assert all(torch.allclose(t[..., row, :, :], mean) for row in range(4))
-        assert lora.B.any()
-    run_batch(cfg, world, model, data, chain=chain, from_mean=True)
-    second = [[t.detach()[..., :2, :, :].mean(-3) for t in lora[:2]] for lora in chain.loras]
-    chain.begin(from_mean=True)
-    for lora, old, new in zip(chain.loras, first, second, strict=True):
-        for t, a, b in zip(lora[:2], old, new, strict=True):
-            torch.testing.assert_close(t.detach()[..., 0, :, :], 0.75 * a + 0.25 * b)
-    chain.begin(from_mean=False)
-    assert not any(lora.B.any() for lora in chain.loras)
-
-
-def test_the_mean_starts_short_documents_only(world, random_model):
-    asked = []
-    real = tg.score_batch
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg, "score_batch", lambda *a: (asked.append((int(a[4].sizes.max()) + 1, a[6])), real(*a))[1])
-        for enabled in (True, False):
-            cfg = tiny_config(ttt_warm_start_mean_enabled=enabled, ttt_warm_start_mean_doc_len=70, **QUIET)
-            run_ttt(cfg, world, random_model(cfg), some())
-            assert asked and all(from_mean == (enabled and length <= 70) for length, from_mean in asked)
-            asked.clear()
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -831,10 +752,10 @@ def test_learning_pays_on_repetitive_text(world):
 
 
 def test_compile_warm_up_touches_neither_weights_nor_randomness(world, random_model):
-    cfg = tiny_config(ttt_short_lora_enabled=True, ttt_short_lora_rank=2)
+    cfg = tiny_config()
     model = ready(random_model(cfg))
     before, state = digest(model), torch.get_rng_state()
-    tg.warm_up_ttt(cfg, world, model, tg.Lane(cfg, world, 2, 0), [(8, 8), (8, 16), (16, 64)], lambda line: None)
+    tg.warm_up_ttt(cfg, world, model, tg.AdapterChain(cfg, world, 2, seed=0), [(8, 8), (8, 16), (16, 64)], lambda line: None)
     assert digest(model) == before and torch.equal(torch.get_rng_state(), state)
 
 
@@ -853,14 +774,15 @@ class Products(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])
-def test_the_work_of_a_batch_equals_torchs_counter(steps, world, random_model, monkeypatch):
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_work_of_a_batch_equals_torchs_counter(learns, world, random_model, monkeypatch):
     """Forward and backward of every chunk, adapters included; the first slot's merged projection hands no gradient on. The zeros that B of
-    q, k and v are padded with are no work."""
-    cfg, zeros = tiny_config(ttt_grad_steps=max(1, steps), ttt_train_max_doc_len=0 if steps else 1, ttt_mask=""), []
-    data, model = some(4), ready(random_model(cfg))
+    q, k and v are padded with are no work. Documents of a single chunk are scored alone."""
+    chunks = {} if learns else dict(ttt_short_score_first_steps="", ttt_short_chunk_size=60, ttt_chunk_size=60)
+    cfg, zeros = tiny_config(ttt_mask="", **chunks), []
+    data, model = some(4) if learns else of_sizes(40, 50, 55, 60), ready(random_model(cfg))
     (batch,) = tg.document_batches(cfg, data)[:1]
-    chain = tg.AdapterChain(cfg, world, len(batch.sizes), 4, 0.01, 0.0, 0.99, seed=0)
+    chain = tg.AdapterChain(cfg, world, len(batch.sizes), seed=0)
     scorer = tg.Scorer(data, world)
     matrices = {kind: (matmul, lora, 0, 0) for kind, (matmul, lora, *_) in tg.PASSES.items()}
     monkeypatch.setattr(tg, "PASSES", matrices)  # the counter sees no attention here
@@ -871,9 +793,11 @@ def test_the_work_of_a_batch_equals_torchs_counter(steps, world, random_model, m
         return model(inputs, targets, **how)
 
     with Products() as counter:
-        tg.score_batch(cfg, world, forward, scorer, batch, chain, False)
-    assert scorer.work.model == pytest.approx(counter.total - sum(zeros), rel=0.02 if steps else 0.002)
-    assert scorer.work.useful < 0.7 * scorer.work.model and scorer.work.hardware == scorer.work.model
+        tg.score_batch(cfg, world, forward, scorer, batch, chain)
+    assert scorer.work.model == pytest.approx(counter.total - sum(zeros), rel=0.02 if learns else 0.002)
+    useful = scorer.work.useful / scorer.work.model
+    assert useful < 0.7 if learns else useful == pytest.approx(batch.sizes.sum() / (len(batch.sizes) * batch.chunk))
+    assert scorer.work.hardware == scorer.work.model
 
 
 def test_a_global_phase_is_work_that_scores_nothing(world, random_model):
