@@ -5,13 +5,35 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
     PRESET=demo python train_gpt.py                            # the same pipeline on a laptop CPU, minutes
     python train_gpt.py --help                                 # every variable: type, default, range, meaning
 
-train -> EMA -> Hessians -> GPTQ -> artifact on disk -> reload from its bytes -> score -> test-time training -> one JSON line.
+train -> average -> Hessians -> integers -> artifact on disk -> read back from it -> score -> test-time training.
 
-Reads top to bottom, a name is used below its definition:
-CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, KERNELS, MAIN.
-Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width, V vocabulary,
-L blocks, S depths (positions in the unrolled layer order), W ranks.
+Reads top to bottom, a name is used below its definition: CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING,
+QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, KERNELS, MAIN.
+Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width,
+V vocabulary, L blocks, S depths (positions in the unrolled layer order), W ranks.
 """
+
+# To read it in thirty minutes:
+#   1. The group "model" of Config: what the network is made of, a line each.
+#   2. tests/spec_model.py: that network in plain loops. Then MODEL: the same, fast, a row for each tensor.
+#   3. `train`: schedules are functions of progress, and the clock decides when it ends.
+#   4. The head of QUANTIZATION: each codec is an encode next to its decode.
+#   5. `score_batch`: score, then learn. What has not been scored cannot be asked for.
+#   6. `main`: the stages, and the artifact's bytes between them. Skip KERNELS until something must be faster.
+#
+# Words:
+#   nats, bpb    -ln p of a token; the same of a text in bits, over its bytes: what is scored
+#   depth        one application of a block; with loops there are more depths than blocks
+#   stream       what blocks read and add to, a vector a token; the last depths have two: attention's, the MLP's
+#   segment      a document, or a piece of it, in a packed row; attention stays inside
+#   bank         one tensor that holds the matrices of one kind of all blocks
+#   codec        how a tensor becomes small integers and scales, and comes back
+#   Hessian      X^T X of a matrix's inputs X: which errors of its weights cost how much
+#   artifact     the file that is scored and counted, with this script
+#   ledger       the chained account of what was scored and learned from
+#   chunk        the tokens that test-time training scores at once and learns from next
+#   adapter      a low-rank change of a matrix, learned for one document
+#   rank         a process of the run, one a GPU; of an adapter, the width between its two factors
 
 from __future__ import annotations
 
