@@ -81,9 +81,9 @@ def look(cfg, model, seed: int = 0, rounds: int = 1, wrap=None, data=None) -> pr
     def replay(scorer):
         if not cfg.ttt_enabled:
             return tg.evaluate(quiet, CPU, forward, scorer)
-        run = tg.TttRun(quiet, CPU, model, scorer, lambda line: None)
-        run.forward = forward
-        return run.run()
+        engine = tg.TttEngine(quiet, CPU, model, scorer)
+        engine.forward = forward
+        return tg.TttRun(quiet, engine, scorer, lambda line: None).run()
 
     masked = tg.METHODS["ttt" if cfg.ttt_enabled else cfg.eval_method].documents_masked
     return probes.probe_scoring(tg, data or some(seed=seed), CPU, cfg.vocab_size, replay, 3, 32, rounds, seed, masked)
@@ -486,7 +486,9 @@ def test_v22_evaluation_too_long(findings, random_model):
     assert findings(end=dict(eval_seconds=639.9))[1]["R2"][0] == "FAIL"
     cfg = tiny_config(max_eval_seconds=1e-6)
     with pytest.raises(tg.RunError, match="MAX_EVAL_SECONDS"):
-        tg.TttRun(cfg, CPU, random_model(cfg).requires_grad_(False), door_of(), lambda line: None).run()
+        scorer = door_of()
+        engine = tg.TttEngine(cfg, CPU, random_model(cfg).requires_grad_(False), scorer)
+        tg.TttRun(cfg, engine, scorer, lambda line: None).run()
 
 
 @kind(23, "an artifact over the cap", "R1 (sizes of files); record.py")
@@ -728,7 +730,7 @@ def rank_main(rank: int, port: int, cfg: tg.Config, folder: str) -> None:
     world = tg.World(rank, 2, torch.device("cpu"), torch.float32)
     model = tg.build_model(cfg, world, tg.choose_kernels(cfg, world)).requires_grad_(False).eval()
     scorer = tg.Scorer(some(14), world, "ttt", tg.Ledger(Path(folder) / "ledger.jsonl" if rank == 0 else None))
-    score = tg.TttRun(cfg, world, model, scorer, lambda line: None).run()
+    score = tg.TttRun(cfg, tg.TttEngine(cfg, world, model, scorer), scorer, lambda line: None).run()
     twice = tg.Scorer(some(4), world, "twice", tg.Ledger(None))
     twice.score(np.arange(5)[None] + 3 * rank, flat())
     try:

@@ -135,7 +135,7 @@ def test_the_evaluation_is_tilted(method, random_model):
 def test_scoring_order_is_the_order_of_scoring(world, random_model):
     for changes in ({}, dict(ttt_lanes=3), dict(phased_ttt_num_phases=3)):
         cfg, data = tiny_config(**changes), some(14)
-        order = tg.scoring_order(cfg, tg.phase_segments(cfg, tg.document_batches(cfg, data)))
+        order = tg.scoring_order(cfg, tg.split_at_phases(cfg, tg.document_batches(cfg, data)))
         ledger = run_ttt(cfg, world, random_model(cfg), data)
         assert sorted(order) == list(range(len(data.target_bytes)))
         assert (np.diff(ledger.when[order]) >= 0).all()
@@ -144,7 +144,7 @@ def test_scoring_order_is_the_order_of_scoring(world, random_model):
 def test_test_time_training_is_tilted_and_learns_from_the_untilted_loss(world, random_model):
     cfg, data = tiny_config(**TILT), some(14)
     off, model = dataclasses.replace(cfg, ngram_tilt_enabled=False), random_model(cfg)
-    order = tg.scoring_order(cfg, tg.phase_segments(cfg, tg.document_batches(cfg, data)))
+    order = tg.scoring_order(cfg, tg.split_at_phases(cfg, tg.document_batches(cfg, data)))
     hints = np.array(plain_hints(data.tokens, order, 3, 0.5))
     tilted, plain = run_ttt(cfg, world, model, data), run_ttt(off, world, model, data)
     assert np.abs(tilted.nats - plain.nats)[hints < 0].max() < 1e-3, "fp32 in another kernel; the adapters are the same"
@@ -154,7 +154,7 @@ def test_test_time_training_is_tilted_and_learns_from_the_untilted_loss(world, r
     batch = tg.document_batches(cfg, data)[-1]
     _, a = run_batch(off, world, ready(model), data, batch)
     b, scorer = tg.AdapterChain(cfg, world, len(batch.sizes), seed=3), tg.announce_order(cfg, tg.Scorer(data, world), order)
-    tg.score_batch(cfg, world, ready(model), scorer, batch, b)
+    tg.score_batch(cfg, ready(model), scorer, batch, b)
     assert np.array_equal(scorer.hints, hints) and (scorer.hints[scorer.own > 0] >= 0).any()
     for x, y in zip(a.loras, b.loras, strict=True):
         assert (x.B - y.B).norm() <= 1e-3 * y.B.norm() and y.B.norm() > 0
@@ -196,7 +196,9 @@ def probed(cfg, world, model, tilt=None) -> dict:
 
     def replay(scorer):
         if cfg.ttt_enabled:
-            return tg.TttRun(dataclasses.replace(cfg, **QUIET), world, ready(model), scorer, lambda line: None).run()
+            quiet = dataclasses.replace(cfg, **QUIET)
+            engine = tg.TttEngine(quiet, world, ready(model), scorer)
+            return tg.TttRun(quiet, engine, scorer, lambda line: None).run()
         return tg.evaluate(cfg, world, model, scorer)
 
     with pytest.MonkeyPatch.context() as patch:
