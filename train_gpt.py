@@ -5,13 +5,35 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
     PRESET=demo python train_gpt.py                            # the same pipeline on a laptop CPU, minutes
     python train_gpt.py --help                                 # every variable: type, default, range, meaning
 
-train -> EMA -> Hessians -> GPTQ -> artifact on disk -> reload from its bytes -> score -> test-time training -> one JSON line.
+train -> average -> Hessians -> integers -> artifact on disk -> read back from it -> score -> test-time training.
 
-Reads top to bottom, a name is used below its definition:
-CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, KERNELS, MAIN.
-Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width, V vocabulary,
-L blocks, S depths (positions in the unrolled layer order), W ranks.
+Reads top to bottom, a name is used below its definition: CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING,
+QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, KERNELS, MAIN.
+Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width,
+V vocabulary, L blocks, S depths (positions in the unrolled layer order), W ranks.
 """
+
+# To read it in thirty minutes:
+#   1. The group "model" of Config: what the network is made of, a line each.
+#   2. tests/spec_model.py: that network in plain loops. Then MODEL: the same, fast, a row for each tensor.
+#   3. `train`: schedules are functions of progress, and the clock decides when it ends.
+#   4. The head of QUANTIZATION: each codec is an encode next to its decode.
+#   5. `score_batch`: score, then learn. What has not been scored cannot be asked for.
+#   6. `main`: the stages, and the artifact's bytes between them. Skip KERNELS until something must be faster.
+#
+# Words:
+#   nats, bpb    -ln p of a token; the same of a text in bits, over its bytes: what is scored
+#   depth        one application of a block; with loops there are more depths than blocks
+#   stream       what blocks read and add to, a vector a token; the last depths have two: attention's, the MLP's
+#   segment      a document, or a piece of it, in a packed row; attention stays inside
+#   bank         one tensor that holds the matrices of one kind of all blocks
+#   codec        how a tensor becomes small integers and scales, and comes back
+#   Hessian      X^T X of a matrix's inputs X: which errors of its weights cost how much
+#   artifact     the file that is scored and counted, with this script
+#   ledger       the chained account of what was scored and learned from
+#   chunk        the tokens that test-time training scores at once and learns from next
+#   adapter      a low-rank change of a matrix, learned for one document
+#   rank         a process of the run, one a GPU; of an adapter, the width between its two factors
 
 from __future__ import annotations
 
@@ -1355,7 +1377,8 @@ def softcapped_ce(logits: Tensor, targets: Tensor, cap: float, round_cap: bool =
         z = z.to(logits.dtype).float()
     if targets.ndim == z.ndim:
         return z.logsumexp(-1, keepdim=True) - z.gather(-1, targets)
-    return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    nats = F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none")
+    return nats.view(targets.shape)
 
 
 def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
@@ -1397,11 +1420,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first 2 n of d dimensions, half-split (partial rotary embedding): x (B, T, heads, d), n = cos.shape[-1]."""
     n = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    x1, x2, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+    x1, x2, rest = x.tensor_split((n, 2 * n), dim=-1)
+    turned = (x1 * cos + x2 * sin, x2 * cos - x1 * sin)
+    return torch.cat((*turned, rest), dim=-1)
 
 
-def split_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split one merged projection into queries and keys, normed per head and rotated, queries times their gain, and values.
 
     qkv (B, T, (H + 2 G) d), gain (H,), cos and sin (T, 1, n) -> q (B, T, H, d), k and v (B, T, G, d).
@@ -1518,8 +1544,11 @@ class Adapters(NamedTuple):
 
     def rows(self, first: int, end: int) -> Adapters:
         """View the adapters of documents [first, end)."""
-        documents = (..., slice(first, end), slice(None), slice(None))
-        return Adapters(*(lora and Lora(lora.A[documents], lora.B[documents], lora.scale) for lora in self))
+        count, cut = end - first, {}
+        for site, lora in self._asdict().items():
+            if lora is not None:
+                cut[site] = Lora(lora.A.narrow(-3, first, count), lora.B.narrow(-3, first, count), lora.scale)
+        return Adapters(**cut)
 
 
 NO_ADAPTERS = Adapters()
@@ -1579,10 +1608,13 @@ def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
     """Take x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
     if positions is None:
         return x
-    return torch.take_along_dim(x, positions.view(*positions.shape, *[1] * (x.ndim - 2)), dim=1)
+    trailing = [1] * (x.ndim - 2)
+    return torch.take_along_dim(x, positions.view(*positions.shape, *trailing), dim=1)
 
 
-def add_deltas(y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)) -> Tensor:
+def add_deltas(
+    y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)
+) -> Tensor:
     """Add to y (B, T, width) the deltas of adapters that read x, each from its own of the `columns` on.
 
     One product by all A, one by all B, added up inside it.
@@ -1604,8 +1636,10 @@ def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
     """List the blocks in execution order; when looping, the middle ones run 1 + NUM_LOOPS times."""
     if not (looping and cfg.num_loops):
         return tuple(range(cfg.num_layers))
-    middle = tuple(range(cfg.loop_start, cfg.loop_end + 1))
-    return (*range(cfg.loop_start), *(middle * (1 + cfg.num_loops)), *range(cfg.loop_end + 1, cfg.num_layers))
+    before = range(cfg.loop_start)
+    middle = range(cfg.loop_start, cfg.loop_end + 1)
+    after = range(cfg.loop_end + 1, cfg.num_layers)
+    return (*before, *[*middle] * (1 + cfg.num_loops), *after)
 
 
 def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -1617,9 +1651,10 @@ def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) 
     base = cfg.rope_base
     if cfg.rope_yarn and context > cfg.rope_train_seq_len:
         base *= (context / cfg.rope_train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
-    exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32, device=device) / cfg.rope_dims
-    frequencies = (base**-exponents).bfloat16().float()
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+    exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32, device=device)
+    frequencies = (base ** -(exponents / cfg.rope_dims)).bfloat16().float()
+    places = torch.arange(length, dtype=torch.float32, device=device)
+    angles = places[:, None] * frequencies
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
@@ -1770,12 +1805,14 @@ def matrices(cfg: Config) -> tuple[Matrix, ...]:
     for row in parameters(cfg):
         for k, role in enumerate(row.roles):
             if not role.name:
-                layer = int(row.name.split(".")[1]) if row.name.startswith("blocks.") else None
+                words = row.name.split(".")
+                layer = int(words[1]) if words[0] == "blocks" else None
                 whole.append(Matrix(row.name, row.name, None, layer, row.shape, role))
                 continue
             for layer in range(cfg.num_layers):
                 name = f"blocks.{layer}.{role.name}.weight"
-                parts.append(Matrix(name, row.name, k * cfg.num_layers + layer, layer, row.shape[1:], role))
+                index = k * cfg.num_layers + layer
+                parts.append(Matrix(name, row.name, index, layer, row.shape[1:], role))
     parts.sort(key=lambda m: (m.layer, SITES.index(m.role.stored.site)))
     return (*whole, *parts)
 
@@ -1790,19 +1827,21 @@ def unbank(cfg: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for name, m in stored_matrices(cfg).items():
         if m.parameter in state:
-            out[name] = state[m.parameter] if m.index is None else state[m.parameter][m.index]
+            whole = state[m.parameter]
+            out[name] = whole if m.index is None else whole[m.index]
     return out
 
 
 def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put the tensors that artifacts name together again: the inverse of `unbank`."""
-    out: dict[str, Any] = {}
+    out: dict[str, Tensor] = {}
+    banks: dict[str, list[Tensor]] = {}
     for m in sorted(matrices(cfg), key=lambda m: m.index or 0):
         if m.index is None:
             out[m.parameter] = tensors[m.name]
         else:
-            out.setdefault(m.parameter, []).append(tensors[m.name])
-    return {name: torch.stack(found) if isinstance(found, list) else found for name, found in out.items()}
+            banks.setdefault(m.parameter, []).append(tensors[m.name])
+    return out | {name: torch.stack(parts) for name, parts in banks.items()}
 
 
 class Attention(nn.Module):
@@ -1820,23 +1859,30 @@ class Attention(nn.Module):
 
     def gate(self, x: Tensor, q_raw: Tensor) -> Tensor:
         """Compute how much of each head's output passes (B, T, H). x lacks the norm scale, which the weights take over."""
-        cfg = self.cfg
+        cfg, source = self.cfg, x
         if cfg.attn_gate == "dense":
-            return torch.sigmoid(F.linear(x, (self.norm_scale * self.attn_gate_w).to(x.dtype)))
-        if cfg.attn_gate == "sparse":
+            weight = self.norm_scale * self.attn_gate_w
+        elif cfg.attn_gate == "sparse":
             weight = cfg.sparse_attn_gate_scale * self.norm_scale * self.attn_gate_w
-            return torch.sigmoid(F.linear(x[..., : cfg.gate_window].contiguous(), weight.to(x.dtype)))
-        source, weight = q_raw, self.attn_gate_proj.weight
-        if cfg.attn_out_gate_src == "proj":
-            source, weight = x, self.norm_scale * weight
-        return 2 * torch.sigmoid(F.linear(source[..., : cfg.gate_window].contiguous(), weight.to(x.dtype)))
+        elif cfg.attn_out_gate_src == "proj":
+            weight = self.norm_scale * self.attn_gate_proj.weight
+        else:
+            weight, source = self.attn_gate_proj.weight, q_raw
+        if cfg.attn_gate != "dense":
+            source = source[..., : cfg.gate_window].contiguous()
+        gate = torch.sigmoid(F.linear(source, weight.to(x.dtype)))
+        return 2 * gate if cfg.attn_gate == "out" else gate
 
     def qkv(self, x: Tensor, weights: Weights, lora: Adapters) -> Tensor:
         """Compute (B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
         D, kv = self.cfg.model_dim, self.cfg.kv_dim
-        return add_deltas(F.linear(x, weights.qkv), x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
+        merged = F.linear(x, weights.qkv)
+        return add_deltas(merged, x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, depth: int, positions: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor,
+        context: Context, depth: int, positions: Tensor | None,
+    ) -> Tensor:
         """Attend within segments, to the cache, or within whole rows: -> (B, T, H, d), or only at the positions."""
         if context.segments is not None:
             rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
@@ -1847,7 +1893,8 @@ class Attention(nn.Module):
         return causal_attention(at_positions(q, positions), k, v, self.window, positions)
 
     def forward(
-        self, x: Tensor, weights: Weights, lora: Adapters, context: Context, depth: int, positions: Tensor | None
+        self, x: Tensor, weights: Weights, lora: Adapters,
+        context: Context, depth: int, positions: Tensor | None,
     ) -> Tensor:
         """Map x (B, T, D), normed without its norm scale, -> (B, T, D); with positions (B, n): (B, n, D), only there."""
         cfg, kernels = self.cfg, context.kernels
@@ -1880,13 +1927,14 @@ class Block(nn.Module):
         self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
         self.attn = Attention(cfg, layer, self.norm_scale)
 
-    def fold(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Weights:
+    def fold(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, dtype: torch.dtype) -> Weights:
         """Move the scales of a sublayer's input and output into its matrices: a pass over weights instead of activations."""
-        return Weights(
-            qkv=(self.norm_scale * torch.cat((q, k, v))).to(dtype),
-            o=(self.attn_scale[:, None] * o).to(dtype),
-            up=(self.norm_scale * up).to(dtype),
-            down=(self.mlp_scale[:, None] * down).to(dtype))
+        o, up, down = others
+        qkv = self.norm_scale * torch.cat((q, k, v))
+        o = self.attn_scale[:, None] * o
+        up = self.norm_scale * up
+        down = self.mlp_scale[:, None] * down
+        return Weights(*(matrix.to(dtype) for matrix in (qkv, o, up, down)))
 
     def fold_adapter(self, site: str, lora: Lora) -> Lora:
         """Do the same for an adapter."""
@@ -1905,8 +1953,8 @@ class Block(nn.Module):
         return add_deltas(out, x, lora.mlp)
 
     def forward(
-        self, streams: Streams, x0: Tensor, weights: Weights, lora: Adapters, context: Context, depth: int,
-        positions: Tensor | None, lane_mix: Tensor | None,
+        self, streams: Streams, x0: Tensor, weights: Weights, lora: Adapters,
+        context: Context, depth: int, positions: Tensor | None, lane_mix: Tensor | None,
     ) -> Streams:
         """Run attention and MLP, one after the other on one stream, or side by side on two.
 
@@ -1947,13 +1995,14 @@ class GPT(nn.Module):
         cfg = self.cfg
         x = F.embedding(tokens, self.tok_emb.weight)
         if cfg.smear_gate_enabled:
-            weight = self.smear_gate.weight.to(x.dtype)
-            gate = torch.sigmoid(F.linear(x[:, 1:, : cfg.gate_window].contiguous(), weight))
+            before, after = x[:, :-1], x[:, 1:]
+            source = after[..., : cfg.gate_window].contiguous()
+            gate = torch.sigmoid(F.linear(source, self.smear_gate.weight.to(x.dtype)))
             gate = self.smear_lambda.to(x.dtype) * gate
             if cfg.smear_gate_bos_fix:
                 # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
                 gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
-            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+            x = torch.cat((x[:, :1], after + gate * before), dim=1)
         return rms_norm(x)
 
     def weights(self, dtype: torch.dtype) -> list[Weights]:
@@ -1963,7 +2012,8 @@ class GPT(nn.Module):
         up, down = self.mlp_up_bank.unbind(0), self.mlp_down_bank.unbind(0)
         out = []
         for i, block in enumerate(self.blocks):
-            out.append(block.fold(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i], dtype))
+            q, k, v, o = qo[i], kv[i], kv[L + i], qo[L + i]
+            out.append(block.fold(q, k, v, o, up[i], down[i], dtype=dtype))
         return out
 
     def skip(self, x: Tensor, skipped: Tensor, index: int) -> Tensor:
@@ -1971,7 +2021,8 @@ class GPT(nn.Module):
         skipped = self.skip_weights[index].to(x.dtype) * skipped
         if not self.cfg.skip_gates_enabled:
             return x + skipped
-        return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
+        gate = torch.sigmoid(self.skip_gates[index])
+        return torch.lerp(skipped, x, gate.to(x.dtype))
 
     def lane_mix(self, layer: int) -> Tensor:
         """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what the MLP writes."""
@@ -1980,8 +2031,8 @@ class GPT(nn.Module):
         return torch.cat((own, written), dim=1)[..., None]
 
     def hidden(
-        self, tokens: Tensor, layers: tuple[int, ...], segments: Segments | None, cache: Cache | None, adapters: Adapters,
-        positions: Tensor | None, tap,
+        self, tokens: Tensor, layers: tuple[int, ...], segments: Segments | None, cache: Cache | None,
+        adapters: Adapters, positions: Tensor | None, tap,
     ) -> Tensor:
         """Map tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`.
 
@@ -1991,10 +2042,15 @@ class GPT(nn.Module):
         """
         cfg, start = self.cfg, 0 if cache is None else cache.length
         end = start + tokens.shape[1]
-        x0 = self.embed(torch.cat((cache.last_token, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
-        longest = next((c.max_len for c in (segments, cache) if c is not None), tokens.shape[1])
+        if start:  # the smear gate looks back at the token before
+            x0 = self.embed(torch.cat((cache.last_token, tokens), dim=1))[:, 1:]
+        else:
+            x0 = self.embed(tokens)
+        bounded = segments or cache
+        longest = tokens.shape[1] if bounded is None else bounded.max_len
         cos, sin = rotary_tables(cfg, end, longest, tokens.device)
-        context = Context((cos[start:], sin[start:]), segments, cache, self.kernels, tap)
+        rope = (cos[start:], sin[start:])
+        context = Context(rope, segments, cache, self.kernels, tap)
         weights = self.weights(x0.dtype)
         loras = adapters.by_depth([self.blocks[layer] for layer in layers])
         streams, skips, half = Streams(x0), [], len(layers) // 2
@@ -2003,16 +2059,20 @@ class GPT(nn.Module):
                 if streams.mlp is None and 0 < cfg.parallel_start_layer <= layer:
                     streams = Streams(streams.attn, streams.attn)
                 if skips:
-                    streams = streams._replace(attn=self.skip(streams.attn, skips.pop(), depth - half))
+                    joined = self.skip(streams.attn, skips.pop(), depth - half)
+                    streams = streams._replace(attn=joined)
             scored = positions if depth == len(layers) - 1 else None
             lane_mix = None if streams.mlp is None else self.lane_mix(layer)
-            streams = self.blocks[layer](streams, x0, weights[layer], loras[depth], context, depth, scored, lane_mix)
+            streams = self.blocks[layer](
+                streams, x0, weights[layer], loras[depth], context, depth, scored, lane_mix)
             if depth < half:
                 skips.append(streams.attn)
         if cache is not None:
             cache.last_token = tokens[:, -1:]
             cache.length = end
-        return rms_norm(streams.attn if streams.mlp is None else (streams.attn + streams.mlp) / 2)
+        if streams.mlp is None:
+            return rms_norm(streams.attn)
+        return rms_norm((streams.attn + streams.mlp) / 2)
 
     def forward(
         self,
@@ -2094,23 +2154,28 @@ def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO
     return Flops(2 * products, deltas, 4 * cfg.model_dim * pairs / n.sum())
 
 
-PASSES = {  # how often the forward's matrix, adapter and attention FLOPs are done: as the model defines it, and as the hardware runs it
-    "score": ((1, 1, 1), (1, 1, 1)),
-    "train": ((3, 3, 3), (3, 3, 3.5)),  # the backward of flash attention computes the scores again: 5 products instead of 4
-    "adapt": ((2, 3, 3), (2, 3, 3.5)),  # frozen matrices have no gradient of their own
+PASSES = {  # how often a pass does the forward's FLOPs with matrices, adapters and in attention, and the latter again
+    "score": (1, 1, 1, 0.0),
+    "train": (3, 3, 3, 0.5),  # the backward of flash attention repeats one of the forward's two products
+    "adapt": (2, 3, 3, 0.5),  # frozen matrices have no gradient of their own
 }
 
 
 class FlopCount:
-    """FLOPs of one rank: of the model, as the hardware runs it, and the part of the model's that belongs to scored tokens."""
+    """Counts the FLOPs of one rank: of the model, of these those of scored tokens, and all that the hardware ran."""
 
     def __init__(self):
-        self.model = self.hardware = self.useful = 0.0
+        self.model = 0.0
+        self.useful = 0.0
+        self.hardware = 0.0
 
     def add(self, flops: Flops, kind: str, tokens: int, scored: float) -> None:
-        """Passes over `tokens` positions, padding and context included, `scored` of which count for the loss."""
-        model, hardware = (tokens * sum(f * times for f, times in zip(flops, passes, strict=True)) for passes in PASSES[kind])
-        self.model, self.hardware, self.useful = self.model + model, self.hardware + hardware, self.useful + model * scored / tokens
+        """Add one of PASSES over `tokens` positions, padding and context included, `scored` of which count for the loss."""
+        matmul, lora, attention, again = PASSES[kind]
+        per_token = matmul * flops.matmul + lora * flops.lora + attention * flops.attention
+        self.model += tokens * per_token
+        self.useful += scored * per_token
+        self.hardware += tokens * (per_token + again * flops.attention)
 
 
 @torch.no_grad()
@@ -2398,106 +2463,123 @@ class Ema:
 # ==================================================================================================
 
 def lr_scale(cfg: Config, progress: float, step: int = 0, step_seconds: float = 0.0) -> float:
-    """Share of the peak learning rate: 1, then linear down to MIN_LR over the last WARMDOWN_FRAC; progress runs from 0 to 1.
+    """Compute the share of the peak learning rate: 1, then linear down to MIN_LR over the last WARMDOWN_FRAC.
 
-    With WARMDOWN_ITERS the warmdown lasts that many steps instead: counted back from ITERATIONS, or from the end of the
-    clock at `step_seconds` per step.
+    progress runs from 0 to 1. With WARMDOWN_ITERS the warmdown lasts that many steps instead: counted back
+    from ITERATIONS, or from the end of the clock at `step_seconds` a step.
     """
     if cfg.warmdown_iters:
         budget = cfg.train_budget_seconds
         by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget and step_seconds
-        left = budget * (1 - progress) / step_seconds if by_clock else cfg.iterations - step
-        return max(min(1.0, left / cfg.warmdown_iters), cfg.min_lr)
+        steps_left = budget * (1 - progress) / step_seconds if by_clock else cfg.iterations - step
+        return max(min(1.0, steps_left / cfg.warmdown_iters), cfg.min_lr)
+
     if progress < 1 - cfg.warmdown_frac or not cfg.warmdown_frac:
         return 1.0
     return max((1 - progress) / cfg.warmdown_frac, cfg.min_lr)
 
 
 def context_length(cfg: Config, progress: float) -> int:
-    """Attention context: the first stage whose end fraction has not passed."""
+    """Choose the attention context: that of the first stage whose end has not passed."""
     return next(length for length, end in cfg.seq_schedule if progress <= end)
 
 
 def rewarmup(cfg: Config, steps_since_change: int | None) -> float:
-    """Ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None = no change yet."""
+    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None: no change."""
     if steps_since_change is None or not cfg.seq_change_warmup_steps:
         return 1.0
     return min(1.0, steps_since_change / cfg.seq_change_warmup_steps)
 
 
 def muon_momentum(cfg: Config, step: int) -> float:
-    """Linear warm-up over MUON_MOMENTUM_WARMUP_STEPS, then constant."""
-    share = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
-    return cfg.muon_momentum_warmup_start + share * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
+    """Compute the momentum of a step: linear over MUON_MOMENTUM_WARMUP_STEPS, then constant."""
+    steps = cfg.muon_momentum_warmup_steps
+    share = min(1.0, step / steps) if steps else 1.0
+    start = cfg.muon_momentum_warmup_start
+    return start + share * (cfg.muon_momentum - start)
 
 
 def looping_at(cfg: Config, progress: float) -> bool:
-    """Whether the middle blocks repeat at this point of the run."""
+    """Tell whether the middle blocks repeat at this point of the run."""
     return cfg.num_loops > 0 and progress >= cfg.enable_looping_at
 
 
+def halves(layers: tuple[int, ...]) -> str:
+    """Write an order of layers for the log: those before the skips, and those after."""
+    middle = len(layers) // 2
+    return f"encoder:{list(layers[:middle])} decoder:{list(layers[middle:])}"
+
+
 def warm_shapes(cfg: Config) -> list[tuple[int, bool]]:
-    """(context, looping) combinations the run will meet, in the order it meets them."""
-    if not cfg.compile_shape_warmup:
-        return list(dict.fromkeys([(cfg.train_seq_len, False), (cfg.train_seq_len, cfg.num_loops > 0)]))
-    shapes, start = [], 0.0
-    for length, end in cfg.seq_schedule:
-        plain = not cfg.num_loops or start < cfg.enable_looping_at
-        looped = cfg.num_loops > 0 and end > cfg.enable_looping_at
-        shapes += [(length, looping) for looping, wanted in ((False, plain), (True, looped)) if wanted]
+    """List the (context, looping) combinations that the run will meet, in the order it meets them."""
+    shapes = []
+    start = 0.0
+    for length, end in cfg.seq_schedule if cfg.compile_shape_warmup else [(cfg.train_seq_len, 1.0)]:
+        if not cfg.num_loops or start < cfg.enable_looping_at:
+            shapes.append((length, False))
+        if cfg.num_loops and end > cfg.enable_looping_at:
+            shapes.append((length, True))
         start = end
     return list(dict.fromkeys(shapes))
 
 
 def warm_lengths(tokens: int, context: int) -> list[int]:
-    """Lengths of cu_seqlens to warm for rows of `tokens`: the least there can be, and three more buckets."""
+    """List the lengths of cu_seqlens to warm for rows of `tokens`: the least possible and three more."""
     segments = -(-tokens // context)
     return [CU_SEQLENS_BUCKET * (segments // CU_SEQLENS_BUCKET + k) for k in range(1, 5)]
 
 
 def warm_rows(row: Row, context: int) -> list[Row]:
-    """`row` cut every `context` tokens, once for each of its `warm_lengths`."""
-    n, device = row.targets.numel(), row.inputs.device
-    bounds = (torch.arange(length, dtype=torch.int32).mul(context).clamp(max=n) for length in warm_lengths(n, context))
-    return [row._replace(segments=Segments(cu_seqlens.to(device), context)) for cu_seqlens in bounds]
+    """Cut `row` every `context` tokens, once for each of its `warm_lengths`."""
+    rows = []
+    tokens = row.targets.numel()
+    for length in warm_lengths(tokens, context):
+        bounds = torch.arange(length, dtype=torch.int32).mul(context).clamp(max=tokens)
+        rows.append(row._replace(segments=Segments(bounds.to(row.inputs.device), context)))
+    return rows
 
 
 def nats_of_row(row: Row, forward, graphs: Graphed | None, **options) -> Tensor:
-    """Nats (1, T). A row of more segments than were warmed does without a graph."""
-    few = len(row.segments.cu_seqlens) in warm_lengths(row.targets.numel(), row.segments.max_len)
-    run = graphs if graphs and few else forward
-    return run(row.inputs, row.targets, segments=row.segments, **options)
+    """Compute the nats (1, T) of a row. One of more segments than were warmed does without a graph."""
+    segments = row.segments
+    warmed = len(segments.cu_seqlens) in warm_lengths(row.targets.numel(), segments.max_len)
+    run = graphs if graphs and warmed else forward
+    return run(row.inputs, row.targets, segments=segments, **options)
 
 
 class StepClock:
-    """Seconds of training so far, and a forecast of the next step. Pausing excludes validation and checkpoints."""
+    """Counts the seconds of training, without pauses for validation and checkpoints, and forecasts a step."""
 
     def __init__(self, seconds: float = 0.0, recent: tuple[float, ...] = ()):
-        self.seconds, self.start, self.recent = seconds, None, [*recent]  # start None: paused
+        self.seconds = seconds  # until the last pause
+        self.start = None  # None: paused
+        self.recent = [*recent]  # seconds a block of the last ten steps
 
     def now(self) -> float:
         return self.seconds + (0.0 if self.start is None else time.perf_counter() - self.start)
 
     def pause(self) -> None:
-        self.seconds, self.start = self.now(), None
+        self.seconds = self.now()
+        self.start = None
 
     def go_on(self) -> None:
         self.start = time.perf_counter()
 
     def record(self, seconds: float, applications: int) -> None:
-        """Seconds of one step that ran `applications` blocks."""
+        """Remember the seconds of one step that ran `applications` blocks."""
         self.recent = [*self.recent[-9:], seconds / applications]
 
-    def forecast(self, applications: int) -> float:
-        """Upper estimate of a step: the slowest recent one, per block, plus 10 %."""
-        return 1.1 * max(self.recent, default=0.0) * applications
+    def block_seconds(self) -> float:
+        """Estimate from above what a block of the next step takes: as in the slowest recent, plus 10 %."""
+        return 1.1 * max(self.recent, default=0.0)
 
 
 class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a request that the loop honours between two steps; the second one kills."""
+    """Turns the first Ctrl-C (or SIGTERM) into a request to stop between two steps; the second one kills."""
 
     def __init__(self):
-        self.requested, self.previous = False, {}
+        self.requested = False
+        self.previous = {}  # handlers, by signal
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -2521,107 +2603,154 @@ class Interrupted(RunError):
 
 
 class Utilization:
-    """How busy the device is kept: FLOPs per second as a share of what it could do. seconds: of the work, pauses left out."""
+    """Compares FLOPs per second with the peak of the device.
+
+    work: FLOPs of this rank; seconds: in which it did them, without pauses for validation and checkpoints.
+    """
 
     def __init__(self, world: World, work: FlopCount | None = None, seconds: float = 0.0):
-        name, self.measured = hardware_name(world), measured_peak(world)
+        name = hardware_name(world)
         self.datasheet = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-        self.work, self.seconds, self.marked, self.marked_at = work or FlopCount(), seconds, (FlopCount(), 0.0), time.perf_counter()
+        self.measured = measured_peak(world)
+        self.work = work or FlopCount()
+        self.seconds = seconds
+        self.logged = (time.perf_counter(), 0.0, 0.0, 0.0, 0.0)  # totals at the last `interval`
 
-    def share(self, flops: float, seconds: float) -> dict[str, float | None]:
-        """`flops` in `seconds`, of the datasheet's peak (None where there is none) and of the measured one."""
-        rate = flops / seconds if seconds else 0.0
+    def shares(self, flops: float, seconds: float) -> dict:
+        """Divide FLOPs a second by the datasheet's peak (None: there is none) and by the measured one."""
+        rate = flops / max(seconds, 1e-9)
         return dict(mfu=rate / self.datasheet if self.datasheet else None, of_measured=rate / self.measured)
 
     def interval(self) -> str:
-        """Since the last call, for the log: the model's FLOPs, then, of the datasheet's peak or else of the measured one, those of
-        scored tokens, those the hardware ran, and the model's again with validation and checkpoints in the time."""
-        (old, old_seconds), now = self.marked, time.perf_counter()
-        model, useful, hardware = (getattr(self.work, kind) - getattr(old, kind) for kind in ("model", "useful", "hardware"))
-        seconds, wall = self.seconds - old_seconds, max(now - self.marked_at, self.seconds - old_seconds)
-        shares = self.share(model, seconds)
-        for name, flops, time_of in (("useful", useful, seconds), ("hardware", hardware, seconds), ("with_pauses", model, wall)):
-            of_datasheet, of_measured = self.share(flops, time_of).values()
-            shares[name] = of_measured if of_datasheet is None else of_datasheet
-        self.marked, self.marked_at = (copy.copy(self.work), self.seconds), now
-        return " ".join(f"{name}:{'n/a' if value is None else format(value, '.4f')}" for name, value in shares.items())
+        """Describe the time since the last call, for the log.
+
+        Of the model's FLOPs both shares; then one each, of the datasheet's peak if there is one: that of scored
+        tokens, of all that the hardware ran, and of the model once more, with pauses in the time.
+        """
+        work = self.work
+        totals = np.array([time.perf_counter(), self.seconds, work.model, work.useful, work.hardware])
+        wall, seconds, model, useful, hardware = totals - self.logged
+        self.logged = totals
+
+        peak = self.datasheet or self.measured
+        seconds = max(seconds, 1e-9)
+        mfu = f"{model / seconds / peak:.4f}" if self.datasheet else "n/a"
+        return (
+            f"mfu:{mfu} of_measured:{model / seconds / self.measured:.4f} "
+            f"useful:{useful / seconds / peak:.4f} hardware:{hardware / seconds / peak:.4f} "
+            f"with_pauses:{model / max(wall, seconds) / peak:.4f}")
 
     def result(self, wall_seconds: float) -> dict:
-        """Of all of it: three kinds of FLOPs, each without and with pauses for validation and checkpoints."""
-        kinds = ("model", "useful", "hardware")
-        return dict(
-            **{kind: self.share(getattr(self.work, kind), self.seconds) for kind in kinds},
-            **{f"{kind}_with_pauses": self.share(getattr(self.work, kind), wall_seconds) for kind in kinds},
-            model_flops=self.work.model, peak_flops=dict(datasheet=self.datasheet, measured=self.measured))
+        """Sum up all of it: three kinds of FLOPs, each by the running time and by the time with pauses."""
+        peaks = dict(datasheet=self.datasheet, measured=self.measured)
+        out = dict(model_flops=self.work.model, peak_flops=peaks)
+        for kind, flops in vars(self.work).items():
+            out[kind] = self.shares(flops, self.seconds)
+            out[f"{kind}_with_pauses"] = self.shares(flops, wall_seconds)
+        return out
+
+
+class StepPlan(NamedTuple):
+    """Says how to take a step: context, whether middle blocks repeat, share of the peak learning rate."""
+
+    context: int
+    looping: bool
+    lr_scale: float
 
 
 class Trainer:
-    """Model, optimizer, average and data of one training run, and the state a checkpoint keeps."""
+    """Holds model, optimizer, average and data of one training run, and the state that a checkpoint keeps."""
 
     def __init__(self, cfg: Config, world: World, files: Dataset, kernels: Kernels = DEFINITIONS):
-        self.cfg, self.world, self.files = cfg, world, files
+        self.cfg = cfg
+        self.world = world
+        self.files = files
         self.model = build_model(cfg, world, kernels)
         self.forward = compile_forward(self.model, cfg, world)
-        self.graphs = Graphed(self.forward, (p for p in self.model.parameters() if p.requires_grad)) if cfg.cuda_graphs else None
+        self.graphs = Graphed(self.forward, self.model.parameters()) if cfg.cuda_graphs else None
         self.optimizer = TrainOptimizer(self.model, cfg, world)
         self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
-        self.accumulate = cfg.micro_batches // world.size
+        self.accumulate = cfg.micro_batches // world.size  # micro-batches of this rank in a step
         self.utilization = Utilization(world)
         self.loader = self.open_loader()
-        self.step, self.clock, self.changed_at, self.stage_len = 0, StepClock(), None, cfg.seq_schedule[0][0]
-        self.looping, self.losses = False, []
+
+        self.step = 0
+        self.clock = StepClock()
+        self.losses = []  # (step, seconds, nats)
+        self.looping = False
+        self.stage_len = cfg.seq_schedule[0][0]  # attention context, and the step that changed it
+        self.changed_at = None
 
     def open_loader(self, position: tuple[int, int] | None = None) -> TrainLoader:
         cfg = self.cfg
-        return TrainLoader(self.files.train, cfg.train_microbatch_tokens, cfg.micro_batches, cfg.vocab_size, position)
+        return TrainLoader(
+            self.files.train, cfg.train_microbatch_tokens, cfg.micro_batches, cfg.vocab_size, position)
 
-    def loss(self, row: Row, order: tuple[int, ...]) -> Tensor:
-        """This row's part of the mean loss of the rank's micro-batches."""
+    def loss(self, row: Row, layers: tuple[int, ...]) -> Tensor:
+        """Compute this row's part of the mean loss of the rank's micro-batches."""
         weight = 1 / (row.targets.numel() * self.accumulate)
-        return weight * nats_of_row(row, self.forward, self.graphs, layers=order, training=True).sum()
+        return weight * nats_of_row(row, self.forward, self.graphs, layers=layers, training=True).sum()
 
-    def train_step(self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float) -> float:
-        """One optimizer step on a window (rows, span) of all ranks; returns the mean loss in nats, the same on every rank.
+    def backward(self, row: Row, layers: tuple[int, ...]) -> Tensor:
+        """Add a row's gradient to the step's; returns its loss, detached: see `Graphed` on accumulators."""
+        loss = self.loss(row, layers)
+        loss.backward()
+        return loss.detach()
+
+    def train_step(
+        self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float
+    ) -> float:
+        """Take a step on a window (rows, span) of all ranks; returns the mean loss in nats of them all.
 
         Raises FloatingPointError before any weight is touched when loss or gradient is not finite.
         """
-        order, total = layer_order(self.cfg, looping), torch.zeros((), device=self.world.device)
-        for tokens in window[self.world.rank * self.accumulate : (self.world.rank + 1) * self.accumulate]:
-            row = packed_row(tokens, context, self.world.device)
-            loss = self.loss(row, order)
-            loss.backward()
-            n = row.targets.numel()
-            self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", n, n)
-            total += (loss := loss.detach())  # its graph goes: see `Graphed` on accumulators
-        self.world.sum_(total)
-        mean = Readback(total / self.world.size)
+        world = self.world
+        layers = layer_order(self.cfg, looping)
+        total = torch.zeros((), device=world.device)
+        first = world.rank * self.accumulate
+        for tokens in window[first : first + self.accumulate]:
+            row = packed_row(tokens, context, world.device)
+            total += self.backward(row, layers)
+            count = row.targets.numel()
+            self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", count, count)
+
+        world.sum_(total)
+        mean_on_host = Readback(total / world.size)
         with torch.profiler.record_function("optimizer"):
             self.optimizer.step(lr, momentum)
-        return mean.read()
+        return mean_on_host.read()
 
     def state(self) -> dict:
-        """Everything that decides how the run goes on."""
+        """Collect everything that decides how the run goes on."""
         return dict(
-            config_hash=config_hash(self.cfg), seed=self.cfg.seed, step=self.step, seconds=self.clock.now(), recent=self.clock.recent,
-            position=self.loader.position,
+            config_hash=config_hash(self.cfg), seed=self.cfg.seed,
+            step=self.step, seconds=self.clock.now(), recent=self.clock.recent, position=self.loader.position,
             changed_at=self.changed_at, stage_len=self.stage_len, looping=self.looping, losses=self.losses,
-            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema.shadow if self.ema else {},
+            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+            ema=self.ema.shadow if self.ema else {},
         )
 
     def load_state(self, state: dict) -> None:
         """Go on where `state` was taken. Raises RunError when it belongs to another recipe."""
-        if (state.get("config_hash"), state.get("seed")) != (config_hash(self.cfg), self.cfg.seed):
-            found = f"{state.get('config_hash')}, seed {state.get('seed')}"
-            raise RunError(f"checkpoint.pt was written by another configuration or seed ({found}); "
-                           "resume with the same variables, or start afresh with RESUME=0")
+        found = state.get("config_hash"), state.get("seed")
+        if found != (config_hash(self.cfg), self.cfg.seed):
+            raise RunError(
+                f"checkpoint.pt was written by another configuration or seed ({found[0]}, seed {found[1]}); "
+                "resume with the same variables, or start afresh with RESUME=0")
+
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
-            self.ema.shadow = {name: t.to(self.world.device) for name, t in state["ema"].items()}
+        for name, average in state["ema"].items():
+            self.ema.shadow[name].copy_(average)
         self.loader.close()
         self.loader = self.open_loader(tuple(state["position"]))
-        self.step, self.clock, self.changed_at = state["step"], StepClock(state["seconds"], state["recent"]), state["changed_at"]
-        self.stage_len, self.looping, self.losses = state["stage_len"], state["looping"], state["losses"]
+
+        self.step = state["step"]
+        self.clock = StepClock(state["seconds"], state["recent"])
+        self.losses = state["losses"]
+        self.looping = state["looping"]
+        self.stage_len = state["stage_len"]
+        self.changed_at = state["changed_at"]
 
     def checkpoint(self, path: Path) -> None:
         state = self.state()
@@ -2629,162 +2758,234 @@ class Trainer:
             save_tensors(path, state)
 
     def warm_up(self, log: Log) -> None:
-        """Compile every shape and run WARMUP_STEPS steps per loop mode, then put back weights, moments and data exactly."""
-        cfg = self.cfg
+        """Compile every shape, take WARMUP_STEPS steps per loop mode, then put everything back, data too."""
         compiled = self.graphs or self.forward is not self.model
-        if not compiled and not cfg.warmup_steps:
+        if not compiled and not self.cfg.warmup_steps:
             return
-        model, generator = {name: t.detach().clone() for name, t in self.model.state_dict().items()}, torch.get_rng_state()
-        optimizer = copy.deepcopy(self.optimizer.state_dict())
+
+        before = copy.deepcopy(self.state())
+        generator = torch.get_rng_state()
         window = self.loader.next_step()
+
         if compiled:
             self.warm_shapes(window[0], log)
-        for looping in dict.fromkeys((False, cfg.num_loops > 0)):
-            order = layer_order(cfg, looping)
-            if looping:
-                log(f"loop_warmup:enabled encoder:{list(order[: len(order) // 2])} decoder:{list(order[len(order) // 2 :])}")
-            for k in range(cfg.warmup_steps):
-                try:
-                    self.train_step(window, cfg.seq_schedule[0][0], looping, 1.0, muon_momentum(cfg, k))
-                except FloatingPointError as e:
-                    raise RunError(f"warm-up step {k + 1}: {e}; lower MATRIX_LR or TIED_EMBED_LR, or look at the data") from None
-                if k < 6 or (k + 1) % 10 == 0 or k + 1 == cfg.warmup_steps:
-                    log(f"{'loop_warmup_step' if looping else 'warmup_step'}: {k + 1}/{cfg.warmup_steps}")
-        self.model.load_state_dict(model)
-        self.optimizer.load_state_dict(optimizer)
+        for looping in dict.fromkeys((False, self.cfg.num_loops > 0)):
+            self.warm_steps(window, looping, log)
+
+        self.load_state(before)
         self.model.zero_grad()
-        self.loader.close()
-        self.loader, self.utilization = self.open_loader(), Utilization(self.world)
+        self.utilization = Utilization(self.world)
         torch.set_rng_state(generator)
 
     def warm_shapes(self, tokens: np.ndarray, log: Log) -> None:
-        """Forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
-        cfg, shapes, n = self.cfg, warm_shapes(self.cfg), self.cfg.train_microbatch_tokens
-        log("compile_shape_warmup:start " + ",".join(f"{n}x{'loop' if loop else 'plain'}" for n, loop in shapes))
+        """Run forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
+        cfg = self.cfg
+        shapes = warm_shapes(cfg)
+        names = [f"{context}x{'loop' if looping else 'plain'}" for context, looping in shapes]
+        log("compile_shape_warmup:start " + ",".join(names))
         row = packed_row(tokens, cfg.train_seq_len, self.world.device)
-        for length, looping in shapes * (1 + bool(self.graphs)):  # graphs are recorded in the second round
-            log(f"compile_shape_warmup:shape seq_len:{length} loop:{int(looping)} "
-                f"warmup_cu_buckets:{','.join(map(str, warm_lengths(n, length)))}")
-            for shaped in warm_rows(row, length):
-                self.loss(shaped, layer_order(cfg, looping)).backward()
+
+        for context, looping in shapes * (2 if self.graphs else 1):  # graphs are recorded in the second round
+            buckets = ",".join(map(str, warm_lengths(cfg.train_microbatch_tokens, context)))
+            shape = f"seq_len:{context} loop:{int(looping)} warmup_cu_buckets:{buckets}"
+            log(f"compile_shape_warmup:shape {shape}")
+            for shaped in warm_rows(row, context):
+                self.backward(shaped, layer_order(cfg, looping))
                 self.model.zero_grad()
 
-    def plan_step(self, elapsed: float, log: Log) -> tuple[int, bool, float]:
-        """Context, loop mode and learning-rate factor of the step about to run."""
+    def warm_steps(self, window: np.ndarray, looping: bool, log: Log) -> None:
+        """Take WARMUP_STEPS steps in one loop mode. Raises RunError when loss or gradient is not finite."""
         cfg = self.cfg
+        if looping:
+            log(f"loop_warmup:enabled {halves(layer_order(cfg, looping))}")
+
+        for step in range(cfg.warmup_steps):
+            done = step + 1
+            try:
+                self.train_step(window, cfg.seq_schedule[0][0], looping, 1.0, muon_momentum(cfg, step))
+            except FloatingPointError as e:
+                remedy = "lower MATRIX_LR or TIED_EMBED_LR, or look at the data"
+                raise RunError(f"warm-up step {done}: {e}; {remedy}") from None
+            if done <= 6 or done % 10 == 0 or done == cfg.warmup_steps:
+                log(f"{'loop_warmup_step' if looping else 'warmup_step'}: {done}/{cfg.warmup_steps}")
+
+    def plan_step(self, elapsed: float, log: Log) -> StepPlan:
+        """Plan the step about to run, `elapsed` seconds into training; logs what changes with it."""
+        cfg = self.cfg
+        step = self.step
         budget = cfg.train_budget_seconds
         by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget > 0
-        progress = min(1.0, elapsed / budget if by_clock else self.step / max(1, cfg.iterations))
+        progress = min(1.0, elapsed / budget if by_clock else step / max(1, cfg.iterations))
+
         context = context_length(cfg, progress)
         if context != self.stage_len:
-            self.stage_len, self.changed_at = context, self.step
-            log(f"growth_stage:seq_len:{context} progress:{progress:.3f} step:{self.step}")
+            self.stage_len = context
+            self.changed_at = step
+            log(f"growth_stage:seq_len:{context} progress:{progress:.3f} step:{step}")
             if cfg.seq_change_warmup_steps:
-                log(f"growth_stage_rewarmup:start step:{self.step} steps:{cfg.seq_change_warmup_steps} seq_len:{context}")
+                steps = cfg.seq_change_warmup_steps
+                log(f"growth_stage_rewarmup:start step:{step} steps:{steps} seq_len:{context}")
+
         if looping_at(cfg, progress) and not self.looping:
-            self.looping, order = True, layer_order(cfg, True)
-            log(f"layer_loop:enabled step:{self.step} frac:{progress:.3f} encoder:{list(order[: len(order) // 2])} "
-                f"decoder:{list(order[len(order) // 2 :])}")
-        ramp = rewarmup(cfg, None if self.changed_at is None else self.step - self.changed_at + 1)
-        per_step = elapsed / self.step if self.step else 0.0
-        return context, self.looping, lr_scale(cfg, progress, self.step, per_step) * ramp
+            self.looping = True
+            log(f"layer_loop:enabled step:{step} frac:{progress:.3f} {halves(layer_order(cfg, True))}")
+
+        ramp = rewarmup(cfg, None if self.changed_at is None else step - self.changed_at + 1)
+        step_seconds = elapsed / step if step else 0.0
+        return StepPlan(context, self.looping, lr_scale(cfg, progress, step, step_seconds) * ramp)
+
+    def finish_step(self, loss: float, elapsed: float, applications: int) -> float:
+        """Average the weights and account for a step that began at `elapsed`; returns the seconds now."""
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.model)
+
+        now = self.clock.now()
+        self.clock.record(now - elapsed, applications)
+        self.utilization.seconds += now - elapsed
+        self.losses.append((self.step, round(now, 3), round(loss, 5)))
+        return now
 
 
 def log_training_start(cfg: Config, trainer: Trainer, log: Log) -> None:
-    """What is about to be trained, by which schedule, on a device of which speed."""
+    """Log what is about to be trained, by which schedule, on a device of which speed."""
     log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
-    measured, datasheet = trainer.utilization.measured, trainer.utilization.datasheet
-    log(f"peak_tflops: measured:{measured / 1e12:.4g} datasheet:{'n/a' if datasheet is None else format(datasheet / 1e12, '.4g')}")
+    peaks = trainer.utilization
+    datasheet = f"{peaks.datasheet / 1e12:.4g}" if peaks.datasheet else "n/a"
+    log(f"peak_tflops: measured:{peaks.measured / 1e12:.4g} datasheet:{datasheet}")
     log("train_seq_schedule:" + ",".join(f"{n}@{end:.3f}" for n, end in cfg.seq_schedule))
     log(f"local_microbatch_tokens:{cfg.train_microbatch_tokens}")
     log(f"growth_stage:seq_len:{cfg.seq_schedule[0][0]} progress:0.000")
     log(f"gptq:reserving {cfg.reserve_seconds:.0f}s, effective={cfg.train_budget_seconds * 1000:.0f}ms")
 
 
-def step_profiler(cfg: Config, trainer: Trainer, path: Path):
-    """torch's profiler over PROFILE steps after the third, and the speeds they are to be measured by; None without PROFILE."""
-    if not cfg.profile or not trainer.world.main:
+def step_profiler(trainer: Trainer, path: Path):
+    """Build torch's profiler of PROFILE steps after the third, its trace to lie at `path`. None: no PROFILE.
+
+    The speeds that the trace is to be measured by go into profile_speeds.json beside it.
+    """
+    world = trainer.world
+    steps = trainer.cfg.profile
+    if not steps or not world.main:
         return None
-    device = trainer.world.device
-    source = torch.ones(1 << 26, device=device)
-    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=2 * source.nbytes / quickest(trainer.world, source.clone))
+
+    source = torch.ones(1 << 26, device=world.device)
+    bytes_per_second = 2 * source.nbytes / quickest(world, source.clone)
+    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=bytes_per_second)
     write_atomic(path.with_name("profile_speeds.json"), json.dumps(speeds).encode())
-    kinds = torch.profiler.ProfilerActivity
+
     return torch.profiler.profile(
-        activities=[kinds.CPU, *([kinds.CUDA] if device.type == "cuda" else [])], record_shapes=True,
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=cfg.profile, repeat=1),
+        record_shapes=True,
+        schedule=torch.profiler.schedule(wait=2, warmup=1, active=steps, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
 
 
-def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=None) -> None:
-    """The timed loop. Stops at ITERATIONS, at FORCE_STOP_STEP, or before the step that would overrun the budget.
+def leave_early(trainer: Trainer, path: Path, new_graphs: list[str], interrupted: float) -> None:
+    """Save a checkpoint and raise Interrupted, or RunError for what was compiled in timed code."""
+    trainer.clock.pause()
+    trainer.checkpoint(path)
+    remedy = f"{path} holds it: go on with RESUME=1 and the same variables (ARTIFACT_DIR={path.parent})"
+    if interrupted:
+        raise Interrupted(f"interrupted after step {trainer.step}; {remedy}")
+    remedy = f"COMPILE_SHAPE_WARMUP=1 may avoid it. {remedy}"
+    raise recompile_error(f"step {trainer.step}", new_graphs, remedy)
 
-    validate(): scores the model as it stands, clock stopped. forecast(tokens): what the main rank's log says of the artifact so far,
-    clock running, only where that takes less than 1 % of the time since it last did. Raises Interrupted on Ctrl-C and RunError when
-    loss or gradient is no longer finite; in both cases checkpoint.pt holds the last good state.
+
+def take_step(trainer: Trainer, plan: StepPlan, checkpoint_path: Path) -> tuple[np.ndarray, float]:
+    """Take the planned step; returns its tokens (rows, span) and the loss.
+
+    Raises RunError when loss or gradient is not finite: the checkpoint then stands before this step's data.
     """
-    cfg, world, clock = trainer.cfg, trainer.world, trainer.clock
-    budget, checkpointed, tokens_per_step, compiled = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens, len(compilations())
-    profiler, asked, cost = step_profiler(cfg, trainer, checkpoint_path.with_name("profile.json.gz")), 0.0, 0.0
+    position = trainer.loader.position
+    window = trainer.loader.next_step()
+    try:
+        return window, trainer.train_step(window, *plan, muon_momentum(trainer.cfg, trainer.step))
+    except FloatingPointError as e:
+        trainer.loader.position = position
+        trainer.model.zero_grad()
+        trainer.checkpoint(checkpoint_path)
+        raise RunError(
+            f"step {trainer.step + 1}: {e}; the weights before it are in {checkpoint_path}. "
+            "Lower MATRIX_LR or TIED_EMBED_LR, or look at the data of this step") from None
+
+
+def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=None) -> None:
+    """Train until ITERATIONS, FORCE_STOP_STEP, or the step that would overrun the budget, which is not begun.
+
+    validate(): scores the model as it stands, clock stopped. forecast(tokens): what the main rank logs of the
+    artifact so far, clock running, only where that takes less than 1 % of the time since it last did. Raises
+    Interrupted on Ctrl-C and RunError when loss or gradient is no longer finite; in both cases checkpoint.pt
+    holds the last good state.
+    """
+    cfg = trainer.cfg
+    world = trainer.world
+    clock = trainer.clock
+    budget = cfg.train_budget_seconds
+    known_graphs = len(compilations())  # what is compiled from here on is compiled in timed code
+    saved_at = 0.0  # seconds of training at the last checkpoint
+    forecast_at = 0.0  # and at the last forecast
+    forecast_seconds = 0.0  # which took these; 0: there was none
+    profiler = step_profiler(trainer, checkpoint_path.with_name("profile.json.gz"))
+
     clock.go_on()
     with StopRequest() as stop, profiler or contextlib.nullcontext():
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
-            made = [] if cfg.compile_allow_recompiles else compilations()[compiled:]
-            elapsed, per_block, requested, recompiled = world.max(clock.now(), clock.forecast(1), float(stop.requested), len(made))
-            context, looping, lr = trainer.plan_step(elapsed, log)
-            applications = len(layer_order(cfg, looping))
-            if requested or recompiled:
-                clock.pause()
-                trainer.checkpoint(checkpoint_path)
-                go_on = f"{checkpoint_path} holds it: go on with RESUME=1 and the same variables (ARTIFACT_DIR={checkpoint_path.parent})"
-                if requested:
-                    raise Interrupted(f"interrupted after step {trainer.step}; {go_on}")
-                raise recompile_error(f"step {trainer.step}", made, f"COMPILE_SHAPE_WARMUP=1 may avoid it. {go_on}")
-            if budget and not cfg.force_stop_step and elapsed + per_block * applications > budget:
-                log(f"stopping_early: wallclock_cap train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}")
+            # The ranks agree on the clock, and on stopping.
+            new_graphs = [] if cfg.compile_allow_recompiles else compilations()[known_graphs:]
+            elapsed, block_seconds, interrupted, recompiled = world.max(
+                clock.now(), clock.block_seconds(), float(stop.requested), len(new_graphs))
+            if interrupted or recompiled:
+                leave_early(trainer, checkpoint_path, new_graphs, interrupted)
+
+            plan = trainer.plan_step(elapsed, log)
+            applications = len(layer_order(cfg, plan.looping))
+            if budget and not cfg.force_stop_step and elapsed + block_seconds * applications > budget:
+                reached = f"train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}"
+                log(f"stopping_early: wallclock_cap {reached}")
                 break
-            position, window = trainer.loader.position, trainer.loader.next_step()
-            try:
-                loss = trainer.train_step(window, context, looping, lr, muon_momentum(cfg, trainer.step))
-            except FloatingPointError as e:
-                trainer.loader.position = position
-                trainer.model.zero_grad()
-                trainer.checkpoint(checkpoint_path)
-                raise RunError(f"step {trainer.step + 1}: {e}; the weights before it are in {checkpoint_path}. Lower MATRIX_LR or "
-                               "TIED_EMBED_LR, or look at the data of this step") from None
-            trainer.step += 1
-            if trainer.ema:
-                trainer.ema.update(trainer.model)
-            now = clock.now()
-            clock.record(now - elapsed, applications)
-            trainer.utilization.seconds += now - elapsed
+
+            window, loss = take_step(trainer, plan, checkpoint_path)
+            now = trainer.finish_step(loss, elapsed, applications)
+            seconds = now - elapsed
             if profiler:
                 profiler.step()
-            trainer.losses.append((trainer.step, round(now, 3), round(loss, 5)))
+
             if trainer.step <= 5 or trainer.step % cfg.train_log_every == 0:
                 log(f"{trainer.step}/{cfg.iterations} train_loss: {loss:.4f} train_time: {now / 60:.1f}m "
-                    f"tok/s: {trainer.step * tokens_per_step / now:.0f} seconds:{now:.2f} lr_scale:{lr:.4f} "
-                    f"tok/s_now:{tokens_per_step / (now - elapsed):.0f} {trainer.utilization.interval()}")
-                price = cost or 3 * (now - elapsed)  # until it is known: as much as three steps
-                if forecast and world.main and now - asked > 100 * price and (not budget or now + 2 * price < budget):
+                    f"tok/s: {trainer.step * cfg.train_batch_tokens / now:.0f} seconds:{now:.2f} "
+                    f"lr_scale:{plan.lr_scale:.4f} tok/s_now:{cfg.train_batch_tokens / seconds:.0f} "
+                    f"{trainer.utilization.interval()}")
+
+                allowance = forecast_seconds or 3 * seconds  # until it is known: as much as three steps
+                fits = not budget or now + 2 * allowance < budget
+                if forecast and world.main and fits and now - forecast_at > 100 * allowance:
                     log(f"{trainer.step}/{cfg.iterations} {forecast(window[0])}")
-                    asked, compiled = clock.now(), len(compilations())
-                    cost = asked - now
+                    forecast_at = clock.now()
+                    forecast_seconds = forecast_at - now
+                    known_graphs = len(compilations())
+
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 clock.pause()
-                score, compiled = validate(), len(compilations())
+                score = validate()
                 log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
+                known_graphs = len(compilations())
                 clock.go_on()
-            if cfg.checkpoint_seconds and (agreed := world.max(now)[0]) - checkpointed >= cfg.checkpoint_seconds:
-                clock.pause()
-                checkpointed = agreed
-                trainer.checkpoint(checkpoint_path)
-                clock.go_on()
+
+            if cfg.checkpoint_seconds:
+                agreed = world.max(now)[0]
+                if agreed - saved_at >= cfg.checkpoint_seconds:
+                    saved_at = agreed
+                    clock.pause()
+                    trainer.checkpoint(checkpoint_path)
+                    clock.go_on()
+
         world.synchronize()
         clock.pause()
+
     trainer.loader.close()
     if not trainer.step:
-        raise RunError(f"no step fits into {budget:g} s of training: raise MAX_WALLCLOCK_SECONDS or lower TRAIN_BATCH_TOKENS")
+        remedy = "raise MAX_WALLCLOCK_SECONDS or lower TRAIN_BATCH_TOKENS"
+        raise RunError(f"no step fits into {budget:g} s of training: {remedy}")
     score = validate()
     log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
 
@@ -4541,117 +4742,173 @@ def evaluate(cfg: Config, world: World, forward, scorer: Scorer, looping: bool =
 # ==================================================================================================
 # TEST-TIME TRAINING - score a chunk, then learn from it: a prediction never depends on what it predicts.
 # ==================================================================================================
+# Start at `score_batch`, the loop that this is about: what stands above it plans, what stands below runs it.
 
 class Batch(NamedTuple):
-    """Documents side by side. starts and sizes (n,): first input token and number of predictions, sizes ascending."""
+    """Documents side by side, n of them, by ascending length; each is scored `chunk` tokens at a time."""
 
-    number: int  # position in the order of ascending length
-    starts: np.ndarray
-    sizes: np.ndarray
+    number: int         # position in the order of ascending length
+    starts: np.ndarray  # (n,) first input token of a document
+    sizes: np.ndarray   # (n,) predictions of a document
     chunk: int
+
+    @property
+    def chunks(self) -> np.ndarray:
+        """Count the chunks of each document, (n,), the last one often partial."""
+        return -(-self.sizes // self.chunk)
+
+    def targets(self) -> np.ndarray:
+        """List the targets, places in the stream, as they are scored: all chunks 0, then all chunks 1, ..."""
+        offsets = np.concatenate([np.arange(size) for size in self.sizes])
+        targets = np.repeat(self.starts, self.sizes) + offsets
+        return targets[np.argsort(offsets // self.chunk, kind="stable")]
 
 
 def chunk_size(cfg: Config, length: int) -> int:
-    """Tokens scored between two updates, for a batch whose longest document has `length` tokens, its last target included."""
+    """Choose how many tokens are scored between two updates of a batch.
+
+    length: tokens of its longest document, the last target included.
+    """
     if not cfg.ttt_short_score_first_enabled:
         return cfg.ttt_chunk_size
-    if cfg.ttt_short_score_first_steps:
-        steps = parse_steps(cfg.ttt_short_score_first_steps, ":")
-        return next((int(chunk) for limit, chunk in steps if length <= limit), cfg.ttt_chunk_size)
-    return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
+
+    if not cfg.ttt_short_score_first_steps:
+        return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
+
+    for limit, chunk in parse_steps(cfg.ttt_short_score_first_steps, ":"):
+        if length <= limit:
+            return int(chunk)
+    return cfg.ttt_chunk_size
 
 
-def document_batches(cfg: Config, scorer: Scorer) -> list[Batch]:
-    """All documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
-    starts, ends = scorer.documents()
+def document_batches(cfg: Config, data: ValData | Scorer) -> list[Batch]:
+    """Batch all documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
+    starts, ends = data.documents()
     sizes = ends - starts
-    order = np.argsort(sizes, kind="stable")
-    groups = [order[i : i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
-    return [Batch(i, starts[g], sizes[g], chunk_size(cfg, int(sizes[g].max()) + 1)) for i, g in enumerate(groups)]
+    by_length = np.argsort(sizes, kind="stable")
+
+    batches = []
+    for first in range(0, len(sizes), cfg.ttt_batch_size):
+        chosen = by_length[first : first + cfg.ttt_batch_size]
+        longest = int(sizes[chosen[-1]])
+        batches.append(Batch(len(batches), starts[chosen], sizes[chosen], chunk_size(cfg, longest + 1)))
+    return batches
 
 
 def chunk_window(size: int, chunk: int, index: int, context: int) -> tuple[int, int, int]:
-    """(window start, chunk start, end) in inputs of a document with `size` predictions: chunk `index` sees up to `context` tokens.
+    """Locate chunk `index` of a document with `size` predictions -> (window start, chunk start, end).
 
+    A window holds up to `context` input tokens and ends with its chunk.
     Example: size 100, chunk 48, context 3072 -> (0, 0, 48), (0, 48, 96), (0, 96, 100).
     """
-    start, end = index * chunk, min((index + 1) * chunk, size)
+    start = index * chunk
+    end = min(start + chunk, size)
     return max(0, end - context), start, end
 
 
 def window_width(cfg: Config, chunk: int, index: int) -> int:
-    """Tokens of all windows of a batch at its chunk `index`. With CUDA_GRAPHS they are padded to a multiple of TTT_BUCKET, as nothing that
-    is scored looks behind itself; not with ROPE_YARN, whose base follows the width."""
-    bucket = cfg.ttt_bucket if cfg.cuda_graphs and not cfg.rope_yarn else 1
-    return min(-(-(index + 1) * chunk // bucket) * bucket, cfg.ttt_eval_seq_len)
+    """Compute the tokens of all windows of a batch at its chunk `index`.
 
-
-def batch_cost(batch: Batch, context: int) -> float:
-    """Token positions a batch runs through the network, the unit of its duration."""
-    chunks = -(-int(batch.sizes.max()) // batch.chunk)
-    growing = min(chunks, context // batch.chunk)
-    return len(batch.sizes) * (batch.chunk * growing * (growing + 1) / 2 + (chunks - growing) * context)
-
-
-def phase_segments(cfg: Config, batches: list[Batch]) -> list[tuple[list[Batch], int]]:
-    """The scoring order cut at the global phases: [(batches, documents the phase after them learns from; 0 = no phase)].
-
-    Longest first, because they cost most and teach most. A function of the data alone.
+    With CUDA_GRAPHS they are padded to a multiple of TTT_BUCKET, as nothing that is scored looks behind
+    itself; not with ROPE_YARN, whose base follows the width.
     """
-    order = batches[::-1]
-    total = sum(len(b.sizes) for b in batches)
+    bucket = cfg.ttt_bucket if cfg.cuda_graphs and not cfg.rope_yarn else 1
+    padded = -(-(index + 1) * chunk // bucket) * bucket
+    return min(padded, cfg.ttt_eval_seq_len)
+
+
+def batch_cost(cfg: Config, batch: Batch) -> float:
+    """Count the token positions that a batch runs through the network, the unit of its duration."""
+    chunk, context = batch.chunk, cfg.ttt_eval_seq_len
+    chunks = int(batch.chunks.max())
+    growing = min(chunks, context // chunk)  # windows of 1, 2, 3, ... chunks; later ones are full
+    positions = chunk * growing * (growing + 1) / 2 + (chunks - growing) * context
+    return len(batch.sizes) * positions
+
+
+class Part(NamedTuple):
+    """What is scored between two global phases."""
+
+    batches: list[Batch]
+    documents_to_learn: int  # that the phase behind these batches learns from, 0 = no phase
+
+
+def split_at_phases(cfg: Config, batches: list[Batch]) -> list[Part]:
+    """Split the batches at the global phases. A function of the data alone.
+
+    The longest come first, because they cost most and teach most. A batch that passes several boundaries is
+    followed by one phase, over all of their documents. After the last batch no document is left for one.
+    """
+    total = sum(len(batch.sizes) for batch in batches)
     prefix = min(total, cfg.phased_ttt_prefix_docs) if cfg.phased_ttt_enabled else 0
-    boundaries = [prefix * (p + 1) // cfg.phased_ttt_num_phases for p in range(cfg.phased_ttt_num_phases)] if prefix else []
-    segments, current, done = [], [], 0
-    for batch in order:
-        current.append(batch)
-        done += len(batch.sizes)
-        if reached := [b for b in boundaries if b <= done]:  # several at once make one phase, over all of their documents
-            segments.append((current, reached[-1]))
-            boundaries, current = boundaries[len(reached) :], []
-    return [*segments, (current, 0)] if current else [*segments[:-1], (segments[-1][0], 0)]
+    phases = cfg.phased_ttt_num_phases
+    boundaries = [prefix * (phase + 1) // phases for phase in range(phases)]
+
+    parts, waiting = [], []
+    scored, learned = 0, 0
+    for batch in batches[::-1]:
+        waiting.append(batch)
+        scored += len(batch.sizes)
+        reached = max((b for b in boundaries if b <= scored), default=0)
+        if learned < reached and scored < total:
+            parts.append(Part(waiting, reached))
+            waiting, learned = [], reached
+    return [*parts, Part(waiting, 0)]
 
 
-def deal(costs: list[float], lanes: int) -> list[list[int]]:
-    """Items to lanes, in the given order, each to the least loaded lane: balanced when costs fall, and the same on every run."""
-    load, hands = [(0.0, lane) for lane in range(lanes)], [[] for _ in range(lanes)]
-    for i, cost in enumerate(costs):
-        total, lane = heapq.heappop(load)
-        hands[lane].append(i)
-        heapq.heappush(load, (total + cost, lane))
-    return hands
+def assign_to_chains(cfg: Config, batches: list[Batch]) -> list[list[Batch]]:
+    """Assign batches, in the given order, to TTT_LANES chains of adapters, each to the least loaded one.
+
+    That is balanced when costs fall, and the same on every run. The ranks share out the chains.
+    """
+    loads = [(0.0, chain) for chain in range(cfg.ttt_lanes)]
+    assigned = [[] for _ in loads]
+    for batch in batches:
+        load, chain = heapq.heappop(loads)
+        assigned[chain].append(batch)
+        heapq.heappush(loads, (load + batch_cost(cfg, batch), chain))
+    return assigned
 
 
-def scoring_order(cfg: Config, segments: list[tuple[list[Batch], int]]) -> np.ndarray:
-    """All targets in the order in which one rank scores them: (N,) places in the stream."""
-    places = []
-    for batches in (segment for segment, _ in segments):
-        for i in (i for hand in deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in batches], cfg.ttt_lanes) for i in hand):
-            rows = [np.arange(size) for size in batches[i].sizes]
-            chunks = np.concatenate(rows) // batches[i].chunk
-            places.append(np.concatenate([start + row for start, row in zip(batches[i].starts, rows, strict=True)])
-                          [np.argsort(chunks, kind="stable")])
-    return np.concatenate(places)
+def scoring_order(cfg: Config, parts: list[Part]) -> np.ndarray:
+    """List all targets, (N,) places in the stream, in the order in which one rank scores them."""
+    order = []
+    for part in parts:
+        for batches in assign_to_chains(cfg, part.batches):
+            order += [batch.targets() for batch in batches]
+    return np.concatenate(order)
+
+
+def empty_adapters(cfg: Config, rows: int, device: torch.device) -> Adapters:
+    """Allocate fp32 adapters of `rows` documents: A (depths, rows, rank, n_in), not set, and B, zero.
+
+    B is (depths, rows, n_out, rank). Those of the head have no depths.
+    """
+    D, rank = cfg.model_dim, cfg.ttt_lora_rank
+    depths = len(layer_order(cfg, looping=True))
+    n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
+
+    loras = {}
+    for site in (*cfg.lora_sites, "head"):
+        lead = (rows,) if site == "head" else (depths, rows)
+        A = torch.empty(*lead, rank, D, device=device, requires_grad=True)
+        B = torch.zeros(*lead, n_out[site], rank, device=device, requires_grad=True)
+        loras[site] = Lora(A, B, cfg.ttt_lora_alpha / rank)
+    return Adapters(**loras)
 
 
 class AdapterChain:
     """Adapters passed on from batch to batch: B starts at zero every time, A is kept (TTT_WARM_START_A).
 
     What is passed on comes from tokens scored in earlier batches only.
+    adam: optimizer of `Kernels`, None = torch's AdamW.
     """
 
     def __init__(self, cfg: Config, world: World, rows: int, seed: int, adam=None):
-        self.cfg, self.adam, self.generator = cfg, adam, torch.Generator()
-        D, depths, rank = cfg.model_dim, len(layer_order(cfg, looping=True)), cfg.ttt_lora_rank
-        n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
-
-        def lora(site: str) -> Lora:
-            lead = (rows,) if site == "head" else (depths, rows)
-            A = torch.empty(*lead, rank, D, device=world.device, requires_grad=True)
-            B = torch.zeros(*lead, n_out[site], rank, device=world.device, requires_grad=True)
-            return Lora(A, B, cfg.ttt_lora_alpha / rank)
-
-        self.adapters = Adapters(**{site: lora(site) for site in (*cfg.lora_sites, "head")})
+        self.cfg = cfg
+        self.adam = adam
+        self.generator = torch.Generator()
+        self.adapters = empty_adapters(cfg, rows, world.device)
         self.loras = [lora for lora in self.adapters if lora is not None]
         self.restart(seed)
 
@@ -4665,273 +4922,378 @@ class AdapterChain:
         """Draw fresh A, uniform in +-1/sqrt(n_in)."""
         for lora in self.loras:
             bound = lora.A.shape[-1] ** -0.5
-            lora.A.copy_(torch.empty(lora.A.shape).uniform_(-bound, bound, generator=self.generator))
+            fresh = torch.empty(lora.A.shape).uniform_(-bound, bound, generator=self.generator)
+            lora.A.copy_(fresh)
 
     @torch.no_grad()
     def begin(self) -> torch.optim.Optimizer:
-        """Reset for a new batch and return its optimizer."""
+        """Reset the adapters for a new batch and return its optimizer."""
         cfg = self.cfg
         if not cfg.ttt_warm_start_a:
             self.draw()
         for lora in self.loras:
             lora.B.zero_()
+
         parameters = [t for lora in self.loras for t in (lora.A, lora.B)]
         lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+        decay, eps = cfg.ttt_weight_decay, 1e-10
         if self.adam is not None:
-            return self.adam(parameters, lr, cfg.ttt_beta2, 1e-10, cfg.ttt_weight_decay)
-        return torch.optim.AdamW(
-            parameters, lr=lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10, weight_decay=cfg.ttt_weight_decay,
-            fused=parameters[0].device.type in ("cuda", "cpu"))
+            return self.adam(parameters, lr, cfg.ttt_beta2, eps, decay)
+
+        fused = parameters[0].device.type in ("cuda", "cpu")
+        betas = cfg.ttt_beta1, cfg.ttt_beta2
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=fused)
 
 
 class Chunk(NamedTuple):
-    """One step of a batch: windows (B, w), the positions to score in them (B, c), the targets there or -1 (B, c)."""
+    """The next c tokens of B documents of a batch, in windows of w tokens that show what comes before."""
 
-    inputs: Tensor
-    positions: Tensor
-    at: np.ndarray
+    inputs: Tensor       # (B, w) int64
+    positions: Tensor    # (B, c) where in its window a target is predicted
+    targets: np.ndarray  # (B, c) places in the stream, -1 = none
+    learns: np.ndarray   # (B,) the document goes on behind this chunk, so something is left to learn for
 
 
-def build_chunk(scorer: Scorer, batch: Batch, first: int, rows: int, index: int, context: int, width: int = 0) -> Chunk:
-    """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing.
-    width: of the windows; 0 = no padding behind the chunk."""
-    c, width = batch.chunk, width or min((index + 1) * batch.chunk, context)
-    inputs, positions, at = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64), np.full((rows, c), -1)
-    for row, (origin, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
-        window, start, end = chunk_window(size, c, index, context)
+def build_chunk(cfg: Config, scorer: Scorer, batch: Batch, index: int, first: int, rows: int) -> Chunk:
+    """Build chunk `index` of documents first, first + 1, ... of a batch in `rows` rows.
+
+    Rows of documents that have ended, or that are not there, stay empty.
+    """
+    width = window_width(cfg, batch.chunk, index)
+    inputs = np.zeros((rows, width), np.int64)
+    positions = np.zeros((rows, batch.chunk), np.int64)
+    targets = np.full((rows, batch.chunk), -1)
+    learns = np.zeros(rows, bool)
+
+    for row, document in enumerate(range(first, len(batch.sizes))):
+        origin, size = int(batch.starts[document]), int(batch.sizes[document])
+        window, start, end = chunk_window(size, batch.chunk, index, cfg.ttt_eval_seq_len)
         if start >= size:
             continue
-        at[row, : end - start] = np.arange(origin + start, origin + end)
-        inputs[row, : end - window] = scorer.inputs_for(origin + window, at[row])
-        positions[row] = np.minimum(start - window + np.arange(c), width - 1)
-    return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), at)
+        targets[row, : end - start] = np.arange(origin + start, origin + end)
+        inputs[row, : end - window] = scorer.inputs_for(origin + window, targets[row])
+        positions[row] = np.minimum(np.arange(batch.chunk) + start - window, width - 1)
+        learns[row] = end < size
+    return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), targets, learns)
+
+
+def learn_from(scorer: Scorer, chunk: Chunk, nats: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take one step down the mean loss (B, c) of each document that goes on.
+
+    Each has its own adapters and the loss is a sum over documents, so they do not influence each other.
+    """
+    scorer.targets_to_learn(np.where(chunk.learns[:, None], chunk.targets, -1))
+    learns = torch.from_numpy(chunk.learns).float().to(nats.device)
+    (nats.mean(1) * learns).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def score_batch(
-    cfg: Config, world: World, forward, scorer: Scorer, batch: Batch, chain: AdapterChain, static_rows: int = 0
+    cfg: Config, forward, scorer: Scorer, batch: Batch, chain: AdapterChain, static_rows: int = 0
 ) -> None:
-    """Two verbs, in this order: grade a chunk with adapters that have never seen it, then learn from it.
+    """Score each chunk of a batch with adapters that have never seen it, then learn from it.
 
-    Each document has its own adapters and the loss is a sum over documents, so they do not influence each other. A document's
-    last chunk is scored and not learned from. static_rows: a compiled forward wants this many rows at every step; otherwise
-    documents that have ended are left out (sizes ascend, so they are the first).
+    Two verbs, in this order. A document's last chunk is not learned from.
+    static_rows: a compiled forward wants this many rows at every step; otherwise documents that have ended
+    are left out (sizes ascend, so they are the first).
     """
-    optimizer, layers = chain.begin(), layer_order(cfg, looping=True)
-    context, device = cfg.ttt_eval_seq_len, world.device
-    chunks = -(-batch.sizes // batch.chunk)
-    for index in range(int(chunks.max())):
-        first = 0 if static_rows else int(np.searchsorted(chunks, index, side="right"))
-        rows = static_rows or len(chunks) - first
-        chunk = build_chunk(scorer, batch, first, rows, index, context, window_width(cfg, batch.chunk, index))
-        inputs, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.positions))
-        learn = torch.zeros(rows)
-        learn[: len(chunks) - first] = torch.from_numpy((chunks > index + 1)[first:])
+    optimizer = chain.begin()
+    layers = layer_order(cfg, looping=True)
+
+    for index in range(int(batch.chunks.max())):
+        first = 0 if static_rows else int(np.searchsorted(batch.chunks, index, side="right"))
+        rows = static_rows or len(batch.sizes) - first
         adapters = chain.adapters if static_rows else chain.adapters.rows(first, first + rows)
-        score = partial(forward, inputs, layers=layers, adapters=adapters, positions=positions)
-        with torch.set_grad_enabled(bool(learn.any())):
-            nats = scorer.score(chunk.at, score)
-        width, learns = inputs.shape[1], bool(learn.any())
-        flops = flops_per_token(cfg, [width], True, chain.adapters, batch.chunk / width)
-        scorer.work.add(flops, "adapt" if learns else "score", inputs.numel(), int((chunk.at >= 0).sum()))
+        chunk = build_chunk(cfg, scorer, batch, index, first, rows)
+        inputs, positions = (t.to(scorer.world.device, non_blocking=True) for t in chunk[:2])
+        learns = bool(chunk.learns.any())
+
+        with torch.set_grad_enabled(learns):
+            nats_of = partial(forward, inputs, layers=layers, adapters=adapters, positions=positions)
+            nats = scorer.score(chunk.targets, nats_of)
         if learns:
-            scorer.targets_to_learn(np.where(learn.bool()[:, None], chunk.at, -1))
-            loss = (nats.mean(1) * learn.to(device)).sum()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            learn_from(scorer, chunk, nats, optimizer)
+
+        width = inputs.shape[1]
+        flops = flops_per_token(cfg, [width], True, chain.adapters, scored=batch.chunk / width)
+        scored = int((chunk.targets >= 0).sum())
+        scorer.work.add(flops, "adapt" if learns else "score", inputs.numel(), scored)
     scorer.receipt()
 
 
 def base_lr(cfg: Config, chunk: int, chunks: int) -> float:
-    """Learning rate of a global phase: linear warm-up, then a cosine to zero."""
-    warm = cfg.global_ttt_warmup_chunks
+    """Compute the learning rate of a global phase: linear warm-up, then a cosine to zero."""
+    warm, peak = cfg.global_ttt_warmup_chunks, cfg.global_ttt_lr
     if chunk < warm:
-        return cfg.global_ttt_warmup_start_lr + (cfg.global_ttt_lr - cfg.global_ttt_warmup_start_lr) * chunk / warm
-    return cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (chunk - warm) / max(1, chunks - 1 - warm)))
+        lowest = cfg.global_ttt_warmup_start_lr
+        return lowest + (peak - lowest) * chunk / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (chunk - warm) / max(1, chunks - 1 - warm)))
 
 
 class BaseLearner:
     """Global phases: SGD on all weights over scored tokens, all ranks together.
 
-    Every rank joins every collective, with zero gradients when a chunk has fewer sequences than there are ranks, and the mean
-    is over the chunk's tokens: the result does not depend on the ranks (but for the smear gate at a row's first token).
+    Every rank joins every collective, with zero gradients when a chunk has fewer sequences than there are
+    ranks, and the mean is over the chunk's tokens: the result does not depend on the ranks (but for the smear
+    gate at a row's first token).
     """
 
     def __init__(self, cfg: Config, world: World, model: GPT):
-        self.cfg, self.world, self.layers = cfg, world, layer_order(cfg, looping=True)
+        self.cfg = cfg
+        self.world = world
+        self.layers = layer_order(cfg, looping=True)
         self.parameters = [*model.parameters()]
         self.forward = compile_forward(model, cfg, world)
         self.graphs = Graphed(self.forward, self.parameters) if cfg.cuda_graphs else None
-        self.per_chunk, most = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len, cfg.global_ttt_batch_seqs
-        first, end = (self.per_chunk * rank // world.size for rank in (world.rank, world.rank + 1))
-        self.shares = [(s, min(most, end - s)) for s in range(first, end, most)]  # (first sequence of a chunk, how many) of each forward
+
+        # Sequences of a chunk: all, this rank's [first, end), and (first, how many) of each of its forwards.
+        self.per_chunk = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len
+        first = self.per_chunk * world.rank // world.size
+        end = self.per_chunk * (world.rank + 1) // world.size
+        most = cfg.global_ttt_batch_seqs
+        self.shares = [(s, min(most, end - s)) for s in range(first, end, most)]
+
+    def set_trainable(self, on: bool) -> None:
+        """Let gradients flow into all weights or into none, from no gradient on."""
+        for p in self.parameters:
+            p.requires_grad_(on).grad = None
 
     def add_gradient(self, row: Row) -> None:
-        """Of this row's part of the mean loss of a chunk."""
+        """Add the gradient of this row's part of the mean loss of a chunk."""
         seq = self.cfg.eval_seq_len
         if self.cfg.global_ttt_respect_doc_boundaries:
             nats = nats_of_row(row, self.forward, self.graphs, layers=self.layers)
         else:
-            nats = (self.graphs or self.forward)(row.inputs.view(-1, seq), row.targets.view(-1, seq), layers=self.layers)
+            run = self.graphs or self.forward
+            nats = run(row.inputs.view(-1, seq), row.targets.view(-1, seq), layers=self.layers)
         (nats.sum() / (self.per_chunk * seq)).backward()
 
     def warm_up(self) -> None:
         """Compile, and record, what `learn` will run, on random tokens; no weight changes."""
-        seq, rng = self.cfg.eval_seq_len, np.random.default_rng(0)
-        for p in self.parameters:
-            p.requires_grad_(True)
-        for count in [*dict.fromkeys(count for _, count in self.shares)] * (1 + bool(self.graphs)):
+        seq = self.cfg.eval_seq_len
+        rng = np.random.default_rng(0)
+        counts = [*dict.fromkeys(count for _, count in self.shares)]
+
+        self.set_trainable(True)
+        for count in counts * (1 + self.cfg.cuda_graphs):  # graphs are recorded in the second round
             tokens = rng.integers(0, self.cfg.vocab_size, count * seq + 1)
             for row in warm_rows(packed_row(tokens, seq, self.world.device, every=seq), seq):
                 self.add_gradient(row)
+        self.set_trainable(False)
+
+    def step(self, optimizer: torch.optim.Optimizer, tokens: np.ndarray, chunk: int) -> None:
+        """Take one step down the mean loss of a chunk of the phase's tokens."""
+        cfg, seq = self.cfg, self.cfg.eval_seq_len
+        for first, count in self.shares:
+            start = chunk * cfg.global_ttt_chunk_tokens + first * seq
+            # Cut at every sequence: how many share a row depends on the ranks, what a token sees must not.
+            row = packed_row(tokens[start : start + count * seq + 1], seq, self.world.device, every=seq)
+            self.add_gradient(row)
+
         for p in self.parameters:
-            p.requires_grad_(False).grad = None
-
-    def learn(self, tokens: np.ndarray, log: Log) -> None:
-        """One phase; the last, partial chunk is skipped."""
-        cfg, seq, size, parameters = self.cfg, self.cfg.eval_seq_len, self.cfg.global_ttt_chunk_tokens, self.parameters
-        chunks = -(-(len(tokens) - 1) // size)
-        for p in parameters:
-            p.requires_grad_(True)
-        optimizer = torch.optim.SGD(parameters, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-        eta = Eta(cfg.global_ttt_epochs * (chunks - 1))
-        for chunk in (c for _ in range(cfg.global_ttt_epochs) for c in range(chunks - 1)):
-            for first, count in self.shares:
-                at = chunk * size + first * seq
-                # Cut at every sequence: how many of them share a row depends on the ranks, what a token sees must not.
-                self.add_gradient(packed_row(tokens[at : at + count * seq + 1], seq, self.world.device, every=seq))
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.world.sum_(*(p.grad for p in parameters))
-            if cfg.global_ttt_grad_clip:
-                torch.nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = base_lr(cfg, chunk, chunks)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            eta.add(1)
-            if chunk % 50 == 0 or chunk == chunks - 2:
-                log(f"tttg: c{chunk + 1}/{chunks} lr:{base_lr(cfg, chunk, chunks):.6f} t:{eta.elapsed:.1f}s")
-        for p in parameters:
-            p.requires_grad_(False)
-
-
-def warm_up_ttt(cfg: Config, world: World, forward, chain: AdapterChain, shapes: list[tuple[int, int]], log: Log) -> None:
-    """Compile the scoring step for (chunk size, width of windows) on random tokens; model in eval mode, adapters of no use after."""
-    log(f"ttt_lora:warming up compile (random tokens, no val data) shapes:{len(shapes)}")
-    start, layers, generator = time.perf_counter(), layer_order(cfg, looping=True), torch.Generator().manual_seed(0)
-    optimizer, rows = chain.begin(), chain.adapters.head.A.shape[0]
-    for chunk, width in shapes * (1 + cfg.cuda_graphs):  # graphs are recorded in the second round
-        inputs, targets = (torch.randint(0, cfg.vocab_size, (rows, n), generator=generator).to(world.device) for n in (width, chunk))
-        positions = torch.arange(width - chunk, width, device=world.device).expand(rows, -1).contiguous()
-        targets = torch.stack((targets, targets), -1) if cfg.ngram_tilt_enabled else targets
-        for learn in (False, True):
-            with torch.set_grad_enabled(learn):
-                nats = forward(inputs, targets, layers=layers, adapters=chain.adapters, positions=positions)
-        nats.mean().backward()
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.world.sum_(*(p.grad for p in self.parameters))
+        if cfg.global_ttt_grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, cfg.global_ttt_grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    log(f"ttt_lora:compile warmup done ({time.perf_counter() - start:.1f}s)")
+
+    def learn(self, tokens: np.ndarray, log: Log) -> None:
+        """Learn from the (N,) tokens of one phase; the last, partial chunk is skipped."""
+        cfg, start = self.cfg, time.perf_counter()
+        chunks = -(-(len(tokens) - 1) // cfg.global_ttt_chunk_tokens)
+        optimizer = torch.optim.SGD(self.parameters, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+
+        self.set_trainable(True)
+        for chunk in [*range(chunks - 1)] * cfg.global_ttt_epochs:
+            lr = base_lr(cfg, chunk, chunks)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            self.step(optimizer, tokens, chunk)
+            if chunk % 50 == 0 or chunk == chunks - 2:
+                seconds = time.perf_counter() - start
+                log(f"ttt_phase_chunk:{chunk + 1}/{chunks} lr:{lr:.6f} t:{seconds:.1f}s")
+        self.set_trainable(False)
+
+
+class TttEngine:
+    """What runs of test-time training share: compiled forwards, their CUDA graphs, one chain of adapters.
+
+    data: the documents it is built for; a run may score others, in batches of no more rows.
+    """
+
+    def __init__(self, cfg: Config, world: World, model: GPT, data: ValData):
+        self.cfg = cfg
+        self.world = world
+        self.batches = document_batches(cfg, data)
+        self.rows = max(len(batch.sizes) for batch in self.batches)
+
+        self.forward = compile_forward(model, cfg, world, growing=True)
+        if cfg.cuda_graphs:
+            gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
+            self.forward = Graphed(self.forward)
+        self.static_rows = 0 if self.forward is model else self.rows
+        self.base = BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
+        self.chain = AdapterChain(cfg, world, self.rows, cfg.seed, model.kernels.adam)
+
+    def warm_up(self, log: Log) -> None:
+        """Compile what a run will run, if anything is compiled; no weight changes, adapters end as noise."""
+        if not self.static_rows:
+            return
+        self.warm_up_scoring(self.shapes(), log)
+        if self.base:
+            self.base.warm_up()
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """List (chunk size, width of windows): for CUDA graphs all, else those a compiler tells apart."""
+        cfg, found = self.cfg, {}
+        for batch in self.batches:
+            indices = range(int(batch.chunks.max())) if cfg.cuda_graphs else (0, 1, cfg.ttt_eval_seq_len)
+            for index in indices:
+                found[batch.chunk, window_width(cfg, batch.chunk, index)] = None
+        return [*found]
+
+    def warm_up_scoring(self, shapes: list[tuple[int, int]], log: Log) -> None:
+        """Score and learn from random tokens in each of these shapes."""
+        log(f"ttt_lora:warming up compile (random tokens, no val data) shapes:{len(shapes)}")
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(0)
+        optimizer = self.chain.begin()
+
+        for chunk, width in shapes * (1 + self.cfg.cuda_graphs):  # graphs are recorded in the second round
+            nats = self.score_noise(chunk, width, generator)
+            nats.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        log(f"ttt_lora:compile warmup done ({time.perf_counter() - start:.1f}s)")
+
+    def score_noise(self, chunk: int, width: int, generator: torch.Generator) -> Tensor:
+        """Score the last `chunk` of `width` random tokens, without and with gradients -> (rows, chunk)."""
+        cfg, device = self.cfg, self.world.device
+        draw = partial(torch.randint, 0, cfg.vocab_size, generator=generator)
+        inputs = draw((self.rows, width)).to(device)
+        targets = draw((self.rows, chunk)).to(device)
+        if cfg.ngram_tilt_enabled:
+            targets = torch.stack((targets, targets), -1)  # a hint beside each target
+        positions = torch.arange(width - chunk, width, device=device).expand(self.rows, -1).contiguous()
+
+        layers = layer_order(cfg, looping=True)
+        for learn in (False, True):
+            with torch.set_grad_enabled(learn):
+                nats = self.forward(
+                    inputs, targets, layers=layers, adapters=self.chain.adapters, positions=positions)
+        return nats
 
 
 class TttRun:
-    """One scored evaluation with test-time training: its scorer, its clock and its log lines. like: a run whose graphs it can use."""
+    """One scored evaluation with test-time training. Its clock starts when it is made."""
 
-    def __init__(self, cfg: Config, world: World, model: GPT, scorer: Scorer, log: Log, like: TttRun | None = None):
-        self.cfg, self.world, self.model, self.scorer, self.log = cfg, world, model, scorer, log
-        self.forward = like.forward if like else compile_forward(model, cfg, world, growing=True)
-        if cfg.cuda_graphs and not like:
-            gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
-            self.forward = Graphed(self.forward)
+    def __init__(self, cfg: Config, engine: TttEngine, scorer: Scorer, log: Log):
+        self.cfg = cfg
+        self.engine = engine
+        self.scorer = scorer
+        self.log = log
         self.batches = document_batches(cfg, scorer)
-        self.rows = like.rows if like else max(len(b.sizes) for b in self.batches)
-        self.base = like.base if like else BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
-        self.static_rows = 0 if self.forward is model else self.rows
-        self.chain = like.chain if like else AdapterChain(cfg, world, self.rows, cfg.seed, model.kernels.adam)  # all in its place
-        self.phases_done = self.scored_docs = 0
-        self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
+        self.parts = split_at_phases(cfg, self.batches)
+        self.phases = sum(part.documents_to_learn > 0 for part in self.parts)
+        self.phases_done = 0
+        self.scored_docs = 0  # by this rank
 
-    def warm_up(self) -> None:
-        """Compile what the evaluation will run, if anything is compiled; for CUDA graphs every width."""
-        cfg, few = self.cfg, (0, 1, 1 << 30)
-        chunks = ((b.chunk, range(-(-int(b.sizes.max()) // b.chunk)) if cfg.cuda_graphs else few) for b in self.batches)
-        shapes = list(dict.fromkeys((c, window_width(cfg, c, i)) for c, indices in chunks for i in indices))
-        if self.static_rows:
-            warm_up_ttt(cfg, self.world, self.forward, self.chain, shapes, self.log)
-            if self.base:
-                self.base.warm_up()
+        self.graphs_before = len(compilations())
+        self.eta = Eta(sum(batch_cost(cfg, batch) for batch in self.batches) / scorer.world.size)
+
+    def run(self) -> Score:
+        """Score every document. Returns the number that the run is judged by."""
+        self.log_plan()
+        order = scoring_order(self.cfg, self.parts)
+        scored: list[Batch] = []
+        with announce_order(self.cfg, self.scorer, order).only_released_steps():
+            for part in self.parts:
+                self.score_part(part.batches)
+                scored += part.batches
+                if part.documents_to_learn:
+                    self.scorer.sync()
+                    self.learn_base(scored, part.documents_to_learn)
+            return self.scorer.finish()
+
+    def log_plan(self) -> None:
+        """Log how many documents there are and where the phases lie."""
+        total = sum(len(batch.sizes) for batch in self.batches)
+        boundaries = [part.documents_to_learn for part in self.parts[:-1]]
+        prefix = max(boundaries, default=0)
+        self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
+                 f"num_phases:{self.phases} boundaries:{boundaries} target_tokens:{self.scorer.total}")
+
+    def score_part(self, batches: list[Batch]) -> None:
+        """Score all batches between two phases, on this rank those of its chains."""
+        cfg, world, chain = self.cfg, self.scorer.world, self.engine.chain
+        assigned = assign_to_chains(cfg, batches)
+        for number in range(world.rank, cfg.ttt_lanes, world.size):
+            chain.restart(cfg.seed + 1000 * (1 + self.phases_done * cfg.ttt_lanes + number))
+            for batch in assigned[number]:
+                self.check_budget(batch)
+                before = self.scorer.sums()
+                score_batch(cfg, self.engine.forward, self.scorer, batch, chain, self.engine.static_rows)
+                self.scored_docs += len(batch.sizes)
+                self.eta.add(batch_cost(cfg, batch))
+                self.report(batch, before)
+                self.check_compiler(batch)
 
     def check_budget(self, batch: Batch) -> None:
-        """Raises RunError before the batch that would break MAX_EVAL_SECONDS."""
-        budget, cost = self.cfg.max_eval_seconds, batch_cost(batch, self.cfg.ttt_eval_seq_len)
-        forecast = self.eta.elapsed + (self.eta.elapsed / self.eta.done * cost if self.eta.done else 0)
+        """Raise RunError before the batch that would break MAX_EVAL_SECONDS."""
+        eta, budget = self.eta, self.cfg.max_eval_seconds
+        per_position = eta.elapsed / eta.done if eta.done else 0
+        forecast = eta.elapsed + per_position * batch_cost(self.cfg, batch)
         if budget and forecast > budget:
             raise RunError(
-                f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {self.eta.elapsed:.0f} s used, {self.scored_docs} documents scored, "
-                f"about {self.eta.left:.0f} s to go. Use larger TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, "
-                "fewer PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
+                f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {eta.elapsed:.0f} s used, "
+                f"{self.scored_docs} documents scored, about {eta.left:.0f} s to go. Use larger "
+                "TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, fewer "
+                "PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
+
+    def check_compiler(self, batch: Batch) -> None:
+        """Raise RunError behind a batch in which something was compiled or recorded."""
+        new_graphs = compilations()[self.graphs_before :]
+        if new_graphs and not self.cfg.compile_allow_recompiles:
+            remedy = "the artifact exists: go on with STAGE=eval"
+            raise recompile_error(f"evaluation batch {batch.number + 1}", new_graphs, remedy)
 
     def report(self, batch: Batch, before: tuple[float, int, int]) -> None:
         """Log a batch and this rank's running score; before: the sums ahead of the batch."""
-        total = self.scorer.sums()
-        nats, tokens, size = (now - old for now, old in zip(total, before, strict=True))
-        self.log(f"ttp: b{batch.number + 1}/{len(self.batches)} bl:{nats / tokens:.4f} bb:{nats / math.log(2) / max(1, size):.4f} "
-                 f"rl:{total[0] / total[1]:.4f} rb:{total[0] / math.log(2) / max(1, total[2]):.4f} "
-                 f"dl:{batch.sizes.min() + 1}-{batch.sizes.max() + 1} gd:{self.phases_done} "
-                 f"sf:{int(batch.chunk != self.cfg.ttt_chunk_size)} t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")
+        sums = self.scorer.sums()
+        nats, tokens, size = (now - old for now, old in zip(sums, before, strict=True))
+        all_nats, all_tokens, all_size = sums
+        bpb = nats / math.log(2) / max(1, size)
+        running_bpb = all_nats / math.log(2) / max(1, all_size)
+        lengths = f"{batch.sizes.min() + 1}-{batch.sizes.max() + 1}"
+        self.log(
+            f"ttt batch:{batch.number + 1}/{len(self.batches)} bpb:{bpb:.4f} loss:{nats / tokens:.4f} "
+            f"running_bpb:{running_bpb:.4f} running_loss:{all_nats / all_tokens:.4f} "
+            f"docs:{lengths} phases:{self.phases_done} chunk:{batch.chunk} "
+            f"t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")
 
-    def score_segment(self, segment: list[Batch], phase: int) -> None:
-        """Score all batches between two phases: dealt to TTT_LANES adapter chains, which the ranks share out."""
-        cfg, world = self.cfg, self.world
-        hands = deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in segment], cfg.ttt_lanes)
-        for number in range(world.rank, cfg.ttt_lanes, world.size):
-            if not hands[number]:
-                continue
-            self.chain.restart(cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
-            for batch in (segment[i] for i in hands[number]):
-                self.check_budget(batch)
-                before = self.scorer.sums()
-                score_batch(cfg, world, self.forward, self.scorer, batch, self.chain, self.static_rows)
-                self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
-                self.scored_docs += len(batch.sizes)
-                self.report(batch, before)
-                if not cfg.compile_allow_recompiles and (made := compilations()[self.compiled :]):
-                    raise recompile_error(f"evaluation batch {batch.number + 1}", made, "the artifact exists: go on with STAGE=eval")
+    def learn_base(self, scored: list[Batch], documents: int) -> None:
+        """Run a global phase over the first `documents` scored documents in the order of ascending length."""
+        cfg, scorer = self.cfg, self.scorer
+        starts = np.concatenate([batch.starts for batch in scored[::-1]])  # shortest documents first
+        sizes = np.concatenate([batch.sizes for batch in scored[::-1]])
+        name = f"ttt_phase:{self.phases_done + 1}/{self.phases}"
+        self.log(f"{name} start docs:{documents} of:{len(starts)} t:{self.eta.elapsed:.1f}s")
 
-    def learn_base(self, segments: list[Batch], documents: int) -> None:
-        """A global phase over the first `documents` scored documents in the order of ascending length."""
-        records = sorted((b.number, i) for b in segments for i in range(len(b.sizes)))[:documents]
-        by_number = {b.number: b for b in segments}
-        pieces = [(int(by_number[n].starts[i]), int(by_number[n].sizes[i])) for n, i in records]
-        tokens = self.scorer.targets_to_learn(np.concatenate([np.r_[-1, at : at + size] for at, size in pieces]), "base").cpu().numpy()
-        self.log(f"ttpp: phase:{self.phases_done + 1}/{self.cfg.phased_ttt_num_phases} pd:{sum(len(b.sizes) for b in segments)} "
-                 f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
-        self.world.barrier()
-        self.base.learn(tokens, self.log)
-        learned, lengths = self.cfg.global_ttt_epochs * len(tokens) / self.world.size, [min(n, self.cfg.eval_seq_len) for _, n in pieces]
-        self.scorer.work.add(flops_per_token(self.cfg, lengths, True), "train", learned, 0)
+        ranges = zip(starts[:documents], sizes[:documents], strict=True)
+        # Target -1 is the token that starts the stream and, here, every document.
+        targets = np.concatenate([np.r_[-1, start : start + size] for start, size in ranges])
+        tokens = scorer.targets_to_learn(targets, "base").cpu().numpy()
+        scorer.world.barrier()
+        self.engine.base.learn(tokens, self.log)
+
+        lengths = np.minimum(sizes[:documents], cfg.eval_seq_len)
+        flops = flops_per_token(cfg, lengths, True)
+        learned = cfg.global_ttt_epochs * len(tokens) / scorer.world.size
+        scorer.work.add(flops, "train", learned, 0)
         self.phases_done += 1
-        self.log(f"ttpr: phase:{self.phases_done}/{self.cfg.phased_ttt_num_phases} t:{self.eta.elapsed:.1f}s")
-
-    def run(self) -> Score:
-        """Score every document. Returns the number the run is judged by."""
-        cfg = self.cfg
-        segments = phase_segments(cfg, self.batches)
-        boundaries = [documents for _, documents in segments if documents]
-        total = sum(len(b.sizes) for b in self.batches)
-        prefix = max(boundaries, default=0)
-        self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
-                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.scorer.total}")
-        self.eta, self.compiled = Eta(self.eta.total), len(compilations())
-        scored: list[Batch] = []
-        with announce_order(cfg, self.scorer, scoring_order(cfg, segments)).only_released_steps():
-            for phase, (segment, documents) in enumerate(segments):
-                self.score_segment(segment, phase)
-                scored += segment
-                if documents:
-                    self.scorer.sync()
-                    self.learn_base(scored, documents)
-            return self.scorer.finish()
+        self.log(f"{name} end t:{self.eta.elapsed:.1f}s")
 
 
 # ==================================================================================================
@@ -6357,7 +6719,7 @@ def warm_stage(run: Run) -> None:
     trainer.loader.close()
     trainer.graphs = None
     if cfg.ttt_enabled:
-        TttRun(cfg, world, trainer.model.requires_grad_(False), Scorer(run.data, world), run.log).warm_up()
+        TttEngine(cfg, world, trainer.model.requires_grad_(False), run.data).warm_up(run.log)
     folder = compile_cache(cfg, world).get("TORCHINDUCTOR_CACHE_DIR", "torch's default folder")
     run.log(f"warm: {len(compilations())} graphs, kept in {folder}")
 
@@ -6431,17 +6793,18 @@ def score_artifact(run: Run) -> None:
 
 def adapt_and_score(run: Run, model: GPT) -> float:
     """Score with test-time training, and return the seconds that it took."""
+    cfg = run.cfg
     scorer = run.scorer("ttt")
-    ttt = TttRun(run.cfg, run.world, model, scorer, run.log)
-    if ttt.static_rows:
+    engine = TttEngine(cfg, run.world, model, run.data)
+    if engine.static_rows:
         run.clock.phase("compile")
         with run.unchanged(model.state_dict):
-            ttt.warm_up()
+            engine.warm_up(run.log)
     run.note_weights(model, "first_score")
 
     run.clock.phase("eval")
     run.log("beginning TTT eval timer")
-    seconds = run.score("quantized_ttt_phased", scorer, lambda scorer: ttt.run())
+    seconds = run.score("quantized_ttt_phased", scorer, lambda scorer: TttRun(cfg, engine, scorer, run.log).run())
     run.log(f"total_eval_time:{seconds:.1f}s")
     run.log(f"ttt_utilization: {Utilization(run.world, scorer.work, seconds).interval()}")
     return seconds

@@ -488,3 +488,18 @@ def test_index_names_a_broken_record(world, tmp_path, capsys):
 
 def test_the_history_table_of_this_repository_is_current():
     assert record.render_index(ROOT / "records") in (ROOT / "records" / "README.md").read_text()
+    assert record.render_front(ROOT / "records") in (ROOT / "README.md").read_text()
+
+
+def test_index_rewrites_the_front_page_where_it_asks_for_it(world, tmp_path):
+    shutil.copytree(world / "records", tmp_path / "records")
+    front, history = tmp_path / "README.md", tmp_path / "records" / "README.md"
+    for page in (front, history):
+        page.write_text("before\n<!-- index: begin -->\nold\n<!-- index: end -->\nafter\n")
+    assert record.main(["index", "--records-dir", str(tmp_path / "records")]) == 0
+    text = front.read_text()
+    assert text.startswith("before\n<!-- index: begin -->\n| record |") and text.endswith("<!-- index: end -->\nafter\n")
+    row = "| [ToyStack](records/track_10min_16mb/2026-01-31_ToyStack), 10min_16mb | 1.05759 ± 0.00042 | "
+    assert row in text and text.count("\n") == 7 and "| date |" in history.read_text()
+    front.write_text("no markers")
+    assert record.main(["index", "--records-dir", str(tmp_path / "records")]) == 0 and front.read_text() == "no markers"

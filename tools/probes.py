@@ -212,8 +212,8 @@ def make_replay(run: FinishedRun):
         raise Broken(f"{run.folder} does not hold the artifact that was scored ({artifact['sha256'][:12]})")
     model = tg.load_artifact(cfg, run.world, path, tg.choose_kernels(cfg, run.world))
     if cfg.ttt_enabled:
-        shared = tg.TttRun(probe_cfg, run.world, model, tg.Scorer(run.data, run.world), tg.Log(None))
-        score = lambda scorer: tg.TttRun(probe_cfg, run.world, model, scorer, tg.Log(None), shared).run()  # noqa: E731
+        engine = tg.TttEngine(probe_cfg, run.world, model, run.data)
+        score = lambda scorer: tg.TttRun(probe_cfg, engine, scorer, tg.Log(None)).run()  # noqa: E731
     else:
         forward = tg.compile_forward(model, cfg, run.world)
         score = lambda scorer: tg.evaluate(probe_cfg, run.world, forward, scorer)  # noqa: E731
