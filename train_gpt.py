@@ -5,13 +5,35 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
     PRESET=demo python train_gpt.py                            # the same pipeline on a laptop CPU, minutes
     python train_gpt.py --help                                 # every variable: type, default, range, meaning
 
-train -> EMA -> Hessians -> GPTQ -> artifact on disk -> reload from its bytes -> score -> test-time training -> one JSON line.
+train -> average -> Hessians -> integers -> artifact on disk -> read back from it -> score -> test-time training.
 
-Reads top to bottom, a name is used below its definition:
-CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, KERNELS, MAIN.
-Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width, V vocabulary,
-L blocks, S depths (positions in the unrolled layer order), W ranks.
+Reads top to bottom, a name is used below its definition: CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING,
+QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, KERNELS, MAIN.
+Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width,
+V vocabulary, L blocks, S depths (positions in the unrolled layer order), W ranks.
 """
+
+# To read it in thirty minutes:
+#   1. The group "model" of Config: what the network is made of, a line each.
+#   2. tests/spec_model.py: that network in plain loops. Then MODEL: the same, fast, a row for each tensor.
+#   3. `train`: schedules are functions of progress, and the clock decides when it ends.
+#   4. The head of QUANTIZATION: each codec is an encode next to its decode.
+#   5. `score_batch`: score, then learn. What has not been scored cannot be asked for.
+#   6. `main`: the stages, and the artifact's bytes between them. Skip KERNELS until something must be faster.
+#
+# Words:
+#   nats, bpb    -ln p of a token; the same of a text in bits, over its bytes: what is scored
+#   depth        one application of a block; with loops there are more depths than blocks
+#   stream       what blocks read and add to, a vector a token; the last depths have two: attention's, the MLP's
+#   segment      a document, or a piece of it, in a packed row; attention stays inside
+#   bank         one tensor that holds the matrices of one kind of all blocks
+#   codec        how a tensor becomes small integers and scales, and comes back
+#   Hessian      X^T X of a matrix's inputs X: which errors of its weights cost how much
+#   artifact     the file that is scored and counted, with this script
+#   ledger       the chained account of what was scored and learned from
+#   chunk        the tokens that test-time training scores at once and learns from next
+#   adapter      a low-rank change of a matrix, learned for one document
+#   rank         a process of the run, one a GPU; of an adapter, the width between its two factors
 
 from __future__ import annotations
 
@@ -55,13 +77,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-try:  # without Triton the definitions run, and no kernel can be asked for
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:
-    triton = None
 
 BOS_ID = 1                                # every document starts with it; there is no end-of-document token
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
@@ -807,13 +822,21 @@ def hardware_name(world: World) -> str:
     return f"{world.size}x {world.device.type} ({model}, {os.cpu_count()} cores)"
 
 
+def triton_version() -> str | None:
+    """Look up the version of Triton, by which torch.compile makes its kernels for a GPU; None without it."""
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None
+
+
 def compile_cache(cfg: Config, world: World) -> dict[str, str]:
     """Variables that make torch.compile and Triton keep their work below COMPILE_CACHE_DIR, in a folder of its own for each version
     of this code, torch and Triton, device and choice of kernels; none when it is blank."""
     if not cfg.compile_cache_dir:
         return {}
     flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.endswith(("_kernel", "_backward", "_backend", "_dtype"))}
-    versions = torch.__version__, triton.__version__ if triton else None, hardware_name(world).split("x ", 1)[1]
+    versions = torch.__version__, triton_version(), hardware_name(world).split("x ", 1)[1]
     key = hashlib.sha256(Path(__file__).read_bytes() + json.dumps([flags, versions], sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cfg.compile_cache_dir).resolve() / key
     return dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"))
@@ -1354,7 +1377,8 @@ def softcapped_ce(logits: Tensor, targets: Tensor, cap: float, round_cap: bool =
         z = z.to(logits.dtype).float()
     if targets.ndim == z.ndim:
         return z.logsumexp(-1, keepdim=True) - z.gather(-1, targets)
-    return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    nats = F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none")
+    return nats.view(targets.shape)
 
 
 def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
@@ -1396,11 +1420,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first 2 n of d dimensions, half-split (partial rotary embedding): x (B, T, heads, d), n = cos.shape[-1]."""
     n = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    x1, x2, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+    x1, x2, rest = x.tensor_split((n, 2 * n), dim=-1)
+    turned = (x1 * cos + x2 * sin, x2 * cos - x1 * sin)
+    return torch.cat((*turned, rest), dim=-1)
 
 
-def split_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split one merged projection into queries and keys, normed per head and rotated, queries times their gain, and values.
 
     qkv (B, T, (H + 2 G) d), gain (H,), cos and sin (T, 1, n) -> q (B, T, H, d), k and v (B, T, G, d).
@@ -1517,8 +1544,11 @@ class Adapters(NamedTuple):
 
     def rows(self, first: int, end: int) -> Adapters:
         """View the adapters of documents [first, end)."""
-        documents = (..., slice(first, end), slice(None), slice(None))
-        return Adapters(*(lora and Lora(lora.A[documents], lora.B[documents], lora.scale) for lora in self))
+        count, cut = end - first, {}
+        for site, lora in self._asdict().items():
+            if lora is not None:
+                cut[site] = Lora(lora.A.narrow(-3, first, count), lora.B.narrow(-3, first, count), lora.scale)
+        return Adapters(**cut)
 
 
 NO_ADAPTERS = Adapters()
@@ -1578,10 +1608,13 @@ def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
     """Take x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
     if positions is None:
         return x
-    return torch.take_along_dim(x, positions.view(*positions.shape, *[1] * (x.ndim - 2)), dim=1)
+    trailing = [1] * (x.ndim - 2)
+    return torch.take_along_dim(x, positions.view(*positions.shape, *trailing), dim=1)
 
 
-def add_deltas(y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)) -> Tensor:
+def add_deltas(
+    y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)
+) -> Tensor:
     """Add to y (B, T, width) the deltas of adapters that read x, each from its own of the `columns` on.
 
     One product by all A, one by all B, added up inside it.
@@ -1603,8 +1636,10 @@ def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
     """List the blocks in execution order; when looping, the middle ones run 1 + NUM_LOOPS times."""
     if not (looping and cfg.num_loops):
         return tuple(range(cfg.num_layers))
-    middle = tuple(range(cfg.loop_start, cfg.loop_end + 1))
-    return (*range(cfg.loop_start), *(middle * (1 + cfg.num_loops)), *range(cfg.loop_end + 1, cfg.num_layers))
+    before = range(cfg.loop_start)
+    middle = range(cfg.loop_start, cfg.loop_end + 1)
+    after = range(cfg.loop_end + 1, cfg.num_layers)
+    return (*before, *[*middle] * (1 + cfg.num_loops), *after)
 
 
 def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -1616,9 +1651,10 @@ def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) 
     base = cfg.rope_base
     if cfg.rope_yarn and context > cfg.rope_train_seq_len:
         base *= (context / cfg.rope_train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
-    exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32, device=device) / cfg.rope_dims
-    frequencies = (base**-exponents).bfloat16().float()
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+    exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32, device=device)
+    frequencies = (base ** -(exponents / cfg.rope_dims)).bfloat16().float()
+    places = torch.arange(length, dtype=torch.float32, device=device)
+    angles = places[:, None] * frequencies
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
@@ -1769,12 +1805,14 @@ def matrices(cfg: Config) -> tuple[Matrix, ...]:
     for row in parameters(cfg):
         for k, role in enumerate(row.roles):
             if not role.name:
-                layer = int(row.name.split(".")[1]) if row.name.startswith("blocks.") else None
+                words = row.name.split(".")
+                layer = int(words[1]) if words[0] == "blocks" else None
                 whole.append(Matrix(row.name, row.name, None, layer, row.shape, role))
                 continue
             for layer in range(cfg.num_layers):
                 name = f"blocks.{layer}.{role.name}.weight"
-                parts.append(Matrix(name, row.name, k * cfg.num_layers + layer, layer, row.shape[1:], role))
+                index = k * cfg.num_layers + layer
+                parts.append(Matrix(name, row.name, index, layer, row.shape[1:], role))
     parts.sort(key=lambda m: (m.layer, SITES.index(m.role.stored.site)))
     return (*whole, *parts)
 
@@ -1789,19 +1827,21 @@ def unbank(cfg: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for name, m in stored_matrices(cfg).items():
         if m.parameter in state:
-            out[name] = state[m.parameter] if m.index is None else state[m.parameter][m.index]
+            whole = state[m.parameter]
+            out[name] = whole if m.index is None else whole[m.index]
     return out
 
 
 def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put the tensors that artifacts name together again: the inverse of `unbank`."""
-    out: dict[str, Any] = {}
+    out: dict[str, Tensor] = {}
+    banks: dict[str, list[Tensor]] = {}
     for m in sorted(matrices(cfg), key=lambda m: m.index or 0):
         if m.index is None:
             out[m.parameter] = tensors[m.name]
         else:
-            out.setdefault(m.parameter, []).append(tensors[m.name])
-    return {name: torch.stack(found) if isinstance(found, list) else found for name, found in out.items()}
+            banks.setdefault(m.parameter, []).append(tensors[m.name])
+    return out | {name: torch.stack(parts) for name, parts in banks.items()}
 
 
 class Attention(nn.Module):
@@ -1819,23 +1859,30 @@ class Attention(nn.Module):
 
     def gate(self, x: Tensor, q_raw: Tensor) -> Tensor:
         """Compute how much of each head's output passes (B, T, H). x lacks the norm scale, which the weights take over."""
-        cfg = self.cfg
+        cfg, source = self.cfg, x
         if cfg.attn_gate == "dense":
-            return torch.sigmoid(F.linear(x, (self.norm_scale * self.attn_gate_w).to(x.dtype)))
-        if cfg.attn_gate == "sparse":
+            weight = self.norm_scale * self.attn_gate_w
+        elif cfg.attn_gate == "sparse":
             weight = cfg.sparse_attn_gate_scale * self.norm_scale * self.attn_gate_w
-            return torch.sigmoid(F.linear(x[..., : cfg.gate_window].contiguous(), weight.to(x.dtype)))
-        source, weight = q_raw, self.attn_gate_proj.weight
-        if cfg.attn_out_gate_src == "proj":
-            source, weight = x, self.norm_scale * weight
-        return 2 * torch.sigmoid(F.linear(source[..., : cfg.gate_window].contiguous(), weight.to(x.dtype)))
+        elif cfg.attn_out_gate_src == "proj":
+            weight = self.norm_scale * self.attn_gate_proj.weight
+        else:
+            weight, source = self.attn_gate_proj.weight, q_raw
+        if cfg.attn_gate != "dense":
+            source = source[..., : cfg.gate_window].contiguous()
+        gate = torch.sigmoid(F.linear(source, weight.to(x.dtype)))
+        return 2 * gate if cfg.attn_gate == "out" else gate
 
     def qkv(self, x: Tensor, weights: Weights, lora: Adapters) -> Tensor:
         """Compute (B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
         D, kv = self.cfg.model_dim, self.cfg.kv_dim
-        return add_deltas(F.linear(x, weights.qkv), x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
+        merged = F.linear(x, weights.qkv)
+        return add_deltas(merged, x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, depth: int, positions: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor,
+        context: Context, depth: int, positions: Tensor | None,
+    ) -> Tensor:
         """Attend within segments, to the cache, or within whole rows: -> (B, T, H, d), or only at the positions."""
         if context.segments is not None:
             rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
@@ -1846,7 +1893,8 @@ class Attention(nn.Module):
         return causal_attention(at_positions(q, positions), k, v, self.window, positions)
 
     def forward(
-        self, x: Tensor, weights: Weights, lora: Adapters, context: Context, depth: int, positions: Tensor | None
+        self, x: Tensor, weights: Weights, lora: Adapters,
+        context: Context, depth: int, positions: Tensor | None,
     ) -> Tensor:
         """Map x (B, T, D), normed without its norm scale, -> (B, T, D); with positions (B, n): (B, n, D), only there."""
         cfg, kernels = self.cfg, context.kernels
@@ -1879,13 +1927,14 @@ class Block(nn.Module):
         self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
         self.attn = Attention(cfg, layer, self.norm_scale)
 
-    def fold(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Weights:
+    def fold(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, dtype: torch.dtype) -> Weights:
         """Move the scales of a sublayer's input and output into its matrices: a pass over weights instead of activations."""
-        return Weights(
-            qkv=(self.norm_scale * torch.cat((q, k, v))).to(dtype),
-            o=(self.attn_scale[:, None] * o).to(dtype),
-            up=(self.norm_scale * up).to(dtype),
-            down=(self.mlp_scale[:, None] * down).to(dtype))
+        o, up, down = others
+        qkv = self.norm_scale * torch.cat((q, k, v))
+        o = self.attn_scale[:, None] * o
+        up = self.norm_scale * up
+        down = self.mlp_scale[:, None] * down
+        return Weights(*(matrix.to(dtype) for matrix in (qkv, o, up, down)))
 
     def fold_adapter(self, site: str, lora: Lora) -> Lora:
         """Do the same for an adapter."""
@@ -1904,8 +1953,8 @@ class Block(nn.Module):
         return add_deltas(out, x, lora.mlp)
 
     def forward(
-        self, streams: Streams, x0: Tensor, weights: Weights, lora: Adapters, context: Context, depth: int,
-        positions: Tensor | None, lane_mix: Tensor | None,
+        self, streams: Streams, x0: Tensor, weights: Weights, lora: Adapters,
+        context: Context, depth: int, positions: Tensor | None, lane_mix: Tensor | None,
     ) -> Streams:
         """Run attention and MLP, one after the other on one stream, or side by side on two.
 
@@ -1946,13 +1995,14 @@ class GPT(nn.Module):
         cfg = self.cfg
         x = F.embedding(tokens, self.tok_emb.weight)
         if cfg.smear_gate_enabled:
-            weight = self.smear_gate.weight.to(x.dtype)
-            gate = torch.sigmoid(F.linear(x[:, 1:, : cfg.gate_window].contiguous(), weight))
+            before, after = x[:, :-1], x[:, 1:]
+            source = after[..., : cfg.gate_window].contiguous()
+            gate = torch.sigmoid(F.linear(source, self.smear_gate.weight.to(x.dtype)))
             gate = self.smear_lambda.to(x.dtype) * gate
             if cfg.smear_gate_bos_fix:
                 # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
                 gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
-            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+            x = torch.cat((x[:, :1], after + gate * before), dim=1)
         return rms_norm(x)
 
     def weights(self, dtype: torch.dtype) -> list[Weights]:
@@ -1962,7 +2012,8 @@ class GPT(nn.Module):
         up, down = self.mlp_up_bank.unbind(0), self.mlp_down_bank.unbind(0)
         out = []
         for i, block in enumerate(self.blocks):
-            out.append(block.fold(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i], dtype))
+            q, k, v, o = qo[i], kv[i], kv[L + i], qo[L + i]
+            out.append(block.fold(q, k, v, o, up[i], down[i], dtype=dtype))
         return out
 
     def skip(self, x: Tensor, skipped: Tensor, index: int) -> Tensor:
@@ -1970,7 +2021,8 @@ class GPT(nn.Module):
         skipped = self.skip_weights[index].to(x.dtype) * skipped
         if not self.cfg.skip_gates_enabled:
             return x + skipped
-        return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
+        gate = torch.sigmoid(self.skip_gates[index])
+        return torch.lerp(skipped, x, gate.to(x.dtype))
 
     def lane_mix(self, layer: int) -> Tensor:
         """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what the MLP writes."""
@@ -1979,8 +2031,8 @@ class GPT(nn.Module):
         return torch.cat((own, written), dim=1)[..., None]
 
     def hidden(
-        self, tokens: Tensor, layers: tuple[int, ...], segments: Segments | None, cache: Cache | None, adapters: Adapters,
-        positions: Tensor | None, tap,
+        self, tokens: Tensor, layers: tuple[int, ...], segments: Segments | None, cache: Cache | None,
+        adapters: Adapters, positions: Tensor | None, tap,
     ) -> Tensor:
         """Map tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`.
 
@@ -1990,10 +2042,15 @@ class GPT(nn.Module):
         """
         cfg, start = self.cfg, 0 if cache is None else cache.length
         end = start + tokens.shape[1]
-        x0 = self.embed(torch.cat((cache.last_token, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
-        longest = next((c.max_len for c in (segments, cache) if c is not None), tokens.shape[1])
+        if start:  # the smear gate looks back at the token before
+            x0 = self.embed(torch.cat((cache.last_token, tokens), dim=1))[:, 1:]
+        else:
+            x0 = self.embed(tokens)
+        bounded = segments or cache
+        longest = tokens.shape[1] if bounded is None else bounded.max_len
         cos, sin = rotary_tables(cfg, end, longest, tokens.device)
-        context = Context((cos[start:], sin[start:]), segments, cache, self.kernels, tap)
+        rope = (cos[start:], sin[start:])
+        context = Context(rope, segments, cache, self.kernels, tap)
         weights = self.weights(x0.dtype)
         loras = adapters.by_depth([self.blocks[layer] for layer in layers])
         streams, skips, half = Streams(x0), [], len(layers) // 2
@@ -2002,16 +2059,20 @@ class GPT(nn.Module):
                 if streams.mlp is None and 0 < cfg.parallel_start_layer <= layer:
                     streams = Streams(streams.attn, streams.attn)
                 if skips:
-                    streams = streams._replace(attn=self.skip(streams.attn, skips.pop(), depth - half))
+                    joined = self.skip(streams.attn, skips.pop(), depth - half)
+                    streams = streams._replace(attn=joined)
             scored = positions if depth == len(layers) - 1 else None
             lane_mix = None if streams.mlp is None else self.lane_mix(layer)
-            streams = self.blocks[layer](streams, x0, weights[layer], loras[depth], context, depth, scored, lane_mix)
+            streams = self.blocks[layer](
+                streams, x0, weights[layer], loras[depth], context, depth, scored, lane_mix)
             if depth < half:
                 skips.append(streams.attn)
         if cache is not None:
             cache.last_token = tokens[:, -1:]
             cache.length = end
-        return rms_norm(streams.attn if streams.mlp is None else (streams.attn + streams.mlp) / 2)
+        if streams.mlp is None:
+            return rms_norm(streams.attn)
+        return rms_norm((streams.attn + streams.mlp) / 2)
 
     def forward(
         self,
@@ -2093,23 +2154,28 @@ def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO
     return Flops(2 * products, deltas, 4 * cfg.model_dim * pairs / n.sum())
 
 
-PASSES = {  # how often the forward's matrix, adapter and attention FLOPs are done: as the model defines it, and as the hardware runs it
-    "score": ((1, 1, 1), (1, 1, 1)),
-    "train": ((3, 3, 3), (3, 3, 3.5)),  # the backward of flash attention computes the scores again: 5 products instead of 4
-    "adapt": ((2, 3, 3), (2, 3, 3.5)),  # frozen matrices have no gradient of their own
+PASSES = {  # how often a pass does the forward's FLOPs with matrices, adapters and in attention, and the latter again
+    "score": (1, 1, 1, 0.0),
+    "train": (3, 3, 3, 0.5),  # the backward of flash attention repeats one of the forward's two products
+    "adapt": (2, 3, 3, 0.5),  # frozen matrices have no gradient of their own
 }
 
 
 class FlopCount:
-    """FLOPs of one rank: of the model, as the hardware runs it, and the part of the model's that belongs to scored tokens."""
+    """Counts the FLOPs of one rank: of the model, of these those of scored tokens, and all that the hardware ran."""
 
     def __init__(self):
-        self.model = self.hardware = self.useful = 0.0
+        self.model = 0.0
+        self.useful = 0.0
+        self.hardware = 0.0
 
     def add(self, flops: Flops, kind: str, tokens: int, scored: float) -> None:
-        """Passes over `tokens` positions, padding and context included, `scored` of which count for the loss."""
-        model, hardware = (tokens * sum(f * times for f, times in zip(flops, passes, strict=True)) for passes in PASSES[kind])
-        self.model, self.hardware, self.useful = self.model + model, self.hardware + hardware, self.useful + model * scored / tokens
+        """Add one of PASSES over `tokens` positions, padding and context included, `scored` of which count for the loss."""
+        matmul, lora, attention, again = PASSES[kind]
+        per_token = matmul * flops.matmul + lora * flops.lora + attention * flops.attention
+        self.model += tokens * per_token
+        self.useful += scored * per_token
+        self.hardware += tokens * (per_token + again * flops.attention)
 
 
 @torch.no_grad()
@@ -2397,106 +2463,123 @@ class Ema:
 # ==================================================================================================
 
 def lr_scale(cfg: Config, progress: float, step: int = 0, step_seconds: float = 0.0) -> float:
-    """Share of the peak learning rate: 1, then linear down to MIN_LR over the last WARMDOWN_FRAC; progress runs from 0 to 1.
+    """Compute the share of the peak learning rate: 1, then linear down to MIN_LR over the last WARMDOWN_FRAC.
 
-    With WARMDOWN_ITERS the warmdown lasts that many steps instead: counted back from ITERATIONS, or from the end of the
-    clock at `step_seconds` per step.
+    progress runs from 0 to 1. With WARMDOWN_ITERS the warmdown lasts that many steps instead: counted back
+    from ITERATIONS, or from the end of the clock at `step_seconds` a step.
     """
     if cfg.warmdown_iters:
         budget = cfg.train_budget_seconds
         by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget and step_seconds
-        left = budget * (1 - progress) / step_seconds if by_clock else cfg.iterations - step
-        return max(min(1.0, left / cfg.warmdown_iters), cfg.min_lr)
+        steps_left = budget * (1 - progress) / step_seconds if by_clock else cfg.iterations - step
+        return max(min(1.0, steps_left / cfg.warmdown_iters), cfg.min_lr)
+
     if progress < 1 - cfg.warmdown_frac or not cfg.warmdown_frac:
         return 1.0
     return max((1 - progress) / cfg.warmdown_frac, cfg.min_lr)
 
 
 def context_length(cfg: Config, progress: float) -> int:
-    """Attention context: the first stage whose end fraction has not passed."""
+    """Choose the attention context: that of the first stage whose end has not passed."""
     return next(length for length, end in cfg.seq_schedule if progress <= end)
 
 
 def rewarmup(cfg: Config, steps_since_change: int | None) -> float:
-    """Ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None = no change yet."""
+    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None: no change."""
     if steps_since_change is None or not cfg.seq_change_warmup_steps:
         return 1.0
     return min(1.0, steps_since_change / cfg.seq_change_warmup_steps)
 
 
 def muon_momentum(cfg: Config, step: int) -> float:
-    """Linear warm-up over MUON_MOMENTUM_WARMUP_STEPS, then constant."""
-    share = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
-    return cfg.muon_momentum_warmup_start + share * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
+    """Compute the momentum of a step: linear over MUON_MOMENTUM_WARMUP_STEPS, then constant."""
+    steps = cfg.muon_momentum_warmup_steps
+    share = min(1.0, step / steps) if steps else 1.0
+    start = cfg.muon_momentum_warmup_start
+    return start + share * (cfg.muon_momentum - start)
 
 
 def looping_at(cfg: Config, progress: float) -> bool:
-    """Whether the middle blocks repeat at this point of the run."""
+    """Tell whether the middle blocks repeat at this point of the run."""
     return cfg.num_loops > 0 and progress >= cfg.enable_looping_at
 
 
+def halves(layers: tuple[int, ...]) -> str:
+    """Write an order of layers for the log: those before the skips, and those after."""
+    middle = len(layers) // 2
+    return f"encoder:{list(layers[:middle])} decoder:{list(layers[middle:])}"
+
+
 def warm_shapes(cfg: Config) -> list[tuple[int, bool]]:
-    """(context, looping) combinations the run will meet, in the order it meets them."""
-    if not cfg.compile_shape_warmup:
-        return list(dict.fromkeys([(cfg.train_seq_len, False), (cfg.train_seq_len, cfg.num_loops > 0)]))
-    shapes, start = [], 0.0
-    for length, end in cfg.seq_schedule:
-        plain = not cfg.num_loops or start < cfg.enable_looping_at
-        looped = cfg.num_loops > 0 and end > cfg.enable_looping_at
-        shapes += [(length, looping) for looping, wanted in ((False, plain), (True, looped)) if wanted]
+    """List the (context, looping) combinations that the run will meet, in the order it meets them."""
+    shapes = []
+    start = 0.0
+    for length, end in cfg.seq_schedule if cfg.compile_shape_warmup else [(cfg.train_seq_len, 1.0)]:
+        if not cfg.num_loops or start < cfg.enable_looping_at:
+            shapes.append((length, False))
+        if cfg.num_loops and end > cfg.enable_looping_at:
+            shapes.append((length, True))
         start = end
     return list(dict.fromkeys(shapes))
 
 
 def warm_lengths(tokens: int, context: int) -> list[int]:
-    """Lengths of cu_seqlens to warm for rows of `tokens`: the least there can be, and three more buckets."""
+    """List the lengths of cu_seqlens to warm for rows of `tokens`: the least possible and three more."""
     segments = -(-tokens // context)
     return [CU_SEQLENS_BUCKET * (segments // CU_SEQLENS_BUCKET + k) for k in range(1, 5)]
 
 
 def warm_rows(row: Row, context: int) -> list[Row]:
-    """`row` cut every `context` tokens, once for each of its `warm_lengths`."""
-    n, device = row.targets.numel(), row.inputs.device
-    bounds = (torch.arange(length, dtype=torch.int32).mul(context).clamp(max=n) for length in warm_lengths(n, context))
-    return [row._replace(segments=Segments(cu_seqlens.to(device), context)) for cu_seqlens in bounds]
+    """Cut `row` every `context` tokens, once for each of its `warm_lengths`."""
+    rows = []
+    tokens = row.targets.numel()
+    for length in warm_lengths(tokens, context):
+        bounds = torch.arange(length, dtype=torch.int32).mul(context).clamp(max=tokens)
+        rows.append(row._replace(segments=Segments(bounds.to(row.inputs.device), context)))
+    return rows
 
 
 def nats_of_row(row: Row, forward, graphs: Graphed | None, **options) -> Tensor:
-    """Nats (1, T). A row of more segments than were warmed does without a graph."""
-    few = len(row.segments.cu_seqlens) in warm_lengths(row.targets.numel(), row.segments.max_len)
-    run = graphs if graphs and few else forward
-    return run(row.inputs, row.targets, segments=row.segments, **options)
+    """Compute the nats (1, T) of a row. One of more segments than were warmed does without a graph."""
+    segments = row.segments
+    warmed = len(segments.cu_seqlens) in warm_lengths(row.targets.numel(), segments.max_len)
+    run = graphs if graphs and warmed else forward
+    return run(row.inputs, row.targets, segments=segments, **options)
 
 
 class StepClock:
-    """Seconds of training so far, and a forecast of the next step. Pausing excludes validation and checkpoints."""
+    """Counts the seconds of training, without pauses for validation and checkpoints, and forecasts a step."""
 
     def __init__(self, seconds: float = 0.0, recent: tuple[float, ...] = ()):
-        self.seconds, self.start, self.recent = seconds, None, [*recent]  # start None: paused
+        self.seconds = seconds  # until the last pause
+        self.start = None  # None: paused
+        self.recent = [*recent]  # seconds a block of the last ten steps
 
     def now(self) -> float:
         return self.seconds + (0.0 if self.start is None else time.perf_counter() - self.start)
 
     def pause(self) -> None:
-        self.seconds, self.start = self.now(), None
+        self.seconds = self.now()
+        self.start = None
 
     def go_on(self) -> None:
         self.start = time.perf_counter()
 
     def record(self, seconds: float, applications: int) -> None:
-        """Seconds of one step that ran `applications` blocks."""
+        """Remember the seconds of one step that ran `applications` blocks."""
         self.recent = [*self.recent[-9:], seconds / applications]
 
-    def forecast(self, applications: int) -> float:
-        """Upper estimate of a step: the slowest recent one, per block, plus 10 %."""
-        return 1.1 * max(self.recent, default=0.0) * applications
+    def block_seconds(self) -> float:
+        """Estimate from above what a block of the next step takes: as in the slowest recent, plus 10 %."""
+        return 1.1 * max(self.recent, default=0.0)
 
 
 class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a request that the loop honours between two steps; the second one kills."""
+    """Turns the first Ctrl-C (or SIGTERM) into a request to stop between two steps; the second one kills."""
 
     def __init__(self):
-        self.requested, self.previous = False, {}
+        self.requested = False
+        self.previous = {}  # handlers, by signal
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -2520,107 +2603,154 @@ class Interrupted(RunError):
 
 
 class Utilization:
-    """How busy the device is kept: FLOPs per second as a share of what it could do. seconds: of the work, pauses left out."""
+    """Compares FLOPs per second with the peak of the device.
+
+    work: FLOPs of this rank; seconds: in which it did them, without pauses for validation and checkpoints.
+    """
 
     def __init__(self, world: World, work: FlopCount | None = None, seconds: float = 0.0):
-        name, self.measured = hardware_name(world), measured_peak(world)
+        name = hardware_name(world)
         self.datasheet = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-        self.work, self.seconds, self.marked, self.marked_at = work or FlopCount(), seconds, (FlopCount(), 0.0), time.perf_counter()
+        self.measured = measured_peak(world)
+        self.work = work or FlopCount()
+        self.seconds = seconds
+        self.logged = (time.perf_counter(), 0.0, 0.0, 0.0, 0.0)  # totals at the last `interval`
 
-    def share(self, flops: float, seconds: float) -> dict[str, float | None]:
-        """`flops` in `seconds`, of the datasheet's peak (None where there is none) and of the measured one."""
-        rate = flops / seconds if seconds else 0.0
+    def shares(self, flops: float, seconds: float) -> dict:
+        """Divide FLOPs a second by the datasheet's peak (None: there is none) and by the measured one."""
+        rate = flops / max(seconds, 1e-9)
         return dict(mfu=rate / self.datasheet if self.datasheet else None, of_measured=rate / self.measured)
 
     def interval(self) -> str:
-        """Since the last call, for the log: the model's FLOPs, then, of the datasheet's peak or else of the measured one, those of
-        scored tokens, those the hardware ran, and the model's again with validation and checkpoints in the time."""
-        (old, old_seconds), now = self.marked, time.perf_counter()
-        model, useful, hardware = (getattr(self.work, kind) - getattr(old, kind) for kind in ("model", "useful", "hardware"))
-        seconds, wall = self.seconds - old_seconds, max(now - self.marked_at, self.seconds - old_seconds)
-        shares = self.share(model, seconds)
-        for name, flops, time_of in (("useful", useful, seconds), ("hardware", hardware, seconds), ("with_pauses", model, wall)):
-            of_datasheet, of_measured = self.share(flops, time_of).values()
-            shares[name] = of_measured if of_datasheet is None else of_datasheet
-        self.marked, self.marked_at = (copy.copy(self.work), self.seconds), now
-        return " ".join(f"{name}:{'n/a' if value is None else format(value, '.4f')}" for name, value in shares.items())
+        """Describe the time since the last call, for the log.
+
+        Of the model's FLOPs both shares; then one each, of the datasheet's peak if there is one: that of scored
+        tokens, of all that the hardware ran, and of the model once more, with pauses in the time.
+        """
+        work = self.work
+        totals = np.array([time.perf_counter(), self.seconds, work.model, work.useful, work.hardware])
+        wall, seconds, model, useful, hardware = totals - self.logged
+        self.logged = totals
+
+        peak = self.datasheet or self.measured
+        seconds = max(seconds, 1e-9)
+        mfu = f"{model / seconds / peak:.4f}" if self.datasheet else "n/a"
+        return (
+            f"mfu:{mfu} of_measured:{model / seconds / self.measured:.4f} "
+            f"useful:{useful / seconds / peak:.4f} hardware:{hardware / seconds / peak:.4f} "
+            f"with_pauses:{model / max(wall, seconds) / peak:.4f}")
 
     def result(self, wall_seconds: float) -> dict:
-        """Of all of it: three kinds of FLOPs, each without and with pauses for validation and checkpoints."""
-        kinds = ("model", "useful", "hardware")
-        return dict(
-            **{kind: self.share(getattr(self.work, kind), self.seconds) for kind in kinds},
-            **{f"{kind}_with_pauses": self.share(getattr(self.work, kind), wall_seconds) for kind in kinds},
-            model_flops=self.work.model, peak_flops=dict(datasheet=self.datasheet, measured=self.measured))
+        """Sum up all of it: three kinds of FLOPs, each by the running time and by the time with pauses."""
+        peaks = dict(datasheet=self.datasheet, measured=self.measured)
+        out = dict(model_flops=self.work.model, peak_flops=peaks)
+        for kind, flops in vars(self.work).items():
+            out[kind] = self.shares(flops, self.seconds)
+            out[f"{kind}_with_pauses"] = self.shares(flops, wall_seconds)
+        return out
+
+
+class StepPlan(NamedTuple):
+    """Says how to take a step: context, whether middle blocks repeat, share of the peak learning rate."""
+
+    context: int
+    looping: bool
+    lr_scale: float
 
 
 class Trainer:
-    """Model, optimizer, average and data of one training run, and the state a checkpoint keeps."""
+    """Holds model, optimizer, average and data of one training run, and the state that a checkpoint keeps."""
 
     def __init__(self, cfg: Config, world: World, files: Dataset, kernels: Kernels = DEFINITIONS):
-        self.cfg, self.world, self.files = cfg, world, files
+        self.cfg = cfg
+        self.world = world
+        self.files = files
         self.model = build_model(cfg, world, kernels)
         self.forward = compile_forward(self.model, cfg, world)
-        self.graphs = Graphed(self.forward, (p for p in self.model.parameters() if p.requires_grad)) if cfg.cuda_graphs else None
+        self.graphs = Graphed(self.forward, self.model.parameters()) if cfg.cuda_graphs else None
         self.optimizer = TrainOptimizer(self.model, cfg, world)
         self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
-        self.accumulate = cfg.micro_batches // world.size
+        self.accumulate = cfg.micro_batches // world.size  # micro-batches of this rank in a step
         self.utilization = Utilization(world)
         self.loader = self.open_loader()
-        self.step, self.clock, self.changed_at, self.stage_len = 0, StepClock(), None, cfg.seq_schedule[0][0]
-        self.looping, self.losses = False, []
+
+        self.step = 0
+        self.clock = StepClock()
+        self.losses = []  # (step, seconds, nats)
+        self.looping = False
+        self.stage_len = cfg.seq_schedule[0][0]  # attention context, and the step that changed it
+        self.changed_at = None
 
     def open_loader(self, position: tuple[int, int] | None = None) -> TrainLoader:
         cfg = self.cfg
-        return TrainLoader(self.files.train, cfg.train_microbatch_tokens, cfg.micro_batches, cfg.vocab_size, position)
+        return TrainLoader(
+            self.files.train, cfg.train_microbatch_tokens, cfg.micro_batches, cfg.vocab_size, position)
 
-    def loss(self, row: Row, order: tuple[int, ...]) -> Tensor:
-        """This row's part of the mean loss of the rank's micro-batches."""
+    def loss(self, row: Row, layers: tuple[int, ...]) -> Tensor:
+        """Compute this row's part of the mean loss of the rank's micro-batches."""
         weight = 1 / (row.targets.numel() * self.accumulate)
-        return weight * nats_of_row(row, self.forward, self.graphs, layers=order, training=True).sum()
+        return weight * nats_of_row(row, self.forward, self.graphs, layers=layers, training=True).sum()
 
-    def train_step(self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float) -> float:
-        """One optimizer step on a window (rows, span) of all ranks; returns the mean loss in nats, the same on every rank.
+    def backward(self, row: Row, layers: tuple[int, ...]) -> Tensor:
+        """Add a row's gradient to the step's; returns its loss, detached: see `Graphed` on accumulators."""
+        loss = self.loss(row, layers)
+        loss.backward()
+        return loss.detach()
+
+    def train_step(
+        self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float
+    ) -> float:
+        """Take a step on a window (rows, span) of all ranks; returns the mean loss in nats of them all.
 
         Raises FloatingPointError before any weight is touched when loss or gradient is not finite.
         """
-        order, total = layer_order(self.cfg, looping), torch.zeros((), device=self.world.device)
-        for tokens in window[self.world.rank * self.accumulate : (self.world.rank + 1) * self.accumulate]:
-            row = packed_row(tokens, context, self.world.device)
-            loss = self.loss(row, order)
-            loss.backward()
-            n = row.targets.numel()
-            self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", n, n)
-            total += (loss := loss.detach())  # its graph goes: see `Graphed` on accumulators
-        self.world.sum_(total)
-        mean = Readback(total / self.world.size)
+        world = self.world
+        layers = layer_order(self.cfg, looping)
+        total = torch.zeros((), device=world.device)
+        first = world.rank * self.accumulate
+        for tokens in window[first : first + self.accumulate]:
+            row = packed_row(tokens, context, world.device)
+            total += self.backward(row, layers)
+            count = row.targets.numel()
+            self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", count, count)
+
+        world.sum_(total)
+        mean_on_host = Readback(total / world.size)
         with torch.profiler.record_function("optimizer"):
             self.optimizer.step(lr, momentum)
-        return mean.read()
+        return mean_on_host.read()
 
     def state(self) -> dict:
-        """Everything that decides how the run goes on."""
+        """Collect everything that decides how the run goes on."""
         return dict(
-            config_hash=config_hash(self.cfg), seed=self.cfg.seed, step=self.step, seconds=self.clock.now(), recent=self.clock.recent,
-            position=self.loader.position,
+            config_hash=config_hash(self.cfg), seed=self.cfg.seed,
+            step=self.step, seconds=self.clock.now(), recent=self.clock.recent, position=self.loader.position,
             changed_at=self.changed_at, stage_len=self.stage_len, looping=self.looping, losses=self.losses,
-            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema.shadow if self.ema else {},
+            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+            ema=self.ema.shadow if self.ema else {},
         )
 
     def load_state(self, state: dict) -> None:
         """Go on where `state` was taken. Raises RunError when it belongs to another recipe."""
-        if (state.get("config_hash"), state.get("seed")) != (config_hash(self.cfg), self.cfg.seed):
-            found = f"{state.get('config_hash')}, seed {state.get('seed')}"
-            raise RunError(f"checkpoint.pt was written by another configuration or seed ({found}); "
-                           "resume with the same variables, or start afresh with RESUME=0")
+        found = state.get("config_hash"), state.get("seed")
+        if found != (config_hash(self.cfg), self.cfg.seed):
+            raise RunError(
+                f"checkpoint.pt was written by another configuration or seed ({found[0]}, seed {found[1]}); "
+                "resume with the same variables, or start afresh with RESUME=0")
+
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
-            self.ema.shadow = {name: t.to(self.world.device) for name, t in state["ema"].items()}
+        for name, average in state["ema"].items():
+            self.ema.shadow[name].copy_(average)
         self.loader.close()
         self.loader = self.open_loader(tuple(state["position"]))
-        self.step, self.clock, self.changed_at = state["step"], StepClock(state["seconds"], state["recent"]), state["changed_at"]
-        self.stage_len, self.looping, self.losses = state["stage_len"], state["looping"], state["losses"]
+
+        self.step = state["step"]
+        self.clock = StepClock(state["seconds"], state["recent"])
+        self.losses = state["losses"]
+        self.looping = state["looping"]
+        self.stage_len = state["stage_len"]
+        self.changed_at = state["changed_at"]
 
     def checkpoint(self, path: Path) -> None:
         state = self.state()
@@ -2628,162 +2758,234 @@ class Trainer:
             save_tensors(path, state)
 
     def warm_up(self, log: Log) -> None:
-        """Compile every shape and run WARMUP_STEPS steps per loop mode, then put back weights, moments and data exactly."""
-        cfg = self.cfg
+        """Compile every shape, take WARMUP_STEPS steps per loop mode, then put everything back, data too."""
         compiled = self.graphs or self.forward is not self.model
-        if not compiled and not cfg.warmup_steps:
+        if not compiled and not self.cfg.warmup_steps:
             return
-        model, generator = {name: t.detach().clone() for name, t in self.model.state_dict().items()}, torch.get_rng_state()
-        optimizer = copy.deepcopy(self.optimizer.state_dict())
+
+        before = copy.deepcopy(self.state())
+        generator = torch.get_rng_state()
         window = self.loader.next_step()
+
         if compiled:
             self.warm_shapes(window[0], log)
-        for looping in dict.fromkeys((False, cfg.num_loops > 0)):
-            order = layer_order(cfg, looping)
-            if looping:
-                log(f"loop_warmup:enabled encoder:{list(order[: len(order) // 2])} decoder:{list(order[len(order) // 2 :])}")
-            for k in range(cfg.warmup_steps):
-                try:
-                    self.train_step(window, cfg.seq_schedule[0][0], looping, 1.0, muon_momentum(cfg, k))
-                except FloatingPointError as e:
-                    raise RunError(f"warm-up step {k + 1}: {e}; lower MATRIX_LR or TIED_EMBED_LR, or look at the data") from None
-                if k < 6 or (k + 1) % 10 == 0 or k + 1 == cfg.warmup_steps:
-                    log(f"{'loop_warmup_step' if looping else 'warmup_step'}: {k + 1}/{cfg.warmup_steps}")
-        self.model.load_state_dict(model)
-        self.optimizer.load_state_dict(optimizer)
+        for looping in dict.fromkeys((False, self.cfg.num_loops > 0)):
+            self.warm_steps(window, looping, log)
+
+        self.load_state(before)
         self.model.zero_grad()
-        self.loader.close()
-        self.loader, self.utilization = self.open_loader(), Utilization(self.world)
+        self.utilization = Utilization(self.world)
         torch.set_rng_state(generator)
 
     def warm_shapes(self, tokens: np.ndarray, log: Log) -> None:
-        """Forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
-        cfg, shapes, n = self.cfg, warm_shapes(self.cfg), self.cfg.train_microbatch_tokens
-        log("compile_shape_warmup:start " + ",".join(f"{n}x{'loop' if loop else 'plain'}" for n, loop in shapes))
+        """Run forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
+        cfg = self.cfg
+        shapes = warm_shapes(cfg)
+        names = [f"{context}x{'loop' if looping else 'plain'}" for context, looping in shapes]
+        log("compile_shape_warmup:start " + ",".join(names))
         row = packed_row(tokens, cfg.train_seq_len, self.world.device)
-        for length, looping in shapes * (1 + bool(self.graphs)):  # graphs are recorded in the second round
-            log(f"compile_shape_warmup:shape seq_len:{length} loop:{int(looping)} "
-                f"warmup_cu_buckets:{','.join(map(str, warm_lengths(n, length)))}")
-            for shaped in warm_rows(row, length):
-                self.loss(shaped, layer_order(cfg, looping)).backward()
+
+        for context, looping in shapes * (2 if self.graphs else 1):  # graphs are recorded in the second round
+            buckets = ",".join(map(str, warm_lengths(cfg.train_microbatch_tokens, context)))
+            shape = f"seq_len:{context} loop:{int(looping)} warmup_cu_buckets:{buckets}"
+            log(f"compile_shape_warmup:shape {shape}")
+            for shaped in warm_rows(row, context):
+                self.backward(shaped, layer_order(cfg, looping))
                 self.model.zero_grad()
 
-    def plan_step(self, elapsed: float, log: Log) -> tuple[int, bool, float]:
-        """Context, loop mode and learning-rate factor of the step about to run."""
+    def warm_steps(self, window: np.ndarray, looping: bool, log: Log) -> None:
+        """Take WARMUP_STEPS steps in one loop mode. Raises RunError when loss or gradient is not finite."""
         cfg = self.cfg
+        if looping:
+            log(f"loop_warmup:enabled {halves(layer_order(cfg, looping))}")
+
+        for step in range(cfg.warmup_steps):
+            done = step + 1
+            try:
+                self.train_step(window, cfg.seq_schedule[0][0], looping, 1.0, muon_momentum(cfg, step))
+            except FloatingPointError as e:
+                remedy = "lower MATRIX_LR or TIED_EMBED_LR, or look at the data"
+                raise RunError(f"warm-up step {done}: {e}; {remedy}") from None
+            if done <= 6 or done % 10 == 0 or done == cfg.warmup_steps:
+                log(f"{'loop_warmup_step' if looping else 'warmup_step'}: {done}/{cfg.warmup_steps}")
+
+    def plan_step(self, elapsed: float, log: Log) -> StepPlan:
+        """Plan the step about to run, `elapsed` seconds into training; logs what changes with it."""
+        cfg = self.cfg
+        step = self.step
         budget = cfg.train_budget_seconds
         by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget > 0
-        progress = min(1.0, elapsed / budget if by_clock else self.step / max(1, cfg.iterations))
+        progress = min(1.0, elapsed / budget if by_clock else step / max(1, cfg.iterations))
+
         context = context_length(cfg, progress)
         if context != self.stage_len:
-            self.stage_len, self.changed_at = context, self.step
-            log(f"growth_stage:seq_len:{context} progress:{progress:.3f} step:{self.step}")
+            self.stage_len = context
+            self.changed_at = step
+            log(f"growth_stage:seq_len:{context} progress:{progress:.3f} step:{step}")
             if cfg.seq_change_warmup_steps:
-                log(f"growth_stage_rewarmup:start step:{self.step} steps:{cfg.seq_change_warmup_steps} seq_len:{context}")
+                steps = cfg.seq_change_warmup_steps
+                log(f"growth_stage_rewarmup:start step:{step} steps:{steps} seq_len:{context}")
+
         if looping_at(cfg, progress) and not self.looping:
-            self.looping, order = True, layer_order(cfg, True)
-            log(f"layer_loop:enabled step:{self.step} frac:{progress:.3f} encoder:{list(order[: len(order) // 2])} "
-                f"decoder:{list(order[len(order) // 2 :])}")
-        ramp = rewarmup(cfg, None if self.changed_at is None else self.step - self.changed_at + 1)
-        per_step = elapsed / self.step if self.step else 0.0
-        return context, self.looping, lr_scale(cfg, progress, self.step, per_step) * ramp
+            self.looping = True
+            log(f"layer_loop:enabled step:{step} frac:{progress:.3f} {halves(layer_order(cfg, True))}")
+
+        ramp = rewarmup(cfg, None if self.changed_at is None else step - self.changed_at + 1)
+        step_seconds = elapsed / step if step else 0.0
+        return StepPlan(context, self.looping, lr_scale(cfg, progress, step, step_seconds) * ramp)
+
+    def finish_step(self, loss: float, elapsed: float, applications: int) -> float:
+        """Average the weights and account for a step that began at `elapsed`; returns the seconds now."""
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.model)
+
+        now = self.clock.now()
+        self.clock.record(now - elapsed, applications)
+        self.utilization.seconds += now - elapsed
+        self.losses.append((self.step, round(now, 3), round(loss, 5)))
+        return now
 
 
 def log_training_start(cfg: Config, trainer: Trainer, log: Log) -> None:
-    """What is about to be trained, by which schedule, on a device of which speed."""
+    """Log what is about to be trained, by which schedule, on a device of which speed."""
     log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
-    measured, datasheet = trainer.utilization.measured, trainer.utilization.datasheet
-    log(f"peak_tflops: measured:{measured / 1e12:.4g} datasheet:{'n/a' if datasheet is None else format(datasheet / 1e12, '.4g')}")
+    peaks = trainer.utilization
+    datasheet = f"{peaks.datasheet / 1e12:.4g}" if peaks.datasheet else "n/a"
+    log(f"peak_tflops: measured:{peaks.measured / 1e12:.4g} datasheet:{datasheet}")
     log("train_seq_schedule:" + ",".join(f"{n}@{end:.3f}" for n, end in cfg.seq_schedule))
     log(f"local_microbatch_tokens:{cfg.train_microbatch_tokens}")
     log(f"growth_stage:seq_len:{cfg.seq_schedule[0][0]} progress:0.000")
     log(f"gptq:reserving {cfg.reserve_seconds:.0f}s, effective={cfg.train_budget_seconds * 1000:.0f}ms")
 
 
-def step_profiler(cfg: Config, trainer: Trainer, path: Path):
-    """torch's profiler over PROFILE steps after the third, and the speeds they are to be measured by; None without PROFILE."""
-    if not cfg.profile or not trainer.world.main:
+def step_profiler(trainer: Trainer, path: Path):
+    """Build torch's profiler of PROFILE steps after the third, its trace to lie at `path`. None: no PROFILE.
+
+    The speeds that the trace is to be measured by go into profile_speeds.json beside it.
+    """
+    world = trainer.world
+    steps = trainer.cfg.profile
+    if not steps or not world.main:
         return None
-    device = trainer.world.device
-    source = torch.ones(1 << 26, device=device)
-    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=2 * source.nbytes / quickest(trainer.world, source.clone))
+
+    source = torch.ones(1 << 26, device=world.device)
+    bytes_per_second = 2 * source.nbytes / quickest(world, source.clone)
+    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=bytes_per_second)
     write_atomic(path.with_name("profile_speeds.json"), json.dumps(speeds).encode())
-    kinds = torch.profiler.ProfilerActivity
+
     return torch.profiler.profile(
-        activities=[kinds.CPU, *([kinds.CUDA] if device.type == "cuda" else [])], record_shapes=True,
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=cfg.profile, repeat=1),
+        record_shapes=True,
+        schedule=torch.profiler.schedule(wait=2, warmup=1, active=steps, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
 
 
-def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=None) -> None:
-    """The timed loop. Stops at ITERATIONS, at FORCE_STOP_STEP, or before the step that would overrun the budget.
+def leave_early(trainer: Trainer, path: Path, new_graphs: list[str], interrupted: float) -> None:
+    """Save a checkpoint and raise Interrupted, or RunError for what was compiled in timed code."""
+    trainer.clock.pause()
+    trainer.checkpoint(path)
+    remedy = f"{path} holds it: go on with RESUME=1 and the same variables (ARTIFACT_DIR={path.parent})"
+    if interrupted:
+        raise Interrupted(f"interrupted after step {trainer.step}; {remedy}")
+    remedy = f"COMPILE_SHAPE_WARMUP=1 may avoid it. {remedy}"
+    raise recompile_error(f"step {trainer.step}", new_graphs, remedy)
 
-    validate(): scores the model as it stands, clock stopped. forecast(tokens): what the main rank's log says of the artifact so far,
-    clock running, only where that takes less than 1 % of the time since it last did. Raises Interrupted on Ctrl-C and RunError when
-    loss or gradient is no longer finite; in both cases checkpoint.pt holds the last good state.
+
+def take_step(trainer: Trainer, plan: StepPlan, checkpoint_path: Path) -> tuple[np.ndarray, float]:
+    """Take the planned step; returns its tokens (rows, span) and the loss.
+
+    Raises RunError when loss or gradient is not finite: the checkpoint then stands before this step's data.
     """
-    cfg, world, clock = trainer.cfg, trainer.world, trainer.clock
-    budget, checkpointed, tokens_per_step, compiled = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens, len(compilations())
-    profiler, asked, cost = step_profiler(cfg, trainer, checkpoint_path.with_name("profile.json.gz")), 0.0, 0.0
+    position = trainer.loader.position
+    window = trainer.loader.next_step()
+    try:
+        return window, trainer.train_step(window, *plan, muon_momentum(trainer.cfg, trainer.step))
+    except FloatingPointError as e:
+        trainer.loader.position = position
+        trainer.model.zero_grad()
+        trainer.checkpoint(checkpoint_path)
+        raise RunError(
+            f"step {trainer.step + 1}: {e}; the weights before it are in {checkpoint_path}. "
+            "Lower MATRIX_LR or TIED_EMBED_LR, or look at the data of this step") from None
+
+
+def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=None) -> None:
+    """Train until ITERATIONS, FORCE_STOP_STEP, or the step that would overrun the budget, which is not begun.
+
+    validate(): scores the model as it stands, clock stopped. forecast(tokens): what the main rank logs of the
+    artifact so far, clock running, only where that takes less than 1 % of the time since it last did. Raises
+    Interrupted on Ctrl-C and RunError when loss or gradient is no longer finite; in both cases checkpoint.pt
+    holds the last good state.
+    """
+    cfg = trainer.cfg
+    world = trainer.world
+    clock = trainer.clock
+    budget = cfg.train_budget_seconds
+    known_graphs = len(compilations())  # what is compiled from here on is compiled in timed code
+    saved_at = 0.0  # seconds of training at the last checkpoint
+    forecast_at = 0.0  # and at the last forecast
+    forecast_seconds = 0.0  # which took these; 0: there was none
+    profiler = step_profiler(trainer, checkpoint_path.with_name("profile.json.gz"))
+
     clock.go_on()
     with StopRequest() as stop, profiler or contextlib.nullcontext():
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
-            made = [] if cfg.compile_allow_recompiles else compilations()[compiled:]
-            elapsed, per_block, requested, recompiled = world.max(clock.now(), clock.forecast(1), float(stop.requested), len(made))
-            context, looping, lr = trainer.plan_step(elapsed, log)
-            applications = len(layer_order(cfg, looping))
-            if requested or recompiled:
-                clock.pause()
-                trainer.checkpoint(checkpoint_path)
-                go_on = f"{checkpoint_path} holds it: go on with RESUME=1 and the same variables (ARTIFACT_DIR={checkpoint_path.parent})"
-                if requested:
-                    raise Interrupted(f"interrupted after step {trainer.step}; {go_on}")
-                raise recompile_error(f"step {trainer.step}", made, f"COMPILE_SHAPE_WARMUP=1 may avoid it. {go_on}")
-            if budget and not cfg.force_stop_step and elapsed + per_block * applications > budget:
-                log(f"stopping_early: wallclock_cap train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}")
+            # The ranks agree on the clock, and on stopping.
+            new_graphs = [] if cfg.compile_allow_recompiles else compilations()[known_graphs:]
+            elapsed, block_seconds, interrupted, recompiled = world.max(
+                clock.now(), clock.block_seconds(), float(stop.requested), len(new_graphs))
+            if interrupted or recompiled:
+                leave_early(trainer, checkpoint_path, new_graphs, interrupted)
+
+            plan = trainer.plan_step(elapsed, log)
+            applications = len(layer_order(cfg, plan.looping))
+            if budget and not cfg.force_stop_step and elapsed + block_seconds * applications > budget:
+                reached = f"train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}"
+                log(f"stopping_early: wallclock_cap {reached}")
                 break
-            position, window = trainer.loader.position, trainer.loader.next_step()
-            try:
-                loss = trainer.train_step(window, context, looping, lr, muon_momentum(cfg, trainer.step))
-            except FloatingPointError as e:
-                trainer.loader.position = position
-                trainer.model.zero_grad()
-                trainer.checkpoint(checkpoint_path)
-                raise RunError(f"step {trainer.step + 1}: {e}; the weights before it are in {checkpoint_path}. Lower MATRIX_LR or "
-                               "TIED_EMBED_LR, or look at the data of this step") from None
-            trainer.step += 1
-            if trainer.ema:
-                trainer.ema.update(trainer.model)
-            now = clock.now()
-            clock.record(now - elapsed, applications)
-            trainer.utilization.seconds += now - elapsed
+
+            window, loss = take_step(trainer, plan, checkpoint_path)
+            now = trainer.finish_step(loss, elapsed, applications)
+            seconds = now - elapsed
             if profiler:
                 profiler.step()
-            trainer.losses.append((trainer.step, round(now, 3), round(loss, 5)))
+
             if trainer.step <= 5 or trainer.step % cfg.train_log_every == 0:
                 log(f"{trainer.step}/{cfg.iterations} train_loss: {loss:.4f} train_time: {now / 60:.1f}m "
-                    f"tok/s: {trainer.step * tokens_per_step / now:.0f} seconds:{now:.2f} lr_scale:{lr:.4f} "
-                    f"tok/s_now:{tokens_per_step / (now - elapsed):.0f} {trainer.utilization.interval()}")
-                price = cost or 3 * (now - elapsed)  # until it is known: as much as three steps
-                if forecast and world.main and now - asked > 100 * price and (not budget or now + 2 * price < budget):
+                    f"tok/s: {trainer.step * cfg.train_batch_tokens / now:.0f} seconds:{now:.2f} "
+                    f"lr_scale:{plan.lr_scale:.4f} tok/s_now:{cfg.train_batch_tokens / seconds:.0f} "
+                    f"{trainer.utilization.interval()}")
+
+                allowance = forecast_seconds or 3 * seconds  # until it is known: as much as three steps
+                fits = not budget or now + 2 * allowance < budget
+                if forecast and world.main and fits and now - forecast_at > 100 * allowance:
                     log(f"{trainer.step}/{cfg.iterations} {forecast(window[0])}")
-                    asked, compiled = clock.now(), len(compilations())
-                    cost = asked - now
+                    forecast_at = clock.now()
+                    forecast_seconds = forecast_at - now
+                    known_graphs = len(compilations())
+
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 clock.pause()
-                score, compiled = validate(), len(compilations())
+                score = validate()
                 log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
+                known_graphs = len(compilations())
                 clock.go_on()
-            if cfg.checkpoint_seconds and (agreed := world.max(now)[0]) - checkpointed >= cfg.checkpoint_seconds:
-                clock.pause()
-                checkpointed = agreed
-                trainer.checkpoint(checkpoint_path)
-                clock.go_on()
+
+            if cfg.checkpoint_seconds:
+                agreed = world.max(now)[0]
+                if agreed - saved_at >= cfg.checkpoint_seconds:
+                    saved_at = agreed
+                    clock.pause()
+                    trainer.checkpoint(checkpoint_path)
+                    clock.go_on()
+
         world.synchronize()
         clock.pause()
+
     trainer.loader.close()
     if not trainer.step:
-        raise RunError(f"no step fits into {budget:g} s of training: raise MAX_WALLCLOCK_SECONDS or lower TRAIN_BATCH_TOKENS")
+        remedy = "raise MAX_WALLCLOCK_SECONDS or lower TRAIN_BATCH_TOKENS"
+        raise RunError(f"no step fits into {budget:g} s of training: {remedy}")
     score = validate()
     log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
 
@@ -5095,13 +5297,25 @@ class TttRun:
 
 
 # ==================================================================================================
-# KERNELS - faster forms of the definitions above, each held to its definition by a test; no section but MAIN needs it.
+# KERNELS - faster forms of the definitions, each held to its own by a test; no section but MAIN needs it.
 # ==================================================================================================
+
+# An appendix: without it the definitions run, on any device. This cuts it off:
+#     sed '/^# KERNELS - /,/^# MAIN - /{/^# MAIN - /!d;}' train_gpt.py > short.py
+try:  # without Triton no kernel can be asked for
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = None
+
 
 def operator(fake, backward=None):
     """Register a function as one node of compiled graphs: fake(*args) makes tensors of its results' shapes.
 
-    backward(*gradients of the results, *tensors among the arguments) -> gradients of the first arguments; the others have none.
+    backward(*gradients of the results, *tensors among the arguments) -> gradients of the first arguments; the
+    others have none.
     """
 
     def register(body):
@@ -5113,8 +5327,8 @@ def operator(fake, backward=None):
             ctx.inputs = len(inputs)
 
         def differentiate(ctx, *grads):
-            made = backward(*grads, *ctx.saved_tensors)
-            return *made, *[None] * (ctx.inputs - len(made))
+            found = backward(*grads, *ctx.saved_tensors)
+            return *found, *[None] * (ctx.inputs - len(found))
 
         if backward is not None:
             op.register_autograd(differentiate, setup_context=save)
@@ -5124,142 +5338,198 @@ def operator(fake, backward=None):
 
 
 def with_saved_results(op, backward) -> None:
-    """Give op(q, k, v, cu_seqlens, n) -> (out, lse) the gradients that backward(grad, q, k, v, out, lse, cu_seqlens, n) makes."""
+    """Give op(q, k, v, cu_seqlens, n) -> (out, lse) its gradients.
+
+    backward(grad, q, k, v, out, lse, cu_seqlens, n) -> those of q, k and v.
+    """
 
     def save(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:3], *output, inputs[3])
         ctx.n = inputs[4]
 
-    op.register_autograd(lambda ctx, grad, _: (*backward(grad.contiguous(), *ctx.saved_tensors, ctx.n), None, None), setup_context=save)
+    def differentiate(ctx, grad, _):
+        grads = backward(grad.contiguous(), *ctx.saved_tensors, ctx.n)
+        return *grads, None, None
+
+    op.register_autograd(differentiate, setup_context=save)
 
 
-# On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop, whose trip count
-# depends on data, out of the compiler's sight, and its backward reuses the saved log-sum-exp instead of recomputing.
+# Attentions of packed rows: each takes what `document_attention_reference` takes and computes the same.
+# On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop,
+# whose trip count depends on data, out of the compiler's sight, and its backward reuses the saved
+# log-sum-exp.
 def each_segment(cu_seqlens: Tensor, window: int, *tensors: Tensor):
-    """Of each segment: where it lies, its mask, and its part of the tensors (T, heads, d) as (1, heads, n, d)."""
+    """Walk over the segments: where each lies, its mask, its (1, heads, n, d) of tensors (T, heads, d)."""
     for start, end in pairwise(cu_seqlens.tolist()):
         if end > start:
-            yield slice(start, end), window_mask(end - start, window, tensors[0]), [t[start:end].transpose(0, 1)[None] for t in tensors]
+            span = slice(start, end)
+            mask = window_mask(end - start, window, tensors[0])
+            yield span, mask, [t[span].transpose(0, 1)[None] for t in tensors]
 
 
-@operator(lambda q, k, v, cu_seqlens, window: (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
-def _document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    for at, mask, heads in each_segment(cu_seqlens, window, q, k, v):
-        o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, mask is None, attn_mask=mask)
-        out[at], lse[:, at] = o[0].transpose(0, 1), m[0]
+def empty_out_lse(q: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Make the results of a CPU's attention, without their values: outputs (T, H, d), log-sum-exps (H, T)."""
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+def empty_qkv(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the gradients of q, k and v, without their values."""
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@operator(empty_out_lse)
+def _document_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = empty_out_lse(q)
+    for span, mask, heads in each_segment(cu_seqlens, window, q, k, v):
+        part, part_lse = flash(*heads, 0.0, mask is None, attn_mask=mask)
+        out[span] = part[0].transpose(0, 1)
+        lse[:, span] = part_lse[0]
     return out, lse
 
 
-@operator(lambda grad, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+@operator(empty_qkv)
 def _document_attention_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for at, mask, heads in each_segment(cu_seqlens, window, grad, q, k, v, out):
-        m = lse[:, at].contiguous()[None]
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, m, 0.0, mask is None, attn_mask=mask)
+    flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    grads = empty_qkv(grad, q, k, v)
+    for span, mask, heads in each_segment(cu_seqlens, window, grad, q, k, v, out):
+        part_lse = lse[:, span].contiguous()[None]
+        parts = flash_backward(*heads, part_lse, 0.0, mask is None, attn_mask=mask)
         for whole, part in zip(grads, parts, strict=True):
-            whole[at] = part[0].transpose(0, 1)
+            whole[span] = part[0].transpose(0, 1)
     return grads
 
 
 with_saved_results(_document_attention_cpu, _document_attention_cpu_backward)
 
 
-def document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-    """`document_attention_reference` for CPU: one graph node, no recomputation. The kernel wants as many k/v heads as queries."""
+def document_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0
+) -> Tensor:
+    """Attend on a CPU: one graph node, no recomputation. The kernel wants as many k/v heads as queries."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
     return _document_attention_cpu(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, window)[0]
 
 
 def varlen_attention():
-    """`document_attention_reference` by torch's variable-length flash attention (CUDA, half precision).
+    """Make an attention of torch's variable-length flash attention (CUDA, half precision).
 
     What this version of torch accepts is looked up here, once, and not inside the compiled graph.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    options = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # a check, no other kernel
+    options = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True  # a check, no other kernel
 
-    def document_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=(window - 1, 0), **options)
+    def document_attention_varlen(q, k, v, cu_seqlens, max_len, window=0):
+        bounds = (cu_seqlens, cu_seqlens, max_len, max_len)
+        return varlen_attn(q, k, v, *bounds, window_size=(window - 1, 0), **options)
 
     return document_attention_varlen
 
 
-@operator(lambda q, *rest: (torch.empty_like(q), q.new_empty(*q.shape[:2], 1, dtype=torch.float32)))
-def _document_attention_cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
-    made = torch.ops.aten._cudnn_attention_forward(q, k, v, None, cu_seqlens, cu_seqlens, max_len, max_len, True, 0.0, True)
-    return made[0], made[1].view(*q.shape[:2], 1)
+def empty_cudnn(q: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Make the results of cuDNN's attention, without values: outputs (T, H, d) and log-sum-exps (T, H, 1)."""
+    return torch.empty_like(q), q.new_empty(*q.shape[:2], 1, dtype=torch.float32)
 
 
-@operator(lambda grad, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+@operator(empty_cudnn)
+def _document_attention_cudnn(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int
+) -> tuple[Tensor, Tensor]:
+    bounds = (cu_seqlens, cu_seqlens, max_len, max_len)
+    out, lse, *_ = torch.ops.aten._cudnn_attention_forward(q, k, v, None, *bounds, True, 0.0, True)
+    return out, lse.view(*q.shape[:2], 1)
+
+
+@operator(empty_qkv)
 def _document_attention_cudnn_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_len: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     seed = cu_seqlens.new_zeros((), dtype=torch.int64)  # of no dropout
-    return torch.ops.aten._cudnn_attention_backward(
-        grad, q, k, v, out, lse, seed, seed, None, cu_seqlens, cu_seqlens, max_len, max_len, 0.0, True)
+    saved = (q, k, v, out, lse, seed, seed, None)
+    bounds = (cu_seqlens, cu_seqlens, max_len, max_len)
+    return torch.ops.aten._cudnn_attention_backward(grad, *saved, *bounds, 0.0, True)
 
 
 with_saved_results(_document_attention_cudnn, _document_attention_cudnn_backward)
 
 
 def cudnn_attention():
-    """`document_attention_reference` by torch's cuDNN kernels for packed rows; they know no window, so `varlen_attention` does those."""
+    """Make an attention of torch's cuDNN kernels for packed rows.
+
+    They know no window, so `varlen_attention` does those.
+    """
     windowed = varlen_attention()
 
-    def document_attention_cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
+    def document_attention_cudnn(q, k, v, cu_seqlens, max_len, window=0):
         if 0 < window < max_len:
             return windowed(q, k, v, cu_seqlens, max_len, window)
-        return _document_attention_cudnn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_len)[0]
+        heads = (t.contiguous() for t in (q, k, v))
+        return _document_attention_cudnn(*heads, cu_seqlens, max_len)[0]
 
     return document_attention_cudnn
 
 
 def flash_attention(module: str, unlimited: int | None):
-    """`document_attention_reference` by the FlashAttention package that has `module`; unlimited: its word for no window."""
+    """Make an attention of the FlashAttention package with `module`; unlimited: its word for no window."""
     flash = importlib.import_module(module).flash_attn_varlen_func
 
-    def document_attention_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        out = flash(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len, max_seqlen_k=max_len, causal=True,
-                    window_size=(window - 1 if window else unlimited, 0))
+    def document_attention_flash(q, k, v, cu_seqlens, max_len, window=0):
+        bounds = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+        longest = dict(max_seqlen_q=max_len, max_seqlen_k=max_len)
+        before = window - 1 if window else unlimited
+        out = flash(q, k, v, **bounds, **longest, causal=True, window_size=(before, 0))
         return out[0] if isinstance(out, tuple) else out
 
     return document_attention_flash
 
 
-FLEX_TILES = ((), (64, 64), (64, 128), (128, 64), (128, 128))  # queries and keys at a time; the first is torch's own choice
-
-
-def flex_attention(tile: tuple[int, ...] = ()):
-    """`document_attention_reference` by FlexAttention, which compiles a kernel for the mask and passes over blocks it hides.
-
-    What a query sees starts at its document or at its window and ends at itself, and both starts only grow: of the blocks of
-    keys, those from the start of the first query of a block of queries to that block.
-    """
+def flex_attention():
+    """Make an attention of FlexAttention, which compiles a kernel for the mask and skips hidden blocks."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention as flex
 
     flex = torch.compile(flex, dynamic=False)
-    sides = dict(zip("MN", tile, strict=False)) | dict(M1=min(tile), N1=max(tile), M2=max(tile), N2=min(tile)) if tile else {}
-    opts = {f"BLOCK_{side}": size for side, size in sides.items()}
 
-    def document_attention_flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        n, at, side = len(q), torch.arange(len(q), device=q.device), 128
-        first = cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]
-        first = torch.maximum(first, at - window + 1) if window else first
-        lowest, blocks = first[::side] // side, at[: -(-n // side)]
-        kept = torch.minimum(lowest[:, None] + blocks, blocks[-1]).int()  # of each row, the first blocks - lowest + 1 count
-        mask = BlockMask.from_kv_blocks((blocks - lowest + 1).int()[None, None], kept[None, None], BLOCK_SIZE=side, seq_lengths=(n, n),
-                                        mask_mod=lambda b, h, query, key: (key <= query) & (key >= first[query]))
-        return flex(*(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=mask, enable_gqa=True, kernel_options=opts)[0].transpose(0, 1)
+    def block_mask(cu_seqlens, tokens, window):
+        """Find the blocks of keys that each block of queries needs.
+
+        What a query sees starts at its document or at its window and ends at itself, and both starts only
+        grow: a block needs those from the start of its first query to itself.
+        """
+        n = len(tokens)
+        side = 128
+        first = cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1]
+        if window:
+            first = torch.maximum(first, tokens - window + 1)
+
+        blocks = tokens[: -(-n // side)]
+        lowest = first[::side] // side
+        counts = (blocks - lowest + 1).int()  # of each row of `needed`, so many count
+        needed = torch.minimum(lowest[:, None] + blocks, blocks[-1]).int()
+
+        def visible(batch, head, query, key):
+            return (key <= query) & (key >= first[query])
+
+        return BlockMask.from_kv_blocks(
+            counts[None, None], needed[None, None], BLOCK_SIZE=side, mask_mod=visible, seq_lengths=(n, n))
+
+    def document_attention_flex(q, k, v, cu_seqlens, max_len, window=0):
+        mask = block_mask(cu_seqlens, torch.arange(len(q), device=q.device), window)
+        heads = (t.transpose(0, 1)[None] for t in (q, k, v))
+        return flex(*heads, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
     return document_attention_flex
 
 
-ATTENTION_BACKENDS = {  # name: (how to get it, lowest and highest compute capability, module it comes from); half precision only
+# name: (how to get it, lowest and highest compute capability, its module). In half precision only.
+ATTENTION_BACKENDS = {
     "fa3": (partial(flash_attention, "flash_attn_interface", -1), (9, 0), (9, 0), "flash_attn_interface"),
     "fa4": (partial(flash_attention, "flash_attn.cute", None), (9, 0), (12, 9), "flash_attn.cute"),
     "cudnn": (cudnn_attention, (9, 0), (99, 0), "torch.nn.attention.varlen"),
@@ -5269,7 +5539,7 @@ ATTENTION_BACKENDS = {  # name: (how to get it, lowest and highest compute capab
 
 
 def module_exists(name: str) -> bool:
-    """Whether `import name` would find something; importing nothing but its parents."""
+    """Say whether `import name` would find something; importing nothing but its parents."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
@@ -5277,91 +5547,111 @@ def module_exists(name: str) -> bool:
 
 
 def attention_backends(world: World) -> dict[str, Any]:
-    """The attentions this device and installation have, the loop of SDPA that defines it last."""
+    """Collect the attentions of this device and installation, the definition, a loop of SDPA, last."""
     if world.device.type == "cpu":
         return dict(cpu=document_attention_cpu, sdpa=document_attention_reference)
+
     found = {}
     if world.device.type == "cuda" and world.dtype in (torch.bfloat16, torch.float16):
         capability = torch.cuda.get_device_capability(world.device)
-        found = {name: make() for name, (make, low, high, module) in ATTENTION_BACKENDS.items()
-                 if low <= capability <= high and module_exists(module)}
+        for name, (make, low, high, module) in ATTENTION_BACKENDS.items():
+            if low <= capability <= high and module_exists(module):
+                found[name] = make()
+
     return dict(**found, sdpa=document_attention_reference)
 
 
 @torch.enable_grad()
-def attention_trial(attend, world: World, segments: list[int]) -> tuple[float, float]:
-    """(relative error against the definition in fp32, seconds) of forward and backward on random packed documents."""
+def attention_trial(attend, world: World, lengths: list[int]) -> tuple[float, float]:
+    """Run forward and backward on random packed documents of these lengths.
+
+    -> (relative error against the definition in fp32, seconds)
+    """
     generator = torch.Generator().manual_seed(0)
-    q, k, v, direction = (
-        torch.randn(sum(segments), heads, 64, generator=generator).to(world.device, world.dtype) for heads in (8, 4, 4, 8))
-    bounds = torch.tensor([0, *segments]).cumsum(0).int().to(world.device)
+
+    def random_heads(heads: int) -> Tensor:
+        return torch.randn(sum(lengths), heads, 64, generator=generator).to(world.device, world.dtype)
+
+    q, k, v, direction = map(random_heads, (8, 4, 4, 8))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int().to(world.device)
 
     def run(f, dtype: torch.dtype) -> list[Tensor]:
         inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-        out = f(*inputs, bounds, max(segments))
+        out = f(*inputs, bounds, max(lengths))
         return [out, *torch.autograd.grad(out, inputs, direction.to(dtype))]
 
     ours = run(attend, world.dtype)
-    errors = [(a.float() - b).norm() / b.norm() for a, b in zip(ours, run(document_attention_reference, torch.float32), strict=True)]
-    return torch.stack(errors).max().item(), quickest(world, lambda: run(attend, world.dtype), 1)
+    exact = run(document_attention_reference, torch.float32)
+    pairs = zip(ours, exact, strict=True)
+    errors = [(a.float() - b).norm() / b.norm() for a, b in pairs]
+    seconds = quickest(world, partial(run, attend, world.dtype), 1)
+    return torch.stack(errors).max().item(), seconds
 
 
-def best_tile(world: World, segments: list[int], path: Path) -> tuple[int, ...]:
-    """Of FLEX_TILES the fastest that is right on this device. Compiling them takes minutes, so the file keeps what was found."""
-    key, known, trials = f"{hardware_name(world).split('x ', 1)[1]} torch {torch.__version__} {world.dtype}", {}, {}
-    with contextlib.suppress(OSError, ValueError):  # no file yet, or somebody else's
-        known = json.loads(path.read_text())
-    known = world.from_main(known)
-    if key not in known:
-        for tile in FLEX_TILES:
-            with contextlib.suppress(RuntimeError):  # more shared memory than there is
-                error, trials[tile] = attention_trial(flex_attention(tile), world, segments)
-                trials[tile] = trials[tile] if error < 0.02 else math.inf
-        known[key] = world.from_main(min(trials, key=trials.get, default=()))
-        if world.main:
-            write_atomic(path, json.dumps(known).encode())
-    return tuple(known[key])
+def try_attention(attend, world: World) -> tuple[str, float]:
+    """Run `attention_trial` on a row of documents, padded as real ones are.
+
+    -> (what is wrong, blank if nothing; seconds)
+    """
+    lengths = [1500, 800, 2048, 100, 3072, 672] * 4 + [0, 0]
+    if world.device.type == "cpu":
+        lengths = [5, 130, 1, 377, 0]
+
+    try:
+        error, seconds = attention_trial(attend, world, lengths)
+    except (RuntimeError, TypeError, AttributeError) as e:  # not for this device, or torch has changed
+        return f"does not run on this machine: {(str(e) or repr(e)).splitlines()[0]}", math.inf
+
+    right = error < 0.02  # bf16 rounds
+    fault = "" if right else f"is wrong on this machine: relative error {error:.3g} against the definition"
+    return fault, seconds
 
 
 @cache
-def choose_attention(wanted: str, world: World, cache_dir: str = "") -> tuple[str, Any, str]:
-    """(name, function, how the choice was made). auto: the fastest that is right, on a row of documents; rank 0 decides.
-    cache_dir: where FlexAttention's `best_tile` is kept; blank: torch chooses one. Raises RunError when the wanted backend is missing
-    or differs from the definition.
+def choose_attention(wanted: str, world: World) -> tuple[str, Any, str]:
+    """Choose an attention; auto: the fastest that is right, on a row of documents, by rank 0's clock.
+
+    -> (name, function, how the choice was made). Raises RunError when the wanted one is missing or wrong.
     """
     found = attention_backends(world)
-    segments = [5, 130, 1, 377, 0] if world.device.type == "cpu" else [1500, 800, 2048, 100, 3072, 672] * 4 + [0, 0]  # padded as real ones
     if wanted not in ("auto", *found):
-        raise RunError(f"ATTN_BACKEND={wanted} can not be had here: {world.device} in {world.dtype} has {', '.join(found)}; "
-                       "install what is missing, or set ATTN_BACKEND=auto")
-    trials, told = {}, []
+        raise RunError(f"ATTN_BACKEND={wanted} can not be had here: {world.device} in {world.dtype} has "
+                       f"{', '.join(found)}; install what is missing, or set ATTN_BACKEND=auto")
+
+    times, trial_texts = {}, []
     for name in found if wanted == "auto" else (wanted,):
-        if name in ("flex", "sdpa") and trials:
+        if name in ("flex", "sdpa") and times:
             break  # minutes of compiling, a loop on the host: only for want of anything else
-        if name == "flex" and cache_dir:
-            found[name] = flex_attention(best_tile(world, segments, Path(cache_dir) / "flex_tiles.json"))
-        try:
-            error, seconds = attention_trial(found[name], world, segments)
-            wrong = "" if error < 0.02 else f"is wrong on this machine: relative error {error:.3g} against the definition"  # bf16 rounds
-        except (RuntimeError, TypeError, AttributeError) as e:  # not for this device, or torch has changed
-            wrong = f"does not run on this machine: {(str(e) or repr(e)).splitlines()[0]}"
-        if wrong and name in (wanted, "sdpa"):
-            raise RunError(f"ATTN_BACKEND={' '.join([*told, name])} {wrong}; take another")
-        told.append(f"{name} {wrong}," if wrong else f"{name}:{1e3 * seconds:.2f}ms")
-        trials |= {} if wrong else {name: seconds}
-    best = world.from_main(min(trials, key=trials.get))
-    return best, found[best], " ".join(told)
+
+        fault, seconds = try_attention(found[name], world)
+        if not fault:
+            times[name] = seconds
+            trial_texts.append(f"{name}:{1e3 * seconds:.2f}ms")
+        elif name in (wanted, "sdpa"):
+            raise RunError(f"ATTN_BACKEND={' '.join([*trial_texts, name])} {fault}; take another")
+        else:
+            trial_texts.append(f"{name} {fault},")
+
+    best = world.from_main(min(times, key=times.get))
+    return best, found[best], " ".join(trial_texts)
 
 
-# Triton kernels, each behind an operator with the definition's gradients. Tensors are read once and written once; sums are fp32.
-# Under Triton's interpreter they run on a CPU, where products must be widened by hand: it multiplies the bits of bf16.
+# Triton kernels, each behind an operator with the definition's gradients. Tensors are read once and written
+# once; sums are fp32; a store rounds to the type of its tensor. Under Triton's interpreter they run on a CPU,
+# where products must be widened by hand: it multiplies the bits of bf16.
 jit = triton.jit if triton else lambda kernel: kernel  # without Triton no kernel is ever called
 INTERPRETED = bool(triton and triton.knobs.runtime.interpret)
 
 
 @jit
+def load_fp32(pointers, inside):
+    """Read numbers as fp32, and zeros where `inside` is false."""
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
 def sign_in_lsb(post, negative):
-    """The bf16 nearest to post >= 0 among those whose last bit says whether the input of the square was negative; ties go down."""
+    """Round post >= 0 to the nearest bf16 whose last bit says if its input was negative; ties go down."""
     bits = post.to(tl.int32, bitcast=True)
     odd = negative.to(tl.int32) << 16
     nearest = ((tl.maximum(bits - odd + 65535, 0) >> 17) << 17) + odd
@@ -5369,34 +5659,43 @@ def sign_in_lsb(post, negative):
 
 
 @jit
-def mlp_epilogue(acc, out, saved, m, n, slope, FORM: tl.constexpr, BACKWARD: tl.constexpr):
-    """One half of a tile of products: activate and store it, or multiply it by the activation's derivative."""
+def mlp_epilogue(acc, out, saved, m, n, slope, FORM: constexpr, BACKWARD: constexpr):
+    """Finish half a tile of products: activate and store it, or multiply it by the derivative."""
     kept = saved.load([m, n]) if BACKWARD else acc.to(tl.bfloat16)
     pre = kept.to(tl.float32)
     derivative = tl.where(pre > 0, 2 * pre, 2 * slope * slope * pre)
     if BACKWARD:
         if FORM == "lsb":
             root = 2 * tl.sqrt(pre)
-            derivative = tl.where((kept.to(tl.int16, bitcast=True) & 1) == 1, -slope * root, root)
+            negative = (kept.to(tl.int16, bitcast=True) & 1) == 1
+            derivative = tl.where(negative, -slope * root, root)
         elif FORM == "act_grad":
             derivative = pre
         out.store([m, n], (acc * derivative).to(tl.bfloat16))
     else:
         post = 0.5 * derivative * pre
-        out.store([m, n], sign_in_lsb(post, pre <= 0) if FORM == "lsb" else post.to(tl.bfloat16))
-        if FORM != "lsb":
+        if FORM == "lsb":
+            out.store([m, n], sign_in_lsb(post, pre <= 0))
+        else:
+            out.store([m, n], post.to(tl.bfloat16))
             saved.store([m, n], (pre if FORM == "pre_post" else derivative).to(tl.bfloat16))
 
 
 @jit
 def mlp_kernel(
-    a, b, out, saved, M, N, K, slope, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    FORM: tl.constexpr, BACKWARD: tl.constexpr, PROGRAMS: tl.constexpr, WIDEN: tl.constexpr,
+    a, b, out, saved, M, N, K, slope,
+    BM: constexpr, BN: constexpr, BK: constexpr, FORM: constexpr,
+    BACKWARD: constexpr, PROGRAMS: constexpr, WIDEN: constexpr,
 ):
-    """Persistent GEMM over TMA descriptors: a (M, K) times b, (N, K) forward and (K, N) backward, and `mlp_epilogue`."""
+    """Multiply a (M, K) by b, (N, K) forward and (K, N) backward, and end in `mlp_epilogue`.
+
+    A persistent GEMM over TMA descriptors.
+    """
     tiles_n = tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tiles_n, PROGRAMS, flatten=True):
-        m, n = (tile // tiles_n) * BM, (tile % tiles_n) * BN
+    tiles = tl.cdiv(M, BM) * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        m = (tile // tiles_n) * BM
+        n = (tile % tiles_n) * BN
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
             left = a.load([m, k])
@@ -5405,57 +5704,80 @@ def mlp_kernel(
             else:
                 right = b.load([n, k]).T
             if WIDEN:
-                left, right = left.to(tl.float32), right.to(tl.float32)
+                left = left.to(tl.float32)
+                right = right.to(tl.float32)
             acc = tl.dot(left, right, acc)
-        # Halves of the columns one after the other: half the shared memory, and one's arithmetic hides the other's store.
-        first, second = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        # Halves of the columns one after the other: half the shared memory, and the arithmetic of one hides
+        # the store of the other.
+        halves = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
+        first, second = tl.split(halves)
         mlp_epilogue(first, out, saved, m, n, slope, FORM, BACKWARD)
         mlp_epilogue(second, out, saved, m, n + BN // 2, slope, FORM, BACKWARD)
 
 
 # By major compute capability: BM, BN, BK, stages forward and backward. 12 has 99 KB of shared memory.
-MLP_TILES = {9: (256, 128, 64, (4, 3)), 10: (256, 128, 64, (4, 3)), 12: (128, 128, 64, (3, 2))}
+MLP_TILES = {
+    9: (256, 128, 64, (4, 3)),
+    10: (256, 128, 64, (4, 3)),
+    12: (128, 128, 64, (3, 2)),
+}
 
 
 def mlp_tiles(device: torch.device) -> tuple[tuple, int]:
-    """(an entry of MLP_TILES, how many programs run at once) on this device; small ones under the interpreter."""
+    """Look up (an entry of MLP_TILES, how many programs run at once); the interpreter's are small."""
     if device.type != "cuda":
         return (32, 32, 16, (1, 1)), 3
     properties = torch.cuda.get_device_properties(device)
     return MLP_TILES[properties.major], properties.multi_processor_count
 
 
-def launch_mlp(a: Tensor, b: Tensor, slope: float, form: str, saved: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Forward, without `saved`: (leaky_relu(a b^T)^2, what the backward needs). Backward: (a b times the derivative, saved)."""
+def launch_mlp(
+    a: Tensor, b: Tensor, slope: float, form: str, saved: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Launch `mlp_kernel`. Forward, without `saved`: -> (leaky_relu(a b^T)^2, what the backward needs).
+
+    Backward: -> (a b times the derivative, saved).
+    """
     backward = saved is not None
-    a, b, (M, K) = a.contiguous(), b.contiguous(), a.shape
+    a = a.contiguous()
+    b = b.contiguous()
+    M, K = a.shape
     N = b.shape[1] if backward else b.shape[0]
     out = a.new_empty(M, N)
-    kept = saved if backward else out if form == "lsb" else torch.empty_like(out)
+    if saved is None:
+        saved = out if form == "lsb" else torch.empty_like(out)
+
     (BM, BN, BK, stages), programs = mlp_tiles(a.device)
     programs = min(programs, triton.cdiv(M, BM) * triton.cdiv(N, BN))
     describe = TensorDescriptor.from_tensor
-    mlp_kernel[(programs,)](
-        describe(a, [BM, BK]), describe(b, [BK, BN] if backward else [BN, BK]), describe(out, [BM, BN // 2]), describe(kept, [BM, BN // 2]),
-        M, N, K, slope, BM, BN, BK, form, backward, programs, INTERPRETED, num_warps=8, num_stages=stages[backward])
-    return out, kept
+    half_tile = [BM, BN // 2]
+    tensors = (
+        describe(a, [BM, BK]),
+        describe(b, [BK, BN] if backward else [BN, BK]),
+        describe(out, half_tile),
+        describe(saved, half_tile),
+    )
+    constants = (BM, BN, BK, form, backward, programs, INTERPRETED)
+    mlp_kernel[(programs,)](*tensors, M, N, K, slope, *constants, num_warps=8, num_stages=stages[backward])
+    return out, saved
 
 
 def mlp_up_shapes(x: Tensor, up: Tensor, slope: float, form: str) -> tuple[Tensor, Tensor]:
-    """Results of `mlp_up`, without their values."""
+    """Make the results of `mlp_up`, without their values."""
     hidden = x.new_empty(x.shape[0], up.shape[0])
     return hidden, x.new_empty(0) if form == "lsb" else torch.empty_like(hidden)
 
 
 @operator(mlp_up_shapes)
 def mlp_up(x: Tensor, up: Tensor, slope: float, form: str) -> tuple[Tensor, Tensor]:
-    """Hidden layer (R, F) of x (R, D), and what the backward needs besides: nothing in the lsb form."""
+    """Compute the hidden layer (R, F) of x (R, D), and what the backward needs besides: for lsb nothing."""
     hidden, kept = launch_mlp(x, up, slope, form)
     return hidden, x.new_empty(0) if form == "lsb" else kept
 
 
-# The backward of the act_grad form once more, with CUTLASS (PR #1105): a persistent GEMM over TMA and wgmma whose epilogue multiplies
-# fp32 sums by the stored derivative. No torch in it, so that one build serves every version. A C operand is declared, never loaded.
+# The backward of the act_grad form once more, with CUTLASS (PR #1105): a persistent GEMM over TMA and wgmma,
+# its epilogue multiplies fp32 sums by the stored derivative. No torch in it, so that one build serves every
+# version. A C operand is declared, never loaded.
 CUTLASS_SOURCE = r"""
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
@@ -5472,11 +5794,14 @@ using Auto = ep::collective::EpilogueTileAuto;
 using Schedule = ep::TmaWarpSpecializedCooperative;
 using Layout = ep::collective::detail::EpilogueDescriptor<Tile, Auto, bf16, bf16, Schedule>;
 using Aux = ep::collective::detail::AuxLoadDescriptor<Layout, Row, bf16>;
-using Stored = ep::fusion::Sm90AuxLoad<Aux::Stages, Aux::EpilogueTile, bf16, Aux::Stride, Aux::SmemLayoutAtom, Aux::CopyOpS2R>;
-using Multiply = ep::fusion::Sm90Compute<cutlass::multiplies, bf16, float, cutlass::FloatRoundStyle::round_to_nearest>;
+using Stored = ep::fusion::Sm90AuxLoad<
+    Aux::Stages, Aux::EpilogueTile, bf16, Aux::Stride, Aux::SmemLayoutAtom, Aux::CopyOpS2R>;
+using Multiply = ep::fusion::Sm90Compute<
+    cutlass::multiplies, bf16, float, cutlass::FloatRoundStyle::round_to_nearest>;
 using Tree = ep::fusion::Sm90EVT<Multiply, ep::fusion::Sm90AccFetch, Stored>;
 using Epilogue = ep::collective::CollectiveBuilder<
-    cutlass::arch::Sm90, TensorOp, Tile, Cluster, Auto, float, float, bf16, Row, 8, bf16, Row, 8, Schedule, Tree>::CollectiveOp;
+    cutlass::arch::Sm90, TensorOp, Tile, Cluster, Auto, float, float,
+    bf16, Row, 8, bf16, Row, 8, Schedule, Tree>::CollectiveOp;
 using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, TensorOp, bf16, Row, 8, bf16, Row, 8, float, Tile, Cluster,
     cutlass::gemm::collective::StageCountAutoCarveout<sizeof(Epilogue::SharedStorage)>,
@@ -5485,13 +5810,17 @@ using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, i
 using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 extern "C" const int mlp_grad_shared_bytes = Kernel::SharedStorageSize;
 
-// out (m, n) = grad (m, k) down (k, n) * stored (m, n). Null or what went wrong; without `out` only the sizes are looked at.
-extern "C" const char* mlp_grad(bf16* grad, bf16* down, bf16* stored, bf16* out, int m, int n, int k, int device, cudaStream_t stream) {
+// out (m, n) = grad (m, k) down (k, n) * stored (m, n). Null or what went wrong; without `out`, only
+// the sizes are looked at.
+extern "C" const char* mlp_grad(
+    bf16* grad, bf16* down, bf16* stored, bf16* out, int m, int n, int k, int device, cudaStream_t stream) {
   Kernel::StrideD rows{n, _1{}, 0};
-  Gemm::Arguments problem{cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1}, {grad, {k, _1{}, 0}, down, {_1{}, n, 0}},
+  Gemm::Arguments problem{cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1},
+                          {grad, {k, _1{}, 0}, down, {_1{}, n, 0}},
                           {{{}, {stored, bf16(0), rows}, {}}, out, rows, out, rows}, {device}};
   cutlass::Status status = Gemm::can_implement(problem);
-  if ((uintptr_t(grad) | uintptr_t(down) | uintptr_t(stored) | uintptr_t(out)) % 16) status = cutlass::Status::kErrorMisalignedOperand;
+  uintptr_t addresses = uintptr_t(grad) | uintptr_t(down) | uintptr_t(stored) | uintptr_t(out);
+  if (addresses % 16) status = cutlass::Status::kErrorMisalignedOperand;
   if (out && status == cutlass::Status::kSuccess) {
     if (cudaError_t error = cudaSetDevice(device)) return cudaGetErrorString(error);
     status = Gemm()(problem, nullptr, stream);
@@ -5499,87 +5828,138 @@ extern "C" const char* mlp_grad(bf16* grad, bf16* down, bf16* stored, bf16* out,
   return status == cutlass::Status::kSuccess ? nullptr : cutlassGetStatusString(status);
 }
 """
-NVCC_FLAGS = ("-std=c++17", "-O3", "--use_fast_math", "--expt-relaxed-constexpr", "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a",
-              "-shared", "-Xcompiler=-fPIC", "-cudart=static")
+NVCC_FLAGS = (
+    "-std=c++17", "-O3", "--use_fast_math", "--expt-relaxed-constexpr", "-DNDEBUG",
+    "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler=-fPIC", "-cudart=static",
+)
+
+
+def cutlass_version(cfg: Config) -> Path | None:
+    """Find CUTLASS's version.h: in the folder CUTLASS_PATH if that is set, else in the Python package."""
+    package = importlib.util.find_spec("cutlass_library")
+    root = cfg.cutlass_path
+    if package and not root:
+        root = Path(package.origin).parent / "source"
+    version = Path(root, "include", "cutlass", "version.h")
+    return version if root and version.is_file() else None
+
+
+def compile_cutlass(nvcc: str, include: Path) -> bytes:
+    """Compile CUTLASS_SOURCE to a library with the headers in `include`. Raises RunError where nvcc fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "mlp_grad.cu")
+        library = Path(folder, "mlp_grad.so")
+        source.write_text(CUTLASS_SOURCE)
+        command = [nvcc, *NVCC_FLAGS, f"-I{include}", "-o", library, source]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            complaint = (done.stdout + done.stderr)[-2000:].strip()
+            raise RunError(f"MLP_BACKWARD=cutlass: {nvcc} failed with the headers in {include}; take other "
+                           f"versions, or set MLP_BACKWARD=triton. It said:\n{complaint}")
+        return library.read_bytes()
 
 
 def build_cutlass(cfg: Config) -> str:
-    """Path of the compiled CUTLASS_SOURCE below COMPILE_CACHE_DIR or torch's cache folder; made there by nvcc, a minute, if it is missing.
+    """Find the compiled CUTLASS_SOURCE in COMPILE_CACHE_DIR or torch's cache folder, or make it there.
 
-    Where there is no compiler or no CUTLASS, any build of this source will do. Raises RunError.
+    That takes a minute. Where there is no compiler or no CUTLASS, any build of this source will do. -> its
+    path. Raises RunError.
     """
+
     def digest(*parts: str) -> str:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
-    folder = Path(cfg.compile_cache_dir or Path(torch.hub.get_dir()).parent).resolve()
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    package = importlib.util.find_spec("cutlass_library")
-    include = Path(cfg.cutlass_path) / "include" if cfg.cutlass_path else package and Path(package.origin).parent / "source" / "include"
-    version = include and include / "cutlass" / "version.h"
-    missing = ["nvcc (a CUDA toolkit with its bin/ on PATH; 13.0 is known to do)"] * (not nvcc)
-    if not (version and version.is_file()):
-        missing.append(f"CUTLASS (pip install --no-deps nvidia-cutlass==4.2.0.0, or its folder as CUTLASS_PATH, now {cfg.cutlass_path!r})")
-    tools = "*" if missing else digest(subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout, version.read_text())
+    version = cutlass_version(cfg)
+    missing = []
+    if not nvcc:
+        missing.append("nvcc (a CUDA toolkit with its bin/ on PATH; 13.0 is known to do)")
+    if not version:
+        missing.append("CUTLASS (pip install --no-deps nvidia-cutlass==4.2.0.0, or its folder as "
+                       f"CUTLASS_PATH, now {cfg.cutlass_path!r})")
+
+    tools = "*"
+    if not missing:
+        compiler = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        tools = digest(compiler, version.read_text())
     name = f"mlp_grad-{digest(CUTLASS_SOURCE, *NVCC_FLAGS, platform.machine())}-{tools}.so"
-    if made := sorted(folder.glob(name)):
-        return str(made[-1])
+
+    folder = Path(cfg.compile_cache_dir or Path(torch.hub.get_dir()).parent).resolve()
+    builds = sorted(folder.glob(name))
+    if builds:
+        return str(builds[-1])
     if missing:
-        raise RunError(f"MLP_BACKWARD=cutlass compiles a kernel at its first use, and {folder} has no {name}. Missing to make it: "
-                       f"{'; '.join(missing)}. Install that, or set MLP_BACKWARD=triton")
-    with tempfile.TemporaryDirectory() as scratch:
-        source, library = Path(scratch, "mlp_grad.cu"), Path(scratch, "mlp_grad.so")
-        source.write_text(CUTLASS_SOURCE)
-        done = subprocess.run([nvcc, *NVCC_FLAGS, f"-I{include}", "-o", library, source], capture_output=True, text=True)
-        if done.returncode:
-            raise RunError(f"MLP_BACKWARD=cutlass: {nvcc} failed with the headers in {include}; take other versions, or set "
-                           f"MLP_BACKWARD=triton. It said:\n{(done.stdout + done.stderr)[-2000:].strip()}")
-        write_atomic(folder / name, library.read_bytes())
+        raise RunError(f"MLP_BACKWARD=cutlass compiles a kernel at its first use, and {folder} has no "
+                       f"{name}. Missing to make it: {'; '.join(missing)}. Install that, or set "
+                       "MLP_BACKWARD=triton")
+
+    write_atomic(folder / name, compile_cutlass(nvcc, version.parents[1]))
     return str(folder / name)
 
 
 @cache
 def cutlass_library(cfg: Config, world: World) -> str:
-    """`build_cutlass` on the first rank of each machine, then on the others, which find it done. Raises RunError on all if on one."""
-    path, failure = "", ""
-    for turn in (not world.device.index, world.device.index):
+    """Run `build_cutlass` on the first rank of each machine, then on the others, which find it done.
+
+    Raises RunError on all ranks if on one.
+    """
+    path = failure = ""
+    first = not world.device.index
+    for my_turn in (first, not first):
         try:
-            path = build_cutlass(cfg) if turn else path
+            path = build_cutlass(cfg) if my_turn else path
         except RunError as e:
             failure = str(e)
-        if failures := list(filter(None, world.gather(failure))):
+
+        failures = [text for text in world.gather(failure) if text]
+        if failures:
             raise RunError(failures[0])
     return path
 
 
 @cache
 def cutlass_entry(library: str):
-    """The function `mlp_grad` of a library from `build_cutlass`."""
+    """Load the function `mlp_grad` of a library from `build_cutlass`."""
     entry = ctypes.CDLL(library).mlp_grad
-    entry.argtypes, entry.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 4 + [ctypes.c_void_p], ctypes.c_char_p
+    entry.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 4 + [ctypes.c_void_p]
+    entry.restype = ctypes.c_char_p
     return entry
 
 
 def launch_cutlass(grad: Tensor, down: Tensor, stored: Tensor, library: str) -> Tensor:
-    """(grad down) * stored, rounded once. Raises RunError where CUTLASS or CUDA refuses."""
-    grad, down, stored = grad.contiguous(), down.contiguous(), stored.contiguous()
-    out, stream = torch.empty_like(stored), torch.cuda.current_stream(grad.device).cuda_stream
-    pointers = (t.data_ptr() for t in (grad, down, stored, out))
-    if problem := cutlass_entry(library)(*pointers, *out.shape, grad.shape[1], grad.device.index, stream):
-        raise RunError(f"MLP_BACKWARD=cutlass: {tuple(grad.shape)} times {tuple(down.shape)} on {grad.device}: {problem.decode()}")
+    """Compute (grad down) * stored, rounded once. Raises RunError where CUTLASS or CUDA refuses."""
+    grad, down, stored = (t.contiguous() for t in (grad, down, stored))
+    out = torch.empty_like(stored)
+    pointers = [t.data_ptr() for t in (grad, down, stored, out)]
+    stream = torch.cuda.current_stream(grad.device).cuda_stream
+    problem = cutlass_entry(library)(*pointers, *out.shape, grad.shape[1], grad.device.index, stream)
+    if problem:
+        sizes = f"{tuple(grad.shape)} times {tuple(down.shape)} on {grad.device}"
+        raise RunError(f"MLP_BACKWARD=cutlass: {sizes}: {problem.decode()}")
     return out
 
 
-@operator(lambda grad, down, saved, slope, form, library: grad.new_empty(grad.shape[0], down.shape[1]))
+def mlp_up_grad_shape(grad: Tensor, down: Tensor, *rest) -> Tensor:
+    """Make the result of `mlp_up_grad`, without its values."""
+    return grad.new_empty(grad.shape[0], down.shape[1])
+
+
+@operator(mlp_up_grad_shape)
 def mlp_up_grad(grad: Tensor, down: Tensor, saved: Tensor, slope: float, form: str, library: str) -> Tensor:
-    """Gradient (R, F) of the up projection's output from that of the MLP's, grad (R, D); by Triton or a library from `build_cutlass`."""
-    return launch_cutlass(grad, down, saved, library) if library else launch_mlp(grad, down, slope, form, saved)[0]
+    """Compute the gradient (R, F) of the up projection's output from that of the MLP's, grad (R, D).
+
+    By a library from `build_cutlass`, or by Triton where its name is blank.
+    """
+    if library:
+        return launch_cutlass(grad, down, saved, library)
+    return launch_mlp(grad, down, slope, form, saved)[0]
 
 
 class FusedMlp(torch.autograd.Function):
-    """`leaky_mlp` with the activation inside the GEMMs. What is stored for it besides the hidden layer is the form:
+    """Compute `leaky_mlp` with the activation in the GEMMs; the form is what is stored besides its output.
 
     pre_post: the input of the activation (PR #1530); act_grad: its derivative, since f = f' x / 2 (PR #1105);
-    lsb: nothing, the sign goes into the last bit of the hidden layer and the magnitude comes back by a square root.
+    lsb: nothing, the sign goes into the last bit of the output and the magnitude comes back by a square root.
     """
 
     @staticmethod
@@ -5587,227 +5967,310 @@ class FusedMlp(torch.autograd.Function):
         rows = x.flatten(0, -2)
         hidden, kept = mlp_up(rows, up, slope, form)
         ctx.save_for_backward(rows, up, down, hidden, kept)
-        ctx.slope, ctx.form, ctx.library, ctx.shape = slope, form, library, x.shape
+        ctx.options = (slope, form, library)
+        ctx.shape = x.shape
         return F.linear(hidden, down).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, up, down, hidden, kept = ctx.saved_tensors
+        slope, form, library = ctx.options
+        need_x, need_up, need_down, *_ = ctx.needs_input_grad
         grad = grad.reshape(rows.shape)
-        d_up = mlp_up_grad(grad, down, hidden if ctx.form == "lsb" else kept, ctx.slope, ctx.form, ctx.library)
-        need_x, need_up, need_down = ctx.needs_input_grad[:3]
-        return ((d_up @ up).view(ctx.shape) if need_x else None, d_up.T @ rows if need_up else None,
-                grad.T @ hidden if need_down else None, None, None, None)
+        stored = hidden if form == "lsb" else kept
+        d_hidden = mlp_up_grad(grad, down, stored, slope, form, library)
+        dx = (d_hidden @ up).view(ctx.shape) if need_x else None
+        d_up = d_hidden.T @ rows if need_up else None
+        d_down = grad.T @ hidden if need_down else None
+        return dx, d_up, d_down, None, None, None
 
 
 def fused_mlp(form: str, library: str = ""):
-    """`leaky_mlp` by `FusedMlp` in one of its forms; library: see `mlp_up_grad`."""
-    return lambda x, up, down, slope: FusedMlp.apply(x, up, down, slope, form, library)
+    """Make `leaky_mlp` of `FusedMlp` in one of its forms; library: see `mlp_up_grad`."""
+
+    def mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+        return FusedMlp.apply(x, up, down, slope, form, library)
+
+    return mlp
 
 
+# In the kernels on heads a program has BT rows (tokens) and D channels of a head, padded to BD, a power of
+# two.
 @jit
-def rotation(cos, sin, position, c, HALF: tl.constexpr):
-    """Factors of channel c itself and of its partner, and the partner: y[c] = x[c] own + x[partner] other."""
-    turns = (c < 2 * HALF)[None, :]
-    at = position[:, None] * HALF + (c % HALF)[None, :]
-    own = tl.load(cos + at, mask=turns, other=1.0)
-    other = tl.load(sin + at, mask=turns, other=0.0)
-    other = tl.where((c < HALF)[None, :], other, -other)
-    return own, other, tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))
+def rotation(cos, sin, position, channel, HALF: constexpr):
+    """Look up a channel's partner and the factors of both: y[channel] = x[channel] own + x[partner] other."""
+    turns = (channel < 2 * HALF)[None, :]
+    offsets = position[:, None] * HALF + (channel % HALF)[None, :]
+    own = tl.load(cos + offsets, mask=turns, other=1.0)
+    other = tl.load(sin + offsets, mask=turns, other=0.0)
+    other = tl.where((channel < HALF)[None, :], other, -other)
+    below = tl.where(channel < 2 * HALF, channel - HALF, channel)
+    return own, other, tl.where(channel < HALF, channel + HALF, below)
 
 
 @jit
 def split_heads_kernel(
     qkv, gain, cos, sin, q, k, v, rows, length, eps,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    H: constexpr, G: constexpr, D: constexpr, HALF: constexpr, BT: constexpr, BD: constexpr,
 ):
-    """One program: BT rows of a query head, or of a key head and its value."""
-    head, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
-    inside = (t < rows)[:, None] & (c < D)[None, :]
-    t = t.to(tl.int64)
-    own, other, partner = rotation(cos, sin, t % length, c, HALF)
-    source = qkv + t[:, None] * ((H + 2 * G) * D) + head * D
-    x = tl.load(source + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    swapped = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps) * tl.load(gain + head, mask=head < H, other=1.0)
+    """Make BT rows of a query head, or of a key head and its value."""
+    head = tl.program_id(1)
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    channel = tl.arange(0, BD)
+    inside = (row < rows)[:, None] & (channel < D)[None, :]
+    row = row.to(tl.int64)
+    own, other, partner = rotation(cos, sin, row % length, channel, HALF)
+
+    source = qkv + row[:, None] * ((H + 2 * G) * D) + head * D
+    x = load_fp32(source + channel[None, :], inside)
+    swapped = load_fp32(source + partner[None, :], inside)
+    inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    scale = inverse_rms * tl.load(gain + head, mask=head < H, other=1.0)
     turned = scale[:, None] * (x * own + swapped * other)
+
     if head < H:
-        tl.store(q + (t[:, None] * H + head) * D + c[None, :], turned.to(q.dtype.element_ty), mask=inside)
+        tl.store(q + (row[:, None] * H + head) * D + channel[None, :], turned, mask=inside)
     else:
-        at = (t[:, None] * G + head - H) * D + c[None, :]
-        tl.store(k + at, turned.to(k.dtype.element_ty), mask=inside)
-        tl.store(v + at, tl.load(source + G * D + c[None, :], mask=inside, other=0.0), mask=inside)
+        offsets = (row[:, None] * G + head - H) * D + channel[None, :]
+        value = tl.load(source + G * D + channel[None, :], mask=inside, other=0.0)
+        tl.store(k + offsets, turned, mask=inside)
+        tl.store(v + offsets, value, mask=inside)
 
 
 @jit
 def split_heads_grad_kernel(
     dq, dk, dv, qkv, gain, cos, sin, dqkv, dgain, rows, length, eps,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    H: constexpr, G: constexpr, D: constexpr, HALF: constexpr, BT: constexpr, BD: constexpr,
 ):
-    """With y the normed head, d its gradient, turned back, and s = d.y: dx = gain / rms (d - y s / D), dgain = sum of s."""
-    head, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
-    inside = (t < rows)[:, None] & (c < D)[None, :]
-    t = t.to(tl.int64)
-    own, other, partner = rotation(cos, sin, t % length, c, HALF)
-    at = t[:, None] * ((H + 2 * G) * D) + head * D + c[None, :]
+    """Make BT rows of a head's gradient, and their part of its gain's.
+
+    With y the normed head, d its gradient, turned back, and s = d.y: dx = gain / rms (d - y s / D) and
+    dgain = sum of s.
+    """
+    head = tl.program_id(1)
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    channel = tl.arange(0, BD)
+    inside = (row < rows)[:, None] & (channel < D)[None, :]
+    row = row.to(tl.int64)
+    own, other, partner = rotation(cos, sin, row % length, channel, HALF)
+
+    offsets = row[:, None] * ((H + 2 * G) * D) + head * D + channel[None, :]
     if head < H:
-        source = dq + (t[:, None] * H + head) * D
+        source = dq + (row[:, None] * H + head) * D
     else:
-        source = dk + (t[:, None] * G + head - H) * D
-        value = tl.load(dv + (t[:, None] * G + head - H) * D + c[None, :], mask=inside, other=0.0)
-        tl.store(dqkv + at + G * D, value, mask=inside)
-    d = tl.load(source + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    swapped = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+        kv_offsets = (row[:, None] * G + head - H) * D
+        source = dk + kv_offsets
+        value = tl.load(dv + kv_offsets + channel[None, :], mask=inside, other=0.0)
+        tl.store(dqkv + offsets + G * D, value, mask=inside)
+
+    d = load_fp32(source + channel[None, :], inside)
+    swapped = load_fp32(source + partner[None, :], inside)
     d = d * own - swapped * other
-    x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
+    x = load_fp32(qkv + offsets, inside)
     inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
     y = x * inverse_rms
     s = tl.sum(d * y, 1)
-    dx = tl.load(gain + head, mask=head < H, other=1.0) * inverse_rms * (d - y * (s / D)[:, None])
-    tl.store(dqkv + at, dx.to(dqkv.dtype.element_ty), mask=inside)
+    scale = tl.load(gain + head, mask=head < H, other=1.0) * inverse_rms
+    tl.store(dqkv + offsets, scale * (d - y * (s / D)[:, None]), mask=inside)
     tl.store(dgain + tl.program_id(0) * (H + G) + head, tl.sum(s, 0))
 
 
-ROWS_PER_PROGRAM = 32  # of the two kernels on heads
+ROWS_PER_PROGRAM = 32  # BT
 
 
 def split_launch(qkv: Tensor, cos: Tensor, H: int, G: int) -> tuple[tuple[int, int], dict]:
-    """Grid and size arguments of the two kernels above."""
-    rows, D = qkv.shape[:-1].numel(), qkv.shape[-1] // (H + 2 * G)
-    sizes = dict(rows=rows, length=qkv.shape[-2], eps=torch.finfo(qkv.dtype).eps, H=H, G=G, D=D, HALF=cos.shape[-1],
-                 BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
-    return (triton.cdiv(rows, ROWS_PER_PROGRAM), H + G), sizes
+    """Compute the grid and the size arguments of the two kernels above."""
+    rows = qkv.shape[:-1].numel()
+    D = qkv.shape[-1] // (H + 2 * G)
+    grid = (triton.cdiv(rows, ROWS_PER_PROGRAM), H + G)
+    numbers = dict(rows=rows, length=qkv.shape[-2], eps=torch.finfo(qkv.dtype).eps)
+    blocks = dict(BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
+    return grid, dict(**numbers, H=H, G=G, D=D, HALF=cos.shape[-1], **blocks)
 
 
-@operator(lambda dq, dk, dv, qkv, gain, cos, sin: (torch.empty_like(qkv), torch.empty_like(gain)))
+def empty_qkv_gain(dq, dk, dv, qkv: Tensor, gain: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Make the results of `split_heads_grad`, without their values."""
+    return torch.empty_like(qkv), torch.empty_like(gain)
+
+
+@operator(empty_qkv_gain)
 def split_heads_grad(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `split_heads` for qkv and gain."""
-    H, G, qkv = len(gain), dk.shape[-2], qkv.contiguous()
+    """Compute the gradients of `split_heads` for qkv and gain."""
+    H = len(gain)
+    G = dk.shape[-2]
+    dq, dk, dv, qkv = (t.contiguous() for t in (dq, dk, dv, qkv))
     grid, sizes = split_launch(qkv, cos, H, G)
-    dqkv, dgain = torch.empty_like(qkv), gain.new_empty(grid[0], H + G, dtype=torch.float32)
-    split_heads_grad_kernel[grid](dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv, gain.float(), cos, sin, dqkv, dgain, **sizes)
+    dqkv = torch.empty_like(qkv)
+    dgain = gain.new_empty(grid[0], H + G, dtype=torch.float32)
+    split_heads_grad_kernel[grid](dq, dk, dv, qkv, gain.float(), cos, sin, dqkv, dgain, **sizes)
     return dqkv, dgain[:, :H].sum(0).to(gain.dtype)
 
 
-def empty_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Results of `split_heads`, without their values."""
-    D = qkv.shape[-1] // (len(gain) + 2 * kv_heads)
-    return tuple(qkv.new_empty(*qkv.shape[:-1], heads, D) for heads in (len(gain), kv_heads, kv_heads))
+def empty_heads(qkv: Tensor, gain: Tensor, cos, sin, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the results of `split_heads`, without their values."""
+    heads = len(gain)
+    D = qkv.shape[-1] // (heads + 2 * kv_heads)
+    return tuple(qkv.new_empty(*qkv.shape[:-1], n, D) for n in (heads, kv_heads, kv_heads))
 
 
 @operator(empty_heads, split_heads_grad)
-def split_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`split_heads` by one kernel."""
+def split_heads_op(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `split_heads` by one kernel."""
     grid, sizes = split_launch(qkv, cos, len(gain), kv_heads)
-    q, k, v = empty_heads(qkv, gain, cos, sin, kv_heads)
-    split_heads_kernel[grid](qkv.contiguous(), gain.float(), cos, sin, q, k, v, **sizes)
-    return q, k, v
+    heads = empty_heads(qkv, gain, cos, sin, kv_heads)
+    split_heads_kernel[grid](qkv.contiguous(), gain.float(), cos, sin, *heads, **sizes)
+    return heads
 
 
 @jit
 def gate_heads_kernel(
-    y, v, gate, out, rows, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    y, v, gate, out, rows,
+    H: constexpr, G: constexpr, D: constexpr, BT: constexpr, BD: constexpr,
 ):
-    """One program: BT rows of all heads that share a value."""
-    group, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
-    inside = (t < rows)[:, None] & (c < D)[None, :]
-    t64 = t.to(tl.int64)
-    own = tl.load(v + (t64[:, None] * G + group) * D + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    """Make BT rows of all heads that share a value."""
+    group = tl.program_id(1)
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    channel = tl.arange(0, BD)
+    in_rows = row < rows
+    inside = in_rows[:, None] & (channel < D)[None, :]
+    row = row.to(tl.int64)
+
+    own = load_fp32(v + (row[:, None] * G + group) * D + channel[None, :], inside)
     square = tl.maximum(tl.sum(own * own, 1), 1e-24)
     for j in range(H // G):
         head = group * (H // G) + j
-        at = (t64[:, None] * H + head) * D + c[None, :]
-        x = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        passes = tl.load(gate + t64 * H + head, mask=t < rows, other=0.0).to(tl.float32)
-        kept = passes[:, None] * (x - (tl.sum(x * own, 1) / square)[:, None] * own)
-        tl.store(out + at, kept.to(out.dtype.element_ty), mask=inside)
+        offsets = (row[:, None] * H + head) * D + channel[None, :]
+        x = load_fp32(y + offsets, inside)
+        passes = load_fp32(gate + row * H + head, in_rows)
+        share = tl.sum(x * own, 1) / square
+        tl.store(out + offsets, passes[:, None] * (x - share[:, None] * own), mask=inside)
 
 
 @jit
 def gate_heads_grad_kernel(
-    dout, y, v, gate, dy, dv, dgate, rows, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    dout, y, v, gate, dy, dv, dgate, rows,
+    H: constexpr, G: constexpr, D: constexpr, BT: constexpr, BD: constexpr,
 ):
-    """With a = y.v / v.v, e = gate dout and b = e.v / v.v: dy = e - b v, dv = sum over heads of 2 a b v - a e - b y."""
-    group, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
-    inside = (t < rows)[:, None] & (c < D)[None, :]
-    t64 = t.to(tl.int64)
-    at_v = (t64[:, None] * G + group) * D + c[None, :]
-    own = tl.load(v + at_v, mask=inside, other=0.0).to(tl.float32)
+    """Make BT rows of the gradients of all heads that share a value, of that value and of their gates.
+
+    With a = y.v / v.v, e = gate dout, b = e.v / v.v: dy = e - b v and dv = sum over heads of 2 a b v - a e -
+    b y.
+    """
+    group = tl.program_id(1)
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    channel = tl.arange(0, BD)
+    in_rows = row < rows
+    inside = in_rows[:, None] & (channel < D)[None, :]
+    row = row.to(tl.int64)
+
+    v_offsets = (row[:, None] * G + group) * D + channel[None, :]
+    own = load_fp32(v + v_offsets, inside)
     square = tl.maximum(tl.sum(own * own, 1), 1e-24)
     down = tl.zeros((BT, BD), tl.float32)
     for j in range(H // G):
         head = group * (H // G) + j
-        at = (t64[:, None] * H + head) * D + c[None, :]
-        x = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
-        passes = tl.load(gate + t64 * H + head, mask=t < rows, other=0.0).to(tl.float32)
+        offsets = (row[:, None] * H + head) * D + channel[None, :]
+        x = load_fp32(y + offsets, inside)
+        d = load_fp32(dout + offsets, inside)
+        passes = load_fp32(gate + row * H + head, in_rows)
         a = (tl.sum(x * own, 1) / square)[:, None]
-        tl.store(dgate + t64 * H + head, tl.sum(d * (x - a * own), 1).to(dgate.dtype.element_ty), mask=t < rows)
+        tl.store(dgate + row * H + head, tl.sum(d * (x - a * own), 1), mask=in_rows)
         e = passes[:, None] * d
         b = (tl.sum(e * own, 1) / square)[:, None]
-        tl.store(dy + at, (e - b * own).to(dy.dtype.element_ty), mask=inside)
+        tl.store(dy + offsets, e - b * own, mask=inside)
         down += 2 * a * b * own - a * e - b * x
-    tl.store(dv + at_v, down.to(dv.dtype.element_ty), mask=inside)
+    tl.store(dv + v_offsets, down, mask=inside)
 
 
 def gate_launch(y: Tensor, v: Tensor) -> tuple[tuple[int, int], dict]:
-    """Grid and size arguments of the two kernels above."""
-    (H, D), G, rows = y.shape[-2:], v.shape[-2], y.shape[:-2].numel()
-    return (triton.cdiv(rows, ROWS_PER_PROGRAM), G), dict(rows=rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
+    """Compute the grid and the size arguments of the two kernels above."""
+    *batch, H, D = y.shape
+    G = v.shape[-2]
+    rows = math.prod(batch)
+    grid = (triton.cdiv(rows, ROWS_PER_PROGRAM), G)
+    return grid, dict(rows=rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
 
 
-@operator(lambda dout, y, v, gate: tuple(x.new_empty(x.shape) for x in (y, v, gate)))
+def empty_gate_grads(dout: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the results of `gate_heads_grad`, without their values."""
+    return tuple(x.new_empty(x.shape) for x in (y, v, gate))
+
+
+@operator(empty_gate_grads)
 def gate_heads_grad(dout: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `gate_heads` for y, v and gate."""
-    dout, y, v, gate = (x.contiguous() for x in (dout, y, v, gate))
-    (grid, sizes), grads = gate_launch(y, v), tuple(torch.empty_like(x) for x in (y, v, gate))
-    gate_heads_grad_kernel[grid](dout, y, v, gate, *grads, **sizes)
+    """Compute the gradients of `gate_heads` for y, v and gate."""
+    inputs = [x.contiguous() for x in (dout, y, v, gate)]
+    grads = empty_gate_grads(*inputs)
+    grid, sizes = gate_launch(y, v)
+    gate_heads_grad_kernel[grid](*inputs, *grads, **sizes)
     return grads
 
 
-@operator(lambda y, v, gate: y.new_empty(y.shape), gate_heads_grad)
+def empty_gated(y: Tensor, *rest) -> Tensor:
+    """Make the result of `gate_heads`, without its values."""
+    return y.new_empty(y.shape)
+
+
+@operator(empty_gated, gate_heads_grad)
 def gate_heads_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """`gate_heads` by one kernel."""
-    (grid, sizes), out = gate_launch(y, v), y.new_empty(y.shape)
+    """Compute `gate_heads` by one kernel."""
+    grid, sizes = gate_launch(y, v)
+    out = empty_gated(y)
     gate_heads_kernel[grid](y.contiguous(), v.contiguous(), gate.contiguous(), out, **sizes)
     return out
 
 
 @jit
-def ce_kernel(logits, targets, nats, slope, cap, V, BLOCK: tl.constexpr):
-    """One program, one row, all of it in registers: its loss and the gradient of that. tanh(u) = 2 sigmoid(2 u) - 1."""
-    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    x = tl.load(logits + row * V + c, mask=c < V, other=0.0).to(tl.float32)
+def ce_kernel(logits, targets, nats, slope, cap, V, BLOCK: constexpr):
+    """Make one row in registers: its loss and the gradient of that. tanh(u) = 2 sigmoid(2 u) - 1."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    x = load_fp32(logits + row * V + c, c < V)
     s = tl.sigmoid(2 * x / cap)
     z = tl.where(c < V, cap * (2 * s - 1), float("-inf"))
+
     top = tl.max(z, 0)
     e = tl.exp(z - top)
     total = tl.sum(e, 0)
     hit = c == tl.load(targets + row)
-    tl.store(nats + row, top + tl.log(total) - tl.sum(tl.where(hit, z, 0.0), 0))
+    target_z = tl.sum(tl.where(hit, z, 0.0), 0)
+    tl.store(nats + row, top + tl.log(total) - target_z)
+
     grad = (e / total - hit.to(tl.float32)) * 4 * s * (1 - s)
-    tl.store(slope + row * V + c, grad.to(slope.dtype.element_ty), mask=c < V)
+    tl.store(slope + row * V + c, grad, mask=c < V)
 
 
-@operator(lambda logits, targets, *rest: (targets.new_empty(targets.shape, dtype=torch.float32), logits.new_empty(logits.shape)))
+def empty_nats_slope(logits: Tensor, targets: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Make the results of `ce_with_slope`, without their values."""
+    return targets.new_empty(targets.shape, dtype=torch.float32), logits.new_empty(logits.shape)
+
+
+@operator(empty_nats_slope)
 def ce_with_slope(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """`softcapped_ce` of logits (T, V) and, from the same pass, the gradient of each row's result for that row."""
-    logits, V = logits.contiguous(), logits.shape[-1]
-    nats, slope = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(logits)
-    ce_kernel[(targets.numel(),)](logits, targets.contiguous(), nats, slope, cap, V,
-                                  BLOCK=triton.next_power_of_2(V), num_warps=8)
+    """Compute `softcapped_ce` of logits (T, V) and, from the same pass, the gradient of each row's result."""
+    nats, slope = empty_nats_slope(logits, targets)
+    logits = logits.contiguous()
+    rows, V = logits.shape
+    block = triton.next_power_of_2(V)
+    ce_kernel[(rows,)](logits, targets.contiguous(), nats, slope, cap, V, BLOCK=block, num_warps=8)
     return nats, slope
 
 
 class HeadCe(torch.autograd.Function):
-    """`softcapped_ce` of a linear head by one pass over the logits. What comes in backward scales rows of the narrow factors of the two
-    products, not of the wide one. Left out, it would leave AOTAutograd without a backward that depends on the loss."""
+    """Compute `softcapped_ce` of a linear head by one pass over the logits.
+
+    What comes in backward scales rows of the narrow factors of the two products, not of the wide one. Left
+    out, it would leave AOTAutograd without a backward that depends on the loss.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, cap: float) -> Tensor:
-        nats, slope = ce_with_slope(F.linear(x, head).flatten(0, -2), targets.flatten(), cap)
+        logits = F.linear(x, head).flatten(0, -2)
+        nats, slope = ce_with_slope(logits, targets.flatten(), cap)
         ctx.save_for_backward(x, head, slope)
         return nats.view(targets.shape)
 
@@ -5815,22 +6278,30 @@ class HeadCe(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, head, slope = ctx.saved_tensors
         grad = grad.unsqueeze(-1)
-        return (grad * (slope @ head).view(x.shape)).to(x.dtype), slope.T @ (grad * x).to(x.dtype).flatten(0, -2), None, None
+        dx = grad * (slope @ head).view(x.shape)
+        scaled = (grad * x).to(x.dtype).flatten(0, -2)
+        return dx.to(x.dtype), slope.T @ scaled, None, None
 
 
 @jit
-def adam_kernel(p, g, v, lr, keep, beta2, correction, eps, n, BLOCK: tl.constexpr):
-    """One program, BLOCK numbers: weight decay (keep), second moment, step; in place."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    grad = tl.load(g + at, mask=at < n, other=0.0)
-    second = beta2 * tl.load(v + at, mask=at < n, other=0.0) + (1 - beta2) * grad * grad
-    tl.store(v + at, second, mask=at < n)
+def adam_kernel(p, g, v, lr, keep, beta2, correction, eps, n, BLOCK: constexpr):
+    """Step BLOCK numbers in place: weight decay (keep), second moment, step."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < n
+    grad = tl.load(g + offsets, mask=inside, other=0.0)
+    before = tl.load(v + offsets, mask=inside, other=0.0)
+    second = beta2 * before + (1 - beta2) * grad * grad
+    tl.store(v + offsets, second, mask=inside)
     step = lr * grad / (correction * tl.sqrt(second) + eps)
-    tl.store(p + at, keep * tl.load(p + at, mask=at < n, other=0.0) - step, mask=at < n)
+    weight = tl.load(p + offsets, mask=inside, other=0.0)
+    tl.store(p + offsets, keep * weight - step, mask=inside)
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """torch.optim.AdamW with beta1 = 0, its parameters contiguous fp32: the gradient is its own first moment, so none is kept or read."""
+    """Step as torch.optim.AdamW with beta1 = 0, for contiguous fp32 parameters.
+
+    The gradient is its own first moment, so none is kept or read.
+    """
 
     def __init__(self, parameters, lr: float, beta2: float, eps: float, weight_decay: float):
         super().__init__(parameters, dict(lr=lr, beta2=beta2, eps=eps, weight_decay=weight_decay))
@@ -5838,18 +6309,28 @@ class FusedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            lr, beta2, group["step"] = group["lr"], group["beta2"], group.get("step", 0) + 1
-            for p in (p for p in group["params"] if p.grad is not None):
-                v = self.state[p].setdefault("second", torch.zeros_like(p))
-                adam_kernel[(triton.cdiv(p.numel(), 1024),)](
-                    p, p.grad.contiguous(), v, lr, 1 - lr * group["weight_decay"], beta2, (1 - beta2 ** group["step"]) ** -0.5,
-                    group["eps"], p.numel(), BLOCK=1024)
+            lr = group["lr"]
+            beta2 = group["beta2"]
+            group["step"] = group.get("step", 0) + 1
+            keep = 1 - lr * group["weight_decay"]
+            correction = (1 - beta2 ** group["step"]) ** -0.5
+
+            for p in group["params"]:
+                if p.grad is not None:
+                    second = self.state[p].setdefault("second", torch.zeros_like(p))
+                    n = p.numel()
+                    numbers = (lr, keep, beta2, correction, group["eps"], n)
+                    adam_kernel[(triton.cdiv(n, 1024),)](p, p.grad.contiguous(), second, *numbers, BLOCK=1024)
 
 
 @jit
 def nearest_on_way(a, way):
-    """The integer k >= 0 nearest to a >= 0 on a way, 2 * state + parity, and its value, both fp32. 1.5 * 2^23 rounds to even."""
-    odd, other = way % 2, way // 2 % 2
+    """Find the integer k >= 0 nearest to a >= 0 on a way, 2 * state + parity, and its value, both fp32.
+
+    Adding 1.5 * 2^23 rounds to even.
+    """
+    odd = way % 2
+    other = way // 2 % 2
     r = (tl.minimum(a, 1e4) + (other - 2 * odd)) / 4 + 12582912.0 - 12582912.0
     k = 2 * tl.minimum(tl.maximum(r, 0.0), 63.0) + odd
     k = tl.where((other > odd) & (a < 1.5), 0.0, k)
@@ -5857,90 +6338,165 @@ def nearest_on_way(a, way):
 
 
 @jit
-def viterbi_kernel(x, into, second, best_k, best_value, lanes, HEIGHT: tl.constexpr, L: tl.constexpr):
-    """One program: L segments of x (HEIGHT, lanes), a thread for each of their states if L is 4. second (HEIGHT, lanes) uint8: which of
-    the two ways led into each state, a bit for each."""
-    lane, s = tl.program_id(0) * L + tl.arange(0, L), tl.arange(0, 8)
-    inside = lane < lanes
-    one, two = tl.load(into + 2 * s)[:, None] + tl.zeros((8, L), tl.int32), tl.load(into + 2 * s + 1)[:, None] + tl.zeros((8, L), tl.int32)
-    cost = tl.where(s == 0, 0.0, float("inf"))[:, None] + tl.zeros((8, L), tl.float32)
+def cost_by(way, cost, a):
+    """Add to the cost of the states that the ways come from what the next number misses by on each."""
+    miss = nearest_on_way(a, way)[1] - a
+    return tl.gather(cost, way // 2, 0) + miss * miss
+
+
+@jit
+def viterbi_kernel(x, into, second, best_k, best_value, count, HEIGHT: constexpr, L: constexpr):
+    """Find the paths of L segments of x (HEIGHT, count), a thread for each of their states if L is 4.
+
+    second (HEIGHT, count) uint8: which of the two ways led into each state, a bit for each.
+    """
+    segment = tl.program_id(0) * L + tl.arange(0, L)
+    inside = segment < count
+    s = tl.arange(0, 8)
+    zeros = tl.zeros((8, L), tl.int32)
+    one = tl.load(into + 2 * s)[:, None] + zeros
+    two = tl.load(into + 2 * s + 1)[:, None] + zeros
+    start = tl.where(s == 0, 0.0, float("inf"))
+    cost = start[:, None] + tl.zeros((8, L), tl.float32)
+
     for t in range(HEIGHT):
-        a = tl.abs(tl.load(x + t * lanes + lane, mask=inside, other=0.0))[None, :]
-        miss, miss_two = nearest_on_way(a, one)[1] - a, nearest_on_way(a, two)[1] - a
-        first_cost, second_cost = tl.gather(cost, one // 2, 0) + miss * miss, tl.gather(cost, two // 2, 0) + miss_two * miss_two
+        a = tl.abs(tl.load(x + t * count + segment, mask=inside, other=0.0))[None, :]
+        first_cost = cost_by(one, cost, a)
+        second_cost = cost_by(two, cost, a)
         bits = tl.sum((second_cost < first_cost).to(tl.int32) << s[:, None], 0)
-        tl.store(second + t * lanes + lane, bits.to(tl.uint8), mask=inside)
+        tl.store(second + t * count + segment, bits.to(tl.uint8), mask=inside)
         cost = tl.minimum(first_cost, second_cost)
+
     state = tl.argmin(cost, 0)
     tl.debug_barrier()  # what other threads stored is read below
     for step in range(HEIGHT):
-        at = (HEIGHT - 1 - step) * lanes + lane
-        taken = tl.load(second + at, mask=inside, other=0).to(tl.int32) >> state & 1
-        way, here = tl.load(into + 2 * state + taken), tl.load(x + at, mask=inside, other=0.0)
+        offsets = (HEIGHT - 1 - step) * count + segment
+        taken = tl.load(second + offsets, mask=inside, other=0).to(tl.int32) >> state & 1
+        way = tl.load(into + 2 * state + taken)
+        here = tl.load(x + offsets, mask=inside, other=0.0)
         k, value = nearest_on_way(tl.abs(here), way)
-        tl.store(best_k + at, tl.where(here < 0, -k, k), mask=inside)
-        tl.store(best_value + at, tl.where(here < 0, -value, value), mask=inside)
+        tl.store(best_k + offsets, tl.where(here < 0, -k, k), mask=inside)
+        tl.store(best_value + offsets, tl.where(here < 0, -value, value), mask=inside)
         state = way // 2
 
 
-def fused_viterbi(lanes: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
-    """`viterbi` by one kernel instead of about 950, to the bit. into: TRELLIS_INTO, int32."""
-    second, (height, count) = torch.empty_like(lanes, dtype=torch.uint8), lanes.shape
-    k, value = torch.empty_like(lanes), torch.empty_like(lanes)
-    viterbi_kernel[(triton.cdiv(count, 4),)](lanes, into, second, k, value, count, height, 4, num_warps=1, enable_fp_fusion=False)
+def fused_viterbi(x: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `viterbi` by one kernel instead of about 950, to the bit. into: TRELLIS_INTO, int32."""
+    height, count = x.shape
+    second = torch.empty_like(x, dtype=torch.uint8)
+    k = torch.empty_like(x)
+    value = torch.empty_like(x)
+    grid = (triton.cdiv(count, 4),)
+    viterbi_kernel[grid](x, into, second, k, value, count, height, 4, num_warps=1, enable_fp_fusion=False)
     return k, value
 
 
 @cache
 def choose_viterbi(device: torch.device):
-    """On a GPU the kernel, if it finds there what the definition finds; else the definition."""
+    """Choose on a GPU the kernel, if it finds there what the definition finds; else the definition."""
     if not triton or device.type != "cuda":
         return viterbi
     x = 20 * torch.randn(TRELLIS_SEGMENT, 100, generator=torch.Generator().manual_seed(0)).to(device)
     fused = partial(fused_viterbi, into=TRELLIS_INTO.to(device, torch.int32))
-    return fused if all(torch.equal(a, b) for a, b in zip(fused(x), viterbi(x), strict=True)) else viterbi
+    same = all(torch.equal(a, b) for a, b in zip(fused(x), viterbi(x), strict=True))
+    return fused if same else viterbi
 
 
-def checked_viterbi(lanes: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute `viterbi` by what `choose_viterbi` takes for this device, looked up at the first call and not before training."""
-    return choose_viterbi(lanes.device)(lanes)
+def checked_viterbi(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `viterbi` by what `choose_viterbi` takes for this device, looked up at the first call."""
+    return choose_viterbi(x.device)(x)
+
+
+# The variable that asks for it: what takes the place of a definition. MLP_KERNEL, which has forms, is no row.
+TRITON_KERNELS = {
+    "qk_kernel": dict(split_heads=split_heads_op),
+    "xsa_kernel": dict(gate_heads=gate_heads_op),
+    "fused_ce_kernel": dict(head_ce=HeadCe.apply),
+    "ttt_adam_kernel": dict(adam=FusedAdam),
+}
+
+
+def require_triton(cfg: Config, world: World) -> None:
+    """Raise RunError where variables ask for kernels that this machine can not run."""
+    knobs = ("mlp_kernel", *TRITON_KERNELS)
+    wanted = [f"{name.upper()}={getattr(cfg, name)}" for name in knobs if getattr(cfg, name) != "eager"]
+    on_gpu = world.device.type == "cuda"
+    if wanted and not (triton and (on_gpu or INTERPRETED)):
+        need = "needs" if len(wanted) == 1 else "need"
+        raise RunError(f"{' '.join(wanted)} {need} Triton and an NVIDIA GPU, this is {world.device}; "
+                       "set them to eager")
+
+
+def choose_mlp(cfg: Config, world: World):
+    """Make the MLP that MLP_KERNEL and MLP_BACKWARD ask for. Raises RunError where it can not run."""
+    capability = None  # the interpreter's: it runs everything but CUTLASS
+    if world.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(world.device)
+
+    if world.dtype != torch.bfloat16 or (capability and capability[0] not in MLP_TILES):
+        majors = ", ".join(map(str, MLP_TILES))
+        raise RunError(f"MLP_KERNEL={cfg.mlp_kernel} needs bf16 activations and compute capability "
+                       f"{majors}.x (TMA), not {world.dtype} on {capability}; set MLP_KERNEL=eager")
+    if cfg.mlp_backward != "cutlass":
+        return fused_mlp(cfg.mlp_kernel)
+
+    if not capability or capability[0] != 9:
+        raise RunError("MLP_BACKWARD=cutlass is made for compute capability 9.0 (Hopper), "
+                       f"not {capability}; set MLP_BACKWARD=triton")
+    library = cutlass_library(cfg, world)
+    no_pointers = [None] * 4  # only the sizes are looked at
+    problem = cutlass_entry(library)(*no_pointers, 1, cfg.mlp_dim, cfg.model_dim, 0, None)
+    if problem:
+        raise RunError(f"MLP_BACKWARD=cutlass needs multiples of 8, not {cfg.model_dim} (MODEL_DIM), "
+                       f"{cfg.mlp_dim}: {problem.decode()}")
+    return fused_mlp(cfg.mlp_kernel, library)
 
 
 def choose_kernels(cfg: Config, world: World) -> Kernels:
-    """The attention this device has, and the kernels that *_KERNEL ask for. Raises RunError where they can not run."""
-    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel", "ttt_adam_kernel")}
-    asked = " ".join(f"{name.upper()}={value}" for name, value in knobs.items() if value != "eager")
-    on_gpu = world.device.type == "cuda"
-    if asked and not (triton and (on_gpu or INTERPRETED)):
-        raise RunError(f"{asked} need{'' if ' ' in asked else 's'} Triton and an NVIDIA GPU, this is {world.device}; set them to eager")
+    """Choose the attention of this device, and the kernels that *_KERNEL ask for.
+
+    Raises RunError where they can not run.
+    """
+    require_triton(cfg, world)
+    fused = dict(viterbi=checked_viterbi)
     if cfg.mlp_kernel != "eager":
-        capability = torch.cuda.get_device_capability(world.device) if on_gpu else None
-        if world.dtype != torch.bfloat16 or (capability and capability[0] not in MLP_TILES):
-            raise RunError(f"MLP_KERNEL={cfg.mlp_kernel} needs bf16 activations and compute capability {', '.join(map(str, MLP_TILES))}.x "
-                           f"(TMA), not {world.dtype} on {capability}; set MLP_KERNEL=eager")
-    library = ""
-    if cfg.mlp_backward == "cutlass":
-        if not capability or capability[0] != 9:
-            raise RunError(f"MLP_BACKWARD=cutlass is made for compute capability 9.0 (Hopper), not {capability}; set MLP_BACKWARD=triton")
-        library = cutlass_library(cfg, world)
-        if problem := cutlass_entry(library)(None, None, None, None, 1, cfg.mlp_dim, cfg.model_dim, 0, None):
-            raise RunError(f"MLP_BACKWARD=cutlass needs multiples of 8, not {cfg.model_dim} (MODEL_DIM), {cfg.mlp_dim}: {problem.decode()}")
-    name, attention, _ = choose_attention(cfg.attn_backend, world, cfg.compile_cache_dir)
+        fused["mlp"] = choose_mlp(cfg, world)
+    for knob, kernel in TRITON_KERNELS.items():
+        if getattr(cfg, knob) != "eager":
+            fused |= kernel
+
+    name, attend, _ = choose_attention(cfg.attn_backend, world)
     if cfg.cuda_graphs and name == "sdpa":
-        raise RunError("CUDA_GRAPHS=1 needs an attention that does not loop on the host, and here is only sdpa; set CUDA_GRAPHS=0")
-    return Kernels(
-        attention,
-        leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel, library),
-        split_heads if cfg.qk_kernel == "eager" else split_heads_op,
-        gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
-        None if cfg.fused_ce_kernel == "eager" else HeadCe.apply,
-        checked_viterbi,
-        None if cfg.ttt_adam_kernel == "eager" else FusedAdam)
+        raise RunError("CUDA_GRAPHS=1 needs an attention that does not loop on the host, and here is only "
+                       "sdpa; set CUDA_GRAPHS=0")
+    return DEFINITIONS._replace(attend=attend, **fused)
 
 
 # ==================================================================================================
 # MAIN - the stages of a run. The artifact's bytes on disk are the only bridge from training to scoring.
 # ==================================================================================================
+
+def pick_kernels(cfg: Config, world: World) -> tuple[Kernels, str]:
+    """Choose the kernels of this run; a script without KERNELS has the definitions.
+
+    -> (kernels, the attention's name and how it was chosen). Raises RunError where a variable asks such a script
+    for a kernel.
+    """
+    if "choose_kernels" in globals():
+        kernels = choose_kernels(cfg, world)
+        name, _, trials = choose_attention(cfg.attn_backend, world)
+        return kernels, f"{name} ({trials})"
+
+    knobs = [f.name for f in fields(cfg) if f.name.endswith("_kernel") or f.name == "attn_backend"]
+    values = {name.upper(): getattr(cfg, name) for name in knobs}
+    wanted = [f"{name}={value}" for name, value in values.items() if value not in ("eager", "auto", "sdpa")]
+    if cfg.cuda_graphs:
+        wanted.append("CUDA_GRAPHS=1")
+    if wanted:
+        raise RunError(f"{' '.join(wanted)}: no kernels in this script, its section KERNELS was cut off; take the "
+                       "whole script, or set *_KERNEL to eager, ATTN_BACKEND to auto and CUDA_GRAPHS to 0")
+    return DEFINITIONS, "sdpa (KERNELS was cut off)"
+
 
 class Note(NamedTuple):
     """Say where facts of one kind are kept."""
@@ -6000,7 +6556,7 @@ class Run:
 
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
         self.data = ValData.load(cfg, self.files)
-        self.kernels = choose_kernels(cfg, world)
+        self.kernels, self.attention = pick_kernels(cfg, world)
         self.result: dict[str, Any] = {}
         self.last_pass = ""  # over the validation tokens
 
@@ -6050,7 +6606,7 @@ class Run:
 def environment(world: World) -> dict:
     """List versions and machine."""
     return dict(hardware=hardware_name(world), python_version=platform.python_version(), torch_version=torch.__version__,
-                triton_version=triton.__version__ if triton else None, world_size=world.size)
+                triton_version=triton_version(), world_size=world.size)
 
 
 def log_start(run: Run, env) -> None:
@@ -6073,8 +6629,7 @@ def log_start(run: Run, env) -> None:
 
     kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel, adam=cfg.ttt_adam_kernel)
     chosen = " ".join(f"{name}:{kind}" for name, kind in kernels.items())
-    attention, _, trials = choose_attention(cfg.attn_backend, run.world, cfg.compile_cache_dir)
-    log(f"kernels: attention:{attention} ({trials}) {chosen}")
+    log(f"kernels: attention:{run.attention} {chosen}")
 
 
 def bits_available(cfg: Config, code_bytes: int) -> str:
@@ -6238,8 +6793,9 @@ def score_artifact(run: Run) -> None:
 
 def adapt_and_score(run: Run, model: GPT) -> float:
     """Score with test-time training, and return the seconds that it took."""
+    cfg = run.cfg
     scorer = run.scorer("ttt")
-    engine = TttEngine(run.cfg, run.world, model, run.data)
+    engine = TttEngine(cfg, run.world, model, run.data)
     if engine.static_rows:
         run.clock.phase("compile")
         with run.unchanged(model.state_dict):
@@ -6248,8 +6804,7 @@ def adapt_and_score(run: Run, model: GPT) -> float:
 
     run.clock.phase("eval")
     run.log("beginning TTT eval timer")
-    ttt = TttRun(run.cfg, engine, scorer, run.log)
-    seconds = run.score("quantized_ttt_phased", scorer, lambda scorer: ttt.run())
+    seconds = run.score("quantized_ttt_phased", scorer, lambda scorer: TttRun(cfg, engine, scorer, run.log).run())
     run.log(f"total_eval_time:{seconds:.1f}s")
     run.log(f"ttt_utilization: {Utilization(run.world, scorer.work, seconds).interval()}")
     return seconds

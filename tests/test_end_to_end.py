@@ -48,7 +48,6 @@ def finished(whole, tmp_path):
 def run_main(monkeypatch, capsys, dataset):
     """main() in this process: (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
-    monkeypatch.setattr(tg, "upstream_code_bytes", lambda: None)  # two seconds that are tested once
 
     def run(out, **changes):
         with monkeypatch.context() as patch:
@@ -144,7 +143,7 @@ def test_phases_add_up(whole):
     phases = whole.result["phases"]
     assert sum(p["seconds"] for p in phases) == pytest.approx(whole.result["wall_seconds"], abs=1e-6)
     by_name = {p["name"]: p["seconds"] for p in phases}
-    assert list(by_name) == ["setup", "audit", "compile", "train", "diagnostic eval", "calibrate", "quantize", "unpack", "eval"]
+    assert list(by_name) == ["setup", "compile", "train", "diagnostic eval", "calibrate", "quantize", "unpack", "eval"]
     assert by_name["train"] >= whole.result["train_seconds"] > 0
     assert by_name["eval"] >= whole.result["eval_seconds"] - 1e-3
 

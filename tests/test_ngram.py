@@ -2,16 +2,20 @@
 
 import dataclasses
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import documents, tiny_config
+from conftest import ROOT, documents, tiny_config
 from hypothesis import given, settings, strategies as st
 from test_evaluation import METHODS, batches_of, per_target, some
 from test_ttt import QUIET, forged, ready, run_batch, run_ttt
 
 import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "tools"))
+import probes
 
 TILT = dict(ngram_tilt_enabled=True, token_order=4, token_threshold=0.5)
 
@@ -117,9 +121,9 @@ def test_the_evaluation_is_tilted(method, random_model):
     def nats_of(tokens):
         out = np.full(len(tokens), np.nan)
         for b in batches_of(cfg, data):
-            targets = torch.from_numpy(tokens[b.at].astype(np.int64))
+            targets = torch.from_numpy(tokens[b.targets].astype(np.int64))
             nats = model(b.inputs, targets, layers=tg.layer_order(cfg, True), segments=b.segments).numpy()
-            out[b.at[b.at >= 0]] = nats[b.at >= 0]
+            out[b.targets[b.targets >= 0]] = nats[b.targets >= 0]
         return out
 
     expected = expected_tilt(cfg, data, range(len(data.target_bytes)), nats_of)
@@ -200,7 +204,7 @@ def probed(cfg, world, model, tilt=None) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         if tilt:
             patch.setattr(tg, "ngram_hints", lambda cfg, tokens, order, device: tilt(tokens))
-        return tg.probe_scoring(some(12), world, cfg.vocab_size, replay, 4, 60, 3, 0, isolated=False)
+        return probes.probe_scoring(tg, some(12), world, cfg.vocab_size, replay, 4, 60, 3, 0, documents_masked=False)
 
 
 PATHS = [dict(ttt_enabled=False), dict(ttt_enabled=False, eval_method="sliding", eval_seq_len=32), dict(ttt_lora_lr=0.02)]
