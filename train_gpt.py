@@ -4324,43 +4324,43 @@ class AccessLog:
 
     def __init__(self):
         self.on = False
-        self.seen: list[tuple[str, Any]] = []
+        self.seen: dict[tuple[str, str], None] = {}  # (event, file, host or program)
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, args: tuple) -> None:
         """Take down an event. Raises RunError where a training shard is opened."""
         if not self.on or event not in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
             return
-        what = args[1] if event == "socket.connect" else args[0]
-        self.seen.append((event, what))
-        if event == "open" and not isinstance(what, int) and Path(os.fsdecode(what)).name.startswith("fineweb_train_"):
-            raise RunError(f"{os.fsdecode(what)}: training data was about to be read in an evaluation: a bug, please report it")
+        what = args[event == "socket.connect"]
+        if isinstance(what, int):
+            return  # a file that is open already
+        name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what)
+        if event == "open":
+            name = os.path.realpath(name)
+        self.seen[event, name] = None
+        if "fineweb_train_" in os.path.basename(name):
+            raise RunError(f"{name}: training data was about to be read in an evaluation: a bug, please report it")
 
     def __enter__(self) -> AccessLog:
         self.on = True
-        self.seen = []
+        self.seen = {}
         return self
 
     def __exit__(self, *_) -> None:
         self.on = False
 
-    def unexpected(self, data: Path, own_files: list[Path]) -> list[list[str]]:
-        """List [event, file, host or program], each once: no file of the run, of Python or of the system, but any other beside the data."""
-        system = (sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
-        own, software = (tuple(str(Path(path).resolve()) for path in paths) for paths in (own_files, (*system, Path(__file__).parent)))
-        beside_the_data = f"{data.resolve()}{os.sep}"
-        found = {}
-        for event, what in self.seen:
-            if event == "open" and isinstance(what, int):
-                continue  # it is open already
-            name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what or "")
-            if event == "open":
-                name = str(Path(name).resolve())
-                known = name.startswith(software) and not name.startswith(beside_the_data)
-                if known or name.startswith(own) or ".cache/" in name:
-                    continue
-            found[event, name] = None
-        return [list(entry) for entry in found]
+    def unexpected(self, data: Path, own_files: list[Path]) -> list[tuple[str, str]]:
+        """List (event, file, host or program): no file of the run, of Python or of the system, but any other beside the data."""
+        software = (sys.prefix, sys.base_prefix, torch.__path__[0], Path(__file__).parent)
+        system = (tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
+        known = tuple(map(os.path.realpath, (*software, *system)))
+        own = tuple(map(os.path.realpath, own_files))
+        beside = os.path.realpath(data) + os.sep
+
+        def expected(file: str) -> bool:
+            return file.startswith(own) or ".cache/" in file or file.startswith(known) and not file.startswith(beside)
+
+        return [(event, name) for event, name in self.seen if event != "open" or not expected(name)]
 
 
 access_log = cache(AccessLog)
@@ -4386,10 +4386,11 @@ def graded(forward, tokens: Tensor, hints: Tensor | None, boost: float) -> tuple
         return nats, nats
     hint = hints.unsqueeze(-1)
     candidates = tokens.view(*hints.shape, -1)
-    nats = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
-    nats, hinted = nats[..., :-1], nats[..., -1:]
+    both = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
+    nats, hinted = both[..., :-1], both[..., -1:]
 
-    log_sum = torch.log1p((-hinted).exp() * math.expm1(boost))
+    probability = (-hinted).exp()
+    log_sum = torch.log1p(probability * math.expm1(boost))
     tilted = nats - boost * (candidates == hint) + log_sum
     counted = torch.where(hint < 0, nats, tilted)
     return nats.reshape(tokens.shape), counted.reshape(tokens.shape)
@@ -4463,11 +4464,13 @@ class Scorer:
         places = np.flatnonzero(targets >= 0)
         index = targets.reshape(-1)[places]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
-            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
+            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, "
+                           "please report it")
         seen = np.concatenate([*self.shown, index[:0]])
         self.shown = []
         if not np.isin(seen, index).all():
-            raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are scored: a bug, please report it")
+            raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are scored: a bug, "
+                           "please report it")
 
         self.steps = 0
         tokens = self.on_device(self._data.tokens[targets + 1])
@@ -4487,7 +4490,8 @@ class Scorer:
         index = targets[targets >= 0]
         ready = bool((self.own[index] | self.graded[index]).all())
         if not ready and not early:
-            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
+            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, "
+                           "please report it")
         self.steps = 1 if what == "adapters" else math.inf
         self.unwritten.setdefault((what, not ready), []).append(index)
         return self.on_device(self._data.tokens[targets + 1])
@@ -4509,14 +4513,18 @@ class Scorer:
 
     def receipt(self) -> None:
         """Close an entry for what was scored, and for what was learned from, since the last receipt."""
-        for (what, early), parts in self.unwritten.items():
-            self.receipts.append((what, early, np.unique(np.concatenate(parts))))
+        for kind, parts in self.unwritten.items():
+            index = np.unique(np.concatenate(parts))
+            if len(index):
+                self.receipts.append((*kind, index))
         self.unwritten = {}
 
     def ledger_line(self, nats: np.ndarray, what: str, early: bool, index: np.ndarray) -> tuple[str, dict]:
         """Write a receipt as a line of the ledger: ranges [a, b) of targets, and for scores nats and bytes of each range."""
-        runs = np.split(index, np.flatnonzero(np.diff(index) > 1) + 1)
-        line = {"pass": self.name, "ranges": [[int(run[0]), int(run[-1]) + 1] for run in runs if len(run)]}
+        gaps = np.flatnonzero(np.diff(index) > 1)
+        runs = np.split(index, gaps + 1)
+        ranges = [[int(run[0]), int(run[-1]) + 1] for run in runs]
+        line = {"pass": self.name, "ranges": ranges}
         if what != "score":
             return "update", line | dict(what=what, early=early)
         line["nats"] = [float(nats[run].sum(dtype=np.float64)) for run in runs]
@@ -4549,7 +4557,7 @@ class Scorer:
         count = int(self.graded.sum())
         size = int(self._data.target_bytes.sum())
         if count != self.total or not math.isfinite(total):
-            raise RunError(f"scored {count} targets instead of {self.total}, {total:g} nats: a bug, please report it with the log")
+            raise RunError(f"{self.name}: scored {count} targets instead of {self.total}, {total:g} nats: a bug, please report it")
 
         if self.ledger is not None and self.ledger.path is not None:
             buffer = io.BytesIO()
@@ -4635,22 +4643,21 @@ def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int
 
 def packed_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
     """Yield whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
-    context, device = cfg.eval_seq_len, scorer.world.device
+    context = cfg.eval_seq_len
     whole_stream = -(-scorer.total // context) * context
     row_tokens = min(max(cfg.val_batch_tokens // 8, context), whole_stream)
 
     for start, end in packed_rows(scorer, context, row_tokens)[rank::size]:
-        targets = np.full((1, row_tokens), -1)
-        targets[0, : end - start] = np.arange(start, end)
+        targets = np.arange(start, start + row_tokens)[None]
+        targets = np.where(targets < end, targets, -1)
         inputs = np.zeros((1, row_tokens), np.int64)
         inputs[0, : end - start] = scorer.inputs_for(start, targets)
 
         starts = np.flatnonzero(inputs[0] == BOS_ID)
-        if end - start < row_tokens:
-            starts = np.append(starts, end - start)  # the padding
+        starts = np.append(starts, end - start)  # the padding is a document of its own
         cuts = document_cu_seqlens(starts, row_tokens, context)
-        segments = Segments(torch.from_numpy(cuts).to(device), context)
-        yield EvalBatch(torch.from_numpy(inputs).to(device), targets, np.diff(cuts), segments)
+        segments = Segments(torch.from_numpy(cuts).to(scorer.world.device), context)
+        yield EvalBatch(scorer.on_device(inputs), targets, np.diff(cuts), segments)
 
 
 def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
@@ -4682,8 +4689,7 @@ def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
         for row, window in enumerate(windows):
             shown = scorer.inputs_for(starts[window], targets[row])
             inputs[row, : len(shown)] = shown
-        lengths = np.full(len(windows), seq)
-        yield EvalBatch(torch.from_numpy(inputs).to(scorer.world.device), targets, lengths, learn=learn)
+        yield EvalBatch(scorer.on_device(inputs), targets, np.full(len(windows), seq), learn=learn)
 
 
 class Method(NamedTuple):
@@ -4724,7 +4730,10 @@ def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def evaluate(cfg: Config, world: World, forward, scorer: Scorer, looping: bool = True) -> Score:
-    """Score everything behind the scorer with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
+    """Score everything behind the scorer with fixed weights, each rank its share of the batches.
+
+    forward: `GPT.forward`, compiled or not.
+    """
     layers = layer_order(cfg, looping)
     batches = METHODS[cfg.eval_method].batches
     with announce_order(cfg, scorer, scorer.order).only_released_steps():
@@ -6817,7 +6826,7 @@ def eval_stage(run: Run) -> None:
         score_artifact(run)
     own_files = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *files.val, *files.sidecar]
     of_ranks = run.world.gather(log.unexpected(cfg.shards_path, own_files))
-    run.ledger.add("access", dict(seen=sorted(entry for seen in of_ranks for entry in seen)))
+    run.ledger.add("access", dict(seen=sorted(set().union(*of_ranks))))
 
 
 def documents_of(manifest: dict, split: str) -> int | None:
