@@ -4276,10 +4276,11 @@ def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor
 # ==================================================================================================
 
 class Ledger:
-    """Keep the account of a run, line by line: {"n", "prev", "kind", .., "hash"}, where "prev" is the hash of the line before.
+    """Keep the account of a run, line by line: {"n", "prev", "kind", .., "hash"}; "prev" is the hash of the
+    line before.
 
-    An edit breaks the chain. A later stage in the same folder goes on behind the last line. Without a path, as on all ranks but
-    the first, nothing is kept.
+    An edit breaks the chain. A later stage in the same folder goes on behind the last line. Without a path,
+    as on all ranks but the first, nothing is kept.
     """
 
     def __init__(self, path: Path | None):
@@ -4293,7 +4294,8 @@ class Ledger:
                 self.lines = entry["n"] + 1
                 self.last = entry["hash"]
             except (OSError, ValueError, LookupError, TypeError):
-                raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose another ARTIFACT_DIR") from None
+                raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose "
+                               "another ARTIFACT_DIR") from None
 
     @staticmethod
     def digest(entry: dict) -> str:
@@ -4313,54 +4315,62 @@ class Ledger:
             with self.path.open("a") as f:
                 f.write(json.dumps(entry, separators=(",", ":")) + "\n")
         except OSError as e:
-            raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another ARTIFACT_DIR") from None
+            raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another "
+                           "ARTIFACT_DIR") from None
 
 
 class AccessLog:
-    """Log what Python opens, connects to and starts within `with`, and refuse training data: opening a training shard is a RunError.
+    """Log what Python opens, connects to and starts within `with`; opening a training shard is a RunError.
 
     It is an audit hook and cannot be removed, so a process has one: `access_log()`.
     """
 
+    EVENTS = ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+
     def __init__(self):
         self.on = False
-        self.seen: list[tuple[str, Any]] = []
+        self.seen: dict[tuple[str, str], None] = {}  # (event, file, host or program)
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, args: tuple) -> None:
         """Take down an event. Raises RunError where a training shard is opened."""
-        if not self.on or event not in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+        if not self.on or event not in self.EVENTS:
             return
-        what = args[1] if event == "socket.connect" else args[0]
-        self.seen.append((event, what))
-        if event == "open" and not isinstance(what, int) and Path(os.fsdecode(what)).name.startswith("fineweb_train_"):
-            raise RunError(f"{os.fsdecode(what)}: training data was about to be read in an evaluation: a bug, please report it")
+        what = args[event == "socket.connect"]
+        if isinstance(what, int):
+            return  # a file that is open already
+        name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what)
+        if event == "open":
+            name = os.path.realpath(name)
+        self.seen[event, name] = None
+        if "fineweb_train_" in os.path.basename(name):
+            raise RunError(f"{name}: training data was about to be read in an evaluation: a bug, report it")
 
     def __enter__(self) -> AccessLog:
         self.on = True
-        self.seen = []
+        self.seen = {}
         return self
 
     def __exit__(self, *_) -> None:
         self.on = False
 
-    def unexpected(self, data: Path, own_files: list[Path]) -> list[list[str]]:
-        """List [event, file, host or program], each once: no file of the run, of Python or of the system, but any other beside the data."""
-        system = (sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
-        own, software = (tuple(str(Path(path).resolve()) for path in paths) for paths in (own_files, (*system, Path(__file__).parent)))
-        beside_the_data = f"{data.resolve()}{os.sep}"
-        found = {}
-        for event, what in self.seen:
-            if event == "open" and isinstance(what, int):
-                continue  # it is open already
-            name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what or "")
-            if event == "open":
-                name = str(Path(name).resolve())
-                known = name.startswith(software) and not name.startswith(beside_the_data)
-                if known or name.startswith(own) or ".cache/" in name:
-                    continue
-            found[event, name] = None
-        return [list(entry) for entry in found]
+    def unexpected(self, data: Path, own_files: list[Path]) -> list[tuple[str, str]]:
+        """List (event, file, host or program), but files of the run, of Python and of the system.
+
+        Files beside the data count wherever the data lies.
+        """
+        software = (sys.prefix, sys.base_prefix, torch.__path__[0], Path(__file__).parent)
+        system = (tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
+        known = tuple(map(os.path.realpath, (*software, *system)))
+        own = tuple(map(os.path.realpath, own_files))
+        beside = os.path.realpath(data) + os.sep
+
+        def expected(file: str) -> bool:
+            if file.startswith(own) or ".cache/" in file:
+                return True
+            return file.startswith(known) and not file.startswith(beside)
+
+        return [(event, name) for event, name in self.seen if event != "open" or not expected(name)]
 
 
 access_log = cache(AccessLog)
@@ -4376,20 +4386,23 @@ class Score(NamedTuple):
 
 
 def graded(forward, tokens: Tensor, hints: Tensor | None, boost: float) -> tuple[Tensor, Tensor]:
-    """Grade tokens (B, n) or (B, n, K) twice: nats as the model sees them, to learn from, and nats that count. forward(tokens) -> nats.
+    """Grade tokens (B, n) or (B, n, K) twice: nats as the model sees them, to learn from, and nats that
+    count.
 
-    The two differ where there is a hint, (B, n), -1 = none: its probability q is multiplied by e^boost and all probabilities are
-    divided by their new sum, 1 + q (e^boost - 1), whatever the target is.
+    forward(tokens) -> nats. The two differ where there is a hint, (B, n), -1 = none: its probability q is
+    multiplied by e^boost and all probabilities are divided by their new sum, 1 + q (e^boost - 1), whatever
+    the target is.
     """
     if hints is None:
         nats = forward(tokens)
         return nats, nats
     hint = hints.unsqueeze(-1)
     candidates = tokens.view(*hints.shape, -1)
-    nats = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
-    nats, hinted = nats[..., :-1], nats[..., -1:]
+    both = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
+    nats, hinted = both[..., :-1], both[..., -1:]
 
-    log_sum = torch.log1p((-hinted).exp() * math.expm1(boost))
+    probability = (-hinted).exp()
+    log_sum = torch.log1p(probability * math.expm1(boost))
     tilted = nats - boost * (candidates == hint) + log_sum
     counted = torch.where(hint < 0, nats, tilted)
     return nats.reshape(tokens.shape), counted.reshape(tokens.shape)
@@ -4398,8 +4411,8 @@ def graded(forward, tokens: Tensor, hints: Tensor | None, boost: float) -> tuple
 class Scorer:
     """Stand between an evaluation and the validation tokens; target i is token i + 1.
 
-    `inputs_for` shows what comes before targets, `score` grades them, each once, `targets_to_learn` hands out graded ones to
-    learn from, `sync` merges the ranks and writes the receipts.
+    `inputs_for` shows what comes before targets, `score` grades them, each once, `targets_to_learn` hands out
+    graded ones to learn from, `sync` merges the ranks and writes the receipts.
     """
 
     def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
@@ -4423,19 +4436,25 @@ class Scorer:
         self.boost = 0.0
         self.steps = 0.0  # that optimizers may take
         self.shown: list[np.ndarray] = []  # targets whose inputs are out, to be graded next
-        self.unwritten: dict[tuple[str, bool], list[np.ndarray]] = {}  # targets by (what with, early) since the last receipt
+        # Targets by (what for, whether before they were graded), since the last receipt.
+        self.unwritten: dict[tuple[str, bool], list[np.ndarray]] = {}
         self.receipts: list[tuple[str, bool, np.ndarray]] = []  # since the last sync
 
     def inputs_for(self, start: int, targets: np.ndarray) -> np.ndarray:
-        """Show the inputs of targets, -1 = none: tokens from `start` to the one before the last of them. The next `score` must grade
-        them all: nothing is seen that is not scored."""
+        """Show the inputs of targets, -1 = none: tokens from `start` to the one before the last of them.
+
+        The next `score` must grade them all: nothing is seen that is not scored.
+        """
         wanted = targets[targets >= 0]
         self.shown.append(wanted)
         return self._data.tokens[start : wanted.max(initial=-1) + 1]
 
     def set_hints(self, order: np.ndarray, guess, boost: float) -> None:
-        """Take hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. Nothing else is handed the
-        stream at once, so it is asked again with a forged future, from a drawn target on; RunError where that changes a hint before."""
+        """Take hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded.
+
+        Nothing else is handed the stream at once, so it is asked again with a forged future, from a drawn
+        target on; RunError where that changes a hint up to there.
+        """
         tokens = self._data.tokens
         cut = int(np.random.default_rng(self.total).integers(self.total))
         future = order[cut:] + 1
@@ -4447,7 +4466,8 @@ class Scorer:
         self.hints = guess(tokens, order)
         past = order[: cut + 1]
         if (self.hints[past] != guess(forged, order)[past]).any():
-            raise RunError(f"{self.name}: a hint depends on its target or on what comes after it: a bug, please report it")
+            raise RunError(f"{self.name}: a hint depends on its target or on what comes after it: a bug, "
+                           "please report it")
 
     def on_device(self, values: np.ndarray) -> Tensor:
         """Copy whole numbers to the device, as int64."""
@@ -4458,16 +4478,21 @@ class Scorer:
         return None if self.hints is None else self.on_device(self.hints[targets])
 
     def score(self, targets: np.ndarray, forward) -> Tensor:
-        """Grade targets (B, n), -1 = none, none of them graded before (RunError): forward(tokens (B, n) int64) -> nats (B, n), which
-        come back; what counts is what `graded` makes of them."""
+        """Grade targets (B, n), -1 = none, none of them graded before (RunError).
+
+        forward(tokens (B, n) int64) -> nats (B, n), which come back; what counts is what `graded` makes of
+        them.
+        """
         places = np.flatnonzero(targets >= 0)
         index = targets.reshape(-1)[places]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
-            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
+            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored "
+                           "twice: a bug, please report it")
         seen = np.concatenate([*self.shown, index[:0]])
         self.shown = []
         if not np.isin(seen, index).all():
-            raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are scored: a bug, please report it")
+            raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are "
+                           "scored: a bug, please report it")
 
         self.steps = 0
         tokens = self.on_device(self._data.tokens[targets + 1])
@@ -4482,12 +4507,17 @@ class Scorer:
         return nats
 
     def targets_to_learn(self, targets: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
-        """Hand out targets to learn from, as for `score`: one step of an optimizer may follow, with what = "base" any number until `score`.
-        RunError: one has not been graded; `early`, for methods that break this rule, puts that into the ledger instead."""
+        """Hand out the tokens of targets to learn from, as for `score`. Raises RunError where one has not
+        been graded.
+
+        One step of an optimizer may follow, with another `what` than adapters any number until the next
+        `score`. `early`, for methods that break the rule, puts that into the ledger instead of raising.
+        """
         index = targets[targets >= 0]
         ready = bool((self.own[index] | self.graded[index]).all())
         if not ready and not early:
-            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
+            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it "
+                           "was scored: a bug, please report it")
         self.steps = 1 if what == "adapters" else math.inf
         self.unwritten.setdefault((what, not ready), []).append(index)
         return self.on_device(self._data.tokens[targets + 1])
@@ -4497,7 +4527,8 @@ class Scorer:
         """Refuse, meanwhile, every step of a torch optimizer that nothing was handed out for: RunError."""
         def before_step(*_):
             if self.steps < 1:
-                raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: a bug, please report it")
+                raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: "
+                               "a bug, please report it")
             self.steps -= 1
 
         with register_optimizer_step_pre_hook(before_step):
@@ -4509,14 +4540,18 @@ class Scorer:
 
     def receipt(self) -> None:
         """Close an entry for what was scored, and for what was learned from, since the last receipt."""
-        for (what, early), parts in self.unwritten.items():
-            self.receipts.append((what, early, np.unique(np.concatenate(parts))))
+        for kind, parts in self.unwritten.items():
+            index = np.unique(np.concatenate(parts))
+            if len(index):
+                self.receipts.append((*kind, index))
         self.unwritten = {}
 
     def ledger_line(self, nats: np.ndarray, what: str, early: bool, index: np.ndarray) -> tuple[str, dict]:
-        """Write a receipt as a line of the ledger: ranges [a, b) of targets, and for scores nats and bytes of each range."""
-        runs = np.split(index, np.flatnonzero(np.diff(index) > 1) + 1)
-        line = {"pass": self.name, "ranges": [[int(run[0]), int(run[-1]) + 1] for run in runs if len(run)]}
+        """Write a receipt as a line of the ledger: ranges [a, b) of targets, for scores their nats and bytes."""
+        gaps = np.flatnonzero(np.diff(index) > 1)
+        runs = np.split(index, gaps + 1)
+        ranges = [[int(run[0]), int(run[-1]) + 1] for run in runs]
+        line = {"pass": self.name, "ranges": ranges}
         if what != "score":
             return "update", line | dict(what=what, early=early)
         line["nats"] = [float(nats[run].sum(dtype=np.float64)) for run in runs]
@@ -4524,7 +4559,7 @@ class Scorer:
         return "score", line
 
     def sync(self) -> None:
-        """Merge the ranks, all together, and write the receipts. Raises RunError when two ranks have graded the same target."""
+        """Merge the ranks and write the receipts. Raises RunError where two have graded the same target."""
         self.receipt()
         counts = torch.tensor(self.own, device=self.world.device)
         self.world.sum_(counts)
@@ -4541,7 +4576,10 @@ class Scorer:
         self.receipts = []
 
     def finish(self) -> Score:
-        """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target. Raises RunError when one was left out."""
+        """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target.
+
+        Raises RunError where one was left out.
+        """
         self.sync()
         self.world.sum_(self.nats)  # zero where another rank has graded
         nats = self.nats.cpu().numpy()
@@ -4549,7 +4587,8 @@ class Scorer:
         count = int(self.graded.sum())
         size = int(self._data.target_bytes.sum())
         if count != self.total or not math.isfinite(total):
-            raise RunError(f"scored {count} targets instead of {self.total}, {total:g} nats: a bug, please report it with the log")
+            raise RunError(f"{self.name}: scored {count} targets instead of {self.total}, {total:g} nats: "
+                           "a bug, please report it with the log")
 
         if self.ledger is not None and self.ledger.path is not None:
             buffer = io.BytesIO()
@@ -4563,10 +4602,10 @@ class Scorer:
 def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torch.device | str) -> np.ndarray:
     """Guess each target of the stream from those scored before it (the token-only n-gram of PR #2135).
 
-    tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often followed the same
-    TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where its share is below TOKEN_THRESHOLD or
-    there is none. Sorts instead of a loop over hash tables; contexts are told apart exactly, from 1 token to 2, 4, 8, ...: they
-    are equal if both halves are.
+    tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often
+    followed the same TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where
+    its share is below TOKEN_THRESHOLD or there is none. Sorts instead of a loop over hash tables; contexts
+    are told apart exactly, from 1 token to 2, 4, 8, ...: they are equal if both halves are.
     """
     n = cfg.token_order - 1
     stream = torch.from_numpy(tokens.astype(np.int64)).to(device)
@@ -4591,7 +4630,7 @@ def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torc
     rank = torch.arange(len(order), device=device)
     pairs, by_pair = (context * base + follows).sort(stable=True)
     count = torch.empty_like(rank)
-    count[by_pair] = rank - torch.searchsorted(pairs, pairs) + 1  # how often this token has followed, this time included
+    count[by_pair] = rank - torch.searchsorted(pairs, pairs) + 1  # how often it has followed, now included
     most = (context * base + count).cummax(0).values
     leader = torch.searchsorted(most, most)  # where the highest count so far was reached
 
@@ -4604,7 +4643,10 @@ def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torc
 
 
 def announce_order(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
-    """Tell the scorer in which order its targets come, and the hints that NGRAM_TILT_ENABLED asks for; on the evaluation's clock."""
+    """Tell the scorer in which order its targets come, and the hints that NGRAM_TILT_ENABLED asks for.
+
+    This is on the evaluation's clock.
+    """
     scorer.order = order
     if cfg.ngram_tilt_enabled:
         device = scorer.world.device if scorer.world.device.type == "cuda" else "cpu"
@@ -4613,17 +4655,20 @@ def announce_order(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
 
 
 class EvalBatch(NamedTuple):
-    """Inputs (B, T) int64 on the device, the target that each predicts or -1 (B, T), and the attention segments of a packed row."""
+    """Hold inputs (B, T) int64 on the device and the target that each predicts, or -1 (B, T)."""
 
     inputs: Tensor
     targets: np.ndarray
     lengths: np.ndarray  # of the attention segments
-    segments: Segments | None = None
+    segments: Segments | None = None  # of a packed row
     learn: np.ndarray | None = None  # (B, T), as targets: those that SLOT learns from
 
 
 def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int, int]]:
-    """Cut the stream into rows of at most `row_tokens` inputs that never cut a piece: a document, or `context` tokens of a long one."""
+    """Cut the stream into rows of at most `row_tokens` inputs: (start, end).
+
+    They never cut a piece: a document, or `context` tokens of a long one.
+    """
     cuts = document_cu_seqlens(scorer.documents()[0], scorer.total, context, bucket=1)
     rows, start = [], 0
     while start < scorer.total:
@@ -4634,29 +4679,30 @@ def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int
 
 
 def packed_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
-    """Yield whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
-    context, device = cfg.eval_seq_len, scorer.world.device
+    """Yield whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows, the same for any ranks."""
+    context = cfg.eval_seq_len
     whole_stream = -(-scorer.total // context) * context
     row_tokens = min(max(cfg.val_batch_tokens // 8, context), whole_stream)
 
     for start, end in packed_rows(scorer, context, row_tokens)[rank::size]:
-        targets = np.full((1, row_tokens), -1)
-        targets[0, : end - start] = np.arange(start, end)
+        targets = np.arange(start, start + row_tokens)[None]
+        targets = np.where(targets < end, targets, -1)
         inputs = np.zeros((1, row_tokens), np.int64)
         inputs[0, : end - start] = scorer.inputs_for(start, targets)
 
         starts = np.flatnonzero(inputs[0] == BOS_ID)
-        if end - start < row_tokens:
-            starts = np.append(starts, end - start)  # the padding
+        starts = np.append(starts, end - start)  # the padding is a document of its own
         cuts = document_cu_seqlens(starts, row_tokens, context)
-        segments = Segments(torch.from_numpy(cuts).to(device), context)
-        yield EvalBatch(torch.from_numpy(inputs).to(device), targets, np.diff(cuts), segments)
+        segments = Segments(torch.from_numpy(cuts).to(scorer.world.device), context)
+        yield EvalBatch(scorer.on_device(inputs), targets, np.diff(cuts), segments)
 
 
 def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
-    """Yield windows every EVAL_STRIDE tokens, documents not masked; each scores the targets that no earlier window has scored.
+    """Yield windows every EVAL_STRIDE tokens, documents not masked; each scores what no earlier window has
+    scored.
 
-    Each row walks through a stretch of its own: most of what its window shows has been scored by the same row in earlier batches.
+    Each row walks through a stretch of its own: most of what its window shows has been scored by the same row
+    in earlier batches.
     """
     seq, stride = cfg.eval_seq_len, cfg.eval_stride
     starts = np.arange(0, max(1, scorer.total - (seq - stride)), stride)
@@ -4682,8 +4728,7 @@ def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
         for row, window in enumerate(windows):
             shown = scorer.inputs_for(starts[window], targets[row])
             inputs[row, : len(shown)] = shown
-        lengths = np.full(len(windows), seq)
-        yield EvalBatch(torch.from_numpy(inputs).to(scorer.world.device), targets, lengths, learn=learn)
+        yield EvalBatch(scorer.on_device(inputs), targets, np.full(len(windows), seq), learn=learn)
 
 
 class Method(NamedTuple):
@@ -4702,10 +4747,12 @@ METHODS = dict(
 
 @torch.enable_grad()
 def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
-    """Learn a shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
+    """Learn a shift of the final hidden states that lowers the loss on some targets of windows (SLOT, PR
+    #1105).
 
-    published: one shift for the batch, from all its targets, those about to be scored included, which breaks the rules. causal:
-    one for each window, from targets that its row has scored before. score(tokens, shift=...) -> nats. -> (1 or B, 1, D).
+    published: one shift for the batch, from all its targets, those about to be scored included, which breaks
+    the rules. causal: one for each window, from targets that its row has scored before. score(tokens,
+    shift=...) -> nats. -> (1 or B, 1, D).
     """
     device, causal = scorer.world.device, cfg.slot == "causal"
     tokens = scorer.targets_to_learn(learn, "slot", early=not causal)
@@ -4724,7 +4771,10 @@ def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def evaluate(cfg: Config, world: World, forward, scorer: Scorer, looping: bool = True) -> Score:
-    """Score everything behind the scorer with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
+    """Score everything behind the scorer with fixed weights, each rank its share of the batches.
+
+    forward: `GPT.forward`, compiled or not.
+    """
     layers = layer_order(cfg, looping)
     batches = METHODS[cfg.eval_method].batches
     with announce_order(cfg, scorer, scorer.order).only_released_steps():
@@ -6479,8 +6529,8 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
 def pick_kernels(cfg: Config, world: World) -> tuple[Kernels, str]:
     """Choose the kernels of this run; a script without KERNELS has the definitions.
 
-    -> (kernels, the attention's name and how it was chosen). Raises RunError where a variable asks such a script
-    for a kernel.
+    -> (kernels, the attention's name and how it was chosen). Raises RunError where a variable asks such a
+    script for a kernel.
     """
     if "choose_kernels" in globals():
         kernels = choose_kernels(cfg, world)
@@ -6493,8 +6543,8 @@ def pick_kernels(cfg: Config, world: World) -> tuple[Kernels, str]:
     if cfg.cuda_graphs:
         wanted.append("CUDA_GRAPHS=1")
     if wanted:
-        raise RunError(f"{' '.join(wanted)}: no kernels in this script, its section KERNELS was cut off; take the "
-                       "whole script, or set *_KERNEL to eager, ATTN_BACKEND to auto and CUDA_GRAPHS to 0")
+        raise RunError(f"{' '.join(wanted)}: no kernels in this script, its section KERNELS was cut off; "
+                       "take the whole script, or set *_KERNEL to eager, ATTN_BACKEND to auto, CUDA_GRAPHS to 0")
     return DEFINITIONS, "sdpa (KERNELS was cut off)"
 
 
@@ -6507,21 +6557,24 @@ class Note(NamedTuple):
 
 
 NOTES = dict(
-    data=Note("train_shards: {train_shards}\nval_tokens: {val_tokens}", dict(val_tokens="val_tokens", docs_val="docs_val")),
+    data=Note(
+        "train_shards: {train_shards}\nval_tokens: {val_tokens}",
+        dict(val_tokens="val_tokens", docs_val="docs_val")),
     trained=Note(
         "peak memory allocated: {allocated} MiB reserved: {reserved} MiB",
-        {name: name for name in ("steps", "train_seconds", "train_tokens", "step_avg_ms", "loss_curve", "mfu")}),
+        dict(steps="steps", train_seconds="seconds", train_tokens="tokens", step_avg_ms="step_ms",
+             loss_curve="losses", mfu="mfu")),
     calibrated=Note("GPTQ:collected {count} Hessians in {seconds:.1f}s", dict(calib_seconds="budgeted")),
     scored=Note(
         "{name} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{milliseconds:.0f}ms",
-        {"{key}_val_loss": "loss", "{key}_val_bpb": "bpb", "{key}_mfu": "mfu", "val_loss": "loss", "val_bpb": "bpb",
-         "target_tokens": "tokens", "val_bytes": "bytes"}),
+        {"{key}_val_loss": "loss", "{key}_val_bpb": "bpb", "{key}_mfu": "mfu",
+         "val_loss": "loss", "val_bpb": "bpb", "target_tokens": "tokens", "val_bytes": "bytes"}),
     artifact=Note(
         "Code size (uncompressed): {code_bytes} bytes\n"
         "Serialized model {form}: {bytes} bytes\n"
         "Total submission size {form}: {total} bytes",
-        dict(artifact_file="file", artifact_bytes="bytes", artifact_sha256="sha256", bytes_by_part="parts", code_bytes="code_bytes",
-             code_sha256="code_sha256", bytes_total="total", over_cap="over_cap"),
+        dict(artifact_file="file", artifact_bytes="bytes", artifact_sha256="sha256", bytes_by_part="parts",
+             code_bytes="code_bytes", code_sha256="code_sha256", bytes_total="total", over_cap="over_cap"),
         ledger=True),
 )
 
@@ -6538,7 +6591,7 @@ def state_hash(*states: Any) -> str:
 
 
 class Run:
-    """Hold what all stages of a run share: configuration, ranks, files, log, ledger, clock, and the numbers collected so far."""
+    """Hold what stages share: configuration, ranks, files, log, ledger, clock and the numbers so far."""
 
     def __init__(self, cfg: Config, world: World, out: Path):
         self.cfg = cfg
@@ -6550,15 +6603,20 @@ class Run:
         self.artifact = out / "final_model.int6.ptz"
         self.log = Log(out / f"{self.id}.txt" if world.main else None)
         self.ledger = Ledger(out / "ledger.jsonl" if world.main else None)
-        self.clock = Clock(world, lambda name, seconds: self.ledger.add("phase", dict(name=name, seconds=seconds)))
+        self.clock = Clock(world, self.note_phase)
         if cfg.stage not in ("train", "warm"):
-            {"pergroup": need_lrzip, "range": need_constriction}.get(cfg.compressor, str)()  # before an hour of training, not after
+            # before an hour of training, not after
+            {"pergroup": need_lrzip, "range": need_constriction}.get(cfg.compressor, str)()
 
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
         self.data = ValData.load(cfg, self.files)
         self.kernels, self.attention = pick_kernels(cfg, world)
         self.result: dict[str, Any] = {}
         self.last_pass = ""  # over the validation tokens
+
+    def note_phase(self, name: str, seconds: float) -> None:
+        """Keep a stretch of the clock in the ledger."""
+        self.ledger.add("phase", dict(name=name, seconds=seconds))
 
     def note(self, kind: str, **facts: Any) -> None:
         """Write facts to the log, the result and the ledger, as NOTES says for their kind."""
@@ -6575,7 +6633,7 @@ class Run:
 
     @contextlib.contextmanager
     def unchanged(self, state):
-        """Keep the hash of what state() returns and of the random generators, before a warm-up and after it."""
+        """Keep the hash of what state() returns and of the random generators, before and after a warm-up."""
         def look() -> str:
             return state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
 
@@ -6594,7 +6652,8 @@ class Run:
         score = method(scorer)
         seconds = time.perf_counter() - start
         mfu = Utilization(self.world, scorer.work, seconds).result(seconds)
-        self.note("scored", name=name, key=scorer.name, milliseconds=1000 * seconds, mfu=mfu, **score._asdict())
+        facts = score._asdict() | dict(milliseconds=1000 * seconds, mfu=mfu)
+        self.note("scored", name=name, key=scorer.name, **facts)
         return seconds
 
     def diagnostic(self, name: str, key: str, forward) -> float:
@@ -6605,17 +6664,18 @@ class Run:
 
 def environment(world: World) -> dict:
     """List versions and machine."""
-    return dict(hardware=hardware_name(world), python_version=platform.python_version(), torch_version=torch.__version__,
-                triton_version=triton_version(), world_size=world.size)
+    return dict(
+        hardware=hardware_name(world), world_size=world.size, python_version=platform.python_version(),
+        torch_version=torch.__version__, triton_version=triton_version())
 
 
 def log_start(run: Run, env) -> None:
-    """Log overrides, variables without effect, the whole configuration and the source: a log is a complete account of its run."""
+    """Log what the run depends on: overrides, variables without effect, all of the configuration, the source."""
     cfg, log = run.cfg, run.log
     script = Path(__file__)
     changed = " ".join(f"{name}={value}" for name, value in overrides(cfg).items())
-    log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, torch {torch.__version__}, "
-        f"python {platform.python_version()}")
+    log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, "
+        f"torch {torch.__version__}, python {platform.python_version()}")
     log(f"overrides: {changed or 'none'}")
     for note in without_effect(cfg, env):
         log(f"no effect: {note}")
@@ -6623,22 +6683,29 @@ def log_start(run: Run, env) -> None:
     for name in sorted(f.name for f in fields(cfg)):
         log(f"  {name}: {getattr(cfg, name)}", console=False)
     log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
-    run.note("data", train_shards=len(run.files.train), val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]))
+
+    documents, _ = run.data.documents()
+    targets = len(run.data.target_bytes)
+    run.note("data", train_shards=len(run.files.train), val_tokens=targets, docs_val=len(documents))
     if cfg.quant == "rd" and cfg.target_bytes and cfg.stage != "eval":
         log(bits_available(cfg, script.stat().st_size))
 
-    kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel, adam=cfg.ttt_adam_kernel)
+    kernels = dict(
+        mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel,
+        adam=cfg.ttt_adam_kernel)
     chosen = " ".join(f"{name}:{kind}" for name, kind in kernels.items())
     log(f"kernels: attention:{run.attention} {chosen}")
 
 
 def bits_available(cfg: Config, code_bytes: int) -> str:
     """Say how many bits TARGET_BYTES leaves for a weight, and what that means."""
-    weights = sum(math.prod(m.shape) for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq")
+    stored = [m for m in matrices(cfg) if m.role.stored is not None]
+    weights = sum(math.prod(m.shape) for m in stored if m.role.stored.codec == "gptq")
     bits = 8 * (cfg.target_bytes - code_bytes) / weights
     verdicts = ((0.2, "CANNOT FIT"), (2, "fits, at a loss: 3 are usual"), (math.inf, "fits"))
     verdict = next(verdict for limit, verdict in verdicts if bits < limit)
-    return f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code_bytes}, {bits:.2f} bits each: {verdict}"
+    return (f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code_bytes}, "
+            f"{bits:.2f} bits each: {verdict}")
 
 
 def open_account(run: Run) -> None:
@@ -6648,10 +6715,12 @@ def open_account(run: Run) -> None:
     if cfg.tokenizer_file.exists():
         tokenizer = sha256_file(cfg.tokenizer_file)
     run.ledger.add("start", dict(
-        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage, code_sha256=sha256_file(Path(__file__)),
-        config_hash=config_hash(cfg), overrides=overrides(cfg), seed=cfg.seed, seeds_declared=cfg.seeds_declared,
+        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage,
+        code_sha256=sha256_file(Path(__file__)), config_hash=config_hash(cfg), overrides=overrides(cfg),
+        seed=cfg.seed, seeds_declared=cfg.seeds_declared,
         manifest_sha256=files.manifest_sha256, shards=files.hashes, tokenizer_sha256=tokenizer,
-        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()), environment=environment(run.world)))
+        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()),
+        environment=environment(run.world)))
 
 
 def train_stage(run: Run) -> GPT:
@@ -6694,7 +6763,8 @@ def train_stage(run: Run) -> GPT:
 def resume(run: Run, trainer: Trainer) -> None:
     """Go on where an interrupted run left its checkpoint. Raises RunError without one."""
     if not run.checkpoint.exists():
-        raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
+        raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the folder of the "
+                       "interrupted run, or RESUME=0")
     trainer.load_state(load_tensors(run.checkpoint, run.world.device))
     run.log(f"resumed after step {trainer.step}")
 
@@ -6705,13 +6775,13 @@ def note_training(run: Run, trainer: Trainer, wall_seconds: float) -> None:
     allocated = max(peak_memory_mib(device), run.clock.peak_mib.get("train", 0))
     reserved = torch.cuda.max_memory_reserved() >> 20 if device.type == "cuda" else allocated
     run.note(
-        "trained", allocated=allocated, reserved=reserved, steps=trainer.step, train_seconds=seconds,
-        train_tokens=trainer.step * run.cfg.train_batch_tokens, step_avg_ms=1000 * seconds / trainer.step,
-        loss_curve=trainer.losses, mfu=trainer.utilization.result(wall_seconds))
+        "trained", allocated=allocated, reserved=reserved, steps=trainer.step, seconds=seconds,
+        tokens=trainer.step * run.cfg.train_batch_tokens, step_ms=1000 * seconds / trainer.step,
+        losses=trainer.losses, mfu=trainer.utilization.result(wall_seconds))
 
 
 def warm_stage(run: Run) -> None:
-    """Compile everything that training and the scored evaluation will run, on fresh weights; nothing is learned."""
+    """Compile what training and the scored evaluation will run, on fresh weights; nothing is learned."""
     cfg, world = run.cfg, run.world
     run.clock.phase("compile")
     trainer = Trainer(cfg, world, run.files, run.kernels)
@@ -6725,7 +6795,7 @@ def warm_stage(run: Run) -> None:
 
 
 def quantize_stage(run: Run, model: GPT | None) -> None:
-    """Collect Hessians, quantize and pack; the artifact is read back and compared before the stage is done."""
+    """Collect Hessians, quantize and pack; the artifact is read back and compared."""
     cfg, world, log = run.cfg, run.world, run.log
     if model is None:
         model = load_checkpoint_model(cfg, world, run.weights, run.kernels)
@@ -6747,13 +6817,14 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
         start = time.perf_counter()
         stored, blob = quantize_to_fit(
             cfg, model.state_dict(), hessians, Path(__file__).stat().st_size, log, model.kernels.viterbi)
-        log(f"Serialize: {cfg.quant} quantization and {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
+        seconds = time.perf_counter() - start
+        log(f"Serialize: {cfg.quant} quantization and {cfg.compressor} compression done in {seconds:.1f}s")
         write_atomic(run.artifact, blob)
         run.clock.phase("unpack")
         back = unpack(cfg, run.artifact.read_bytes())
         for name, s in stored.items():
             if not torch.equal(s.decode(), back[name].decode()):
-                raise RunError(f"{run.artifact}: {name} does not survive packing: a bug, please report it with the log")
+                raise RunError(f"{run.artifact}: {name} does not survive packing: a bug, please report it")
     world.barrier()
 
 
@@ -6763,17 +6834,19 @@ def count_bytes(run: Run) -> None:
     code, model = script.stat().st_size, artifact.stat().st_size
     total = code + model
     run.note(
-        "artifact", form=f"quantized+{run.cfg.compressor}", file=artifact.name, bytes=model, sha256=sha256_file(artifact),
-        parts=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script), total=total,
-        over_cap=total > ARTIFACT_CAP_BYTES)
+        "artifact", form=f"quantized+{run.cfg.compressor}",
+        file=artifact.name, bytes=model, sha256=sha256_file(artifact),
+        parts=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script),
+        total=total, over_cap=total > ARTIFACT_CAP_BYTES)
     if total > ARTIFACT_CAP_BYTES:
         run.log(
-            f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; nothing is deleted, the run is "
-            "marked. Ship the packed script (tools/pack_code.py), or set QUANT=rd TARGET_BYTES, or raise *_CLIP_SIGMAS")
+            f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; "
+            "nothing is deleted, the run is marked. Ship the packed script (tools/pack_code.py), or set QUANT=rd "
+            "TARGET_BYTES, or raise *_CLIP_SIGMAS")
 
 
 def score_artifact(run: Run) -> None:
-    """Load the artifact from its bytes, score it as it is, and then, with TTT_ENABLED, as it adapts to what it has scored."""
+    """Load the artifact from its bytes, score it as it is, and then, with TTT_ENABLED, as it adapts."""
     cfg = run.cfg
     run.clock.phase("unpack")
     start = time.perf_counter()
@@ -6804,7 +6877,8 @@ def adapt_and_score(run: Run, model: GPT) -> float:
 
     run.clock.phase("eval")
     run.log("beginning TTT eval timer")
-    seconds = run.score("quantized_ttt_phased", scorer, lambda scorer: TttRun(cfg, engine, scorer, run.log).run())
+    ttt = TttRun(cfg, engine, scorer, run.log)  # its clock runs from here
+    seconds = run.score("quantized_ttt_phased", scorer, lambda _: ttt.run())
     run.log(f"total_eval_time:{seconds:.1f}s")
     run.log(f"ttt_utilization: {Utilization(run.world, scorer.work, seconds).interval()}")
     return seconds
@@ -6817,7 +6891,7 @@ def eval_stage(run: Run) -> None:
         score_artifact(run)
     own_files = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *files.val, *files.sidecar]
     of_ranks = run.world.gather(log.unexpected(cfg.shards_path, own_files))
-    run.ledger.add("access", dict(seen=sorted(entry for seen in of_ranks for entry in seen)))
+    run.ledger.add("access", dict(seen=sorted(set().union(*of_ranks))))
 
 
 def documents_of(manifest: dict, split: str) -> int | None:
@@ -6827,28 +6901,34 @@ def documents_of(manifest: dict, split: str) -> int | None:
 
 
 def complete_result(run: Run) -> dict:
-    """Put the numbers collected so far among what says which run they are of; what no stage has measured is None."""
+    """Put the numbers so far among what says which run they are of; what no stage has measured is None."""
     cfg, files = run.cfg, run.files
     phases = run.clock.table()
-    scores = [f"{stage}val_{unit}" for stage in ("", "pre_quant_", "quantized_", "ttt_") for unit in ("loss", "bpb")]
-    unmeasured = dict.fromkeys((*scores, "steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds"))
+    stages = ("", "pre_quant_", "quantized_", "ttt_")
+    scores = [f"{stage}val_{unit}" for stage in stages for unit in ("loss", "bpb")]
+    others = ("steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds")
+    measured = dict.fromkeys((*scores, *others)) | run.result
+    manifest = files.manifest
     data = dict(
-        manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents_of(files.manifest, "train"),
-        train_tokens=files.manifest.get("splits", {}).get("train", {}).get("tokens"), docs_val=documents_of(files.manifest, "val"),
-        tokenizer_sha256=files.manifest.get("tokenizer_sha256"))
+        manifest_sha256=files.manifest_sha256, tokenizer_sha256=manifest.get("tokenizer_sha256"),
+        train_shards=len(files.train), train_tokens=manifest.get("splits", {}).get("train", {}).get("tokens"),
+        docs_train=documents_of(manifest, "train"), docs_val=documents_of(manifest, "val"))
     return dict(
-        schema_version=1, run_id=run.id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage, overrides=overrides(cfg),
-        config_hash=config_hash(cfg), **unmeasured | run.result, phases=phases, wall_seconds=sum(p["seconds"] for p in phases),
-        compilations=run.clock.compiled, peak_mem_mib=max(p["peak_mib"] for p in phases), **environment(run.world), data=data,
+        schema_version=1, run_id=run.id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
+        overrides=overrides(cfg), config_hash=config_hash(cfg), **measured,
+        phases=phases, wall_seconds=sum(p["seconds"] for p in phases),
+        peak_mem_mib=max(p["peak_mib"] for p in phases), compilations=run.clock.compiled,
+        **environment(run.world), data=data,
         train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)
 
 
 def finish(run: Run) -> None:
-    """Close the account, write result.json, print the tables, how the run is judged, and the result as one line of JSON."""
+    """Close the account, write result.json, print the tables, how to judge the run, and the result."""
     result = complete_result(run)
     times = ("train_seconds", "calib_seconds", "eval_seconds", "train_budget_seconds", "eval_budget_seconds")
     run.ledger.add("end", dict(
-        val_loss=result["val_loss"], val_bpb=result["val_bpb"], tokens=result.get("target_tokens"), bytes=result.get("val_bytes"),
+        val_loss=result["val_loss"], val_bpb=result["val_bpb"],
+        tokens=result.get("target_tokens"), bytes=result.get("val_bytes"),
         **{name: result[name] for name in times}, **{"pass": run.last_pass}))
     result["ledger"] = dict(lines=run.ledger.lines, last_hash=run.ledger.last)
 
@@ -6866,7 +6946,8 @@ def finish(run: Run) -> None:
 def summary_table(result: dict) -> list[str]:
     """Write out the numbers that a person wants first."""
     lines = ["", f"{'stage':<28}{'val_bpb':>10}{'val_loss':>10}"]
-    for name, key in (("trained (EMA)", "pre_quant"), ("quantized", "quantized"), ("test-time trained", "ttt")):
+    stages = {"trained (EMA)": "pre_quant", "quantized": "quantized", "test-time trained": "ttt"}
+    for name, key in stages.items():
         if result[f"{key}_val_bpb"] is not None:
             lines.append(f"{name:<28}{result[f'{key}_val_bpb']:>10.5f}{result[f'{key}_val_loss']:>10.5f}")
     if "artifact_bytes" in result:
@@ -6896,19 +6977,23 @@ def run_stages(cfg: Config, world: World, env) -> None:
 
 
 def main() -> int:
-    """Run from the command line. Exit codes: 0 done, 1 the run failed with an explanation, 2 bad configuration, 130 interrupted."""
+    """Run from the command line. Exit codes: 0 done, 1 failed with an explanation, 2 bad configuration, 130
+    interrupted.
+    """
     if set(sys.argv[1:]) & {"-h", "--help"}:
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
         print(help_text())
         return 0
     if sys.argv[1:]:
-        print(f"unknown arguments {sys.argv[1:]}: everything is set by environment variables; see --help", file=sys.stderr)
+        print(f"unknown arguments {sys.argv[1:]}: everything is set by environment variables; see --help",
+              file=sys.stderr)
         return 2
     try:
         cfg, launch = config_from_env(os.environ), launch_from_env(os.environ)
     except ValueError as e:
-        print("bad configuration:\n" + "\n".join(f"  {line}" for line in str(e).splitlines()), file=sys.stderr)
+        problems = "\n".join(f"  {line}" for line in str(e).splitlines())
+        print(f"bad configuration:\n{problems}", file=sys.stderr)
         return 2
     world = None
     try:
@@ -6919,11 +7004,12 @@ def main() -> int:
         print(f"error: {e}", file=sys.stderr)
         return 130 if isinstance(e, Interrupted) else 1
     except torch.OutOfMemoryError as e:
-        print(f"error: out of device memory: {e}\nLower TRAIN_MICROBATCH_TOKENS (the batch stays the same), VAL_BATCH_TOKENS or "
-              "TTT_BATCH_SIZE", file=sys.stderr)
+        print(f"error: out of device memory: {e}\nLower TRAIN_MICROBATCH_TOKENS (the batch stays the same), "
+              "VAL_BATCH_TOKENS or TTT_BATCH_SIZE", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what was finished is on disk: go on with STAGE=quantize or STAGE=eval", file=sys.stderr)
+        print("interrupted; what was finished is on disk: go on with STAGE=quantize or STAGE=eval",
+              file=sys.stderr)
         return 130
     finally:
         if world is not None:
