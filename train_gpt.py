@@ -2154,23 +2154,28 @@ def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO
     return Flops(2 * products, deltas, 4 * cfg.model_dim * pairs / n.sum())
 
 
-PASSES = {  # how often the forward's matrix, adapter and attention FLOPs are done: as the model defines it, and as the hardware runs it
-    "score": ((1, 1, 1), (1, 1, 1)),
-    "train": ((3, 3, 3), (3, 3, 3.5)),  # the backward of flash attention computes the scores again: 5 products instead of 4
-    "adapt": ((2, 3, 3), (2, 3, 3.5)),  # frozen matrices have no gradient of their own
+PASSES = {  # how often a pass does the forward's FLOPs with matrices, adapters and in attention, and the latter again
+    "score": (1, 1, 1, 0.0),
+    "train": (3, 3, 3, 0.5),  # the backward of flash attention repeats one of the forward's two products
+    "adapt": (2, 3, 3, 0.5),  # frozen matrices have no gradient of their own
 }
 
 
 class FlopCount:
-    """FLOPs of one rank: of the model, as the hardware runs it, and the part of the model's that belongs to scored tokens."""
+    """Counts the FLOPs of one rank: of the model, of these those of scored tokens, and all that the hardware ran."""
 
     def __init__(self):
-        self.model = self.hardware = self.useful = 0.0
+        self.model = 0.0
+        self.useful = 0.0
+        self.hardware = 0.0
 
     def add(self, flops: Flops, kind: str, tokens: int, scored: float) -> None:
-        """Passes over `tokens` positions, padding and context included, `scored` of which count for the loss."""
-        model, hardware = (tokens * sum(f * times for f, times in zip(flops, passes, strict=True)) for passes in PASSES[kind])
-        self.model, self.hardware, self.useful = self.model + model, self.hardware + hardware, self.useful + model * scored / tokens
+        """Add one of PASSES over `tokens` positions, padding and context included, `scored` of which count for the loss."""
+        matmul, lora, attention, again = PASSES[kind]
+        per_token = matmul * flops.matmul + lora * flops.lora + attention * flops.attention
+        self.model += tokens * per_token
+        self.useful += scored * per_token
+        self.hardware += tokens * (per_token + again * flops.attention)
 
 
 @torch.no_grad()
@@ -2458,106 +2463,123 @@ class Ema:
 # ==================================================================================================
 
 def lr_scale(cfg: Config, progress: float, step: int = 0, step_seconds: float = 0.0) -> float:
-    """Share of the peak learning rate: 1, then linear down to MIN_LR over the last WARMDOWN_FRAC; progress runs from 0 to 1.
+    """Compute the share of the peak learning rate: 1, then linear down to MIN_LR over the last WARMDOWN_FRAC.
 
-    With WARMDOWN_ITERS the warmdown lasts that many steps instead: counted back from ITERATIONS, or from the end of the
-    clock at `step_seconds` per step.
+    progress runs from 0 to 1. With WARMDOWN_ITERS the warmdown lasts that many steps instead: counted back
+    from ITERATIONS, or from the end of the clock at `step_seconds` a step.
     """
     if cfg.warmdown_iters:
         budget = cfg.train_budget_seconds
         by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget and step_seconds
-        left = budget * (1 - progress) / step_seconds if by_clock else cfg.iterations - step
-        return max(min(1.0, left / cfg.warmdown_iters), cfg.min_lr)
+        steps_left = budget * (1 - progress) / step_seconds if by_clock else cfg.iterations - step
+        return max(min(1.0, steps_left / cfg.warmdown_iters), cfg.min_lr)
+
     if progress < 1 - cfg.warmdown_frac or not cfg.warmdown_frac:
         return 1.0
     return max((1 - progress) / cfg.warmdown_frac, cfg.min_lr)
 
 
 def context_length(cfg: Config, progress: float) -> int:
-    """Attention context: the first stage whose end fraction has not passed."""
+    """Choose the attention context: that of the first stage whose end has not passed."""
     return next(length for length, end in cfg.seq_schedule if progress <= end)
 
 
 def rewarmup(cfg: Config, steps_since_change: int | None) -> float:
-    """Ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None = no change yet."""
+    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None: no change."""
     if steps_since_change is None or not cfg.seq_change_warmup_steps:
         return 1.0
     return min(1.0, steps_since_change / cfg.seq_change_warmup_steps)
 
 
 def muon_momentum(cfg: Config, step: int) -> float:
-    """Linear warm-up over MUON_MOMENTUM_WARMUP_STEPS, then constant."""
-    share = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
-    return cfg.muon_momentum_warmup_start + share * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
+    """Compute the momentum of a step: linear over MUON_MOMENTUM_WARMUP_STEPS, then constant."""
+    steps = cfg.muon_momentum_warmup_steps
+    share = min(1.0, step / steps) if steps else 1.0
+    start = cfg.muon_momentum_warmup_start
+    return start + share * (cfg.muon_momentum - start)
 
 
 def looping_at(cfg: Config, progress: float) -> bool:
-    """Whether the middle blocks repeat at this point of the run."""
+    """Tell whether the middle blocks repeat at this point of the run."""
     return cfg.num_loops > 0 and progress >= cfg.enable_looping_at
 
 
+def halves(layers: tuple[int, ...]) -> str:
+    """Write an order of layers for the log: those before the skips, and those after."""
+    middle = len(layers) // 2
+    return f"encoder:{list(layers[:middle])} decoder:{list(layers[middle:])}"
+
+
 def warm_shapes(cfg: Config) -> list[tuple[int, bool]]:
-    """(context, looping) combinations the run will meet, in the order it meets them."""
-    if not cfg.compile_shape_warmup:
-        return list(dict.fromkeys([(cfg.train_seq_len, False), (cfg.train_seq_len, cfg.num_loops > 0)]))
-    shapes, start = [], 0.0
-    for length, end in cfg.seq_schedule:
-        plain = not cfg.num_loops or start < cfg.enable_looping_at
-        looped = cfg.num_loops > 0 and end > cfg.enable_looping_at
-        shapes += [(length, looping) for looping, wanted in ((False, plain), (True, looped)) if wanted]
+    """List the (context, looping) combinations that the run will meet, in the order it meets them."""
+    shapes = []
+    start = 0.0
+    for length, end in cfg.seq_schedule if cfg.compile_shape_warmup else [(cfg.train_seq_len, 1.0)]:
+        if not cfg.num_loops or start < cfg.enable_looping_at:
+            shapes.append((length, False))
+        if cfg.num_loops and end > cfg.enable_looping_at:
+            shapes.append((length, True))
         start = end
     return list(dict.fromkeys(shapes))
 
 
 def warm_lengths(tokens: int, context: int) -> list[int]:
-    """Lengths of cu_seqlens to warm for rows of `tokens`: the least there can be, and three more buckets."""
+    """List the lengths of cu_seqlens to warm for rows of `tokens`: the least possible and three more."""
     segments = -(-tokens // context)
     return [CU_SEQLENS_BUCKET * (segments // CU_SEQLENS_BUCKET + k) for k in range(1, 5)]
 
 
 def warm_rows(row: Row, context: int) -> list[Row]:
-    """`row` cut every `context` tokens, once for each of its `warm_lengths`."""
-    n, device = row.targets.numel(), row.inputs.device
-    bounds = (torch.arange(length, dtype=torch.int32).mul(context).clamp(max=n) for length in warm_lengths(n, context))
-    return [row._replace(segments=Segments(cu_seqlens.to(device), context)) for cu_seqlens in bounds]
+    """Cut `row` every `context` tokens, once for each of its `warm_lengths`."""
+    rows = []
+    tokens = row.targets.numel()
+    for length in warm_lengths(tokens, context):
+        bounds = torch.arange(length, dtype=torch.int32).mul(context).clamp(max=tokens)
+        rows.append(row._replace(segments=Segments(bounds.to(row.inputs.device), context)))
+    return rows
 
 
 def nats_of_row(row: Row, forward, graphs: Graphed | None, **options) -> Tensor:
-    """Nats (1, T). A row of more segments than were warmed does without a graph."""
-    few = len(row.segments.cu_seqlens) in warm_lengths(row.targets.numel(), row.segments.max_len)
-    run = graphs if graphs and few else forward
-    return run(row.inputs, row.targets, segments=row.segments, **options)
+    """Compute the nats (1, T) of a row. One of more segments than were warmed does without a graph."""
+    segments = row.segments
+    warmed = len(segments.cu_seqlens) in warm_lengths(row.targets.numel(), segments.max_len)
+    run = graphs if graphs and warmed else forward
+    return run(row.inputs, row.targets, segments=segments, **options)
 
 
 class StepClock:
-    """Seconds of training so far, and a forecast of the next step. Pausing excludes validation and checkpoints."""
+    """Counts the seconds of training, without pauses for validation and checkpoints, and forecasts a step."""
 
     def __init__(self, seconds: float = 0.0, recent: tuple[float, ...] = ()):
-        self.seconds, self.start, self.recent = seconds, None, [*recent]  # start None: paused
+        self.seconds = seconds  # until the last pause
+        self.start = None  # None: paused
+        self.recent = [*recent]  # seconds a block of the last ten steps
 
     def now(self) -> float:
         return self.seconds + (0.0 if self.start is None else time.perf_counter() - self.start)
 
     def pause(self) -> None:
-        self.seconds, self.start = self.now(), None
+        self.seconds = self.now()
+        self.start = None
 
     def go_on(self) -> None:
         self.start = time.perf_counter()
 
     def record(self, seconds: float, applications: int) -> None:
-        """Seconds of one step that ran `applications` blocks."""
+        """Remember the seconds of one step that ran `applications` blocks."""
         self.recent = [*self.recent[-9:], seconds / applications]
 
-    def forecast(self, applications: int) -> float:
-        """Upper estimate of a step: the slowest recent one, per block, plus 10 %."""
-        return 1.1 * max(self.recent, default=0.0) * applications
+    def block_seconds(self) -> float:
+        """Estimate from above what a block of the next step takes: as in the slowest recent, plus 10 %."""
+        return 1.1 * max(self.recent, default=0.0)
 
 
 class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a request that the loop honours between two steps; the second one kills."""
+    """Turns the first Ctrl-C (or SIGTERM) into a request to stop between two steps; the second one kills."""
 
     def __init__(self):
-        self.requested, self.previous = False, {}
+        self.requested = False
+        self.previous = {}  # handlers, by signal
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -2581,107 +2603,154 @@ class Interrupted(RunError):
 
 
 class Utilization:
-    """How busy the device is kept: FLOPs per second as a share of what it could do. seconds: of the work, pauses left out."""
+    """Compares FLOPs per second with the peak of the device.
+
+    work: FLOPs of this rank; seconds: in which it did them, without pauses for validation and checkpoints.
+    """
 
     def __init__(self, world: World, work: FlopCount | None = None, seconds: float = 0.0):
-        name, self.measured = hardware_name(world), measured_peak(world)
+        name = hardware_name(world)
         self.datasheet = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-        self.work, self.seconds, self.marked, self.marked_at = work or FlopCount(), seconds, (FlopCount(), 0.0), time.perf_counter()
+        self.measured = measured_peak(world)
+        self.work = work or FlopCount()
+        self.seconds = seconds
+        self.logged = (time.perf_counter(), 0.0, 0.0, 0.0, 0.0)  # totals at the last `interval`
 
-    def share(self, flops: float, seconds: float) -> dict[str, float | None]:
-        """`flops` in `seconds`, of the datasheet's peak (None where there is none) and of the measured one."""
-        rate = flops / seconds if seconds else 0.0
+    def shares(self, flops: float, seconds: float) -> dict:
+        """Divide FLOPs a second by the datasheet's peak (None: there is none) and by the measured one."""
+        rate = flops / max(seconds, 1e-9)
         return dict(mfu=rate / self.datasheet if self.datasheet else None, of_measured=rate / self.measured)
 
     def interval(self) -> str:
-        """Since the last call, for the log: the model's FLOPs, then, of the datasheet's peak or else of the measured one, those of
-        scored tokens, those the hardware ran, and the model's again with validation and checkpoints in the time."""
-        (old, old_seconds), now = self.marked, time.perf_counter()
-        model, useful, hardware = (getattr(self.work, kind) - getattr(old, kind) for kind in ("model", "useful", "hardware"))
-        seconds, wall = self.seconds - old_seconds, max(now - self.marked_at, self.seconds - old_seconds)
-        shares = self.share(model, seconds)
-        for name, flops, time_of in (("useful", useful, seconds), ("hardware", hardware, seconds), ("with_pauses", model, wall)):
-            of_datasheet, of_measured = self.share(flops, time_of).values()
-            shares[name] = of_measured if of_datasheet is None else of_datasheet
-        self.marked, self.marked_at = (copy.copy(self.work), self.seconds), now
-        return " ".join(f"{name}:{'n/a' if value is None else format(value, '.4f')}" for name, value in shares.items())
+        """Describe the time since the last call, for the log.
+
+        Of the model's FLOPs both shares; then one each, of the datasheet's peak if there is one: that of scored
+        tokens, of all that the hardware ran, and of the model once more, with pauses in the time.
+        """
+        work = self.work
+        totals = np.array([time.perf_counter(), self.seconds, work.model, work.useful, work.hardware])
+        wall, seconds, model, useful, hardware = totals - self.logged
+        self.logged = totals
+
+        peak = self.datasheet or self.measured
+        seconds = max(seconds, 1e-9)
+        mfu = f"{model / seconds / peak:.4f}" if self.datasheet else "n/a"
+        return (
+            f"mfu:{mfu} of_measured:{model / seconds / self.measured:.4f} "
+            f"useful:{useful / seconds / peak:.4f} hardware:{hardware / seconds / peak:.4f} "
+            f"with_pauses:{model / max(wall, seconds) / peak:.4f}")
 
     def result(self, wall_seconds: float) -> dict:
-        """Of all of it: three kinds of FLOPs, each without and with pauses for validation and checkpoints."""
-        kinds = ("model", "useful", "hardware")
-        return dict(
-            **{kind: self.share(getattr(self.work, kind), self.seconds) for kind in kinds},
-            **{f"{kind}_with_pauses": self.share(getattr(self.work, kind), wall_seconds) for kind in kinds},
-            model_flops=self.work.model, peak_flops=dict(datasheet=self.datasheet, measured=self.measured))
+        """Sum up all of it: three kinds of FLOPs, each by the running time and by the time with pauses."""
+        peaks = dict(datasheet=self.datasheet, measured=self.measured)
+        out = dict(model_flops=self.work.model, peak_flops=peaks)
+        for kind, flops in vars(self.work).items():
+            out[kind] = self.shares(flops, self.seconds)
+            out[f"{kind}_with_pauses"] = self.shares(flops, wall_seconds)
+        return out
+
+
+class StepPlan(NamedTuple):
+    """Says how to take a step: context, whether middle blocks repeat, share of the peak learning rate."""
+
+    context: int
+    looping: bool
+    lr_scale: float
 
 
 class Trainer:
-    """Model, optimizer, average and data of one training run, and the state a checkpoint keeps."""
+    """Holds model, optimizer, average and data of one training run, and the state that a checkpoint keeps."""
 
     def __init__(self, cfg: Config, world: World, files: Dataset, kernels: Kernels = DEFINITIONS):
-        self.cfg, self.world, self.files = cfg, world, files
+        self.cfg = cfg
+        self.world = world
+        self.files = files
         self.model = build_model(cfg, world, kernels)
         self.forward = compile_forward(self.model, cfg, world)
-        self.graphs = Graphed(self.forward, (p for p in self.model.parameters() if p.requires_grad)) if cfg.cuda_graphs else None
+        self.graphs = Graphed(self.forward, self.model.parameters()) if cfg.cuda_graphs else None
         self.optimizer = TrainOptimizer(self.model, cfg, world)
         self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
-        self.accumulate = cfg.micro_batches // world.size
+        self.accumulate = cfg.micro_batches // world.size  # micro-batches of this rank in a step
         self.utilization = Utilization(world)
         self.loader = self.open_loader()
-        self.step, self.clock, self.changed_at, self.stage_len = 0, StepClock(), None, cfg.seq_schedule[0][0]
-        self.looping, self.losses = False, []
+
+        self.step = 0
+        self.clock = StepClock()
+        self.losses = []  # (step, seconds, nats)
+        self.looping = False
+        self.stage_len = cfg.seq_schedule[0][0]  # attention context, and the step that changed it
+        self.changed_at = None
 
     def open_loader(self, position: tuple[int, int] | None = None) -> TrainLoader:
         cfg = self.cfg
-        return TrainLoader(self.files.train, cfg.train_microbatch_tokens, cfg.micro_batches, cfg.vocab_size, position)
+        return TrainLoader(
+            self.files.train, cfg.train_microbatch_tokens, cfg.micro_batches, cfg.vocab_size, position)
 
-    def loss(self, row: Row, order: tuple[int, ...]) -> Tensor:
-        """This row's part of the mean loss of the rank's micro-batches."""
+    def loss(self, row: Row, layers: tuple[int, ...]) -> Tensor:
+        """Compute this row's part of the mean loss of the rank's micro-batches."""
         weight = 1 / (row.targets.numel() * self.accumulate)
-        return weight * nats_of_row(row, self.forward, self.graphs, layers=order, training=True).sum()
+        return weight * nats_of_row(row, self.forward, self.graphs, layers=layers, training=True).sum()
 
-    def train_step(self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float) -> float:
-        """One optimizer step on a window (rows, span) of all ranks; returns the mean loss in nats, the same on every rank.
+    def backward(self, row: Row, layers: tuple[int, ...]) -> Tensor:
+        """Add a row's gradient to the step's; returns its loss, detached: see `Graphed` on accumulators."""
+        loss = self.loss(row, layers)
+        loss.backward()
+        return loss.detach()
+
+    def train_step(
+        self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float
+    ) -> float:
+        """Take a step on a window (rows, span) of all ranks; returns the mean loss in nats of them all.
 
         Raises FloatingPointError before any weight is touched when loss or gradient is not finite.
         """
-        order, total = layer_order(self.cfg, looping), torch.zeros((), device=self.world.device)
-        for tokens in window[self.world.rank * self.accumulate : (self.world.rank + 1) * self.accumulate]:
-            row = packed_row(tokens, context, self.world.device)
-            loss = self.loss(row, order)
-            loss.backward()
-            n = row.targets.numel()
-            self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", n, n)
-            total += (loss := loss.detach())  # its graph goes: see `Graphed` on accumulators
-        self.world.sum_(total)
-        mean = Readback(total / self.world.size)
+        world = self.world
+        layers = layer_order(self.cfg, looping)
+        total = torch.zeros((), device=world.device)
+        first = world.rank * self.accumulate
+        for tokens in window[first : first + self.accumulate]:
+            row = packed_row(tokens, context, world.device)
+            total += self.backward(row, layers)
+            count = row.targets.numel()
+            self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", count, count)
+
+        world.sum_(total)
+        mean_on_host = Readback(total / world.size)
         with torch.profiler.record_function("optimizer"):
             self.optimizer.step(lr, momentum)
-        return mean.read()
+        return mean_on_host.read()
 
     def state(self) -> dict:
-        """Everything that decides how the run goes on."""
+        """Collect everything that decides how the run goes on."""
         return dict(
-            config_hash=config_hash(self.cfg), seed=self.cfg.seed, step=self.step, seconds=self.clock.now(), recent=self.clock.recent,
-            position=self.loader.position,
+            config_hash=config_hash(self.cfg), seed=self.cfg.seed,
+            step=self.step, seconds=self.clock.now(), recent=self.clock.recent, position=self.loader.position,
             changed_at=self.changed_at, stage_len=self.stage_len, looping=self.looping, losses=self.losses,
-            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema.shadow if self.ema else {},
+            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+            ema=self.ema.shadow if self.ema else {},
         )
 
     def load_state(self, state: dict) -> None:
         """Go on where `state` was taken. Raises RunError when it belongs to another recipe."""
-        if (state.get("config_hash"), state.get("seed")) != (config_hash(self.cfg), self.cfg.seed):
-            found = f"{state.get('config_hash')}, seed {state.get('seed')}"
-            raise RunError(f"checkpoint.pt was written by another configuration or seed ({found}); "
-                           "resume with the same variables, or start afresh with RESUME=0")
+        found = state.get("config_hash"), state.get("seed")
+        if found != (config_hash(self.cfg), self.cfg.seed):
+            raise RunError(
+                f"checkpoint.pt was written by another configuration or seed ({found[0]}, seed {found[1]}); "
+                "resume with the same variables, or start afresh with RESUME=0")
+
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
-            self.ema.shadow = {name: t.to(self.world.device) for name, t in state["ema"].items()}
+        for name, average in state["ema"].items():
+            self.ema.shadow[name].copy_(average)
         self.loader.close()
         self.loader = self.open_loader(tuple(state["position"]))
-        self.step, self.clock, self.changed_at = state["step"], StepClock(state["seconds"], state["recent"]), state["changed_at"]
-        self.stage_len, self.looping, self.losses = state["stage_len"], state["looping"], state["losses"]
+
+        self.step = state["step"]
+        self.clock = StepClock(state["seconds"], state["recent"])
+        self.losses = state["losses"]
+        self.looping = state["looping"]
+        self.stage_len = state["stage_len"]
+        self.changed_at = state["changed_at"]
 
     def checkpoint(self, path: Path) -> None:
         state = self.state()
@@ -2689,162 +2758,234 @@ class Trainer:
             save_tensors(path, state)
 
     def warm_up(self, log: Log) -> None:
-        """Compile every shape and run WARMUP_STEPS steps per loop mode, then put back weights, moments and data exactly."""
-        cfg = self.cfg
+        """Compile every shape, take WARMUP_STEPS steps per loop mode, then put everything back, data too."""
         compiled = self.graphs or self.forward is not self.model
-        if not compiled and not cfg.warmup_steps:
+        if not compiled and not self.cfg.warmup_steps:
             return
-        model, generator = {name: t.detach().clone() for name, t in self.model.state_dict().items()}, torch.get_rng_state()
-        optimizer = copy.deepcopy(self.optimizer.state_dict())
+
+        before = copy.deepcopy(self.state())
+        generator = torch.get_rng_state()
         window = self.loader.next_step()
+
         if compiled:
             self.warm_shapes(window[0], log)
-        for looping in dict.fromkeys((False, cfg.num_loops > 0)):
-            order = layer_order(cfg, looping)
-            if looping:
-                log(f"loop_warmup:enabled encoder:{list(order[: len(order) // 2])} decoder:{list(order[len(order) // 2 :])}")
-            for k in range(cfg.warmup_steps):
-                try:
-                    self.train_step(window, cfg.seq_schedule[0][0], looping, 1.0, muon_momentum(cfg, k))
-                except FloatingPointError as e:
-                    raise RunError(f"warm-up step {k + 1}: {e}; lower MATRIX_LR or TIED_EMBED_LR, or look at the data") from None
-                if k < 6 or (k + 1) % 10 == 0 or k + 1 == cfg.warmup_steps:
-                    log(f"{'loop_warmup_step' if looping else 'warmup_step'}: {k + 1}/{cfg.warmup_steps}")
-        self.model.load_state_dict(model)
-        self.optimizer.load_state_dict(optimizer)
+        for looping in dict.fromkeys((False, self.cfg.num_loops > 0)):
+            self.warm_steps(window, looping, log)
+
+        self.load_state(before)
         self.model.zero_grad()
-        self.loader.close()
-        self.loader, self.utilization = self.open_loader(), Utilization(self.world)
+        self.utilization = Utilization(self.world)
         torch.set_rng_state(generator)
 
     def warm_shapes(self, tokens: np.ndarray, log: Log) -> None:
-        """Forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
-        cfg, shapes, n = self.cfg, warm_shapes(self.cfg), self.cfg.train_microbatch_tokens
-        log("compile_shape_warmup:start " + ",".join(f"{n}x{'loop' if loop else 'plain'}" for n, loop in shapes))
+        """Run forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
+        cfg = self.cfg
+        shapes = warm_shapes(cfg)
+        names = [f"{context}x{'loop' if looping else 'plain'}" for context, looping in shapes]
+        log("compile_shape_warmup:start " + ",".join(names))
         row = packed_row(tokens, cfg.train_seq_len, self.world.device)
-        for length, looping in shapes * (1 + bool(self.graphs)):  # graphs are recorded in the second round
-            log(f"compile_shape_warmup:shape seq_len:{length} loop:{int(looping)} "
-                f"warmup_cu_buckets:{','.join(map(str, warm_lengths(n, length)))}")
-            for shaped in warm_rows(row, length):
-                self.loss(shaped, layer_order(cfg, looping)).backward()
+
+        for context, looping in shapes * (2 if self.graphs else 1):  # graphs are recorded in the second round
+            buckets = ",".join(map(str, warm_lengths(cfg.train_microbatch_tokens, context)))
+            shape = f"seq_len:{context} loop:{int(looping)} warmup_cu_buckets:{buckets}"
+            log(f"compile_shape_warmup:shape {shape}")
+            for shaped in warm_rows(row, context):
+                self.backward(shaped, layer_order(cfg, looping))
                 self.model.zero_grad()
 
-    def plan_step(self, elapsed: float, log: Log) -> tuple[int, bool, float]:
-        """Context, loop mode and learning-rate factor of the step about to run."""
+    def warm_steps(self, window: np.ndarray, looping: bool, log: Log) -> None:
+        """Take WARMUP_STEPS steps in one loop mode. Raises RunError when loss or gradient is not finite."""
         cfg = self.cfg
+        if looping:
+            log(f"loop_warmup:enabled {halves(layer_order(cfg, looping))}")
+
+        for step in range(cfg.warmup_steps):
+            done = step + 1
+            try:
+                self.train_step(window, cfg.seq_schedule[0][0], looping, 1.0, muon_momentum(cfg, step))
+            except FloatingPointError as e:
+                remedy = "lower MATRIX_LR or TIED_EMBED_LR, or look at the data"
+                raise RunError(f"warm-up step {done}: {e}; {remedy}") from None
+            if done <= 6 or done % 10 == 0 or done == cfg.warmup_steps:
+                log(f"{'loop_warmup_step' if looping else 'warmup_step'}: {done}/{cfg.warmup_steps}")
+
+    def plan_step(self, elapsed: float, log: Log) -> StepPlan:
+        """Plan the step about to run, `elapsed` seconds into training; logs what changes with it."""
+        cfg = self.cfg
+        step = self.step
         budget = cfg.train_budget_seconds
         by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget > 0
-        progress = min(1.0, elapsed / budget if by_clock else self.step / max(1, cfg.iterations))
+        progress = min(1.0, elapsed / budget if by_clock else step / max(1, cfg.iterations))
+
         context = context_length(cfg, progress)
         if context != self.stage_len:
-            self.stage_len, self.changed_at = context, self.step
-            log(f"growth_stage:seq_len:{context} progress:{progress:.3f} step:{self.step}")
+            self.stage_len = context
+            self.changed_at = step
+            log(f"growth_stage:seq_len:{context} progress:{progress:.3f} step:{step}")
             if cfg.seq_change_warmup_steps:
-                log(f"growth_stage_rewarmup:start step:{self.step} steps:{cfg.seq_change_warmup_steps} seq_len:{context}")
+                steps = cfg.seq_change_warmup_steps
+                log(f"growth_stage_rewarmup:start step:{step} steps:{steps} seq_len:{context}")
+
         if looping_at(cfg, progress) and not self.looping:
-            self.looping, order = True, layer_order(cfg, True)
-            log(f"layer_loop:enabled step:{self.step} frac:{progress:.3f} encoder:{list(order[: len(order) // 2])} "
-                f"decoder:{list(order[len(order) // 2 :])}")
-        ramp = rewarmup(cfg, None if self.changed_at is None else self.step - self.changed_at + 1)
-        per_step = elapsed / self.step if self.step else 0.0
-        return context, self.looping, lr_scale(cfg, progress, self.step, per_step) * ramp
+            self.looping = True
+            log(f"layer_loop:enabled step:{step} frac:{progress:.3f} {halves(layer_order(cfg, True))}")
+
+        ramp = rewarmup(cfg, None if self.changed_at is None else step - self.changed_at + 1)
+        step_seconds = elapsed / step if step else 0.0
+        return StepPlan(context, self.looping, lr_scale(cfg, progress, step, step_seconds) * ramp)
+
+    def finish_step(self, loss: float, elapsed: float, applications: int) -> float:
+        """Average the weights and account for a step that began at `elapsed`; returns the seconds now."""
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.model)
+
+        now = self.clock.now()
+        self.clock.record(now - elapsed, applications)
+        self.utilization.seconds += now - elapsed
+        self.losses.append((self.step, round(now, 3), round(loss, 5)))
+        return now
 
 
 def log_training_start(cfg: Config, trainer: Trainer, log: Log) -> None:
-    """What is about to be trained, by which schedule, on a device of which speed."""
+    """Log what is about to be trained, by which schedule, on a device of which speed."""
     log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
-    measured, datasheet = trainer.utilization.measured, trainer.utilization.datasheet
-    log(f"peak_tflops: measured:{measured / 1e12:.4g} datasheet:{'n/a' if datasheet is None else format(datasheet / 1e12, '.4g')}")
+    peaks = trainer.utilization
+    datasheet = f"{peaks.datasheet / 1e12:.4g}" if peaks.datasheet else "n/a"
+    log(f"peak_tflops: measured:{peaks.measured / 1e12:.4g} datasheet:{datasheet}")
     log("train_seq_schedule:" + ",".join(f"{n}@{end:.3f}" for n, end in cfg.seq_schedule))
     log(f"local_microbatch_tokens:{cfg.train_microbatch_tokens}")
     log(f"growth_stage:seq_len:{cfg.seq_schedule[0][0]} progress:0.000")
     log(f"gptq:reserving {cfg.reserve_seconds:.0f}s, effective={cfg.train_budget_seconds * 1000:.0f}ms")
 
 
-def step_profiler(cfg: Config, trainer: Trainer, path: Path):
-    """torch's profiler over PROFILE steps after the third, and the speeds they are to be measured by; None without PROFILE."""
-    if not cfg.profile or not trainer.world.main:
+def step_profiler(trainer: Trainer, path: Path):
+    """Build torch's profiler of PROFILE steps after the third, its trace to lie at `path`. None: no PROFILE.
+
+    The speeds that the trace is to be measured by go into profile_speeds.json beside it.
+    """
+    world = trainer.world
+    steps = trainer.cfg.profile
+    if not steps or not world.main:
         return None
-    device = trainer.world.device
-    source = torch.ones(1 << 26, device=device)
-    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=2 * source.nbytes / quickest(trainer.world, source.clone))
+
+    source = torch.ones(1 << 26, device=world.device)
+    bytes_per_second = 2 * source.nbytes / quickest(world, source.clone)
+    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=bytes_per_second)
     write_atomic(path.with_name("profile_speeds.json"), json.dumps(speeds).encode())
-    kinds = torch.profiler.ProfilerActivity
+
     return torch.profiler.profile(
-        activities=[kinds.CPU, *([kinds.CUDA] if device.type == "cuda" else [])], record_shapes=True,
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=cfg.profile, repeat=1),
+        record_shapes=True,
+        schedule=torch.profiler.schedule(wait=2, warmup=1, active=steps, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
 
 
-def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=None) -> None:
-    """The timed loop. Stops at ITERATIONS, at FORCE_STOP_STEP, or before the step that would overrun the budget.
+def leave_early(trainer: Trainer, path: Path, new_graphs: list[str], interrupted: float) -> None:
+    """Save a checkpoint and raise Interrupted, or RunError for what was compiled in timed code."""
+    trainer.clock.pause()
+    trainer.checkpoint(path)
+    remedy = f"{path} holds it: go on with RESUME=1 and the same variables (ARTIFACT_DIR={path.parent})"
+    if interrupted:
+        raise Interrupted(f"interrupted after step {trainer.step}; {remedy}")
+    remedy = f"COMPILE_SHAPE_WARMUP=1 may avoid it. {remedy}"
+    raise recompile_error(f"step {trainer.step}", new_graphs, remedy)
 
-    validate(): scores the model as it stands, clock stopped. forecast(tokens): what the main rank's log says of the artifact so far,
-    clock running, only where that takes less than 1 % of the time since it last did. Raises Interrupted on Ctrl-C and RunError when
-    loss or gradient is no longer finite; in both cases checkpoint.pt holds the last good state.
+
+def take_step(trainer: Trainer, plan: StepPlan, checkpoint_path: Path) -> tuple[np.ndarray, float]:
+    """Take the planned step; returns its tokens (rows, span) and the loss.
+
+    Raises RunError when loss or gradient is not finite: the checkpoint then stands before this step's data.
     """
-    cfg, world, clock = trainer.cfg, trainer.world, trainer.clock
-    budget, checkpointed, tokens_per_step, compiled = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens, len(compilations())
-    profiler, asked, cost = step_profiler(cfg, trainer, checkpoint_path.with_name("profile.json.gz")), 0.0, 0.0
+    position = trainer.loader.position
+    window = trainer.loader.next_step()
+    try:
+        return window, trainer.train_step(window, *plan, muon_momentum(trainer.cfg, trainer.step))
+    except FloatingPointError as e:
+        trainer.loader.position = position
+        trainer.model.zero_grad()
+        trainer.checkpoint(checkpoint_path)
+        raise RunError(
+            f"step {trainer.step + 1}: {e}; the weights before it are in {checkpoint_path}. "
+            "Lower MATRIX_LR or TIED_EMBED_LR, or look at the data of this step") from None
+
+
+def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=None) -> None:
+    """Train until ITERATIONS, FORCE_STOP_STEP, or the step that would overrun the budget, which is not begun.
+
+    validate(): scores the model as it stands, clock stopped. forecast(tokens): what the main rank logs of the
+    artifact so far, clock running, only where that takes less than 1 % of the time since it last did. Raises
+    Interrupted on Ctrl-C and RunError when loss or gradient is no longer finite; in both cases checkpoint.pt
+    holds the last good state.
+    """
+    cfg = trainer.cfg
+    world = trainer.world
+    clock = trainer.clock
+    budget = cfg.train_budget_seconds
+    known_graphs = len(compilations())  # what is compiled from here on is compiled in timed code
+    saved_at = 0.0  # seconds of training at the last checkpoint
+    forecast_at = 0.0  # and at the last forecast
+    forecast_seconds = 0.0  # which took these; 0: there was none
+    profiler = step_profiler(trainer, checkpoint_path.with_name("profile.json.gz"))
+
     clock.go_on()
     with StopRequest() as stop, profiler or contextlib.nullcontext():
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
-            made = [] if cfg.compile_allow_recompiles else compilations()[compiled:]
-            elapsed, per_block, requested, recompiled = world.max(clock.now(), clock.forecast(1), float(stop.requested), len(made))
-            context, looping, lr = trainer.plan_step(elapsed, log)
-            applications = len(layer_order(cfg, looping))
-            if requested or recompiled:
-                clock.pause()
-                trainer.checkpoint(checkpoint_path)
-                go_on = f"{checkpoint_path} holds it: go on with RESUME=1 and the same variables (ARTIFACT_DIR={checkpoint_path.parent})"
-                if requested:
-                    raise Interrupted(f"interrupted after step {trainer.step}; {go_on}")
-                raise recompile_error(f"step {trainer.step}", made, f"COMPILE_SHAPE_WARMUP=1 may avoid it. {go_on}")
-            if budget and not cfg.force_stop_step and elapsed + per_block * applications > budget:
-                log(f"stopping_early: wallclock_cap train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}")
+            # The ranks agree on the clock, and on stopping.
+            new_graphs = [] if cfg.compile_allow_recompiles else compilations()[known_graphs:]
+            elapsed, block_seconds, interrupted, recompiled = world.max(
+                clock.now(), clock.block_seconds(), float(stop.requested), len(new_graphs))
+            if interrupted or recompiled:
+                leave_early(trainer, checkpoint_path, new_graphs, interrupted)
+
+            plan = trainer.plan_step(elapsed, log)
+            applications = len(layer_order(cfg, plan.looping))
+            if budget and not cfg.force_stop_step and elapsed + block_seconds * applications > budget:
+                reached = f"train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}"
+                log(f"stopping_early: wallclock_cap {reached}")
                 break
-            position, window = trainer.loader.position, trainer.loader.next_step()
-            try:
-                loss = trainer.train_step(window, context, looping, lr, muon_momentum(cfg, trainer.step))
-            except FloatingPointError as e:
-                trainer.loader.position = position
-                trainer.model.zero_grad()
-                trainer.checkpoint(checkpoint_path)
-                raise RunError(f"step {trainer.step + 1}: {e}; the weights before it are in {checkpoint_path}. Lower MATRIX_LR or "
-                               "TIED_EMBED_LR, or look at the data of this step") from None
-            trainer.step += 1
-            if trainer.ema:
-                trainer.ema.update(trainer.model)
-            now = clock.now()
-            clock.record(now - elapsed, applications)
-            trainer.utilization.seconds += now - elapsed
+
+            window, loss = take_step(trainer, plan, checkpoint_path)
+            now = trainer.finish_step(loss, elapsed, applications)
+            seconds = now - elapsed
             if profiler:
                 profiler.step()
-            trainer.losses.append((trainer.step, round(now, 3), round(loss, 5)))
+
             if trainer.step <= 5 or trainer.step % cfg.train_log_every == 0:
                 log(f"{trainer.step}/{cfg.iterations} train_loss: {loss:.4f} train_time: {now / 60:.1f}m "
-                    f"tok/s: {trainer.step * tokens_per_step / now:.0f} seconds:{now:.2f} lr_scale:{lr:.4f} "
-                    f"tok/s_now:{tokens_per_step / (now - elapsed):.0f} {trainer.utilization.interval()}")
-                price = cost or 3 * (now - elapsed)  # until it is known: as much as three steps
-                if forecast and world.main and now - asked > 100 * price and (not budget or now + 2 * price < budget):
+                    f"tok/s: {trainer.step * cfg.train_batch_tokens / now:.0f} seconds:{now:.2f} "
+                    f"lr_scale:{plan.lr_scale:.4f} tok/s_now:{cfg.train_batch_tokens / seconds:.0f} "
+                    f"{trainer.utilization.interval()}")
+
+                allowance = forecast_seconds or 3 * seconds  # until it is known: as much as three steps
+                fits = not budget or now + 2 * allowance < budget
+                if forecast and world.main and fits and now - forecast_at > 100 * allowance:
                     log(f"{trainer.step}/{cfg.iterations} {forecast(window[0])}")
-                    asked, compiled = clock.now(), len(compilations())
-                    cost = asked - now
+                    forecast_at = clock.now()
+                    forecast_seconds = forecast_at - now
+                    known_graphs = len(compilations())
+
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 clock.pause()
-                score, compiled = validate(), len(compilations())
+                score = validate()
                 log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
+                known_graphs = len(compilations())
                 clock.go_on()
-            if cfg.checkpoint_seconds and (agreed := world.max(now)[0]) - checkpointed >= cfg.checkpoint_seconds:
-                clock.pause()
-                checkpointed = agreed
-                trainer.checkpoint(checkpoint_path)
-                clock.go_on()
+
+            if cfg.checkpoint_seconds:
+                agreed = world.max(now)[0]
+                if agreed - saved_at >= cfg.checkpoint_seconds:
+                    saved_at = agreed
+                    clock.pause()
+                    trainer.checkpoint(checkpoint_path)
+                    clock.go_on()
+
         world.synchronize()
         clock.pause()
+
     trainer.loader.close()
     if not trainer.step:
-        raise RunError(f"no step fits into {budget:g} s of training: raise MAX_WALLCLOCK_SECONDS or lower TRAIN_BATCH_TOKENS")
+        remedy = "raise MAX_WALLCLOCK_SECONDS or lower TRAIN_BATCH_TOKENS"
+        raise RunError(f"no step fits into {budget:g} s of training: {remedy}")
     score = validate()
     log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
 

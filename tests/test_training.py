@@ -293,10 +293,10 @@ def test_clock_counts_running_time_only(monkeypatch):
     assert clock.now() == 8
     for seconds in (4.0, 2.0):
         clock.record(seconds, 4)
-    assert clock.forecast(6) == pytest.approx(1.1 * 1.0 * 6)
+    assert clock.block_seconds() == pytest.approx(1.1 * 1.0)
     for _ in range(10):
         clock.record(2.0, 4)
-    assert clock.forecast(6) == pytest.approx(1.1 * 0.5 * 6)  # the slow step is forgotten
+    assert clock.block_seconds() == pytest.approx(1.1 * 0.5)  # the slow step is forgotten
 
 
 def test_training_never_exceeds_its_budget(cfg, world, tmp_path, monkeypatch):
@@ -550,11 +550,12 @@ def test_a_bad_loss_stops_the_run_and_keeps_the_last_good_state(cfg, world, tmp_
     def poisoned(*args):
         if trainer.step == 4:
             good.update(fingerprint(trainer))
-            hook = trainer.model.tok_emb.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+            forward = trainer.forward
+            trainer.forward = lambda *inputs, **options: forward(*inputs, **options) * float("nan")
             try:
                 return step(*args)
             finally:
-                hook.remove()
+                trainer.forward = forward
         return step(*args)
 
     trainer.train_step = poisoned
