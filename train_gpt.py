@@ -3588,8 +3588,10 @@ def dequantized_state(cfg: Config, stored: dict[str, QuantizedTensor]) -> dict[s
 # PACKING - tensors <-> bytes. The only section that knows the artifact's layout.
 # ==================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 4  # bump the version whenever any byte of the output could change its meaning
-CHECKPOINT_FORMAT = 2  # of final_model.pt; published files have none, and neither had ours when parallel_post_lambdas was transposed
+ARTIFACT_MAGIC = b"PGA1"
+ARTIFACT_VERSION = 4   # bump it whenever any byte of the output could change its meaning
+HEADER_START = 26      # behind magic, version, header size and checksum
+CHECKPOINT_FORMAT = 2  # of final_model.pt; published files have none, nor had ours while parallel_post_lambdas was transposed
 MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it
     "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "logit_softcap",
     "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
@@ -3597,15 +3599,10 @@ MODEL_FIELDS = (  # what must agree between the artifact and the run that loads 
     "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled",
     "smear_gate_bos_fix",
 )
-VERSION_3_FIELDS = (  # whose values artifacts of version 3 list in this order
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "tie_embeddings", "logit_softcap",
-    "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
-    "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled",
-    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled",
-    "smear_gate_bos_fix", "asym_logit_rescale",
-)
-
 STREAMS = ("tok_emb", "attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "rest", "row_order")
+Array = np.ndarray
+Arrays = dict[str, Array]  # all parts of all tensors, "tensor:codec.part": int8, int16 or fp16
+SMALL_STREAMS = ("rest", "row_order")  # no integers of matrices
 TOKEN_STREAM = "tok_emb"  # a row per token: rows of rare tokens resemble each other
 
 
@@ -3614,520 +3611,771 @@ class ArtifactError(RunError):
 
 
 HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becomes an ArtifactError
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
-    brotli.error, subprocess.TimeoutExpired,
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError,
+    ValueError, brotli.error, subprocess.TimeoutExpired,
 )
 
 
-def need_lrzip() -> str:
-    """Path of the lrzip program. Raises RunError saying how to get it."""
-    if path := shutil.which("lrzip"):
+# ---- coders: bytes <-> fewer bytes
+
+
+class Brotli:
+    """brotli at its best: all streams of COMPRESSOR=brotli, the small ones of COMPRESSOR=pergroup."""
+
+    @staticmethod
+    def require() -> None:
+        """Need nothing that this script does not import."""
+
+    @staticmethod
+    def encode(data: bytes) -> bytes:
+        return brotli.compress(data, quality=11, lgwin=24)
+
+    @staticmethod
+    def decode(data: bytes, size: int) -> bytes:
+        """Decode to `size` bytes, holding little more than that. The caller checks how many came."""
+        return brotli.Decompressor().process(data, output_buffer_limit=size + 1)
+
+
+class Lrzip:
+    """The lrzip program, with one thread, so that the bytes do not depend on the machine (PR #1855)."""
+
+    @staticmethod
+    def require() -> str:
+        """Find the program. Raises RunError saying how to get it."""
+        path = shutil.which("lrzip")
+        if path is None:
+            raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and "
+                           "Ubuntu: apt-get install lrzip), or set COMPRESSOR=range")
         return path
-    raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and Ubuntu: "
-                   "apt-get install lrzip), or set COMPRESSOR=range")
+
+    @staticmethod
+    def encode(data: bytes) -> bytes:
+        return Lrzip.run(["-z", "-L", "9"], data, len(data))
+
+    @staticmethod
+    def decode(data: bytes, size: int) -> bytes:
+        """Decode to `size` bytes, which the data's own header must announce too: the program sees no bomb."""
+        announced = int.from_bytes(data[6:14], "little")
+        if data[:4] != b"LRZI" or announced != size:
+            raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes; make it again")
+        return Lrzip.run(["-d"], data, size)
+
+    @staticmethod
+    def run(flags: list[str], data: bytes, size: int) -> bytes:
+        """Run the program on `data`, which has or will have `size` bytes when decoded.
+
+        Its time and, on Linux, memory and disk have limits of several times what that size usually takes, whatever the
+        data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
+        """
+        seconds = 1 + size // 50_000
+        limits = dict(CPU=seconds, AS=(512 << 20) + 16 * size, FSIZE=(32 << 10) + size)
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "in.lrz")
+            result = Path(folder, "out")
+            source.write_bytes(data)
+            command = [Lrzip.require(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
+            pipe = subprocess.PIPE
+            with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as process:
+                for name, limit in limits.items():
+                    if hasattr(resource, "prlimit"):
+                        resource.prlimit(process.pid, getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+                try:
+                    output, complaint = process.communicate(timeout=10 * seconds)
+                finally:
+                    process.kill()
+            if process.returncode or not result.exists():
+                words = (complaint.strip() or output.strip()).decode(errors="replace")
+                raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: {words}")
+            return result.read_bytes()
 
 
-def need_constriction() -> Any:
-    """The constriction library. Raises RunError saying how to get it."""
-    try:
-        return importlib.import_module("constriction")
-    except ImportError:
-        raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip install -r requirements.txt, "
-                       "or set COMPRESSOR=brotli") from None
+# ---- COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine, and no table is
+# sent: encoder and decoder count what they have seen. All of it, up to `code_arrays`, is written once for both: an encoder
+# leaves the values it is given as they are, a decoder fills them in, a counter of bits adds up what they would cost.
 
-
-def lrzip(data: bytes, size: int | None = None) -> bytes:
-    """lrzip's form of `data`, or what it stands for, `size` bytes, which its own header must announce too: the program sees no bomb.
-
-    One thread, so that the bytes do not depend on the machine. Its time and, on Linux, memory and disk have limits of several times what
-    that size usually takes, whatever the data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
-    """
-    if size is not None and (data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size):
-        raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
-    flags, size = (["-z", "-L", "9"], len(data)) if size is None else (["-d"], size)
-    seconds = 1 + size // 50_000
-    with tempfile.TemporaryDirectory() as folder:
-        source, result = Path(folder, "in.lrz"), Path(folder, "out")
-        source.write_bytes(data)
-        command = [need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            for limit, most in dict(CPU=seconds, AS=(512 << 20) + 16 * size, FSIZE=(32 << 10) + size).items():
-                if hasattr(resource, "prlimit"):
-                    resource.prlimit(process.pid, getattr(resource, f"RLIMIT_{limit}"), (most, most))
-            try:
-                said, complaint = process.communicate(timeout=10 * seconds)
-            finally:
-                process.kill()
-        if process.returncode or not result.exists():
-            words = (complaint.strip() or said.strip()).decode(errors="replace")
-            raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: {words}")
-        return result.read_bytes()
-
-
-CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, holding little more than that)
-    "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24),
-               lambda data, size: brotli.Decompressor().process(data, output_buffer_limit=size + 1)),
-    "lrzip": (lrzip, lrzip),
-}
-
-
-def stream_coder(compressor: str, stream: str) -> str:
-    """Which coder a stream gets: pergroup means lrzip for the integer matrices and brotli for the rest."""
-    return compressor if compressor != "pergroup" else "brotli" if stream in ("rest", "row_order") else "lrzip"
-
-
-# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine, and no table is sent:
-# encoder and decoder count what they have seen. All of it is written once for both, from `code_arrays` below up to here: an
-# encoder leaves the values it is given as they are, a decoder fills them in, a counter of bits adds up what they would cost.
 EIGHTH_OCTAVES = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
-MAGNITUDE_CLASSES, CLASS_OF_ONE = 41, 12  # classes of mean magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
-level = partial(np.arange(MAGNITUDE_CLASSES, dtype=np.int8).repeat(np.diff((0, *EIGHTH_OCTAVES[73:153:2], 2**20))).take, mode="clip")  # of a mean in 2^-12
-COUNT_STEP = 64  # what one symbol adds to its count
+MAGNITUDE_CLASSES = 41  # of a mean magnitude, a quarter of an octave each, from 1/8 (class 0) to 128
+CLASS_OF_ONE = 12       # the class of a mean of 1: three octaves above 1/8
+COUNT_STEP = 64         # what one symbol adds to its count
+MAGNITUDES = np.minimum(np.arange(256), 256 - np.arange(256))  # of the int8 that a byte stands for
+
+# Means are in units of 2^-12, so class 0 is around 2^(12 - 3). A class ends an eighth of an octave above its own mean.
+CLASS_ENDS = EIGHTH_OCTAVES[8 * (12 - 3) + 1 :: 2][: MAGNITUDE_CLASSES - 1]
+
+
+def magnitude_class(mean: Array) -> Array:
+    """Find the class of mean magnitudes in units of 2^-12, int8: the first and the last have no end."""
+    return CLASS_ENDS.searchsorted(mean, side="right").astype(np.int8)
 
 
 @cache
-def gaussian_counts() -> np.ndarray:
-    """Counts to start from, int64 (2 * MAGNITUDE_CLASSES, 256), for each class under both quantizers of a trellis: a Gaussian of its mean
-    magnitude m, worth 256 symbols, and a floor. At k it has fallen by k^2 / (pi m^2 ln 2) octaves, here eighths, m^2 in 2^-10."""
-    magnitude = np.minimum(np.arange(256), 256 - np.arange(256))  # of an int8 whose bits are the index
-    weight = EIGHTH_OCTAVES[np.maximum(8 * 14 - magnitude**2 * 3762 // EIGHTH_OCTAVES[32 + 4 * np.arange(MAGNITUDE_CLASSES)][:, None], 0)]
-    return np.tile(1 + 256 * COUNT_STEP * weight // weight.sum(1, keepdims=True), (2, 1))
+def gaussian_counts() -> Array:
+    """Make the counts to start from, int64 (2 * MAGNITUDE_CLASSES, 256): each class under both quantizers of a trellis.
+
+    They are a Gaussian of the class's mean magnitude m, worth 256 symbols, and a floor. At k it has fallen by
+    k^2 / (pi m^2 ln 2) octaves: in eighths of them, with m^2 in units of 2^-10, by 8 * 2^10 / (pi ln 2) = 3762 k^2 / m^2.
+    """
+    squared_mean = EIGHTH_OCTAVES[8 * 4 + 4 * np.arange(MAGNITUDE_CLASSES)][:, None]  # 2^(10 - 6) for class 0
+    fallen = MAGNITUDES**2 * 3762 // squared_mean
+    weight = EIGHTH_OCTAVES[np.maximum(8 * 14 - fallen, 0)]
+    counts = 1 + 256 * COUNT_STEP * weight // weight.sum(1, keepdims=True)
+    return np.tile(counts, (2, 1))
+
+
+def library_tables(counts: Array) -> Array:
+    """Scale counts (contexts, symbols) to the frequencies that the library is given, integers.
+
+    Its tables have 24 bits and no zeros: it adds 1 to each frequency. The frequencies have exactly the sum that makes its
+    own scaling a multiplication by one; what is missing after rounding down goes to the most frequent symbol.
+    """
+    contexts, symbols = counts.shape
+    room = 2**24 - symbols
+    tables = counts * room // counts.sum(1, keepdims=True)
+    tables[np.arange(contexts), counts.argmax(1)] += room - tables.sum(1)
+    return tables
 
 
 class RangeCoder:
-    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, only adds up the bits of each owner."""
+    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, adds up the bits of each owner."""
 
     def __init__(self, data: bytes | None = None, owners: int = 0):
-        library, self.bits = need_constriction().stream, np.zeros(owners)
-        self.model, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
-        self.decoder = None if data is None else library.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+        library = RangeCoder.require().stream
+        self.bits = np.zeros(owners)
+        self.model = library.model.Categorical
+        self.encoder = library.queue.RangeEncoder()
+        words = np.frombuffer(data or b"", "<u4").astype(np.uint32)
+        self.decoder = None if data is None else library.queue.RangeDecoder(words)
 
-    def code(self, counts: np.ndarray, context: np.ndarray, values: np.ndarray, owner: np.ndarray) -> None:
-        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count them.
-        `owner`, of n values, says whose they are.
+    @staticmethod
+    def require() -> Any:
+        """Import the constriction library. Raises RunError saying how to get it."""
+        try:
+            return importlib.import_module("constriction")
+        except ImportError:
+            raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip install -r "
+                           "requirements.txt, or set COMPRESSOR=brotli") from None
 
-        The library's tables have 24 bits and no zeros: it adds 1 to each frequency. They are given as integers with exactly the
-        sum that makes its scaling a multiplication by one.
-        """
+    def encoded(self) -> bytes:
+        """Return what was encoded."""
+        return self.encoder.get_compressed().astype("<u4").tobytes()
+
+    def code(self, counts: Array, context: Array, values: Array, owner: Array) -> None:
+        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count
+        them. `owner`, of n values, says whose they are."""
         contexts, symbols = counts.shape
-        sizes = np.bincount(context, minlength=contexts)
-        used = np.flatnonzero(sizes)
-        tables, sizes = counts[used], sizes[used]
-        most, tables = tables.argmax(1), tables * (2**24 - symbols) // tables.sum(1, keepdims=True)
-        tables[np.arange(len(used)), most] += 2**24 - symbols - tables.sum(1)
+        frequency = np.bincount(context, minlength=contexts)
+        used = np.flatnonzero(frequency)
+        tables = library_tables(counts[used])
         if len(self.bits):
-            bits = (24 - np.log2(tables + 1))[used.searchsorted(context), values]
+            cost = 24 - np.log2(tables + 1)
+            bits = cost[used.searchsorted(context), values]
             self.bits += np.bincount(owner.ravel(), bits, len(self.bits))
         else:
-            order = np.argsort(context, kind="stable")
-            ordered, tables = (values[order] if self.decoder is None else values).astype(np.int32), tables.astype(np.float32)
-            if symbols == 16:  # small tables are cheap: one for each number, in one call
-                calls = [(ordered, self.model(perfect=False), [np.repeat(tables, sizes, axis=0)])]
-            else:
-                parts = (slice(end - n, end) for n, end in zip(sizes.tolist(), sizes.cumsum().tolist(), strict=True))
-                calls = ((ordered[part], self.model(table, perfect=False), []) for part, table in zip(parts, tables, strict=True))
-            for numbers, model, parameters in calls:
-                if self.decoder is None:
-                    self.encoder.encode(numbers, model, *parameters)
-                else:
-                    numbers[:] = self.decoder.decode(model, *(parameters or [len(numbers)]))
+            by_context = np.argsort(context, kind="stable")
+            numbers = values[by_context].astype(np.int32)
+            self.transfer(numbers, tables.astype(np.float32), frequency[used])
             if self.decoder is not None:
-                values[order] = ordered
+                values[by_context] = numbers
         index = context.astype(np.uint32) * np.uint32(symbols) + values
         counts += COUNT_STEP * np.bincount(index, minlength=counts.size).reshape(counts.shape)
 
+    def transfer(self, numbers: Array, tables: Array, sizes: Array) -> None:
+        """Encode int32 `numbers`, or decode them in place: sizes[i] of them with tables[i], then the next."""
+        if tables.shape[1] == 16:  # small tables are cheap: one for each number, in one call
+            self.library_call(numbers, self.model(perfect=False), np.repeat(tables, sizes, axis=0))
+            return
+        parts = np.split(numbers, sizes.cumsum()[:-1])
+        for table, part in zip(tables, parts, strict=True):
+            self.library_call(part, self.model(table, perfect=False))
 
-def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray) -> None:
-    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it; the lowest
-    four of sixteen are alone. Blocks grow with what is known, and what is known fades: layers differ."""
-    counts, done = np.full((1 + 16 + 256 + 1, 16), COUNT_STEP // 4), 0
-    least, pace = 4, 6
-    while done < len(values):
-        here = slice(done, done + least + done // pace)
-        block, prefix = values[here], np.zeros(len(values[here]), np.uint16)
-        for shift, first in zip(range(8 * values.itemsize - 4, -1, -4), (0, 1, 17, 273), strict=False):
+    def library_call(self, numbers: Array, model, *tables: Array) -> None:
+        """Encode `numbers` by one call, or decode them in place; `tables`, if any, has one for each number."""
+        if self.decoder is None:
+            self.encoder.encode(numbers, model, *tables)
+        else:
+            numbers[:] = self.decoder.decode(model, *(tables or [len(numbers)]))
+
+
+CODERS = dict(brotli=Brotli, lrzip=Lrzip, range=RangeCoder)  # the last codes numbers, not bytes
+
+
+def stream_coder(compressor: str, stream: str) -> str:
+    """Name a stream's coder: pergroup means lrzip for the integer matrices and brotli for the rest."""
+    if compressor != "pergroup":
+        return compressor
+    return "brotli" if stream in SMALL_STREAMS else "lrzip"
+
+
+def require_coders(compressor: str) -> None:
+    """Check that all coders of COMPRESSOR are there. Raises RunError saying how to get one that is not."""
+    for stream in STREAMS:
+        CODERS[stream_coder(compressor, stream)].require()
+
+
+# Tables of the four nibbles of a number: one of the first, one of the others for each value of the nibbles above it. The
+# fourth has one table only.
+TABLE_STARTS = (0, 1, 1 + 16, 1 + 16 + 256)
+
+
+def code_numbers(coder: RangeCoder, values: Array, owner: Array) -> None:
+    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it.
+
+    Blocks grow with what is known, and what is known fades: layers differ.
+    """
+    last_table = TABLE_STARTS[-1]
+    floor = COUNT_STEP // 4
+    counts = np.full((last_table + 1, 16), floor)
+    shifts = range(8 * values.itemsize - 4, -1, -4)
+    start = 0
+    while start < len(values):
+        end = start + 4 + start // 6
+        block = values[start:end]
+        above = np.zeros(len(block), np.uint16)
+        for shift, first_table in zip(shifts, TABLE_STARTS, strict=False):
             nibble = (block >> shift & 15).astype(np.uint8)
-            coder.code(counts, first + prefix * (first < 273), nibble, owner[here])
-            prefix = prefix * 16 + nibble
-        block[:] = prefix
-        counts -= (counts - COUNT_STEP // 4) // pace
-        done = here.stop
+            table = first_table + above * (first_table < last_table)
+            coder.code(counts, table, nibble, owner[start:end])
+            above = above * 16 + nibble
+        block[:] = above
+        counts -= (counts - floor) // 6
+        start = end
 
 
-def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What an encoder tells about rows: class of magnitude + 64 * (weight of the reference in halves), uint8, and the reference.
+def find_references(q: Array, similar: bool) -> tuple[Array, Array, Array]:
+    """Choose for each row of int8 (rows, cols) the row it is coded against, if `similar` rows are to be found.
 
-    A reference is the most similar row that a decoder has by then: one higher up in any segment. It costs about two bytes and must
-    save more, and the class is that of the whole matrix unless the row differs enough to pay for saying so. Scalar products are
-    exact in fp32, so the choice is the same on every machine.
+    That is the most similar row that a decoder has by then: one higher up in any segment. A reference costs about two bytes
+    and must save more. Scalar products are exact in fp32, so the choice is the same on every machine. Returns the
+    reference, uint16 (rows,), its weight in halves, uint8 (rows,), 0 for no reference, and what is left, int8 (rows, cols).
     """
     rows, cols = q.shape
-    index, weight, step, residual = np.zeros(rows, np.uint16), np.zeros(rows, np.uint8), np.arange(rows) % TRELLIS_SEGMENT, q.copy()
-    if similar:
-        order, starts = step.argsort(kind="stable"), np.bincount(step).cumsum().tolist()
-        x = torch.from_numpy(q[order, :256]).float()  # enough to find it
-        norm = (x.square().sum(1) + 1).sqrt()
-        for start, end in pairwise(starts):
-            here, best = order[start:end], order[(x[start:end] @ x[:start].T).div_(norm[:start]).argmax(1).numpy()]
-            left = np.stack([q[here] - (q[best].astype(np.int16) * halves + 1 >> 1) for halves in range(3)])
-            error = np.square(left, dtype=np.int32).sum(2) * [[2.0 ** (-18 / cols)], [1], [1]]
-            index[here], weight[here] = best, error.argmin(0)
-            residual[here] = left[weight[here], np.arange(len(here))]
+    reference = np.zeros(rows, np.uint16)
+    halves = np.zeros(rows, np.uint8)
+    residual = q.copy()
+
+    step = np.arange(rows) % TRELLIS_SEGMENT
+    by_step = step.argsort(kind="stable")
+    step_ends = np.bincount(step).cumsum().tolist()
+    x = torch.from_numpy(q[by_step, :256]).float()  # so many columns are enough to find it
+    norm = (x.square().sum(1) + 1).sqrt()
+    for start, end in pairwise(step_ends if similar else ()):
+        own = by_step[start:end]
+        similarity = (x[start:end] @ x[:start].T).div_(norm[:start])
+        best = by_step[similarity.argmax(1).numpy()]
+        left = np.stack([q[own] - (q[best].astype(np.int16) * weight + 1 >> 1) for weight in range(3)])
+        error = np.square(left, dtype=np.int32).sum(2) * [[2.0 ** (-18 / cols)], [1], [1]]
+        reference[own] = best
+        halves[own] = error.argmin(0)
+        residual[own] = left[halves[own], np.arange(len(own))]
+    return reference, halves, residual
+
+
+def plan_rows(q: Array, similar: bool) -> tuple[Array, Array]:
+    """Choose what an encoder tells about the rows of int8 (rows, cols): class of magnitude + 64 * (weight of the reference
+    in halves), uint8 (rows,), and the reference, uint16 (rows,).
+
+    The class is that of the whole matrix unless the row differs enough to pay for saying so.
+    """
+    reference, halves, residual = find_references(q, similar)
     total = np.abs(residual).view(np.uint8).sum(1, dtype=np.int64) << 12
-    usual, own = (level(x).astype(int) for x in (total.sum() // q.size, total // cols))
-    return (np.where(cols * (own - usual) ** 2 < 400, usual, own) + 64 * weight).astype(np.uint8), index
+    usual = magnitude_class(total.sum() // q.size).astype(int)
+    own = magnitude_class(total // q.shape[1]).astype(int)
+    differs = q.shape[1] * (own - usual) ** 2 >= 400
+    return (np.where(differs, own, usual) + 64 * halves).astype(np.uint8), reference
 
 
-def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: list[int], trellis: bool, similar: bool) -> np.ndarray:
-    """Code int8 matrices (n, rows, cols), side by side: step t takes row t of every segment of every matrix. Returns them.
+def code_plan(coder: RangeCoder, q: Array, owner: Array, similar: bool) -> tuple[Array, Array, int]:
+    """Code what is told about the rows of int8 matrices (n, rows, cols) before the rows themselves.
 
-    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all segments)
-    and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256. Symbols are
-    no more than the largest magnitude (sent) needs: 0 and up, then the negative ones.
+    Returns the two arrays of `plan_rows`, (n * rows,), and the largest magnitude of a symbol, at least 1.
+    """
+    plan = np.zeros(len(owner), np.uint8)
+    reference = np.zeros(len(owner), np.uint16)
+    largest = np.full(1, 127, np.uint8)  # less one
+    if coder.decoder is None:
+        plans, references = zip(*(plan_rows(matrix, similar) for matrix in q), strict=True)
+        plan = np.concatenate(plans)
+        reference = np.concatenate(references)
+        if not (plan > 63).any():  # differences to references may have any magnitude
+            largest[:] = max(1, int(q.max()), -int(q.min())) - 1
+
+    code_numbers(coder, plan, owner)
+    refers = plan > 63
+    chosen = reference[refers]
+    code_numbers(coder, chosen, owner[refers])
+    reference[refers] = chosen
+    code_numbers(coder, largest, owner[:1])
+    return plan, reference, 1 + int(largest[0])
+
+
+def by_step(a: Array, n: int, rows: int) -> Array:
+    """Arrange (n * rows, ...) as (steps, segments, n, width): step t has row t of every segment of every matrix."""
+    a = a.reshape(n, rows, -1)
+    padded = np.pad(a, ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0)))
+    segments = padded.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2])
+    return np.ascontiguousarray(segments.transpose(2, 1, 0, 3))
+
+
+def predict_rows(x: Array, reference: Array, halves: Array) -> Array:
+    """Predict the rows of a step from those known so far, x (steps, segments, n, cols): int8 (segments, n, cols).
+
+    `reference`, `halves` (segments, n, 1): the number of a row in its matrix, and its weight.
+    """
+    if not halves.any():
+        return np.int8(0)
+    segment, step = np.divmod(reference[..., 0], TRELLIS_SEGMENT)
+    earlier = x[step, segment, np.arange(x.shape[2])].astype(np.int16)
+    return (earlier * halves + 1 >> 1).astype(np.int8)
+
+
+def code_matrices(
+    coder: RangeCoder, counts: Array, q: Array, owners: list[int], trellis: bool, similar: bool,
+) -> Array:  # fmt: skip
+    """Code int8 matrices (n, rows, cols) side by side: step t takes row t of every segment of every matrix. Returns them.
+
+    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all
+    segments) and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256.
     """
     n, rows, cols = q.shape
-    info, index, most = np.zeros(n * rows, np.uint8), np.zeros(n * rows, np.uint16), np.full(1, 127, np.uint8)
-    if coder.decoder is None:
-        info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in q), strict=True))
-        most[:] = 127 if (info > 63).any() else max(1, q.max(), -int(q.min())) - 1
-    owner = np.repeat(owners, rows)
-    code_numbers(coder, info, owner)
-    referring = index[info > 63]
-    code_numbers(coder, referring, owner[info > 63])
-    index[info > 63] = referring
-    code_numbers(coder, most, owner[:1])
-    symbols = min(2 * int(most[0]) + 3, 256)
-    gap = np.uint8(256 - symbols)
+    plan, reference, largest = code_plan(coder, q, np.repeat(owners, rows), similar)
+    x = by_step(q, n, rows)
+    plan = by_step(plan, n, rows)
+    reference = by_step(reference, n, rows).astype(np.int64)
+    halves = plan >> 6
+    row_class = (plan & 63).astype(np.int8)
+    row_scale = EIGHTH_OCTAVES[8 * 15 - 2 * row_class.astype(int)].astype(np.uint32)  # 2^12 / the row's mean
 
-    def steps(a: np.ndarray) -> np.ndarray:
-        """(n * rows, ...) -> (steps, segments, n, width)."""
-        a = np.pad(a.reshape(n, rows, -1), ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0)))
-        return np.ascontiguousarray(a.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2]).transpose(2, 1, 0, 3))
+    seen = 8  # rows of the class's own mean, to begin with
+    total = np.full((n, cols), seen << 12)
+    column_class = np.zeros((n, cols), np.int8)
+    owner = np.array(owners)[:, None]
+    state = np.zeros(x.shape[1:], np.uint8)
+    next_state = np.array(TRELLIS_NEXT, np.uint8).ravel()
 
-    x, info, index, owner = steps(q), steps(info), steps(index).astype(np.int64), np.array(owners)[:, None]
-    row, halves = np.minimum(info & 63, MAGNITUDE_CLASSES - 1).astype(np.int8), info >> 6
-    scale = EIGHTH_OCTAVES[120 - 2 * row.astype(int)].astype(np.uint32)
-    column, total, seen = np.zeros((n, cols), np.int8), np.full((n, cols), 8 << 12), 8
-    state, following = np.zeros(x.shape[1:], np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
-    kept = np.arange(symbols) + gap * (np.arange(symbols) > symbols // 2)
-    tables = counts[:, kept]
+    is_symbol = MAGNITUDES <= largest  # of the 256 bytes; symbols number those, from 0 on
+    to_symbol = (is_symbol.cumsum() - 1).astype(np.uint8)
+    from_symbol = np.flatnonzero(is_symbol).astype(np.uint8)
+    tables = counts[:, from_symbol]
     for t in range(min(rows, TRELLIS_SEGMENT)):
         live = -(-(rows - t) // TRELLIS_SEGMENT)  # segments with a row t
-        here, prediction = x[t, :live], np.int8(0)
-        if halves[t].any():
-            segment, step = np.divmod(index[t, :live, :, 0], TRELLIS_SEGMENT)
-            known = x[step, np.minimum(segment, x.shape[1] - 1), np.arange(n)].astype(np.int16)
-            prediction = (known * halves[t, :live] + 1 >> 1).astype(np.int8)
-        context = np.clip(row[t, :live] + column, 0, MAGNITUDE_CLASSES - 1).astype(np.uint8) + MAGNITUDE_CLASSES * (state[:live] & 1)
-        residual = here - prediction
-        symbol = residual.view(np.uint8) - gap * (residual < 0)
-        coded = symbol.reshape(-1)
-        coder.code(tables, context.reshape(-1), coded, np.broadcast_to(owner, here.shape))
-        coded += gap * (coded > symbols // 2)
-        residual = coded.view(np.int8).reshape(symbol.shape)
-        here[:] = residual + prediction
-        total += (np.abs(residual).view(np.uint8) * scale[t, :live]).sum(0, dtype=np.uint32)
+        own = x[t, :live]
+        prediction = predict_rows(x, reference[t, :live], halves[t, :live])
+        classes = np.clip(row_class[t, :live] + column_class, 0, MAGNITUDE_CLASSES - 1).astype(np.uint8)
+        context = classes + MAGNITUDE_CLASSES * (state[:live] & 1)
+
+        symbol = to_symbol.take((own - prediction).view(np.uint8).reshape(-1))
+        coder.code(tables, context.reshape(-1), symbol, np.broadcast_to(owner, own.shape))
+        residual = from_symbol.take(symbol).view(np.int8).reshape(own.shape)
+        own[:] = residual + prediction
+
+        magnitude = np.abs(residual).view(np.uint8)
+        total += (magnitude * row_scale[t, :live]).sum(0, dtype=np.uint32)
         seen += live
-        column = level(total // seen) - CLASS_OF_ONE
+        column_class = magnitude_class(total // seen) - CLASS_OF_ONE
         if trellis:
-            state = following.take(2 * state + (x[t] & 1).view(np.uint8))
-    counts[:, kept] = tables
+            state = next_state.take(2 * state + (x[t] & 1).view(np.uint8))
+    counts[:, from_symbol] = tables
     return x.transpose(2, 1, 0, 3).reshape(n, -1, cols)[:, :rows]
 
 
-def stream_of(cfg: Config, array: str) -> tuple[str, bool]:
-    """Look up the stream of an array "tensor:codec.part", and whether its rows are sorted: integers have that of their row."""
-    tensor, _, part = array.rpartition(":")
-    how = stored_as(cfg).get(tensor, HALF) if part.endswith(".q") else HALF
-    return how.stream, how.sort_rows
+# ---- arrays "tensor:codec.part" <-> streams
 
 
-def code_arrays(cfg: Config, arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) -> dict[str, np.ndarray]:
-    """Code every array "tensor:codec.part" with its stream's coder. Returns them.
+def layout(cfg: Config, arrays: Arrays) -> dict[str, StoredAs]:
+    """Look up how each array is kept: integers as the row of their tensor says, all else like HALF."""
+    stored = stored_matrices(cfg)
+    found = dict.fromkeys(arrays, HALF)
+    for name in arrays:
+        tensor, _, part = name.rpartition(":")
+        if part.endswith(".q") and tensor in stored:
+            found[name] = stored[tensor].role.stored
+    return found
 
-    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All other numbers of one
-    kind (the same tensor of every block, codec and part) share theirs.
+
+def code_flat(coder: RangeCoder, arrays: list[Array], owners: list[int]) -> list[Array]:
+    """Code the numbers of arrays of one kind, one after another. Returns the arrays."""
+    sizes = [a.size for a in arrays]
+    flat = np.concatenate([a.reshape(-1) for a in arrays])
+    code_numbers(coder, flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
+    parts = np.split(flat, np.cumsum(sizes)[:-1])
+    return [part.reshape(a.shape) for part, a in zip(parts, arrays, strict=True)]
+
+
+def code_arrays(cfg: Config, arrays: Arrays, coders: dict[str, RangeCoder]) -> Arrays:
+    """Code every array with its stream's coder. Returns them.
+
+    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All other numbers of
+    one kind (the same tensor of every block, codec and part) share theirs.
     """
-    start, groups, out = gaussian_counts(), {}, dict(arrays)
-    for i, (name, a) in enumerate(arrays.items()):
-        stream = STREAMS.index(stream_of(cfg, name)[0])
-        if a.size:
-            kind = (kind_of(name),) if STREAMS[stream] == "rest" else (":trellis." in name, a.shape)
-            groups.setdefault((stream, *kind), []).append((i, name, a))
+    groups: dict[tuple, list[str]] = {}
+    for name, stored in layout(cfg, arrays).items():
+        place = STREAMS.index(stored.stream)
+        kind = (kind_of(name),) if stored.stream == "rest" else (":trellis." in name, arrays[name].shape)
+        if arrays[name].size:
+            groups.setdefault((place, *kind), []).append(name)
+
+    out = dict(arrays)
+    owner = dict(zip(arrays, range(len(arrays)), strict=True))
+    start = gaussian_counts()
     counts = start.copy()
-    for (number, *kind), group in sorted(groups.items()):
-        stream, (owners, names, given) = STREAMS[number], zip(*group, strict=True)
+    for (place, *kind), names in sorted(groups.items()):
+        stream = STREAMS[place]
+        group = [arrays[name] for name in names]
+        owners = [owner[name] for name in names]
         if stream == "rest":
-            sizes, flat = [a.size for a in given], np.concatenate([a.reshape(-1) for a in given])
-            code_numbers(coders[stream], flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
-            coded = [x.reshape(a.shape) for x, a in zip(np.split(flat, np.cumsum(sizes)[:-1]), given, strict=True)]
+            coded = code_flat(coders[stream], group, owners)
         else:
             counts = start + (counts - start) // 8
-            coded = code_matrices(coders[stream], counts, np.stack(given), owners, kind[0], stream == TOKEN_STREAM)
+            coded = code_matrices(coders[stream], counts, np.stack(group), owners, kind[0], stream == TOKEN_STREAM)
         out |= zip(names, coded, strict=True)
     return out
 
 
-def coded_bits(cfg: Config, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Bits (fp64) that COMPRESSOR=range needs for each array "tensor:codec.part" (int8, int16 or fp16) of an artifact of just these, in
-    their order, without coding anything: what `pack` writes is within 0.1 %, and up to 8 bytes a stream. Tables are shared."""
+def coded_bits(cfg: Config, arrays: Arrays) -> Array:
+    """Count the bits (fp64) that COMPRESSOR=range needs for each array of an artifact of just these, in their order.
+
+    Nothing is coded: what `pack` writes is within 0.1 %, and up to 8 bytes a stream. Tables are shared.
+    """
     counter = RangeCoder(owners=len(arrays))
     code_arrays(cfg, arrays, dict.fromkeys(STREAMS, counter))
     return counter.bits
 
 
-def similarity_order(q: np.ndarray) -> np.ndarray:
-    """Greedy chain of rows: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,).
+def similarity_order(q: Array) -> Array:
+    """Chain rows greedily: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,).
 
-    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are computed."""
-    rows = torch.from_numpy(q).to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
-    distance, used, order = torch.cdist(rows, rows, p=1).cpu().numpy(), np.zeros(len(q), np.float32), np.zeros(len(q), np.uint16)
+    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are computed.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = torch.from_numpy(q).to(device, torch.float32)
+    distance = torch.cdist(rows, rows, p=1).cpu().numpy()
+    used = np.zeros(len(q), np.float32)
+    row_order = np.zeros(len(q), np.uint16)
     for i in range(1, len(q)):
-        used[order[i - 1]] = np.inf
-        order[i] = (distance[order[i - 1]] + used).argmin()
-    return order
+        last = row_order[i - 1]
+        used[last] = np.inf
+        row_order[i] = (distance[last] + used).argmin()
+    return row_order
 
 
-def byte_planes(a: np.ndarray) -> np.ndarray:
-    """All first bytes, then all second bytes, ...: halves of fp16 compress better apart."""
+def byte_planes(a: Array) -> Array:
+    """View an array as all first bytes, then all second bytes, ...: halves of fp16 compress better apart."""
     return np.ascontiguousarray(a).reshape(-1).view(np.uint8).reshape(a.size, a.itemsize).T
 
 
 def stream_views(
-    cfg: Config, compressor: str, arrays: dict[str, np.ndarray], order_of
-) -> tuple[dict[str, list[np.ndarray]], list]:
-    """What a stream's bytes are when they are not range-coded: uint8 arrays one after another, views of `arrays` to read or to fill in.
+    cfg: Config, compressor: str, arrays: Arrays, order_of: Callable[[Array], Array]
+) -> tuple[dict[str, list[Array]], list[tuple[Array, Array, Array]]]:
+    """Say what a stream's bytes are when they are not range-coded: views of the arrays, uint8, to read or to fill in.
 
-    Integer matrices of `pergroup` are transposed, and copies where a tensor's row says that its rows are sorted: those are returned too, as
-    (matrix, `order_of` it, which is uint16 in stream row_order, its rows in that order). All others are byte planes.
+    lrzip gets matrices transposed, column after column; everything else is byte planes. Where a tensor's row says so, its
+    rows are sorted by `order_of` it, uint16 in stream row_order: such arrays are returned too, as (array, order, its rows in
+    that order, a copy).
     """
-    views, copies = {stream: [] for stream in STREAMS}, []
-    for name, a in arrays.items():
-        stream, sort = stream_of(cfg, name)
-        if stream_coder(compressor, stream) != "lrzip":
-            views[stream].append(byte_planes(a))
+    views = {stream: [] for stream in STREAMS}
+    in_order = []
+    for name, stored in layout(cfg, arrays).items():
+        a = arrays[name]
+        if stream_coder(compressor, stored.stream) != "lrzip":
+            views[stored.stream].append(byte_planes(a))
             continue
-        if sort:
-            copies.append((a, order := order_of(a), a := a[order]))
-            views["row_order"].append(byte_planes(order))
-        views[stream].append(a.view(np.uint8).T)
-    return views, copies
+        if stored.sort_rows:
+            row_order = order_of(a)
+            in_order.append((a, row_order, a[row_order]))
+            views["row_order"].append(byte_planes(row_order))
+            a = in_order[-1][2]
+        views[stored.stream].append(a.view(np.uint8).T)
+    return views, in_order
 
 
-def encode_streams(cfg: Config, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
-    """Arrays "tensor:codec.part" -> the bytes of every stream."""
+def for_each_stream(f: Callable[[str], Any]) -> dict[str, Any]:
+    """Call f(stream) for all streams at the same time: the coders leave Python to itself."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(STREAMS, pool.map(f, STREAMS), strict=True))
+
+
+def encode_streams(cfg: Config, arrays: Arrays) -> dict[str, bytes]:
+    """Encode arrays to the bytes of every stream."""
     if cfg.compressor == "range":
         coders = {stream: RangeCoder() for stream in STREAMS}
         code_arrays(cfg, arrays, coders)
-        return {stream: coder.encoder.get_compressed().astype("<u4").tobytes() for stream, coder in coders.items()}
+        return {stream: coder.encoded() for stream, coder in coders.items()}
     views, _ = stream_views(cfg, cfg.compressor, arrays, similarity_order)
-    raw = {stream: b"".join(view.tobytes() for view in own) for stream, own in views.items()}
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(raw, pool.map(lambda s: CODERS[stream_coder(cfg.compressor, s)][0](raw[s]) if raw[s] else b"", raw), strict=True))
+
+    def encode(stream: str) -> bytes:
+        raw = b"".join(view.tobytes() for view in views[stream])
+        return CODERS[stream_coder(cfg.compressor, stream)].encode(raw) if raw else b""
+
+    return for_each_stream(encode)
 
 
-def decode_streams(
-    cfg: Config, compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes]
-) -> dict[str, np.ndarray]:
-    """The inverse of `encode_streams`: fills in `arrays` and returns them. Raises ArtifactError or what a coder raises."""
+def decode_streams(cfg: Config, compressor: str, arrays: Arrays, coded: dict[str, bytes]) -> Arrays:
+    """Invert `encode_streams`: fill in `arrays` and return them. Raises ArtifactError or what a coder raises."""
     if compressor == "range":
         return code_arrays(cfg, arrays, {stream: RangeCoder(data) for stream, data in coded.items()})
-    views, copies = stream_views(cfg, compressor, arrays, lambda a: np.zeros(len(a), "<u2"))
-    sizes = {stream: sum(view.size for view in own) for stream, own in views.items()}
-    with ThreadPoolExecutor() as pool:
-        raw = pool.map(lambda s: CODERS[stream_coder(compressor, s)][1](coded[s], sizes[s]) if coded[s] else b"", STREAMS)
-    for stream, data in zip(STREAMS, raw, strict=True):
-        if len(data) != sizes[stream]:
-            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes instead of {sizes[stream]}; make it again")
+
+    def unknown_order(a: Array) -> Array:
+        return np.zeros(len(a), "<u2")
+
+    def decode(stream: str) -> None:
+        size = sum(view.size for view in views[stream])
+        coder = CODERS[stream_coder(compressor, stream)]
+        data = coder.decode(coded[stream], size) if coded[stream] else b""
+        if len(data) != size:
+            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes, expected {size}; make it again")
         left = io.BytesIO(data)
         for view in views[stream]:
             view[:] = np.frombuffer(left.read(view.size), np.uint8).reshape(view.shape)
-    for a, order, rows in copies:
-        a[order] = rows
+
+    views, in_order = stream_views(cfg, compressor, arrays, unknown_order)
+    for_each_stream(decode)
+    for a, row_order, rows in in_order:
+        a[row_order] = rows
     return arrays
+
+
+# ---- the artifact: a header and the streams
 
 
 @cache
 def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
-    return {m.name: m.shape for m in matrices(cfg) if m.role.stored is not None}
+    """List names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
+    return {name: matrix.shape for name, matrix in stored_matrices(cfg).items()}
 
 
-def arrays_of(stored: dict[str, QuantizedTensor]) -> dict[str, np.ndarray]:
-    """All parts of all tensors, named "tensor:codec.part"."""
+def arrays_of(stored: dict[str, QuantizedTensor]) -> Arrays:
+    """Name all parts of all tensors "tensor:codec.part"."""
     return {f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()}
 
 
-def pack(cfg: Config, stored: dict[str, QuantizedTensor]) -> bytes:
-    """Tensors -> artifact. Deterministic: the same tensors give the same bytes. Raises RunError if they are not the model's.
+def not_finite(arrays: Arrays) -> str:
+    """Name the arrays with a number that is none; "" if there are none."""
+    return ", ".join(name for name, a in arrays.items() if not np.isfinite(a).all())
 
-    magic "PGA1" | u16 version | u32 header size | 16-byte blake2b of all but the magic and itself | header | streams.
-    The header is brotli-coded JSON: [compressor, MODEL_FIELDS by name, bytes of each stream, kinds, kind of each tensor]. A
-    kind lists the parts of a tensor, [codec, part, sizes]; a size -1 - i is the tensor's own size i. Names and shapes of tensors
+
+def parts_in_header(shape: tuple[int, ...], stored: QuantizedTensor) -> list:
+    """List the parts of a tensor, [codec, part, sizes], where a size -1 - i is the tensor's own size i."""
+    listed = []
+    for (codec, part), t in stored.parts.items():
+        sizes = [-1 - shape.index(n) if n in shape else n for n in t.shape]
+        listed.append([codec, part, sizes])
+    return listed
+
+
+def checksum(lengths: bytes, body: bytes) -> bytes:
+    """Hash all of an artifact but its magic and the checksum itself, to 16 bytes."""
+    return hashlib.blake2b(lengths + body, digest_size=16).digest()
+
+
+def pack(cfg: Config, stored: dict[str, QuantizedTensor]) -> bytes:
+    """Pack tensors into an artifact; the same tensors give the same bytes. Raises RunError if they are not the model's.
+
+    magic "PGA1" | u16 version | u32 header size | checksum, 16 bytes | header | streams. The header is brotli-coded JSON:
+    [compressor, MODEL_FIELDS by name, bytes of each stream, `parts_in_header` of each tensor]. Names and shapes of tensors
     follow from the model, dtypes from the codec.
     """
     shapes = tensor_shapes(cfg)
     if shapes.keys() != stored.keys():
         raise RunError(f"these are not the model's tensors: {', '.join(sorted(shapes.keys() ^ stored.keys()))}")
-    stored = {name: stored[name] for name in shapes}
-    arrays, kinds = arrays_of(stored), [
-        [[codec, part, [-1 - shape.index(n) if n in shape else n for n in t.shape]] for (codec, part), t in s.parts.items()]
-        for shape, s in zip(shapes.values(), stored.values(), strict=True)]
-    if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
-        raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
+    arrays = arrays_of({name: stored[name] for name in shapes})
+    if bad := not_finite(arrays):
+        raise RunError(f"not all finite: {bad}; the weights are no model's, look at the training loss")
     streams = encode_streams(cfg, arrays)
-    distinct = [json.loads(text) for text in dict.fromkeys(map(json.dumps, kinds))]
-    header = [cfg.compressor, {f: getattr(cfg, f) for f in sorted(MODEL_FIELDS)}, [len(data) for data in streams.values()], distinct,
-              [distinct.index(kind) for kind in kinds]]
-    head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
-    body = head + b"".join(streams.values())
-    prefix = struct.pack("<HI", ARTIFACT_VERSION, len(head))
-    return ARTIFACT_MAGIC + prefix + hashlib.blake2b(prefix + body, digest_size=16).digest() + body
+
+    parts = [parts_in_header(shape, stored[name]) for name, shape in shapes.items()]
+    model = {name: getattr(cfg, name) for name in sorted(MODEL_FIELDS)}
+    sizes = [len(data) for data in streams.values()]
+    text = json.dumps([cfg.compressor, model, sizes, parts], separators=(",", ":"))
+    header = brotli.compress(text.encode(), quality=11)
+
+    lengths = struct.pack("<HI", ARTIFACT_VERSION, len(header))
+    body = header + b"".join(streams.values())
+    return ARTIFACT_MAGIC + lengths + checksum(lengths, body) + body
 
 
 class Header(NamedTuple):
     """What an artifact says about itself, nothing of it checked against a model."""
 
-    version: int
     compressor: str
-    model: dict[str, Any]  # MODEL_FIELDS
-    kinds: list  # of tensors, as `pack` writes them
-    chosen: list[int]  # the kind of each tensor
-    sizes: dict[str, int]  # bytes of each stream
-    start: int  # of the first stream
+    model: dict[str, Any]   # MODEL_FIELDS
+    sizes: dict[str, int]   # bytes of each stream
+    parts: list             # of each tensor, as `parts_in_header`
+    start: int              # of the first stream
+    caps: tuple[str, ...]   # scalars behind the network's own tensors that must be LOGIT_SOFTCAP and are dropped
+    transposed: tuple[str, ...]  # arrays whose last two axes are swapped
+
+
+LOGIT_CAPS = ("softcap_pos", "softcap_neg")  # of the logits of either sign: tensors once, numbers that nobody trained
+VERSION_3_FIELDS = (  # whose values artifacts of version 3 list in this order
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope",
+    "tie_embeddings", "logit_softcap", "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len",
+    "ln_scale", "xsa_last_n", "window_pattern", "window_size", "skip_gates_enabled", "num_loops",
+    "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled",
+    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale",
+    "gate_window", "smear_gate_enabled", "smear_gate_bos_fix", "asym_logit_rescale",
+)
+
+
+def from_version_3(compressor: str, values: list, sizes: list[int], kinds: list, chosen: list[int]) -> tuple:
+    """Say what a header of version 3 says like one of this version, and add the names for `caps` and `transposed`.
+
+    Version 3 listed values without names, each kind of tensor once, and the stream of an untied head. It had two caps of the
+    logits, and parallel_post_lambdas as [lane that receives, sublayer that writes]. Raises ArtifactError.
+    """
+    model = dict(zip(VERSION_3_FIELDS, values, strict=True))
+    gone = dict(tie_embeddings=True, parallel_final_lane="mean")
+    for name, known in gone.items():
+        if model.pop(name) != known:
+            raise ArtifactError(f"this script knows {name.upper()}={known} only: open the artifact with the script it was written by")
+    caps = LOGIT_CAPS if model.pop("asym_logit_rescale") else ()
+    sizes.pop(STREAMS.index("rest"))  # of the head
+    return compressor, model, sizes, [kinds[kind] for kind in chosen], caps, ("parallel_post_lambdas:float16.w",)
 
 
 def read_header(blob: bytes) -> Header:
-    """Header of an artifact of this version or the one before, checksum verified. Raises ArtifactError."""
-    if blob[:4] != ARTIFACT_MAGIC or len(blob) < 26:
-        raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} in {len(blob)} bytes")
+    """Read the header of an artifact of this version or the one before, its checksum verified. Raises ArtifactError."""
+    if blob[:4] != ARTIFACT_MAGIC or len(blob) < HEADER_START:
+        raise ArtifactError(f"no artifact: expected {ARTIFACT_MAGIC!r} at its start, found {blob[:4]!r} in {len(blob)} bytes")
     version, size = struct.unpack("<HI", blob[4:10])
     if version not in (3, ARTIFACT_VERSION):
         raise ArtifactError(f"artifact version {version}; this script reads 3 and {ARTIFACT_VERSION}: use the script it was written by")
-    if hashlib.blake2b(blob[4:10] + blob[26:], digest_size=16).digest() != blob[10:26]:
+    if checksum(blob[4:10], blob[HEADER_START:]) != blob[10:HEADER_START]:
         raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy or make it again")
+    start = HEADER_START + size
     try:
-        header = json.loads(brotli.Decompressor().process(blob[26 : 26 + size], output_buffer_limit=1 << 20))
-        compressor, model, sizes, kinds, chosen = header
-        if version < ARTIFACT_VERSION:
-            model = dict(zip(VERSION_3_FIELDS, model, strict=True))
-            sizes.pop(STREAMS.index("rest"))  # of an untied head, before the rest
-        if compressor not in COMPRESSORS or min(sizes) < 0 or 26 + size + sum(sizes) != len(blob):
+        text = brotli.Decompressor().process(blob[HEADER_START:start], output_buffer_limit=1 << 20)
+        header = json.loads(text)
+        compressor, model, sizes, parts, caps, transposed = from_version_3(*header) if version == 3 else (*header, (), ())
+        if compressor not in COMPRESSORS or min(sizes) < 0 or start + sum(sizes) != len(blob):
             raise ValueError("its streams do not fill it")
-        return Header(version, compressor, dict(model), kinds, chosen, dict(zip(STREAMS, sizes, strict=True)), 26 + size)
+        if not isinstance(model, dict):
+            raise ValueError("its variables have no names")
+        return Header(compressor, model, dict(zip(STREAMS, sizes, strict=True)), parts, start, caps, transposed)
     except HOSTILE as e:
         raise ArtifactError(f"the header of this artifact makes no sense: {e!r}; make it again") from None
 
 
-def check_model_fields(cfg: Config, saved: dict) -> None:
-    """Raises ArtifactError naming every variable by which this run differs from the one that wrote the artifact. A variable
-    younger than the artifact had its default."""
-    values = [(f.name, saved.get(f.name, f.default), getattr(cfg, f.name)) for f in fields(Config) if f.name in MODEL_FIELDS]
-    differ = [f"{name.upper()}: artifact {theirs}, this run {ours}" for name, theirs, ours in values if theirs != ours]
+def check_model_fields(cfg: Config, saved: dict[str, Any]) -> None:
+    """Compare the variables of a header, `saved`, with this run's. Raises ArtifactError naming every one that differs.
+
+    A variable younger than the artifact had its default; one that this script does not know differs.
+    """
+    expected = {f.name: f.default for f in fields(Config) if f.name in MODEL_FIELDS} | saved
+    differ = []
+    for name, theirs in expected.items():
+        if name not in MODEL_FIELDS:
+            differ.append(f"{name.upper()}: artifact {theirs}, unknown to this script")
+        elif theirs != getattr(cfg, name):
+            differ.append(f"{name.upper()}: artifact {theirs}, this run {getattr(cfg, name)}")
     if differ:
-        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run that wrote it")
+        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run "
+                            "that wrote it, or use its script")
 
 
-def stored_shapes(cfg: Config, header: Header) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of an artifact, in their order there. Version 3 had two caps that nobody trained, behind the
-    network's own tensors."""
+def empty_arrays(cfg: Config, header: Header) -> Arrays:
+    """Make the arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of known codecs, as
+    large as the model's tensors allow."""
     shapes = tensor_shapes(cfg)
-    if not header.model.get("asym_logit_rescale"):
-        return shapes
-    own = {name: shape for name, shape in shapes.items() if "." not in name}
-    return own | dict(softcap_pos=(), softcap_neg=()) | shapes
-
-
-def from_version_3(cfg: Config, model: dict, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays as this version has them: without the two caps, and with the lambdas of the two lanes by (sublayer, lane)."""
-    gone = dict(tie_embeddings=True, parallel_final_lane="mean")
-    caps = [arrays.pop(name, np.half(cfg.logit_softcap)) for name in ("softcap_pos:float16.w", "softcap_neg:float16.w")]
-    if any(model[name] != value for name, value in gone.items()) or any(cap != np.half(cfg.logit_softcap) for cap in caps):
-        raise ValueError("it has an untied head, a single final lane or caps of its own, which only the script it was written by knows")
-    lambdas = "parallel_post_lambdas:float16.w"
-    return arrays | {lambdas: arrays[lambdas].swapaxes(1, 2)} if lambdas in arrays else arrays
-
-
-def empty_arrays(cfg: Config, header: Header) -> dict[str, np.ndarray]:
-    """The arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of known codecs, as large as
-    the model's tensors allow."""
-    out: dict[str, np.ndarray] = {}
-    for (name, shape), chosen in zip(stored_shapes(cfg, header).items(), header.chosen, strict=True):
+    if header.caps:  # they were the last of the network's own tensors
+        own = {name: shape for name, shape in shapes.items() if "." not in name}
+        shapes = own | dict.fromkeys(header.caps, ()) | shapes
+    arrays: Arrays = {}
+    for (name, shape), parts in zip(shapes.items(), header.parts, strict=True):
+        if not parts:
+            raise ValueError(f"{name} has no parts")
         room = 4 * math.prod(shape) + 16  # integers, low-rank factors and scales
-        for codec, part, sizes in header.kinds[chosen]:
-            sizes = [shape[-1 - n] if n < 0 else n for n in sizes]
+        for codec, part, sizes in parts:
+            array = f"{name}:{codec}.{part}"
+            sizes = tuple(shape[-1 - n] if n < 0 else n for n in sizes)
             room -= math.prod(sizes)
-            if room < 0 or f"{name}:{codec}.{part}" in out or (part in ("q", "w") and tuple(sizes) != shape):
+            is_whole = sizes == shape or part not in ("q", "w")
+            if room < 0 or array in arrays or not is_whole:
                 raise ValueError(f"{name}, of shape {shape}, can not have {codec}.{part} of shape {sizes}")
-            out[f"{name}:{codec}.{part}"] = np.zeros(sizes, "<" + CODEC_PARTS[codec][part])
-    return out
+            arrays[array] = np.zeros(sizes, "<" + CODEC_PARTS[codec][part])
+    return arrays
 
 
 def unpack(cfg: Config, blob: bytes) -> dict[str, QuantizedTensor]:
-    """Artifact -> tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes, and never needs more memory than the
-    integers of four such models."""
+    """Unpack an artifact into its tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes, and never needs
+    more memory than the integers of four such models."""
     header = read_header(blob)
     check_model_fields(cfg, header.model)
     ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
     try:
         coded = {stream: blob[start:end] for stream, (start, end) in zip(STREAMS, pairwise(ends), strict=True)}
         arrays = decode_streams(cfg, header.compressor, empty_arrays(cfg, header), coded)
-        if header.version < ARTIFACT_VERSION:
-            arrays = from_version_3(cfg, header.model, arrays)
-        if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
-            raise ValueError(f"not all finite: {', '.join(bad)}")
+        if bad := not_finite(arrays):
+            raise ValueError(f"not all finite: {bad}")
     except HOSTILE as e:
         raise ArtifactError(f"this artifact makes no sense: {e!r}; make it again") from None
+
     out: dict[str, QuantizedTensor] = {name: QuantizedTensor({}) for name in tensor_shapes(cfg)}
     for name, a in arrays.items():
         tensor, _, part = name.rpartition(":")
+        if tensor in header.caps:
+            check_cap(cfg, "the artifact", tensor, a)
+            continue
+        a = a.swapaxes(1, 2) if name in header.transposed else a
         out[tensor].parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
     return out
 
 
+def check_cap(cfg: Config, file: Any, name: str, cap: Array) -> None:
+    """Check that a cap of the logits, a tensor of its own once, is LOGIT_SOFTCAP. Raises ArtifactError."""
+    if (cap.astype(float) != cfg.logit_softcap).any():
+        raise ArtifactError(f"{file} has {name} {cap}, this run LOGIT_SOFTCAP={cfg.logit_softcap:g} for logits of both signs: set "
+                            "it to that, or use the script it was written by")
+
+
 def bytes_by_part(blob: bytes) -> dict[str, int]:
-    """Bytes of each stream of an artifact, and of its header; they add up to its size."""
+    """Count the bytes of each stream of an artifact, and of its header; they add up to its size."""
     header = read_header(blob)
     return dict(header=header.start, **header.sizes)
 
 
 def load_artifact(cfg: Config, world: World, path: Path, kernels: Kernels = DEFINITIONS) -> GPT:
-    """The model that the bytes on disk stand for. Raises ArtifactError."""
+    """Load the model that the bytes on disk stand for. Raises ArtifactError."""
     model = GPT(cfg, world.dtype, kernels)
     try:
         model.load_state_dict(dequantized_state(cfg, unpack(cfg, path.read_bytes())))
     except OSError as e:
         raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
-    except (LookupError, RuntimeError, ValueError) as e:
+    except (*HOSTILE, RuntimeError) as e:
         raise ArtifactError(f"{path} does not hold the tensors of this model: {e}; make it again") from None
     return model.to(world.device).requires_grad_(False)
 
 
-def load_weights(cfg: Config, path: Path) -> dict[str, Tensor]:
-    """State dict from final_model.pt, ours or a published one, which has no format number. Raises RunError."""
-    state = load_tensors(path, "cpu")
-    if isinstance(state, dict) and "format" in state:
-        if state["format"] != CHECKPOINT_FORMAT:
-            raise RunError(f"{path} has format {state['format']}, this script reads {CHECKPOINT_FORMAT}: use the script it was written by")
-        return state["model"]
+# ---- final_model.pt
+
+
+def checkpoint_state(cfg: Config, path: Path, saved: Any) -> dict[str, Tensor]:
+    """Find the state dict in what final_model.pt holds, ours or a published one. Raises RunError.
+
+    Without a format number it is a published one, whose parallel_post_lambdas are [sublayer that writes, lane that
+    receives], or one of ours of old, which had them the other way round.
+    """
+    if "format" in saved:
+        if saved["format"] != CHECKPOINT_FORMAT:
+            raise RunError(f"{path} has format {saved['format']}, this script reads {CHECKPOINT_FORMAT}: use the script that wrote it")
+        return saved["model"]
     ledger = path.with_name("ledger.jsonl")
-    trained_here = ledger.exists() and any('"phase"' in line and '"train"' in line for line in ledger.open())
-    if trained_here and "parallel_post_lambdas" in state:
-        raise RunError(f"{path} was written by an older version of this script, with parallel_post_lambdas transposed: train again, or "
-                       f"save dict(format={CHECKPOINT_FORMAT}, model=state) with state['parallel_post_lambdas'].mT in its place")
-    caps = [state.pop(name).item() for name in ("softcap_pos", "softcap_neg") if name in state]
-    if any(cap != cfg.logit_softcap for cap in caps):
-        raise RunError(f"{path} has the caps {caps}, this run LOGIT_SOFTCAP={cfg.logit_softcap:g} for logits of both signs")
-    return state
+    lines = ledger.read_bytes().splitlines() if ledger.exists() else []
+    trained_here = any(b'"phase"' in line and b'"train"' in line for line in lines)
+    if trained_here and "parallel_post_lambdas" in saved:
+        raise RunError(f"{path} was written by an older version of this script, with parallel_post_lambdas transposed: train again, "
+                       f"or save dict(format={CHECKPOINT_FORMAT}, model=state) with state['parallel_post_lambdas'].mT in its place")
+    for name in saved.keys() & {*LOGIT_CAPS}:
+        check_cap(cfg, path, name, saved[name].float().numpy())
+    return {name: t for name, t in saved.items() if name not in LOGIT_CAPS}
 
 
 def load_checkpoint_model(cfg: Config, world: World, path: Path, kernels: Kernels = DEFINITIONS) -> GPT:
-    """A model from final_model.pt, ours or a published one. Raises RunError."""
-    state = load_weights(cfg, path)
+    """Load a model from final_model.pt, ours or a published one. Raises RunError."""
+    saved = load_tensors(path, "cpu")
     model = GPT(cfg, world.dtype, kernels)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as e:
+        model.load_state_dict(checkpoint_state(cfg, path, saved))
+    except (AttributeError, LookupError, RuntimeError, TypeError) as e:
         raise RunError(f"{path} does not fit this configuration: {e}") from None
     return model.to(world.device)
 
@@ -6605,8 +6853,7 @@ class Run:
         self.ledger = Ledger(out / "ledger.jsonl" if world.main else None)
         self.clock = Clock(world, self.note_phase)
         if cfg.stage not in ("train", "warm"):
-            # before an hour of training, not after
-            {"pergroup": need_lrzip, "range": need_constriction}.get(cfg.compressor, str)()
+            require_coders(cfg.compressor)  # before an hour of training, not after
 
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
         self.data = ValData.load(cfg, self.files)
