@@ -2991,89 +2991,126 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
 
 
 # ==================================================================================================
-# QUANTIZATION - weights -> small integers and scales. Each codec is an encode next to its decode; rules choose.
+# QUANTIZATION - weights -> small integers and scales. Codecs encode and decode; schemes choose the integers.
 # ==================================================================================================
 
+Tensors = dict[str, Tensor]  # by name
+
+
 class Hessians:
-    """GPTQ's H = sum of x^T x over every matmul input, by site; handed to the forward as its tap."""
+    """Add up GPTQ's H = sum of x^T x over the inputs of every matrix, by site. Handed to the forward as its tap."""
 
     def __init__(self):
-        self.H: dict[str, Tensor] = {}
+        self.H: Tensors = {}
         self.count: dict[str, int] = {}
-        self.squares: dict[str, Tensor] = {}  # QUANT=rd: sum of squared gradients of the loss, by matrix (rows, cols)
+        self.squares: Tensors = {}  # sums of squared gradients by matrix (rows, cols), if a scheme wants them
 
     def __call__(self, site: str, x: Tensor) -> None:
+        """Add the inputs x (.., cols) of a site."""
         x = x.detach().flatten(0, -2).float()
         if site not in self.H:
             self.H[site] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         self.H[site].addmm_(x.T, x)
         self.count[site] = self.count.get(site, 0) + len(x)
 
-    def add_gradients(self, gradients: dict[str, Tensor]) -> None:
-        """Gradients of the summed loss of one window. The embedding is read as input and as head, so its H are its gradients'."""
+    def add_gradients(self, gradients: Tensors) -> None:
+        """Add the gradients of one window's summed loss, by matrix.
+
+        The embedding is read as input and as head, so its H, under its own name, is that of its gradients.
+        """
         for name, g in gradients.items():
-            self.squares[name] = g.float().square() if name not in self.squares else self.squares[name].addcmul_(g, g)
+            if name not in self.squares:
+                self.squares[name] = torch.zeros_like(g, dtype=torch.float32)
+            self.squares[name].addcmul_(g, g)
             if name == "tok_emb.weight":
                 self(name, g)
 
     def rms(self, site: str) -> Tensor:
-        """Root mean square of each input column."""
+        """Return the root mean square of each input column."""
         return (self.H[site].diagonal() / self.count[site]).sqrt()
 
 
 def kind_of(name: str) -> str:
-    """The name without its block: "blocks.3.attn.q_gain" -> "blocks.*.attn.q_gain"."""
+    """Return a tensor's name without its block: "blocks.3.attn.q_gain" -> "blocks.*.attn.q_gain"."""
     return ".".join("*" if word.isdigit() else word for word in name.split("."))
 
 
 @torch.no_grad()
-def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, length: int = 2048, temperature: float = 0.8) -> np.ndarray:
-    """Text of the model's own for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences, T = min(length,
-    TRAIN_SEQ_LEN). The first token is uniform, the others are drawn at `temperature`; SEED decides them, on any number of ranks."""
-    size, order = min(length, cfg.train_seq_len) + 1, layer_order(cfg, looping=True)
-    draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))[world.rank :: world.size].to(world.device)
-    tokens, cache = (draws * cfg.vocab_size).long(), Cache(size - 1)
+def write_sequences(
+    cfg: Config, world: World, model: GPT, count: int = 64, length: int = 2048, temperature: float = 0.8
+) -> np.ndarray:
+    """Let the model write text for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences.
+
+    T is the smaller of `length` and TRAIN_SEQ_LEN. The first token is uniform, the others are drawn at `temperature`;
+    SEED decides them, on any number of ranks.
+    """
+    size = min(length, cfg.train_seq_len) + 1
+    layers = layer_order(cfg, looping=True)
+    draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))
+    draws = draws[world.rank :: world.size].to(world.device)
+    tokens = (draws * cfg.vocab_size).long()
+    cache = Cache(size - 1)
     for t in range(1, size):
-        odds = (model(tokens[:, t - 1 : t], None, layers=order, cache=cache)[:, 0] / temperature).softmax(-1).cumsum(-1)
+        logits = model(tokens[:, t - 1 : t], None, layers=layers, cache=cache)[:, 0]
+        odds = (logits / temperature).softmax(-1).cumsum(-1)
         tokens[:, t] = torch.searchsorted(odds, draws[:, t : t + 1] * odds[:, -1:])[:, 0]
     return tokens.cpu().numpy()
 
 
 def calibration_parts(cfg: Config) -> int:
-    """Windows per micro-batch of calibration: gradients want more samples and less memory."""
-    return min(8, cfg.train_microbatch_tokens // cfg.train_seq_len) if cfg.quant == "rd" else 1
+    """Return the windows a micro-batch of calibration is cut into: gradients want more samples and less memory."""
+    most = 8 if scheme_of(cfg).GRADIENTS else 1
+    return min(most, cfg.train_microbatch_tokens // cfg.train_seq_len)
 
 
-def calibrate(cfg: Config, world: World, model: GPT, weights: dict[str, Tensor], tokens: np.ndarray, hessians: Hessians) -> None:
-    """Add one window to `hessians`, run through the looped network with documents masked as in training; its gradients with QUANT=rd.
-    weights: parameters by name, which take the place of the model's own."""
+def calibrate(
+    cfg: Config, world: World, model: GPT, weights: Tensors, tokens: np.ndarray, hessians: Hessians
+) -> None:
+    """Add one window to `hessians`, run through the looped network with documents masked as in training.
+
+    weights: parameters by name, which take the place of the model's own.
+    """
     row = packed_row(tokens, cfg.train_seq_len, world.device)
-    quantized = {m.parameter for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq"}
-    learned = {name: t for name, t in weights.items() if name in quantized}
     how = dict(layers=layer_order(cfg, looping=True), segments=row.segments, tap=hessians)
-    with torch.set_grad_enabled(cfg.quant == "rd"):
+    stored = [m for m in matrices(cfg) if m.role.stored is not None]
+    learned = {m.parameter: weights[m.parameter] for m in stored if m.role.stored.codec == "gptq"}
+    gradients = scheme_of(cfg).GRADIENTS
+
+    with torch.set_grad_enabled(gradients):
         nats = torch.func.functional_call(model, weights, (row.inputs, row.targets), how)
-        if cfg.quant == "rd":
-            gradients = torch.autograd.grad(nats.sum(), list(learned.values()))
-            hessians.add_gradients(unbank(cfg, dict(zip(learned, gradients, strict=True))))
+        if gradients:
+            found = torch.autograd.grad(nats.sum(), list(learned.values()))
+            hessians.add_gradients(unbank(cfg, dict(zip(learned, found, strict=True))))
+
+
+def calibration_text(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Any:
+    """Return this rank's windows (T + 1,): training data, or text of the model's own."""
+    if cfg.gptq_calibration == "self":
+        start = time.perf_counter()
+        windows = write_sequences(cfg, world, model)
+        seconds = time.perf_counter() - start
+        log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {seconds:.1f}s")
+        return windows
+
+    parts = calibration_parts(cfg)
+    count = cfg.gptq_calibration_batches * cfg.micro_batches * parts
+    windows = calibration_windows(files.train, cfg.train_microbatch_tokens // parts, count)
+    return windows[world.rank :: world.size]
 
 
 @torch.no_grad()
 def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Hessians:
-    """Calibrate on windows of training data or on text of the model's own, and add up over the ranks."""
-    hessians, batches, parts = Hessians(), cfg.gptq_calibration_batches * cfg.micro_batches, calibration_parts(cfg)
-    start = time.perf_counter()
-    if cfg.gptq_calibration == "self":
-        windows = write_sequences(cfg, world, model)
-        log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {time.perf_counter() - start:.1f}s")
-    else:
-        windows = calibration_windows(files.train, cfg.train_microbatch_tokens // parts, batches * parts)[world.rank :: world.size]
-    eta, weights = Eta(len(windows)), dict(model.named_parameters())
+    """Calibrate on all windows, and add up over the ranks."""
+    hessians = Hessians()
+    windows = calibration_text(cfg, world, model, files, log)
+    weights = dict(model.named_parameters())
+    eta = Eta(len(windows))
     for tokens in windows:
         calibrate(cfg, world, model, weights, tokens, hessians)
         eta.add(1)
         if eta.done == 1 and eta.left > 20:
             log(f"GPTQ:calibration takes about {eta.left:.0f}s more")
+
     world.sum_(*hessians.H.values(), *hessians.squares.values())
     counts = torch.tensor(list(hessians.count.values()), device=world.device)
     world.sum_(counts)
@@ -3082,152 +3119,225 @@ def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log:
 
 
 def step_size(clip: Tensor, q_max: float) -> Tensor:
-    """fp16 steps that put `clip` on `q_max` steps: fp16 because that is what is stored; never zero, so a zero row decodes to zeros."""
+    """Choose steps that put `clip` on `q_max` steps, fp16 because that is what is stored.
+
+    They are never zero, so a zero row decodes to zeros.
+    """
     return (clip / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
 
 
 def inverse_cholesky(H: Tensor) -> Tensor:
-    """Upper U with U^T U = H^-1, for a stack of positive definite H: Cholesky of the flipped H, one triangular solve."""
+    """Compute the upper U with U^T U = H^-1 for a stack of positive definite H, by one triangular solve."""
     R = torch.linalg.cholesky(H.flip(-2, -1)).flip(-2, -1)  # H = R R^T, R upper
     identity = torch.eye(H.shape[-1], device=H.device, dtype=H.dtype).expand_as(H)
     return torch.linalg.solve_triangular(R, identity, upper=True)
 
 
-def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
-    """Damped H (n, cols, cols) -> the order in which GPTQ walks the columns, largest diagonal first (n, cols), and `inverse_cholesky`
-    of H in that order. A column that no input uses (dead) counts as 1."""
+def factorize(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+    """Damp H (n, cols, cols) and choose the order in which GPTQ takes the columns, largest diagonal first.
+
+    Returns that permutation (n, cols) and `inverse_cholesky` of H permuted. A column that no input uses (dead) counts as 1.
+    """
     H = H.clone()
-    diag = H.diagonal(dim1=-2, dim2=-1)
+    diag = H.diagonal(0, 1, 2)
     diag[diag == 0] = 1
     diag += damping * diag.mean(-1, keepdim=True)
-    perm = diag.argsort(dim=-1, descending=True, stable=True)  # act-order
-    H = H.gather(1, perm[:, :, None].expand_as(H)).gather(2, perm[:, None].expand_as(H))
+    perm = diag.argsort(dim=-1, descending=True, stable=True)
+    H = H.gather(1, perm[:, :, None].expand_as(H))
+    H = H.gather(2, perm[:, None].expand_as(H))
     return perm, inverse_cholesky(H)
 
 
-def walk_columns(W: Tensor, perm: Tensor, U: Tensor, step: Tensor, choose, block: int = 128) -> Tensor:
-    """GPTQ (arXiv:2210.17323): quantize column after column, each error passed on to the columns that follow.
+@contextlib.contextmanager
+def positive_definite(name: str):
+    """Turn a Cholesky factorization that fails inside into a RunError. name: the first of the matrices concerned."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as e:
+        raise RunError(f"GPTQ of {name} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
 
-    W and step (n, rows, cols), perm and U from `factor`. choose(x, j): column x (n, rows) in steps, from column j (n,) -> its integers
-    and the values they stand for, in steps. Returns the integers, fp32, in the order of W.
+
+def walk_columns(W: Tensor, perm: Tensor, U: Tensor, step: Tensor, round_column: Callable, block: int = 128) -> Tensor:
+    """Quantize column after column, each error passed on to the columns that follow (GPTQ, arXiv:2210.17323).
+
+    W and step (n, rows, cols), perm and U from `factorize`. round_column(x, j): column x (n, rows) in steps, from column
+    j (n,) -> its integers and the values they stand for, in steps. Returns the integers, fp32, in the order of W.
     """
-    cols, index = W.shape[2], perm[:, None].expand_as(W)
-    W, step, Q = W.gather(2, index), step.gather(2, index), torch.empty_like(W)
+    cols = W.shape[2]
+    index = perm[:, None].expand_as(W)
+    W, step = W.gather(2, index), step.gather(2, index)
+    Q = torch.empty_like(W)
     for start in range(0, cols, block):
         end = min(start + block, cols)
-        err = torch.empty_like(W[:, :, start:end])
+        errors = torch.empty_like(W[:, :, start:end])
         for j in range(start, end):
             s = step[:, :, j]
-            Q[:, :, j], value = choose(W[:, :, j] / s, perm[:, j])
+            Q[:, :, j], value = round_column(W[:, :, j] / s, perm[:, j])
             e = (W[:, :, j] - value * s) / U[:, j, j, None]
             W[:, :, j:end] -= e[:, :, None] * U[:, j, None, j:end]
-            err[:, :, j - start] = e
-        W[:, :, end:] -= err @ U[:, start:end, end:]
+            errors[:, :, j - start] = e
+        W[:, :, end:] -= errors @ U[:, start:end, end:]
     return Q.gather(2, perm.argsort(-1)[:, None].expand_as(Q))
 
 
 def without_dead_columns(W: Tensor, H: Tensor) -> Tensor:
-    """W (n, rows, cols) with zeros where no input ever is."""
-    return W.masked_fill((H.diagonal(dim1=-2, dim2=-1) == 0)[:, None], 0)
+    """Put zeros into W (n, rows, cols) where no input ever is."""
+    return W.masked_fill((H.diagonal(0, 1, 2) == 0)[:, None], 0)
 
 
-def gptq(W: Tensor, H: Tensor, clip: Tensor, bits: int, protected: Tensor, hi_bits: int, block: int = 128):
-    """GPTQ with one scale per row, for a stack of matrices of one shape.
+def gptq(
+    W: Tensor, H: Tensor, clip: Tensor, bits: int, protected: Tensor, hi_bits: int, block: int = 128
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run GPTQ with one scale per row, for a stack of matrices of one shape.
 
-    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols) bool: columns on the
-    finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and of protected columns.
+    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols) bool: columns on
+    the finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and protected columns.
     """
-    q_max, hi_max = 2 ** (bits - 1) - 1, 2 ** (hi_bits - 1) - 1
+    q_max = 2 ** (bits - 1) - 1
+    hi_max = 2 ** (hi_bits - 1) - 1
     scale, hi_scale = step_size(clip, q_max), step_size(clip, hi_max)
     step = torch.where(protected[:, None], hi_scale.float()[:, :, None], scale.float()[:, :, None])
     limit = torch.where(protected, hi_max, q_max).float()
 
-    def choose(x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        top = limit.gather(1, j[:, None])
-        q = x.round().clamp(-top, top)
+    def round_column(x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        largest = limit.gather(1, j[:, None])
+        q = x.round().clamp(-largest, largest)
         return q, q
 
-    q = walk_columns(without_dead_columns(W, H), *factor(H), step, choose, block)
+    perm, U = factorize(H)
+    q = walk_columns(without_dead_columns(W, H), perm, U, step, round_column, block)
     return q.to(torch.int8), scale, hi_scale
 
 
-# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state by state and parity);
-# it starts at 0 in every segment, and in odd states the second of two quantizers is active: k stands for 2 k steps in the first, for
-# 2 k - sign(k) in the second. Together they have every multiple of a step (dependent quantization, as in the VVC video standard).
+# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state by state and
+# parity); it starts at 0 in every segment, and in odd states the second of two quantizers is active: k stands for 2 k steps
+# in the first, for 2 k - sign(k) in the second. Together they have every multiple of a step (dependent quantization, as in
+# the VVC video standard). A way is 2 * state + parity: two ways lead into each state.
 TRELLIS_SEGMENT = 128
 TRELLIS_NEXT = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
-TRELLIS_INTO = torch.tensor([[2 * s + p for s in range(8) for p in (0, 1) if TRELLIS_NEXT[s][p] == t] for t in range(8)])  # (8, 2)
+TRELLIS_INTO = torch.tensor(TRELLIS_NEXT).flatten().argsort(stable=True).view(8, 2)  # the ways into each state
 TRELLIS_ERROR = 0.24  # mean squared error of its nearest path, in steps squared
 
 
+def to_segments(x: Tensor) -> Tensor:
+    """Cut columns x (n, rows) into segments side by side (height, segments), the last of each filled up with zeros."""
+    rows = x.shape[1]
+    height = min(max(rows, 1), TRELLIS_SEGMENT)
+    return F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()
+
+
+def from_segments(segments: Tensor, shape: torch.Size) -> Tensor:
+    """Put segments together again: the inverse of `to_segments`."""
+    n, rows = shape
+    return segments.T.reshape(n, -1)[:, :rows]
+
+
 def trellis_values(q: Tensor) -> Tensor:
-    """Integers (n, rows) -> what they stand for, in steps."""
-    (n, rows), height = q.shape, min(max(q.shape[1], 1), TRELLIS_SEGMENT)
-    lanes = F.pad(q.long(), (0, -rows % height)).reshape(-1, height).T
+    """Return what integers (n, rows) stand for, in steps."""
+    segments = to_segments(q.long())
     following = torch.tensor(TRELLIS_NEXT, device=q.device).view(-1)
-    second, state = torch.empty_like(lanes), torch.zeros_like(lanes[0])
-    for t, k in enumerate(lanes):
+    second = torch.empty_like(segments)
+    state = torch.zeros_like(segments[0])
+    for t, k in enumerate(segments):
         second[t] = state & 1
         state = following[2 * state + (k & 1)]
-    return (2 * lanes - second * lanes.sign()).T.reshape(n, -1)[:, :rows].float()
+    return from_segments(2 * segments - second * segments.sign(), q.shape).float()
 
 
-def viterbi(lanes: Tensor) -> tuple[Tensor, Tensor]:
-    """`trellis_path` of segments side by side, lanes (height, segments) -> two of its shape."""
-    height = len(lanes)
-    a, sign = lanes.abs(), torch.where(lanes < 0, -1.0, 1.0)
-    k = torch.stack((  # the nearest integers by quantizer and parity: even and odd of the first, even and odd of the second
-        2 * (a / 4).round().clamp_max(63), 2 * ((a - 2) / 4).round().clamp(0, 63) + 1,
-        torch.where(a < 1.5, 0, 2 * ((a + 1) / 4).round().clamp(1, 63)), 2 * ((a - 1) / 4).round().clamp(0, 63) + 1), 1)
-    value = 2 * k
-    value[:, 2:] -= k[:, 2:].sign()
-    branch = (value - a[:, None]).square()  # (steps, 4, lanes)
-    into = TRELLIS_INTO.to(lanes.device)
-    source, kind = into // 2, into // 2 % 2 * 2 + into % 2  # state and branch of the two ways into each state (8, 2)
-    branch = branch[:, kind.T]  # (steps, 2, 8, lanes)
-    cost = torch.full((8, lanes.shape[1]), math.inf, device=lanes.device)
+def nearest_integers(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the integers nearest to a >= 0 (height, segments), and their values, both (height, 4, segments).
+
+    They are an even and an odd integer of the first quantizer, then an even and an odd one of the second: a way takes the
+    one of its number modulo 4.
+    """
+    way = torch.arange(4, device=a.device)[:, None]
+    quantizer, parity = way // 2, way % 2
+    offset = quantizer - 2 * parity
+    k = 2 * ((a[:, None] + offset) / 4).round().clamp(0, 63) + parity
+    k[:, 2] *= a >= 1.5  # 0 is even in both quantizers, and nearer than the first even value of the second
+    return k, 2 * k - quantizer * k.sign()
+
+
+def viterbi(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the integers of the nearest path through each segment of x (height, segments), and their values, same shape."""
+    k, value = nearest_integers(x.abs())
+    into = TRELLIS_INTO.to(x.device)
+    source = into.T // 2
+    error = (value - x.abs()[:, None]).square()[:, into.T % 4]  # (height, 2, 8, segments)
+
+    cost = torch.full((8, x.shape[1]), math.inf, device=x.device)
     cost[0] = 0
-    second = torch.empty((height, *cost.shape), dtype=torch.bool, device=lanes.device)
-    for t in range(height):
-        ways = cost[source.T] + branch[t]
-        torch.lt(ways[1], ways[0], out=second[t])
-        cost = torch.minimum(ways[0], ways[1])
-    state, best = cost.argmin(0, keepdim=True), torch.empty_like(lanes, dtype=torch.long)
-    way = torch.where(second, into[:, 1, None], into[:, 0, None])  # 2 * state + parity by which each state was reached
-    for t in reversed(range(height)):
-        best[t] = reached = way[t].gather(0, state)[0]
-        state = reached[None] // 2
-    chosen = (best // 2 % 2 * 2 + best % 2)[:, None]
-    return tuple(sign * y.gather(1, chosen)[:, 0] for y in (k, value))
+    second = torch.empty((len(x), *cost.shape), dtype=torch.bool, device=x.device)
+    for t in range(len(x)):
+        costs = cost[source] + error[t]
+        torch.lt(costs[1], costs[0], out=second[t])
+        cost = torch.minimum(costs[0], costs[1])
+
+    reached_by = torch.where(second, into[:, 1, None], into[:, 0, None])
+    state = cost.argmin(0, keepdim=True)
+    way = torch.empty_like(x, dtype=torch.long)
+    for t in reversed(range(len(x))):
+        way[t] = reached_by[t].gather(0, state)[0]
+        state = way[t : t + 1] // 2
+
+    taken = way[:, None] % 4
+    sign = torch.where(x < 0, -1.0, 1.0)
+    return sign * k.gather(1, taken)[:, 0], sign * value.gather(1, taken)[:, 0]
 
 
-def trellis_path(x: Tensor, search=viterbi) -> tuple[Tensor, Tensor]:
-    """The integers |k| <= 127 whose values are nearest to x (n, rows) in steps, over whole segments, and those values."""
-    (n, rows), height = x.shape, min(max(x.shape[1], 1), TRELLIS_SEGMENT)
-    lanes = F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()  # (steps, lanes)
-    return tuple(y.T.reshape(n, -1)[:, :rows] for y in search(lanes))
+def trellis_path(x: Tensor, search: Callable = viterbi) -> tuple[Tensor, Tensor]:
+    """Find the integers |k| <= 127 whose values are nearest to x (n, rows), in steps, over whole segments; and those values."""
+    k, value = search(to_segments(x))
+    return from_segments(k, x.shape), from_segments(value, x.shape)
 
 
 class QuantizedTensor(NamedTuple):
     """One tensor of the artifact: its codecs, whose decoded values add up, and their parts by (codec, part)."""
 
     parts: dict[tuple[str, str], Tensor]
+    bits: int = 0  # that GPTQ was given; 0 where that is not known
+
+    def codecs(self) -> list[str]:
+        """List the codecs, in the order of their parts."""
+        return list(dict.fromkeys(codec for codec, _ in self.parts))
+
+    def parts_of(self, codec: str) -> Tensors:
+        """Return the parts of one codec, by name."""
+        return {part: t for (owner, part), t in self.parts.items() if owner == codec}
 
     def decode(self) -> Tensor:
-        """fp32 values."""
-        codecs = dict.fromkeys(codec for codec, _ in self.parts)
-        return sum(CODECS[codec].decode({part: t for (c, part), t in self.parts.items() if c == codec}) for codec in codecs)
+        """Return the fp32 values."""
+        return sum(CODECS[codec].decode(self.parts_of(codec)) for codec in self.codecs())
+
+    def cpu(self) -> QuantizedTensor:
+        """Copy the parts to the CPU."""
+        return self._replace(parts={key: t.cpu() for key, t in self.parts.items()})
+
+
+Quantized = dict[str, QuantizedTensor]  # by the tensor's name
+
+
+def round_rows(w: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Round w (rows, cols) to integers from low to high, and choose one fp16 scale (rows,) for each row."""
+    scale = step_size(w.abs().amax(1), (high - low) / 2)
+    q = (w / scale.float()[:, None]).round().clamp(low, high)
+    return q.to(torch.int8), scale
+
+
+def rescale(q: Tensor, scale: Tensor) -> Tensor:
+    """Multiply integers by their scales -> fp32. Scales (n,) belong to rows, or to n equal shares of the values in order."""
+    return (q.float().reshape(len(scale), -1) * scale.float()[:, None]).view(q.shape)
 
 
 class Float16:
     """Half precision, as it is."""
 
     @staticmethod
-    def encode(w: Tensor) -> dict[str, Tensor]:
+    def encode(w: Tensor) -> Tensors:
         return dict(w=w.half())
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
+    def decode(parts: Tensors) -> Tensor:
         return parts["w"].float()
 
 
@@ -3235,110 +3345,111 @@ class Int8Rows:
     """Symmetric int8, one fp16 scale per row."""
 
     @staticmethod
-    def encode(w: Tensor) -> dict[str, Tensor]:
-        scale = step_size(w.abs().amax(1), 127)
-        return dict(q=(w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale=scale)
+    def encode(w: Tensor) -> Tensors:
+        q, scale = round_rows(w, -127, 127)
+        return dict(q=q, scale=scale)
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        return parts["q"].float() * parts["scale"].float()[:, None]
+    def decode(parts: Tensors) -> Tensor:
+        return rescale(parts["q"], parts["scale"])
 
 
 class Gptq:
-    """What `gptq` chose: integers, a scale per row, and a finer scale for the protected column groups (AWQ-lite, PR #1908)."""
+    """What `gptq` chose: integers, a scale per row, and a finer scale for protected column groups (AWQ-lite, PR #1908)."""
 
     @staticmethod
-    def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: list[int], hi_size: int) -> dict[str, Tensor]:
+    def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: tuple[int, ...], hi_size: int) -> Tensors:
         parts = dict(q=q, scale=scale)
         if hi_starts:
-            hi_start, size = torch.tensor(hi_starts, dtype=torch.int16), torch.tensor([hi_size], dtype=torch.int16)
-            parts |= dict(hi_start=hi_start, hi_size=size, hi_scale=hi_scale)
+            parts["hi_start"] = torch.tensor(hi_starts, dtype=torch.int16)
+            parts["hi_size"] = torch.tensor([hi_size], dtype=torch.int16)
+            parts["hi_scale"] = hi_scale
         return parts
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        q = parts["q"].float()
-        w, high = q * parts["scale"].float()[:, None], torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)
+    def decode(parts: Tensors) -> Tensor:
+        q = parts["q"]
+        w = rescale(q, parts["scale"])
         if "hi_start" in parts:
+            high = torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)
             for start in parts["hi_start"].unique().tolist():
                 high[start : start + int(parts["hi_size"])] = True
-            w[:, high] = q[:, high] * parts["hi_scale"].float()[:, None]
+            w[:, high] = rescale(q[:, high], parts["hi_scale"])
         return w
 
 
-RD_DAMPING, RD_FLOOR = 0.05, 1e-2
 HALF_OCTAVES = torch.tensor([math.ldexp((1, math.sqrt(2))[n & 1], n >> 1) for n in range(-256, 256)])
 
 
 class Trellis:
-    """A trellis of integers down the rows of each column, with a step for each row and each column, in half octaves."""
+    """A trellis of integers down the rows of each column, with a step for each row and each column, in half octaves.
+
+    q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,), common to all.
+    """
+
+    encode = dict
 
     @staticmethod
-    def encode(q: Tensor, row: Tensor, col: Tensor, step: Tensor, octave: Tensor) -> dict[str, Tensor]:
-        """q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,), common to all."""
-        return dict(q=q, row=row, col=col, step=step, octave=octave)
-
-    @staticmethod
-    def steps(parts: dict[str, Tensor]) -> Tensor:
-        """(rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half octaves from a table."""
+    def steps(parts: Tensors) -> Tensor:
+        """Compute the steps (rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half octaves from a table."""
         codes = parts["row"].int()[:, None] + parts["col"].int()
-        return math.ldexp(int(parts["step"]), int(parts["octave"])) * HALF_OCTAVES.to(codes.device)[256 + codes]
+        common = math.ldexp(int(parts["step"]), int(parts["octave"]))
+        return common * HALF_OCTAVES.to(codes.device)[256 + codes]
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
+    def decode(parts: Tensors) -> Tensor:
         return trellis_values(parts["q"].T).T * Trellis.steps(parts)
 
 
 class LowRank:
-    """Low-rank correction with symmetric integer factors, one fp16 scale per row of A and of B (LQER, arXiv:2402.02446)."""
+    """Low-rank correction A B, symmetric integer factors, one fp16 scale per row of either (LQER, arXiv:2402.02446)."""
 
     @staticmethod
-    def encode(A: Tensor, B: Tensor, bits: int) -> dict[str, Tensor]:
-        parts, q_max = {}, 2 ** (bits - 1) - 1
-        for name, factor in (("A", A), ("B", B)):
-            scale = step_size(factor.abs().amax(1), q_max)
-            parts |= {name: (factor / scale.float()[:, None]).round().clamp(-q_max, q_max).to(torch.int8), f"{name}_scale": scale}
-        return parts
+    def encode(A: Tensor, B: Tensor, bits: int) -> Tensors:
+        q_max = 2 ** (bits - 1) - 1
+        A, A_scale = round_rows(A, -q_max, q_max)
+        B, B_scale = round_rows(B, -q_max, q_max)
+        return dict(A=A, A_scale=A_scale, B=B, B_scale=B_scale)
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        A, B = (parts[name].float() * parts[f"{name}_scale"].float()[:, None] for name in ("A", "B"))
-        return A @ B
+    def decode(parts: Tensors) -> Tensor:
+        return rescale(parts["A"], parts["A_scale"]) @ rescale(parts["B"], parts["B_scale"])
 
 
 class LowRankAsym:
     """Low-rank correction, A in {-2..1} with one scale, B in {-8..7} with one scale per group of values (PR #1797)."""
 
     @staticmethod
-    def encode(A: Tensor, B: Tensor, group: int) -> dict[str, Tensor]:
-        a_scale = step_size(A.abs().max(), 1.5)
-        groups = B.reshape(-1, group)
-        b_scale = step_size(groups.abs().amax(1), 7.5)
-        return dict(
-            A=(A / a_scale.float()).round().clamp(-2, 1).to(torch.int8), A_scale=a_scale.view(1),
-            B=(groups / b_scale.float()[:, None]).round().clamp(-8, 7).to(torch.int8).view_as(B), B_scale=b_scale)
+    def encode(A: Tensor, B: Tensor, group: int) -> Tensors:
+        row, A_scale = round_rows(A.reshape(1, -1), -2, 1)
+        groups, B_scale = round_rows(B.reshape(-1, group), -8, 7)
+        return dict(A=row.view(A.shape), A_scale=A_scale, B=groups.view(B.shape), B_scale=B_scale)
 
-    @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        B = parts["B"].float().reshape(len(parts["B_scale"]), -1) * parts["B_scale"].float()[:, None]
-        return (parts["A"].float() * parts["A_scale"].float()) @ B.view_as(parts["B"])
+    decode = LowRank.decode
 
 
-CODECS = dict(float16=Float16, int8_row=Int8Rows, gptq=Gptq, trellis=Trellis, low_rank=LowRank, low_rank_asym=LowRankAsym)
+CODECS = dict(
+    float16=Float16,
+    int8_row=Int8Rows,
+    gptq=Gptq,
+    trellis=Trellis,
+    low_rank=LowRank,
+    low_rank_asym=LowRankAsym,
+)
 CODEC_PARTS = dict(  # what an artifact may hold of each codec, and its dtype
-    float16=dict(w="f2"), int8_row=dict(q="i1", scale="f2"), gptq=dict(q="i1", scale="f2", hi_start="i2", hi_size="i2", hi_scale="f2"),
-    trellis=dict(q="i1", row="i1", col="i1", step="i2", octave="i1"), low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
+    float16=dict(w="f2"),
+    int8_row=dict(q="i1", scale="f2"),
+    gptq=dict(q="i1", scale="f2", hi_start="i2", hi_size="i2", hi_scale="f2"),
+    trellis=dict(q="i1", row="i1", col="i1", step="i2", octave="i1"),
+    low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
     low_rank_asym=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
 )
 
-PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QUANT=s05 tries to end its grid
 
-
-def stored_as(cfg: Config) -> dict[str, StoredAs]:
-    """Codec by tensor, as the rows say; QUANT=s05 has an int8 embedding."""
-    found = {m.name: m.role.stored for m in matrices(cfg) if m.role.stored is not None}
-    embedding = found["tok_emb.weight"]
-    return found | {"tok_emb.weight": embedding._replace(codec="int8_row")} if cfg.quant == "s05" else found
+def encoded(codec: str, *args, **kwargs) -> QuantizedTensor:
+    """Encode a tensor by one codec, whose arguments follow its name."""
+    parts = CODECS[codec].encode(*args, **kwargs)
+    return QuantizedTensor({(codec, part): t for part, t in parts.items()})
 
 
 class GptqInput(NamedTuple):
@@ -3349,196 +3460,357 @@ class GptqInput(NamedTuple):
     bits: int
     clip_sigmas: float
     site: str  # of the Hessian
+    hi_starts: tuple[int, ...] = ()  # first columns of the protected groups
 
 
-def gptq_inputs(cfg: Config, tensors: dict[str, Tensor]) -> list[GptqInput]:
-    """The tensors that the rules send to GPTQ, with their settings."""
-    tasks = []
+@cache
+def stored_as(cfg: Config) -> dict[str, StoredAs]:
+    """Look up every tensor's codec: as its row says, but for the embedding, which its scheme has a say in."""
+    found = {m.name: m.role.stored for m in matrices(cfg) if m.role.stored is not None}
+    embedding = found["tok_emb.weight"]
+    return found | {"tok_emb.weight": embedding._replace(codec=scheme_of(cfg).EMBEDDING)}
+
+
+def gptq_inputs(cfg: Config, tensors: Tensors) -> list[GptqInput]:
+    """Collect the matrices that GPTQ quantizes, with their settings."""
+    inputs = []
     for m in matrices(cfg):
         how = stored_as(cfg).get(m.name)
-        if m.name in tensors and how is not None and how.codec == "gptq":
+        if how is not None and how.codec == "gptq":
             site = how.site if m.layer is None else f"blocks.{m.layer}.{how.site}"
-            tasks.append(GptqInput(m.name, tensors[m.name].float(), getattr(cfg, how.bits), getattr(cfg, how.clip_sigmas), site))
-    return tasks
+            bits, clip_sigmas = getattr(cfg, how.bits), getattr(cfg, how.clip_sigmas)
+            inputs.append(GptqInput(m.name, tensors[m.name].float(), bits, clip_sigmas, site))
+    return inputs
 
 
-def mixed_bits(cfg: Config, tasks: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
-    """QUANT=s05: the N_INT6_LAYERS matrices with the largest trace of H keep their bits, the others lose one (PR #1105)."""
-    if cfg.quant != "s05":
-        return tasks
-    ranked = sorted(tasks, key=lambda t: -hessians.H[t.site].trace().item())
-    kept = {task.name for task in ranked[: cfg.n_int6_layers]}
-    return [t if t.name in kept else t._replace(bits=t.bits - 1) for t in tasks]
+def mixed_bits(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
+    """Keep the bits of the N_INT6_LAYERS matrices with the largest trace of H; the others lose one (PR #1105)."""
+    traces = {x.name: hessians.H[x.site].trace().item() for x in inputs}
+    ranked = sorted(traces, key=traces.get, reverse=True)
+    kept = set(ranked[: cfg.n_int6_layers])
+    return [x if x.name in kept else x._replace(bits=x.bits - 1) for x in inputs]
 
 
-def protected_groups(cfg: Config, tasks: list[GptqInput], hessians: Hessians) -> dict[str, list[int]]:
-    """AWQ-lite: first columns of the groups with the largest sum of rms(x_j) mean|W_j|, the best over all tensors."""
+def protect_groups(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
+    """Choose the groups of columns to protect (AWQ-lite), the best of all matrices with fewer than AWQ_LITE_BITS.
+
+    They are those with the largest sum of rms(x_j) mean|W_j|.
+    """
     if not cfg.awq_lite_enabled:
-        return {}
-    size, scored = cfg.awq_lite_group_size, []
-    for task in tasks:
-        if task.bits < cfg.awq_lite_bits:
-            column = hessians.rms(task.site) * task.W.abs().mean(0)
-            groups = column[: len(column) // size * size].view(-1, size).sum(1)
-            scored += [(score, task.name, g * size) for g, score in enumerate(groups.tolist())]
-    chosen: dict[str, list[int]] = {}
-    for _, name, start in sorted(scored, key=lambda s: (-s[0], s[1], s[2]))[: cfg.awq_lite_group_top_k]:
-        chosen.setdefault(name, []).append(start)
-    return chosen
+        return inputs
+    size = cfg.awq_lite_group_size
+    ranked = []
+    for x in inputs:
+        if x.bits < cfg.awq_lite_bits:
+            columns = hessians.rms(x.site) * x.W.abs().mean(0)
+            whole = len(columns) // size * size
+            scores = columns[:whole].view(-1, size).sum(1).tolist()
+            ranked += [(-score, x.name, g * size) for g, score in enumerate(scores)]
+    best = sorted(ranked)[: cfg.awq_lite_group_top_k]
+    return [x._replace(hi_starts=tuple(start for _, name, start in best if name == x.name)) for x in inputs]
 
 
-def clip_candidates(cfg: Config, W: Tensor, sigmas: float) -> Tensor:
-    """Where the grid of a row may end, for W (n, rows, cols): (n, candidates, rows). One multiple of the row's standard deviation
-    (SDClip), or PERCENTILES of its |w|, at least 1 as published: rows of smaller weights share one step."""
-    if cfg.quant != "s05":
-        return sigmas * W.std(-1)[:, None]
-    levels = torch.tensor(PERCENTILES, device=W.device)
-    return torch.stack([w.abs().quantile(levels, dim=1).clamp_min(1) for w in W])
+PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QUANT=s05 tries to end its grid
 
 
-def run_gptq(cfg: Config, tasks: list[GptqInput], hessians: Hessians, protected: dict[str, list[int]]) -> dict[str, QuantizedTensor]:
-    """GPTQ over all tasks, matrices of one shape and setting batched. Raises RunError when a Hessian is not positive definite."""
-    batches, out = {}, {}
-    for task in tasks:
-        batches.setdefault((task.W.shape, task.bits, task.clip_sigmas), []).append(task)
-    for ((_, cols), bits, clip), batch in batches.items():
-        mask = torch.zeros(len(batch), cols, dtype=torch.bool, device=batch[0].W.device)
-        for row, task in zip(mask, batch, strict=True):
-            for start in protected.get(task.name, ()):
-                row[start : start + cfg.awq_lite_group_size] = True
-        H = torch.stack([hessians.H[t.site] for t in batch])
-        W = torch.stack([t.W for t in batch])
-        clips = clip_candidates(cfg, W, clip)
-        if cfg.quant == "s05":  # damped twice, as published: here and in the solver
-            H += torch.eye(cols, device=mask.device) * H.diagonal(dim1=-2, dim2=-1).mean(-1).mul(0.01).clamp_min(1e-6)[:, None, None]
-        try:  # rows do not influence each other, so candidates are just more rows
-            results = gptq(W.repeat(1, clips.shape[1], 1), H, clips.flatten(1), bits, mask, cfg.awq_lite_bits)
-        except torch.linalg.LinAlgError as e:
-            raise RunError(f"GPTQ of {batch[0].name} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
-        for task, *tried in zip(batch, *results, strict=True):
-            found = []
-            for q, scale, hi_scale in zip(*(t.chunk(clips.shape[1]) for t in tried), strict=True):
-                parts = Gptq.encode(q, scale, hi_scale, protected.get(task.name, []), cfg.awq_lite_group_size)
-                found.append(QuantizedTensor({("gptq", part): t for part, t in parts.items()}))
-            out[task.name] = min(found, key=lambda s: (task.W - s.decode()).square().sum().item()) if len(found) > 1 else found[0]
+def clips_by_deviation(W: Tensor, sigmas: float) -> Tensor:
+    """End the grid of each row of W (n, rows, cols) at a multiple of its standard deviation (SDClip): (n, 1, rows)."""
+    return sigmas * W.std(-1)[:, None]
+
+
+def clips_by_percentile(W: Tensor, sigmas: float) -> Tensor:
+    """Try PERCENTILES of each row's |w| as the end of its grid (PR #1105): (n, candidates, rows).
+
+    They are at least 1, as published: rows of smaller weights share one step.
+    """
+    percentiles = torch.tensor(PERCENTILES, device=W.device)
+    return torch.stack([w.abs().quantile(percentiles, dim=1).clamp_min(1) for w in W])
+
+
+def gptq_group(
+    cfg: Config, group: list[GptqInput], hessians: Hessians, clips: Callable, damping: float
+) -> Quantized:
+    """Run `run_gptq` for matrices of one shape and setting, all candidates at once: rows do not influence each other."""
+    first, size = group[0], cfg.awq_lite_group_size
+    W = torch.stack([x.W for x in group])
+    H = torch.stack([hessians.H[x.site] for x in group])
+    if damping:
+        diag = H.diagonal(0, 1, 2)
+        diag += diag.mean(-1, keepdim=True).mul(damping).clamp_min(1e-6)
+
+    protected = torch.zeros(len(group), W.shape[2], dtype=torch.bool, device=W.device)
+    for columns, x in zip(protected, group, strict=True):
+        for start in x.hi_starts:
+            columns[start : start + size] = True
+
+    ends = clips(W, first.clip_sigmas)
+    n = ends.shape[1]
+    with positive_definite(first.name):
+        results = gptq(W.repeat(1, n, 1), H, ends.flatten(1), first.bits, protected, cfg.awq_lite_bits)
+
+    out = {}
+    for x, *parts in zip(group, *results, strict=True):
+        candidates = zip(*(t.chunk(n) for t in parts), strict=True)
+        found = [encoded("gptq", *candidate, x.hi_starts, size) for candidate in candidates]
+        errors = [float((x.W - t.decode()).square().sum()) for t in found]
+        out[x.name] = found[errors.index(min(errors))]._replace(bits=x.bits)
     return out
 
 
-class RateDistortion:
-    """QUANT=rd: every weight at one slope of predicted loss against coded bits, so that one number, `delta`, sets the size of all.
+def run_gptq(
+    cfg: Config, inputs: list[GptqInput], hessians: Hessians, clips: Callable, damping: float = 0.0
+) -> Quantized:
+    """Quantize all matrices by GPTQ, those of one shape and setting in one batch.
 
-    The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean squared gradient of the row's
-    output (diagonal Fisher information, with the labels of the text). GPTQ makes it 1/2 sum_rj g_r d_j e_rj^2 with d_j = 1 / U_jj^2 and
-    errors e of the size of the steps; by reverse water-filling (Cover and Thomas, 10.3) the step of weight (r, j) is delta / sqrt(g_r d_j).
+    clips(W, clip_sigmas): candidates for the ends of the grids; a matrix takes the one that leaves the smallest squared
+    error. damping: of H, before the solver adds its own. Raises RunError when a Hessian is not positive definite.
     """
-
-    def __init__(self, tasks: list[GptqInput], hessians: Hessians, search=None):
-        self.batches, groups, self.search = [], {}, search or viterbi
-        self.tokens, self.weights = hessians.count["head"], sum(task.W.numel() for task in tasks)
-        self.histogram = torch.zeros(4096, dtype=torch.float64)  # of the weights' variances, in steps squared at a delta of 1
-        self.ratios = 2 ** (torch.arange(-2048, 2048, dtype=torch.float64) / 16)
-        for task in tasks:
-            groups.setdefault(task.W.shape, []).append(task)
-        for group in groups.values():
-            names, W = [task.name for task in group], torch.stack([task.W for task in group])
-            H = torch.stack([hessians.H[name if name == "tok_emb.weight" else task.site] for name, task in zip(names, group, strict=True)])
-            try:
-                perm, U = factor(H, RD_DAMPING)
-            except torch.linalg.LinAlgError as e:
-                raise RunError(f"GPTQ of {names[0]} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
-            diag, squares = H.diagonal(dim1=-2, dim2=-1), torch.stack([hessians.squares[name] for name in names])
-            g = (squares / diag.clamp_min(1e-9 * diag.amax())[:, None]).mean(-1)
-            g = g.clamp_min(RD_FLOOR * g.mean(-1, keepdim=True)).clamp_min(1e-30)
-            d = U.diagonal(dim1=-2, dim2=-1).square().reciprocal().gather(1, perm.argsort(-1))
-            W = without_dead_columns(W, H)
-            power = W.square()
-            variance = power.mean(2, keepdim=True) * power.mean(1, keepdim=True) / power.mean((1, 2), keepdim=True).clamp_min(1e-30)
-            octaves = (variance * g[:, :, None] * d[:, None]).clamp_min(1e-30).log2().mul(16).round().clamp(-2047, 2047)
-            self.histogram += torch.bincount(octaves.flatten().long().cpu() + 2048, minlength=4096)
-            codes, level = zip(*(self.codes(x) for x in (g, d)), strict=True)
-            self.batches.append((names, W, perm, U, *codes, sum(level)))
-
-    @staticmethod
-    def codes(x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n, k) -> 1 / sqrt(x) in half octaves, int8 around zero, and the zero of each matrix (n,) in half octaves."""
-        level = -x.log2()
-        zero = level.mean(-1, keepdim=True).round()
-        return (level - zero).round().clamp(-100, 100).to(torch.int8), zero[:, 0]
-
-    def delta(self, loss: float) -> float:
-        """The delta at which the predicted loss is so many nats per token."""
-        return math.sqrt(2 * loss * self.tokens / self.weights / TRELLIS_ERROR)
-
-    def parts(self, W: Tensor, row: Tensor, col: Tensor, level: float, delta: float) -> dict[str, Tensor]:
-        """The steps of W. Columns, then rows whose integers would not fit into 8 bits get coarser ones."""
-        mantissa, exponent = math.frexp(delta * 2 ** (level / 2))
-        step, octave = min(round(mantissa * 2**15), 2**15 - 1), min(max(exponent - 15, -128), 127)
-        out = dict(row=row, col=col, step=torch.tensor([step], dtype=torch.int16), octave=torch.tensor([octave], dtype=torch.int8))
-        for part, dim in (("col", 0), ("row", 1)):
-            excess = W.abs() / (160 * Trellis.steps(out))
-            excess = excess.square().mean(dim).sqrt() * 4 if part == "col" else excess.amax(dim)
-            out[part] = out[part] + (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
-        return out
-
-    def __call__(self, delta: float, choose=None) -> dict[str, QuantizedTensor]:
-        """Quantize all matrices, by the trellis unless `choose` is another column rounder for `walk_columns`."""
-        out, choose = {}, choose or (lambda x, _: trellis_path(x, self.search))
-        for names, W, perm, U, rows, cols, levels in self.batches:
-            parts = [self.parts(*x, delta) for x in zip(W, rows, cols, levels.tolist(), strict=True)]
-            step = torch.stack([Trellis.steps(p) for p in parts])
-            q = walk_columns(W, perm, U, step, choose).to(torch.int8)
-            for name, k, p in zip(names, q, parts, strict=True):
-                out[name] = QuantizedTensor({("trellis", part): t for part, t in Trellis.encode(k, **p).items()})
-        return out
-
-    def bits(self, delta: float) -> float:
-        """What the integers should need: of a Gaussian weight, half the logarithm of its variance in steps squared."""
-        return float((self.histogram * (1 + 4.3 * self.ratios / delta**2).log2()).sum() / 2)
-
-    def delta_for(self, bits: float) -> float:
-        """The delta at which `bits` says so, by bisection."""
-        low, high = 1e-12, 1e12
-        for _ in range(100):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if self.bits(middle) > bits else (low, middle)
-        return low
+    groups: dict[tuple, list[GptqInput]] = {}
+    for x in inputs:
+        groups.setdefault((x.W.shape, x.bits, x.clip_sigmas), []).append(x)
+    out = {}
+    for group in groups.values():
+        out |= gptq_group(cfg, group, hessians, clips, damping)
+    return out
 
 
 def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank, rows, cols): its leading singular
-    vectors, by the eigenvectors of the smaller Gram matrix in fp64. The largest number in each row of B is positive: that makes the
-    result unique, and the same on every device up to rounding."""
-    X = (E if E.shape[0] >= E.shape[1] else E.T).to("cpu" if E.device.type == "mps" else E.device, torch.float64)
+    """Find the nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank, rows, cols).
+
+    These are the leading singular vectors, by the eigenvectors of the smaller Gram matrix in fp64. The largest number in each
+    row of B is positive: that makes the result unique, and the same on every device up to rounding.
+    """
+    tall = E.shape[0] >= E.shape[1]
+    device = "cpu" if E.device.type == "mps" else E.device
+    X = (E if tall else E.T).to(device, torch.float64)
     squares, V = (t[..., -rank:].flip(-1) for t in torch.linalg.eigh(X.T @ X))
     A, B = X @ V, V.T
-    if E.shape[0] < E.shape[1]:
+    if not tall:
         S = squares.clamp_min(1e-60).sqrt()
         A, B = V * S, (A / S).T
-    sign = torch.where(B.gather(1, B.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+    largest = B.gather(1, B.abs().argmax(1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0)
     return (A * sign.T).to(E), (B * sign).to(E)
 
 
-def low_rank_corrections(cfg: Config, tasks: list[GptqInput], stored: dict[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
-    """LQER: rank-r factors of W - W_hat for the tensors with the largest residual."""
-    if not cfg.lqer_enabled:
+def low_rank_corrections(cfg: Config, inputs: list[GptqInput], stored: Quantized) -> Quantized:
+    """Find rank-r factors of W - W_hat for the LQER_TOP_K matrices with the largest of these residuals."""
+    if not cfg.lqer_enabled or not inputs:
         return {}
+    residuals = {x.name: x.W - stored[x.name].decode() for x in inputs}
+    norms = torch.stack([E.norm() for E in residuals.values()]).tolist()  # one wait for the device, not one a matrix
+    ranked = sorted((-norm, name) for name, norm in zip(residuals, norms, strict=True))
 
-    def fit(E: Tensor) -> QuantizedTensor:
-        A, B = low_rank_factors(E, cfg.lqer_rank)
-        codec = "low_rank_asym" if cfg.lqer_asym_enabled else "low_rank"
-        parts = LowRankAsym.encode(A, B, cfg.lqer_asym_group) if cfg.lqer_asym_enabled else LowRank.encode(A, B, cfg.lqer_factor_bits)
-        return QuantizedTensor({(codec, part): t for part, t in parts.items()})
+    codec, setting = "low_rank", cfg.lqer_factor_bits
+    if cfg.lqer_asym_enabled:
+        codec, setting = "low_rank_asym", cfg.lqer_asym_group
+    out = {}
+    for _, name in ranked[: cfg.lqer_top_k]:
+        A, B = low_rank_factors(residuals[name], cfg.lqer_rank)
+        out[name] = encoded(codec, A, B, setting)
+    return out
 
-    residuals = {t.name: t.W - stored[t.name].decode() for t in tasks}
-    sizes = [E.norm() for E in residuals.values()]
-    worth = dict(zip(residuals, torch.stack(sizes).tolist() if sizes else (), strict=True))  # one wait for the device, not one a matrix
-    best = sorted(worth, key=lambda name: (-worth[name], name))[: cfg.lqer_top_k]
-    return {name: fit(residuals[name]) for name in best}
+
+def gptq_with_corrections(
+    cfg: Config, inputs: list[GptqInput], hessians: Hessians, clips: Callable, damping: float = 0.0
+) -> Quantized:
+    """Quantize by GPTQ, with protected columns and low-rank corrections as AWQ_LITE_* and LQER_* say."""
+    inputs = protect_groups(cfg, inputs, hessians)
+    stored = run_gptq(cfg, inputs, hessians, clips, damping)
+    for name, extra in low_rank_corrections(cfg, inputs, stored).items():
+        stored[name] = stored[name]._replace(parts=stored[name].parts | extra.parts)
+    return stored
+
+
+RD_DAMPING, RD_FLOOR = 0.05, 1e-2
+
+
+def half_octaves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Write 1 / sqrt(x) of x (n, k) in half octaves: int8 around a zero, and the zero of each matrix (n,)."""
+    octaves = -x.log2()
+    zero = octaves.mean(-1, keepdim=True).round()
+    return (octaves - zero).round().clamp(-100, 100).to(torch.int8), zero[:, 0]
+
+
+def row_weights(H: Tensor, squares: Tensor) -> Tensor:
+    """Estimate the mean squared gradient of each row's output: (n, rows), with a floor of RD_FLOOR times its mean."""
+    diag = H.diagonal(0, 1, 2)
+    g = (squares / diag.clamp_min(1e-9 * diag.amax())[:, None]).mean(-1)
+    return g.clamp_min(RD_FLOOR * g.mean(-1, keepdim=True)).clamp_min(1e-30)
+
+
+def variance_histogram(W: Tensor, g: Tensor, d: Tensor) -> Tensor:
+    """Count the variances of the weights, in steps squared at a delta of 1, in sixteenths of an octave from 2^-128 to 2^128."""
+    power = W.square()
+    variance = power.mean(2, keepdim=True) * power.mean(1, keepdim=True)
+    variance /= power.mean((1, 2), keepdim=True).clamp_min(1e-30)
+    octaves = (variance * g[:, :, None] * d[:, None]).clamp_min(1e-30).log2()
+    bins = octaves.mul(16).round().clamp(-2047, 2047).flatten().long()
+    return torch.bincount(bins.cpu() + 2048, minlength=4096)
+
+
+def coarser(excess: Tensor) -> Tensor:
+    """Return the half octaves by which a step must grow for integers that are so many times too large; 0 below 1."""
+    return (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
+
+
+def trellis_steps(W: Tensor, row: Tensor, col: Tensor, zero: float, delta: float) -> Tensors:
+    """Write down the steps of one matrix W (rows, cols), the parts of `Trellis` without its integers.
+
+    Columns, then rows, whose integers would not fit into 8 bits get coarser steps.
+    """
+    mantissa, exponent = math.frexp(delta * 2 ** (zero / 2))
+    step = min(round(mantissa * 2**15), 2**15 - 1)
+    octave = min(max(exponent - 15, -128), 127)
+    parts = dict(row=row, col=col)
+    parts["step"] = torch.tensor([step], dtype=torch.int16)
+    parts["octave"] = torch.tensor([octave], dtype=torch.int8)
+
+    excess = W.abs() / (160 * Trellis.steps(parts))
+    parts["col"] = col + coarser(4 * excess.square().mean(0).sqrt())
+    excess = W.abs() / (160 * Trellis.steps(parts))
+    parts["row"] = row + coarser(excess.amax(1))
+    return parts
+
+
+def scalar_rounding(x: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to nearest, on steps that err as much as the trellis: a `round_column` that costs no search."""
+    width = math.sqrt(12 * TRELLIS_ERROR)
+    q = (x / width).round().clamp(-127, 127)
+    return q, q * width
+
+
+class MatrixGroup:
+    """Matrices of one shape and what decides their steps, for `RateDistortion`. Raises its RunError."""
+
+    def __init__(self, inputs: list[GptqInput], hessians: Hessians):
+        self.names = [x.name for x in inputs]
+        sites = [x.name if x.name in hessians.H else x.site for x in inputs]  # the embedding's H is of its gradients
+        H = torch.stack([hessians.H[site] for site in sites])
+        squares = torch.stack([hessians.squares[name] for name in self.names])
+        self.W = without_dead_columns(torch.stack([x.W for x in inputs]), H)
+        with positive_definite(self.names[0]):
+            self.perm, self.U = factorize(H, RD_DAMPING)
+        g = row_weights(H, squares)
+        d = self.U.diagonal(0, 1, 2).square().reciprocal().gather(1, self.perm.argsort(-1))
+        self.row, row_zero = half_octaves(g)
+        self.col, col_zero = half_octaves(d)
+        self.zero = (row_zero + col_zero).tolist()
+        self.variances = variance_histogram(self.W, g, d)
+
+    def encode(self, delta: float, round_column: Callable) -> Quantized:
+        """Quantize the matrices."""
+        each = zip(self.W, self.row, self.col, self.zero, strict=True)
+        parts = [trellis_steps(*matrix, delta) for matrix in each]
+        step = torch.stack([Trellis.steps(p) for p in parts])
+        q = walk_columns(self.W, self.perm, self.U, step, round_column).to(torch.int8)
+        return {name: encoded("trellis", q=k, **p) for name, k, p in zip(self.names, q, parts, strict=True)}
+
+
+class RateDistortion:
+    """QUANT=rd: every weight at one slope of predicted loss against coded bits: one number, `delta`, sets the size of all.
+
+    The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean squared gradient of the
+    row's output (diagonal Fisher information, with the labels of the text). GPTQ makes it 1/2 sum_rj g_r d_j e_rj^2 with
+    d_j = 1 / U_jj^2 and errors e of the size of the steps; by reverse water-filling (Cover and Thomas, 10.3) the step of
+    weight (r, j) is delta / sqrt(g_r d_j). Raises RunError when a Hessian is not positive definite.
+    """
+
+    def __init__(self, cfg: Config, tensors: Tensors, hessians: Hessians, search: Callable | None = None):
+        groups: dict[torch.Size, list[GptqInput]] = {}
+        for x in gptq_inputs(cfg, tensors):
+            groups.setdefault(x.W.shape, []).append(x)
+        self.groups = [MatrixGroup(group, hessians) for group in groups.values()]
+        self.search = search or viterbi
+        self.tokens = hessians.count["head"]
+        self.weights = sum(group.W.numel() for group in self.groups)
+        self.variances = sum(group.variances for group in self.groups).double()
+        self.ratios = 2 ** (torch.arange(-2048, 2048, dtype=torch.float64) / 16)  # the variance of each bin
+        self.rd_loss = cfg.rd_loss
+        self.finest = self.delta(cfg.rd_loss)
+
+    def delta(self, loss: float) -> float:
+        """Return the delta at which the predicted loss is so many nats per token."""
+        return math.sqrt(2 * loss * self.tokens / self.weights / TRELLIS_ERROR)
+
+    def loss(self, delta: float) -> float:
+        """Predict the loss, in nats per token: it grows with the square of delta."""
+        return self.rd_loss * (delta / self.finest) ** 2
+
+    def nearest_path(self, x: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """Round a column by the trellis."""
+        return trellis_path(x, self.search)
+
+    def encode(self, delta: float, round_column: Callable | None = None) -> Quantized:
+        """Quantize all matrices, by the trellis unless `round_column` is another one for `walk_columns`."""
+        out = {}
+        for group in self.groups:
+            out |= group.encode(delta, round_column or self.nearest_path)
+        return out
+
+    def bits(self, delta: float) -> float:
+        """Predict the bits of the integers: for a Gaussian weight, half the logarithm of its variance in steps squared."""
+        octaves = (1 + 4.3 * self.ratios / delta**2).log2()
+        return float((self.variances * octaves).sum() / 2)
+
+    def delta_for(self, bits: float) -> float:
+        """Return the delta at which `bits` predicts so many, by bisection."""
+        low, high = 1e-12, 1e12
+        for _ in range(100):
+            middle = math.sqrt(low * high)
+            if self.bits(middle) > bits:
+                low = middle
+            else:
+                high = middle
+        return low
+
+
+class S14:
+    """Bits and grids by kind of matrix, protected columns, low-rank corrections."""
+
+    EMBEDDING = "gptq"
+    GRADIENTS = False
+
+    @staticmethod
+    def encode(cfg: Config, tensors: Tensors, hessians: Hessians) -> Quantized:
+        return gptq_with_corrections(cfg, gptq_inputs(cfg, tensors), hessians, clips_by_deviation)
+
+
+class S05:
+    """Mixed bits, the best of several grids, an int8 embedding (PR #1105). H is damped twice, as published."""
+
+    EMBEDDING = "int8_row"
+    GRADIENTS = False
+
+    @staticmethod
+    def encode(cfg: Config, tensors: Tensors, hessians: Hessians) -> Quantized:
+        inputs = mixed_bits(cfg, gptq_inputs(cfg, tensors), hessians)
+        return gptq_with_corrections(cfg, inputs, hessians, clips_by_percentile, damping=0.01)
+
+
+class Rd:
+    """Steps by rate and distortion, integers by a trellis."""
+
+    EMBEDDING = "gptq"
+    GRADIENTS = True
+
+    @staticmethod
+    def encode(cfg: Config, tensors: Tensors, hessians: Hessians) -> Quantized:
+        plan = RateDistortion(cfg, tensors, hessians)
+        return plan.encode(plan.finest)
+
+
+SCHEMES = dict(s14=S14, s05=S05, rd=Rd)  # by QUANT: the embedding's codec, whether calibration needs gradients, the integers
+
+
+def scheme_of(cfg: Config) -> Any:
+    """Look up the scheme that QUANT names."""
+    return SCHEMES[cfg.quant]
 
 
 @contextlib.contextmanager
 def full_fp32():
-    """No TF32 inside: GPTQ divides by what it subtracts."""
+    """Turn TF32 off inside: GPTQ divides by what it subtracts."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -3547,41 +3819,43 @@ def full_fp32():
         torch.set_float32_matmul_precision(before)
 
 
+def complete(cfg: Config, tensors: Tensors, quantized: Quantized) -> Quantized:
+    """Encode the tensors that no scheme has quantized, each by its codec. Returns all, in their order, on the CPU."""
+    codecs = stored_as(cfg)
+    rest = {name: encoded(codecs[name].codec, t.float()) for name, t in tensors.items() if name not in quantized}
+    stored = rest | quantized
+    return {name: stored[name].cpu() for name in tensors}
+
+
+def log_codecs(cfg: Config, stored: Quantized, log: Log) -> None:
+    """Write which codec, and how many bits, each kind of tensor got."""
+    kinds: dict[str, set[str]] = {}
+    for name, t in stored.items():
+        label = "+".join(t.codecs())
+        if t.bits:
+            label += f" (int{t.bits})"
+        if ("gptq", "hi_start") in t.parts:
+            label += f"+awqgrpint{cfg.awq_lite_bits}"
+        kinds.setdefault(label, set()).add(kind_of(name))
+    log("Quantized weights:")
+    for label, names in sorted(kinds.items()):
+        log(f"  {label}: {', '.join(sorted(names))}")
+
+
 @torch.no_grad()
 @full_fp32()
-def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, matrices: dict | None = None) -> dict[str, QuantizedTensor]:
-    """State dict -> every tensor as the artifact stores it, by `stored_as`. matrices: what `RateDistortion` made of them, if it did."""
+def quantize(cfg: Config, state: Tensors, hessians: Hessians, log: Log) -> Quantized:
+    """Turn a state dict into tensors as the artifact stores them, whatever their size."""
     tensors = unbank(cfg, state)
-    tasks, protected = mixed_bits(cfg, gptq_inputs(cfg, tensors), hessians), {}
-    if cfg.quant == "rd":
-        plan = RateDistortion(tasks, hessians) if matrices is None else None
-        stored = dict(matrices or plan(plan.delta(cfg.rd_loss)))
-        tasks = []
-    else:
-        protected = protected_groups(cfg, tasks, hessians)
-        stored = run_gptq(cfg, tasks, hessians, protected)
-        for name, extra in low_rank_corrections(cfg, tasks, stored).items():
-            stored[name] = QuantizedTensor(stored[name].parts | extra.parts)
-    for name, t in tensors.items():
-        if name not in stored:
-            codec = stored_as(cfg)[name].codec
-            stored[name] = QuantizedTensor({(codec, part): x for part, x in CODECS[codec].encode(t.float()).items()})
-    log("Quantized weights:")
-    kinds: dict[str, set[str]] = {}
-    bits = {task.name: f" (int{task.bits})" for task in tasks}
-    for name, s in stored.items():
-        kind = "+".join(dict.fromkeys(c for c, _ in s.parts)) + bits.get(name, "")
-        kind += f"+awqgrpint{cfg.awq_lite_bits}" if name in protected else ""
-        kinds.setdefault(kind, set()).add(kind_of(name))
-    for kind, names in sorted(kinds.items()):
-        log(f"  {kind}: {', '.join(sorted(names))}")
-    return {name: QuantizedTensor({k: t.cpu() for k, t in stored[name].parts.items()}) for name in tensors}
+    stored = complete(cfg, tensors, scheme_of(cfg).encode(cfg, tensors, hessians))
+    log_codecs(cfg, stored, log)
+    return stored
 
 
-def dequantized_state(cfg: Config, stored: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
-    """What the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are zero."""
+def dequantized_state(cfg: Config, stored: Quantized) -> Tensors:
+    """Return what the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are zero."""
     unstored = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.role.stored is None}
-    return rebank(cfg, {name: s.decode() for name, s in stored.items()} | unstored)
+    return rebank(cfg, {name: t.decode() for name, t in stored.items()} | unstored)
 
 
 # ==================================================================================================
@@ -4385,138 +4659,283 @@ def load_checkpoint_model(cfg: Config, world: World, path: Path, kernels: Kernel
 # ==================================================================================================
 
 class Pruning:
-    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first; what one costs is the square of
-    the weight it stands for. `code_bits` predicts, without a coder, how many bits a number of zeros leaves."""
+    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first.
 
-    def __init__(self, stored: dict[str, QuantizedTensor]):
-        self.stored, self.names = stored, [name for name, s in stored.items() if ("gptq", "q") in s.parts]
-        matrices = [{part: t for (codec, part), t in stored[name].parts.items() if codec == "gptq"} for name in self.names]
+    What one costs is the square of the weight it stands for. `code_bits` predicts, without a coder, how many bits a number of
+    zeros leaves.
+    """
+
+    def __init__(self, stored: Quantized):
+        self.stored = stored
+        self.names = [name for name, t in stored.items() if ("gptq", "q") in t.parts]
+        matrices = [stored[name].parts_of("gptq") for name in self.names]
         self.q = torch.cat([parts["q"].flatten() for parts in matrices])
         self.sizes = [parts["q"].numel() for parts in matrices]
+
         ones = (self.q.abs() == 1).nonzero()[:, 0]
         cost = torch.cat([Gptq.decode(parts).flatten() for parts in matrices])[ones].square()
-        self.order = ones[cost.argsort(stable=True)]
-        owner = torch.repeat_interleave(torch.arange(len(matrices)), torch.tensor(self.sizes))
-        self.counts = torch.bincount(256 * owner + self.q + 128, minlength=256 * len(matrices)).view(-1, 256)
-        self.bins = 256 * owner[self.order] + self.q[self.order] + 128
+        self.ranked = ones[cost.argsort(stable=True)]
+
+        owner = torch.arange(len(matrices)).repeat_interleave(torch.tensor(self.sizes))
+        bins = 256 * owner + self.q + 128  # by matrix and integer
+        self.counts = torch.bincount(bins, minlength=256 * len(matrices)).view(-1, 256)
+        self.bins = bins[self.ranked]
 
     def code_bits(self, count: int) -> float:
-        """Entropy of the integers, matrix by matrix, once the cheapest `count` are zero."""
+        """Compute the entropy of the integers, matrix by matrix, once the cheapest `count` are zero."""
         moved = torch.bincount(self.bins[:count], minlength=self.counts.numel()).view_as(self.counts)
         p = (self.counts - moved).double()
         p[:, 128] += moved.sum(1)
-        return (torch.special.xlogy(p, p.sum(1, keepdim=True)) - torch.special.xlogy(p, p)).sum().item() / math.log(2)
+        nats = torch.special.xlogy(p, p.sum(1, keepdim=True)) - torch.special.xlogy(p, p)
+        return nats.sum().item() / math.log(2)
 
     def zeros_for(self, bits: float) -> int:
-        """The fewest zeros that leave at most so many bits; all of them if none do."""
-        return bisect.bisect_left(range(len(self.order)), -bits, key=lambda count: -self.code_bits(count))
+        """Find the fewest zeros that leave at most so many bits; all of them if none do."""
+        return bisect.bisect_left(range(len(self.ranked)), -bits, key=lambda count: -self.code_bits(count))
 
-    def apply(self, count: int) -> dict[str, QuantizedTensor]:
-        """The tensors with the cheapest `count` integers zeroed."""
+    def apply(self, count: int) -> Quantized:
+        """Return the tensors with the cheapest `count` integers zeroed."""
         q = self.q.clone()
-        q[self.order[:count]] = 0
-        new = {name: t.view_as(self.stored[name].parts["gptq", "q"]) for name, t in zip(self.names, q.split(self.sizes), strict=True)}
-        return self.stored | {name: QuantizedTensor(self.stored[name].parts | {("gptq", "q"): t}) for name, t in new.items()}
+        q[self.ranked[:count]] = 0
+        out = dict(self.stored)
+        for name, flat in zip(self.names, q.split(self.sizes), strict=True):
+            parts = self.stored[name].parts
+            pruned = flat.view_as(parts["gptq", "q"])
+            out[name] = self.stored[name]._replace(parts=parts | {("gptq", "q"): pruned})
+        return out
 
 
-def pack_to_fit(cfg: Config, stored: dict[str, QuantizedTensor], code_bytes: int, log: Log) -> tuple[dict[str, QuantizedTensor], bytes]:
-    """`pack`; with QUANT=s05 pruned until artifact and script have at most TARGET_BYTES. Size is nearly linear in the entropy of the
-    integers, so at most three more packs come within 0.05 % (COMPRESSOR=range) or 0.5 %. Raises RunError naming the smallest size."""
-    blob, target, packs, fit = pack(cfg, stored), cfg.target_bytes - code_bytes, 0, None
-    if cfg.quant != "s05" or not cfg.target_bytes or len(blob) <= target:
+class Point(NamedTuple):
+    """Predicted bits of the integers, and the bytes that came of them."""
+
+    bits: float
+    size: float
+
+
+def prune_to_fit(
+    cfg: Config, stored: Quantized, code_bytes: int, log: Log
+) -> tuple[Quantized, bytes]:
+    """Pack, pruned until artifact and script have at most TARGET_BYTES; 0 prunes nothing.
+
+    Size is nearly linear in the entropy of the integers, so at most three more packs come within 0.05 % (COMPRESSOR=range) or
+    0.5 %. Raises RunError naming the smallest size.
+    """
+    blob = pack(cfg, stored)
+    target = cfg.target_bytes - code_bytes
+    if not cfg.target_bytes or len(blob) <= target:
         return stored, blob
+
     pruning = Pruning(stored)
-    over, under = (pruning.code_bits(0), len(blob)), None  # (bits of the integers, bytes): the points nearest to the target so far
-    while fit is None or (packs < 3 and len(fit[1]) < 0.9995 * target):
-        bits_per_byte = (over[0] - under[0]) / (over[1] - under[1]) if under else over[0] / over[1] * (1 + packs / 2)
-        count = pruning.zeros_for(over[0] - (over[1] - 0.9998 * target) * bits_per_byte)
-        tried, packs = pruning.apply(count), packs + 1
-        blob = pack(cfg, tried)
-        log(f"prune: {count} of {len(pruning.order)} integers +-1 to zero, {len(blob)} bytes of {target} beside the script")
-        if len(blob) <= target:
-            under, fit = (pruning.code_bits(count), len(blob)), (tried, blob)
-        elif count == len(pruning.order):
-            raise RunError(f"TARGET_BYTES={cfg.target_bytes}: every +-1 at zero leaves {len(blob) + code_bytes} bytes, {code_bytes} "
-                           "of them the script: lower MATRIX_BITS, or ship the packed script (tools/pack_code.py)")
+    over, under = Point(pruning.code_bits(0), len(blob)), None  # the points nearest to the target so far
+    fit, packs = None, 0
+    while fit is None or (packs < 3 and under.size < 0.9995 * target):
+        bits_per_byte = over.bits / over.size * (1 + packs / 2)
+        if under:
+            bits_per_byte = (over.bits - under.bits) / (over.size - under.size)
+        count = pruning.zeros_for(over.bits - (over.size - 0.9998 * target) * bits_per_byte)
+        pruned = pruning.apply(count)
+        blob = pack(cfg, pruned)
+        packs += 1
+        zeros = f"{count} of {len(pruning.ranked)} integers +-1 to zero"
+        log(f"prune: {zeros}, {len(blob)} bytes of {target} beside the script")
+
+        point = Point(pruning.code_bits(count), len(blob))
+        if point.size <= target:
+            under, fit = point, (pruned, blob)
+        elif count < len(pruning.ranked):
+            over = point
         else:
-            over = pruning.code_bits(count), len(blob)
+            raise RunError(f"TARGET_BYTES={cfg.target_bytes}: every +-1 at zero leaves {len(blob) + code_bytes} bytes, "
+                           f"{code_bytes} of them the script: lower MATRIX_BITS, or ship the packed script "
+                           "(tools/pack_code.py)")
     return fit
+
+
+class Pass(NamedTuple):
+    """One artifact of a search."""
+
+    size: int  # bytes with the script
+    matrices: Quantized
+    blob: bytes
+
+
+class StepSearch:
+    """QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs fewer.
+
+    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes within 0.2 % on
+    both sides of the target end the search: some matrices from the finer pass, the others from the coarser, as many as fit.
+    """
+
+    def __init__(self, cfg: Config, tensors: Tensors, plan: RateDistortion, code_bytes: int):
+        self.cfg, self.tensors = cfg, tensors
+        self.plan, self.code_bytes = plan, code_bytes
+        self.target = cfg.target_bytes or math.inf
+        self.coarsest = plan.delta(max(100.0, cfg.rd_loss))
+        bits = plan.bits(plan.finest)
+        others = sum(t.numel() for t in tensors.values()) - plan.weights
+        guess = Point(bits, code_bytes + bits / 8 + 2 * others)  # two bytes for every number outside the matrices
+        self.points = [guess]  # and one for each pass so far
+
+    def attempt(self, matrices: Quantized) -> Pass:
+        """Pack the model with these matrices."""
+        blob = pack(self.cfg, complete(self.cfg, self.tensors, matrices))
+        return Pass(len(blob) + self.code_bytes, matrices, blob)
+
+    def next_delta(self) -> tuple[float, float]:
+        """Choose the delta of the next pass, and predict its size."""
+        plan, last = self.plan, self.points[-1]
+        slope = 1 / 8
+        if len(self.points) > 2:
+            before = self.points[-2]
+            if last.bits != before.bits:
+                slope = (last.size - before.size) / (last.bits - before.bits)
+                slope = min(max(slope, 1 / 16), 1 / 4)
+
+        delta = plan.finest
+        if last.size > self.target or len(self.points) > 1:
+            missing = 0.99975 * self.target - last.size
+            delta = max(plan.delta_for(last.bits + missing / slope), plan.finest)
+            delta = min(delta, self.coarsest)
+        return delta, last.size + slope * (plan.bits(delta) - last.bits)
+
+    def bracket(self, log: Log) -> tuple[Pass | None, Pass]:
+        """Find the last pass over the target, if any, and the last one that fits.
+
+        Raises RunError naming the smallest size when even steps that destroy the model do not fit.
+        """
+        over = under = None
+        against = f", TARGET_BYTES {self.target}" if self.cfg.target_bytes else ""
+        close = False
+        while len(self.points) < 12 and not close:
+            delta, expected = self.next_delta()
+            tried = self.attempt(self.plan.encode(delta))
+            self.points.append(Point(self.plan.bits(delta), tried.size))
+            log(f"rd: predicted loss {self.plan.loss(delta):.5f}, {tried.size} bytes with the script, "
+                f"predicted {expected:.0f}{against}")
+            if tried.size <= self.target:
+                under = tried
+            else:
+                over = tried
+            close = delta == (self.plan.finest if under else self.coarsest)
+            if under:
+                close |= under.size > 0.9995 * self.target
+            if under and over:
+                close |= over.size - under.size < 0.002 * self.target
+        if not under:
+            raise RunError(f"TARGET_BYTES={self.target}: the smallest reachable size is {tried.size} bytes, "
+                           f"{self.code_bytes} of them the script; make the model smaller, or ship the packed script "
+                           "(tools/pack_code.py)")
+        return over, under
+
+    def mix(self, over: Pass, under: Pass) -> Pass:
+        """Take as many matrices of the finer pass as fit, by bisection.
+
+        Matrices are of unequal size: another order of them may end closer to the target, so up to eight are tried.
+        """
+        names, coarse = list(under.matrices), under.matrices
+        for turn in range(min(8, len(names))):
+            ranked = names[turn:] + names[:turn]
+            low, high = 0, len(names)
+            while under.size <= 0.9995 * self.target and high - low > 1:
+                middle = (low + high) // 2
+                fine = {name: over.matrices[name] for name in ranked[:middle]}
+                tried = self.attempt(coarse | fine)
+                if tried.size > self.target:
+                    high = middle
+                else:
+                    low = middle
+                    under = tried if tried.size > under.size else under
+        return under
+
+
+Fitted = tuple[Quantized, bytes]  # the tensors, and the artifact of them
+
+
+def fit_as_encoded(cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any) -> Fitted:
+    """Take whatever size comes of the scheme's bits and grids."""
+    stored = quantize(cfg, state, hessians, log)
+    return stored, pack(cfg, stored)
+
+
+def fit_by_pruning(cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any) -> Fitted:
+    """Prune if need be."""
+    return prune_to_fit(cfg, quantize(cfg, state, hessians, log), code_bytes, log)
+
+
+def fit_by_steps(cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any) -> Fitted:
+    """Search the delta that all steps depend on."""
+    tensors = unbank(cfg, state)
+    plan = RateDistortion(cfg, tensors, hessians, search)
+    steps = StepSearch(cfg, tensors, plan, code_bytes)
+    over, best = steps.bracket(log)
+    if over:
+        best = steps.mix(over, best)
+    stored = complete(cfg, tensors, best.matrices)
+    log_codecs(cfg, stored, log)
+    return stored, best.blob
+
+
+def size_of(cfg: Config, tensors: Tensors, quantized: Quantized, code_bytes: int) -> float:
+    """Predict the bytes of artifact and script by `coded_bits`."""
+    stored = complete(cfg, tensors, quantized)
+    return code_bytes + coded_bits(cfg, arrays_of(stored)).sum() / 8
+
+
+def forecast_as_encoded(cfg: Config, tensors: Tensors, hessians: Hessians, code_bytes: int) -> str:
+    """Forecast the size that comes of the scheme's bits and grids."""
+    size = size_of(cfg, tensors, scheme_of(cfg).encode(cfg, tensors, hessians), code_bytes)
+    return f"{size:.0f} bytes with the script"
+
+
+def forecast_steps(cfg: Config, tensors: Tensors, hessians: Hessians, code_bytes: int) -> str:
+    """Forecast the size without the trellis, on steps that err as much, and the loss if that is more than TARGET_BYTES."""
+    plan = RateDistortion(cfg, tensors, hessians)
+    size = size_of(cfg, tensors, plan.encode(plan.finest, scalar_rounding), code_bytes)
+    text = f"{size:.0f} bytes with the script for RD_LOSS {cfg.rd_loss:g}"
+    if 0 < cfg.target_bytes < size:
+        delta = plan.delta_for(plan.bits(plan.finest) + 8 * (cfg.target_bytes - size))
+        text += f"; at TARGET_BYTES {cfg.target_bytes} the predicted loss is {plan.loss(delta):.5f}"
+    return text
+
+
+BUDGETS = {  # how a scheme meets a size, and how it forecasts one
+    S14: (fit_as_encoded, forecast_as_encoded),
+    S05: (fit_by_pruning, forecast_as_encoded),
+    Rd: (fit_by_steps, forecast_steps),
+}
 
 
 @torch.no_grad()
 @full_fp32()
 def quantize_to_fit(
-    cfg: Config, state: dict[str, Tensor], hessians: Hessians, code_bytes: int, log, search=None
-) -> tuple[dict[str, QuantizedTensor], bytes]:
-    """`quantize` and `pack`. QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs fewer.
+    cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Callable | None = None
+) -> tuple[Quantized, bytes]:
+    """Quantize and pack, so that artifact and script fit into TARGET_BYTES. Returns the tensors and the artifact.
 
-    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes within 0.2 % on both sides of
-    the target end the search: the first matrices from the finer pass, the others from the coarser, as many as fit. Raises RunError
-    naming the smallest size when even steps that destroy the model do not fit.
+    code_bytes: of the script; search: `viterbi` or an equal. Raises RunError naming the smallest size when nothing fits.
     """
-    if cfg.quant != "rd":
-        return pack_to_fit(cfg, quantize(cfg, state, hessians, log), code_bytes, log)
-    tensors, quiet = unbank(cfg, state), lambda line: None
-    plan = RateDistortion(gptq_inputs(cfg, tensors), hessians, search)
-    target, finest, coarsest = cfg.target_bytes or math.inf, plan.delta(cfg.rd_loss), plan.delta(max(100.0, cfg.rd_loss))
-
-    def attempt(matrices: dict[str, QuantizedTensor]) -> tuple[int, dict[str, QuantizedTensor], bytes]:
-        blob = pack(cfg, quantize(cfg, state, hessians, quiet, matrices))
-        return len(blob) + code_bytes, matrices, blob
-
-    over, under, delta = None, None, finest
-    # (what the formula gives, size) of the passes so far; the first is a guess: two bytes for every number outside the matrices.
-    known = [(plan.bits(finest), code_bytes + plan.bits(finest) / 8 + 2 * (sum(t.numel() for t in tensors.values()) - plan.weights))]
-    while len(known) < 12:
-        (bits, size), slope = known[-1], 1 / 8
-        if len(known) > 2 and bits != known[-2][0]:
-            slope = min(max((size - known[-2][1]) / (bits - known[-2][0]), 1 / 16), 1 / 4)
-        if size > target or len(known) > 1:
-            delta = min(max(plan.delta_for(bits + (0.99975 * target - size) / slope), finest), coarsest)
-        expected = size + slope * (plan.bits(delta) - bits)
-        tried = attempt(plan(delta))
-        known.append((plan.bits(delta), tried[0]))
-        log(f"rd: predicted loss {cfg.rd_loss * (delta / finest) ** 2:.5f}, {tried[0]} bytes with the script, predicted {expected:.0f}"
-            + (f", TARGET_BYTES {target}" if cfg.target_bytes else ""))
-        over, under = (over, tried) if tried[0] <= target else (tried, under)
-        near = under and (under[0] > 0.9995 * target or (over and over[0] - under[0] < 0.002 * target))
-        if near or delta == (finest if under else coarsest):
-            break
-    if not under:
-        raise RunError(f"TARGET_BYTES={target}: the smallest reachable size is {tried[0]} bytes, {code_bytes} of them the script; "
-                       "make the model smaller, or ship the packed script (tools/pack_code.py)")
-    fine, coarse, names = over and over[1], under[1], list(under[1])
-    for turn in range(min(8, len(names)) if over else 0):  # matrices are of unequal size: another order may end closer to the target
-        order, low, high = names[turn:] + names[:turn], 0, len(names)
-        while under[0] <= 0.9995 * target and high - low > 1:
-            middle = (low + high) // 2
-            tried = attempt({name: (fine if name in order[:middle] else coarse)[name] for name in names})
-            low, high = (middle, high) if tried[0] <= target else (low, middle)
-            under = tried if under[0] < tried[0] <= target else under
-    return quantize(cfg, state, hessians, log, under[1]), under[2]
+    fit, _ = BUDGETS[scheme_of(cfg)]
+    return fit(cfg, state, hessians, code_bytes, log, search)
 
 
 @torch.no_grad()
 @full_fp32()
-def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor], tokens: np.ndarray, code_bytes: int) -> str:
-    """The size that an artifact of these weights would have, with the script: calibrated on one micro-batch, measured by `coded_bits`.
-    QUANT=rd without the trellis, on steps that err as much. Changes neither the model nor a random generator."""
-    live, hessians, parts, quiet = dict(model.named_parameters()), Hessians(), calibration_parts(cfg), lambda line: None
+def forecast_size(
+    cfg: Config, world: World, model: GPT, state: Tensors, tokens: np.ndarray, code_bytes: int
+) -> str:
+    """Forecast the size that an artifact of these weights would have, with the script, calibrated on one micro-batch.
+
+    Changes neither the model nor a random generator.
+    """
+    live = dict(model.named_parameters())
     weights = {name: t.detach().to(live[name].dtype).clone().requires_grad_() for name, t in state.items()}
+    hessians = Hessians()
+    parts = calibration_parts(cfg)
+    n = (len(tokens) - 1) // parts
     for k in range(parts):
-        n = (len(tokens) - 1) // parts
         calibrate(cfg, world, model, weights, tokens[k * n : (k + 1) * n + 1], hessians)
-    plan = matrices = None
-    if cfg.quant == "rd":
-        plan, wide = RateDistortion(gptq_inputs(cfg, unbank(cfg, weights)), hessians), math.sqrt(12 * TRELLIS_ERROR)
-        matrices = plan(finest := plan.delta(cfg.rd_loss), lambda x, _: ((q := (x / wide).round().clamp(-127, 127)), q * wide))
-    stored = quantize(cfg, weights, hessians, quiet, matrices)
-    bits = coded_bits(cfg, arrays_of(stored))
-    size, text = code_bytes + bits.sum() / 8, f" for RD_LOSS {cfg.rd_loss:g}" if plan else ""
-    if plan and 0 < cfg.target_bytes < size:
-        delta = plan.delta_for(plan.bits(finest) + 8 * (cfg.target_bytes - size))
-        text += f"; at TARGET_BYTES {cfg.target_bytes} the predicted loss is {cfg.rd_loss * (delta / finest) ** 2:.5f}"
-    return f"predicted_size: {size:.0f} bytes with the script{text}"
+    _, forecast = BUDGETS[scheme_of(cfg)]
+    return f"predicted_size: {forecast(cfg, unbank(cfg, weights), hessians, code_bytes)}"
 
 
 # ==================================================================================================
