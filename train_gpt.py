@@ -3,7 +3,7 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # the S14 recipe on 8 GPUs; no variables needed
     PRESET=demo python train_gpt.py                            # the same pipeline on a laptop CPU, minutes
-    python train_gpt.py --help                                 # every variable: type, default, range, meaning
+    python train_gpt.py --help                                 # every variable; PRESET=demo shows the values of demo
 
 train -> average -> Hessians -> integers -> artifact on disk -> read back from it -> score -> test-time training.
 
@@ -53,6 +53,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -60,6 +61,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,99 +95,139 @@ class RunError(Exception):
 # ==================================================================================================
 
 S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
-COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
-ATTN_BACKENDS = ("auto", "fa3", "fa4", "cudnn", "varlen", "flex", "cpu", "sdpa")
 MLP_KERNELS = ("eager", "pre_post", "act_grad", "lsb")
 COMPRESSORS = ("range", "pergroup", "brotli")
+STAGE_FLAGS = dict(prequant_only="train", quantize_only="quantize", ttt_eval_only="eval")  # published names
+LARGEST = sys.float_info.max
 
-PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable set by hand wins
-    "s14": {},
-    "s55": dict(
-        train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, eval_seq_len=2048, qk_gain_init=5.0,
-        awq_lite_enabled=False, gptq_reserve_seconds=0.5, quant="s14", eval_include_tail=False, rope_train_seq_len=2048,
-        ttt_eval_seq_len=2048, ttt_batch_size=64, ttt_mask="", ttt_local_lr_mult=1.0, ttt_short_score_first_enabled=False,
-        ttt_short_score_first_steps="", phased_ttt_num_phases=3,
-    ),
-    "s05": dict(  # PR #1105 with mixed bits; not here: its loader, bigram hash and value embeddings, SWA, late fake quantization
-        train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, rope_train_seq_len=2048, warmdown_iters=4000, min_lr=0.05,
-        mlp_mult=3.5, num_loops=0, parallel_start_layer=0, smear_gate_enabled=False, sparse_attn_gate_enabled=False,
-        quant="s05", gptq_calibration="self", awq_lite_enabled=False, lqer_enabled=False, compressor="brotli",
-        eval_method="sliding", eval_seq_len=2048, eval_stride=64, ttt_enabled=False,
-    ),
-    "demo": dict(
-        data_path="data/demo", vocab_size=1024, num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=6, rope_dims=8,
-        loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096,
-        train_seq_len=512, train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
-        eval_seq_len=512, ttt_eval_seq_len=512, rope_train_seq_len=512, eval_stride=256, val_batch_tokens=65536,
-        max_wallclock_seconds=80.0, gptq_reserve_seconds=24.0, rd_reserve_seconds=0.0, gptq_calibration_batches=8, max_eval_seconds=0.0,
-        train_log_every=20, muon_momentum_warmup_steps=100, ema_decay=0.95, ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
-        ttt_batch_size=16, ttt_chunk_size=128, ttt_short_score_first_steps="256:32,512:64", ttt_lanes=1, phased_ttt_prefix_docs=40,
-        global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
-    ),
+PRESETS = {  # variables to set together; what is set by hand wins
+    "s14": "",
+    "s55": """
+        TRAIN_SEQ_LEN=2048 TRAIN_SEQ_SCHEDULE= SEQ_CHANGE_WARMUP_STEPS=0 ROPE_TRAIN_SEQ_LEN=2048
+        EVAL_SEQ_LEN=2048 EVAL_INCLUDE_TAIL=0 QK_GAIN_INIT=5.0
+        QUANT=s14 AWQ_LITE_ENABLED=0 GPTQ_RESERVE_SECONDS=0.5
+        TTT_EVAL_SEQ_LEN=2048 TTT_BATCH_SIZE=64 TTT_MASK= TTT_LOCAL_LR_MULT=1.0
+        TTT_SHORT_SCORE_FIRST_ENABLED=0 TTT_SHORT_SCORE_FIRST_STEPS= PHASED_TTT_NUM_PHASES=3
+    """,
+    # PR #1105 with mixed bits, without its loader, bigram hash, value embeddings, SWA and late fake quantization
+    "s05": """
+        TRAIN_SEQ_LEN=2048 TRAIN_SEQ_SCHEDULE= SEQ_CHANGE_WARMUP_STEPS=0 ROPE_TRAIN_SEQ_LEN=2048
+        WARMDOWN_ITERS=4000 MIN_LR=0.05
+        MLP_MULT=3.5 NUM_LOOPS=0 PARALLEL_START_LAYER=0 SMEAR_GATE_ENABLED=0 SPARSE_ATTN_GATE_ENABLED=0
+        QUANT=s05 GPTQ_CALIBRATION=self AWQ_LITE_ENABLED=0 LQER_ENABLED=0 COMPRESSOR=brotli
+        EVAL_METHOD=sliding EVAL_SEQ_LEN=2048 EVAL_STRIDE=64 TTT_ENABLED=0
+    """,
+    "demo": """
+        DATA_PATH=data/demo VOCAB_SIZE=1024 VAL_BATCH_TOKENS=65536 TRAIN_LOG_EVERY=20
+        NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 XSA_LAST_N=6 ROPE_DIMS=8
+        LOOP_START=2 LOOP_END=3 NUM_LOOPS=1 PARALLEL_START_LAYER=4
+        TRAIN_BATCH_TOKENS=4096 TRAIN_MICROBATCH_TOKENS=4096 TRAIN_SEQ_LEN=512
+        TRAIN_SEQ_SCHEDULE=256@0.5,512@1.0 SEQ_CHANGE_WARMUP_STEPS=8 COMPILE_SHAPE_WARMUP=0 WARMUP_STEPS=0
+        EVAL_SEQ_LEN=512 TTT_EVAL_SEQ_LEN=512 ROPE_TRAIN_SEQ_LEN=512 EVAL_STRIDE=256
+        MAX_WALLCLOCK_SECONDS=80 GPTQ_RESERVE_SECONDS=24 RD_RESERVE_SECONDS=0 MAX_EVAL_SECONDS=0
+        MUON_MOMENTUM_WARMUP_STEPS=100 EMA_DECAY=0.95
+        GPTQ_CALIBRATION_BATCHES=8 AWQ_LITE_GROUP_SIZE=32 LQER_ASYM_GROUP=32
+        TTT_LORA_RANK=8 TTT_LORA_ALPHA=14 TTT_LORA_LR=1e-2 TTT_BATCH_SIZE=16 TTT_CHUNK_SIZE=128
+        TTT_SHORT_SCORE_FIRST_STEPS=256:32,512:64 TTT_LANES=1
+        PHASED_TTT_PREFIX_DOCS=40 GLOBAL_TTT_CHUNK_TOKENS=4096 GLOBAL_TTT_BATCH_SEQS=8
+    """,
 }
 
-REFUSED = {  # names that appear in published commands but never did anything, and names whose meaning is gone
-    "LQER_GROUP_SIZE": "nothing ever read it; the group size of the asymmetric factors is LQER_ASYM_GROUP",
-    "TTT_LR": "nothing ever read it; the learning rate of the adapters is TTT_LORA_LR times TTT_LOCAL_LR_MULT",
-    "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
-    "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are computed inside the evaluation's clock",
-    "TARGET_MB": "published runs gave it in MiB, and their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES",
-    "AUDIT": "nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length",
-    "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; `parameters` says which optimizer owns which tensor",
-}
+ALIASES = {"VAL_BATCH_SIZE": "VAL_BATCH_TOKENS", "LR_FLOOR": "MIN_LR"}  # published names of our variables
 
-GONE = {  # published names that are accepted with one value, or with any (None), and then do nothing
-    "ASYM_LOGIT_RESCALE": (None, "both caps are LOGIT_SOFTCAP: published code never trains them"),
-    "TIE_EMBEDDINGS": ("1", "the head is the embedding matrix"),
-    "EMBED_LR": (None, "the head is the embedding matrix; TIED_EMBED_LR applies"),
-    "MATRIX_CLIP_SIGMAS": (None, "it matches no tensor of a model with a tied head"),
-    "PARALLEL_FINAL_LANE": ("mean", "the head reads the mean of both lanes"),
-    "LQER_SCOPE": ("all", "every quantized matrix may be corrected"),
-    "LQER_GAIN_SELECT": ("0", "the tensors with the largest residual are corrected"),
-    "TTT_OPTIMIZER": ("adam", "adapters are trained by AdamW"),
-    "TTT_GRAD_STEPS": ("1", "one update a scored chunk"),
-    "MIDRUN_CAP_SCHEDULE": ("", "TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate"),
-    "MIDRUN_CAP_LOG_UPDATES": ("0", "there is no MIDRUN_CAP_SCHEDULE"),
-    "COMPILE_SHAPE_WARMUP_ITERS": ("1", "one pass a shape compiles it"),
-    "COMPILE_SHAPE_WARMUP_LOOP_MODES": ("auto", "the loop modes that the run will meet are warmed"),
-    "TTT_EVAL_BATCHES": ("", "every batch is reported, and the order of scoring is fixed"),
-    "TTT_TRAIN_MIN_DOC_LEN": ("0", "every document is learned from"),
-    "TTT_TRAIN_MAX_DOC_LEN": ("0", "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases"),
-    "TTT_SHORT_LORA_ENABLED": ("0", "short documents have the adapters of all"),
-    "TTT_SHORT_LORA_RANK": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_SHORT_LORA_LR": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_SHORT_LORA_WEIGHT_DECAY": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_SHORT_LORA_BETA2": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_WARM_START_MEAN_ENABLED": ("0", "adapters start from those of the batch before"),
-    "TTT_WARM_START_MEAN_DOC_LEN": (None, "TTT_WARM_START_MEAN_ENABLED is 0"),
-    "TTT_WARM_START_MEAN_MOMENTUM": (None, "TTT_WARM_START_MEAN_ENABLED is 0"),
-}
+# Variables of published commands and scripts that are not ours: pattern of the name, setting with which it is
+# accepted and changes nothing (- = with none, * = with any), and why. The first pattern that fits decides.
+PUBLISHED = """
+LQER_GROUP_SIZE - nothing ever read it; the group size of the asymmetric factors is LQER_ASYM_GROUP
+TTT_LR - nothing ever read it; the adapters' learning rate is TTT_LORA_LR times TTT_LOCAL_LR_MULT
+TTT_NO_QV_MASK - nothing ever read it; use TTT_MASK=no_qv
+MUON_BETA2 - nothing ever read it; the momentum is MUON_MOMENTUM
+GPTQ_CALIB_BATCHES - nothing ever read it; use GPTQ_CALIBRATION_BATCHES
+GPTQ_CALIBRATION_MODE - GPTQ_CALIBRATION chooses the data of the Hessians
+AUDIT - nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length
+TARGET_MB - published runs gave it in MiB: their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES
+*_NAME_PATTERNS - the table `parameters` says which tensor has which optimizer and codec
+GPTQ_BLOCK_SIZE * blocks of columns bound the memory of GPTQ, not its result
+MATRIX_LR_* * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
+BANK_SPLIT * it divides MATRIX_LR_EARLY from MATRIX_LR_LATE, which do nothing
+ASYM_LOGIT_RESCALE * both caps are LOGIT_SOFTCAP: published code never trains them
+EMBED_LR * the head is the embedding matrix; TIED_EMBED_LR applies
+HEAD_LR * the head is the embedding matrix; TIED_EMBED_LR applies
+MATRIX_CLIP_SIGMAS * it matches no tensor of a model with a tied head
+TIE_EMBEDDINGS TIE_EMBEDDINGS=1 the head is the embedding matrix
+PARALLEL_FINAL_LANE PARALLEL_FINAL_LANE=mean the head reads the mean of both lanes
+LQER_SCOPE LQER_SCOPE=all every quantized matrix may be corrected
+LQER_GAIN_SELECT LQER_GAIN_SELECT=0 the tensors with the largest residual are corrected
+COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_ITERS=1 one pass a shape compiles it
+COMPILE_SHAPE_WARMUP_LOOP_MODES COMPILE_SHAPE_WARMUP_LOOP_MODES=auto the modes the run meets are warmed
+MIDRUN_CAP_* MIDRUN_CAP_SCHEDULE= TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate
+TRAIN_BATCH_TOKENS_SCHEDULE TRAIN_BATCH_TOKENS_SCHEDULE= every step has TRAIN_BATCH_TOKENS tokens
+TTT_OPTIMIZER TTT_OPTIMIZER=adam adapters are trained by AdamW
+TTT_GRAD_STEPS TTT_GRAD_STEPS=1 one update a scored chunk
+TTT_UPDATE_EVERY TTT_UPDATE_EVERY=1 one update a scored chunk
+TTT_LORA_EMA_DECAY TTT_LORA_EMA_DECAY=0 chunks are scored by the adapters themselves, not by an average
+TTT_EVAL_BATCHES TTT_EVAL_BATCHES= every batch is reported, and the order of scoring is fixed
+TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MIN_DOC_LEN=0 every document is learned from
+TTT_TRAIN_MAX_DOC_LEN TTT_TRAIN_MAX_DOC_LEN=0 every document is learned from
+TTT_SHORT_LORA_* TTT_SHORT_LORA_ENABLED=0 short documents have the adapters of all
+TTT_WARM_START_MEAN_* TTT_WARM_START_MEAN_ENABLED=0 adapters start from those of the batch before
+SLOT_ENABLED SLOT_ENABLED=0 SLOT says which kind: published or causal
+NGRAM_HINT_PRECOMPUTE_OUTSIDE NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 hints are made inside the evaluation's clock
+WITHIN_TAU WITHIN_BOOST=0 experts for tokens within a word read the target: not legal
+WITHIN_BOOST WITHIN_BOOST=0 experts for tokens within a word read the target: not legal
+WORD_TAU WORD_BOOST=0 experts for the start of a word read the target: not legal
+WORD_BOOST WORD_BOOST=0 experts for the start of a word read the target: not legal
+AGREE_ADD_BOOST AGREE_ADD_BOOST=0 there is one expert, so none to agree with
+FUSED_NGRAM_* FUSED_NGRAM_EVAL=0 its experts read the target: not legal; NGRAM_TILT_ENABLED=1 is legal
+ENGRAM ENGRAM=0 there is no n-gram embedding
+NGRAM_[BHOD]* ENGRAM=0 there is no n-gram embedding
+TRIGRAM TRIGRAM=0 there is no n-gram embedding
+BIGRAM_* BIGRAM_VOCAB_SIZE=0 there is no bigram hash embedding
+VE_* VE_ENABLED=0 there are no value embeddings
+VALUE_RESIDUAL VALUE_RESIDUAL=0 the values of the first block are not added to later ones
+GATED_ATTENTION GATED_ATTENTION=0 its gate starts open; GATED_ATTN_ENABLED=1 is the nearest
+GATED_XSA* GATED_XSA=0 XSA has no gate of its own
+DTG_* DTG_ENABLED=0 blocks have no gate over the token
+MTP_* MTP_NUM_HEADS=0 only the next token is predicted
+SWA_* SWA_ENABLED=0 no snapshots are averaged; EMA_DECAY averages the weights of every step
+LAWA_* LAWA_ENABLED=0 no snapshots are averaged; EMA_DECAY averages the weights of every step
+QAT_* QAT_ENABLED=0 nothing is quantized while training
+LATE_QAT_* LATE_QAT_THRESHOLD=0 nothing is quantized while training
+MIXED_QUANT MIXED_QUANT=0 QUANT=s05 has its mixed bits
+SKYLIGHT_* SKYLIGHT_MUON=0 there is one Muon
+"""
 
-FAMILIES = (  # an unknown variable that starts like this is a typo, not somebody else's
-    "ADAM_", "ASYM_", "ATTN_", "AUDIT", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "CUDA_GR", "EMA_", "EMBED_",
-    "ENABLE_LOOP", "EVAL_", "FUSED_CE", "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_",
-    "MATRIX_", "MAX_EVAL_", "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS",
-    "NUM_LOOPS", "N_INT6", "PARALLEL_", "PHASED_TTT_", "QK_", "QUANT", "RD_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_",
-    "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_", "TARGET_", "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_",
-    "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
+# First words that other programs' variables have too: there, a typo has to share two words with one of ours.
+FOREIGN_WORDS = (
+    "ARTIFACT CUDA DATA DEVICE ENABLE FORCE GLOBAL MAX MIN MODEL N NUM PARALLEL PROFILE RUN SKIP STAGE "
+    "TARGET TOKEN WINDOW"
 )
 
 
-def knob(default: Any, doc: str, lo: float = -math.inf, hi: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
-    """Declare one variable: default, meaning, accepted range or choices."""
-    return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices))
+def knob(
+    default: Any, doc: str, lo: float = 0, hi: float = LARGEST, choices: str = "", needs: str | None = None,
+    because: str = "", model: bool = False, recipe: bool = True, group: str = "",
+) -> Any:
+    """Declare one variable: default, meaning, accepted range of a number or a|b|c of a text.
+
+    needs: when it has any effect, see `unmet`; None = while the switch NAME_ENABLED is on, if its name begins so.
+    because: what to say when it has none, where that says more. model: artifact and run must agree on it.
+    recipe: it is part of the run's identity, see `config_hash`. group: title of the variables from here on.
+    """
+    about = dict(doc=doc, lo=lo, hi=hi, choices=choices, needs=needs, because=because)
+    return field(default=default, metadata=about | dict(model=model, recipe=recipe, group=group))
 
 
 def parse_steps(text: str, separator: str) -> tuple[tuple[float, float], ...]:
-    """'256:8,2000:24' -> ((256.0, 8.0), (2000.0, 24.0)), sorted by the first number. Raises ValueError."""
-    pairs = [item.split(separator) for item in filter(None, (part.strip() for part in text.split(",")))]
+    """Read '256:8,2000:24' as ((256.0, 8.0), (2000.0, 24.0)), by the first number. Raises ValueError."""
+    pairs = [item.split(separator) for item in text.split(",") if item.strip()]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{text!r}: expected a comma list of A{separator}B")
     return tuple(sorted((float(a), float(b)) for a, b in pairs))
 
 
 def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], ...]:
-    """'1024@0.1,2048@1' -> ((1024, 0.1), (2048, 1.0)): each context length lasts until its fraction of the run.
+    """Read '1024@0.1,2048@1' as ((1024, 0.1), (2048, 1.0)): context lengths, each until its fraction of the run.
 
     Blank means one stage of `default_len`. Raises ValueError on a malformed stage.
     """
@@ -193,255 +235,348 @@ def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], 
     if not all(n >= 1 and not n % 1 and 0 < end <= 1 for n, end in stages):
         raise ValueError("expected LENGTH@END_FRACTION with a whole LENGTH > 0 and 0 < END_FRACTION <= 1")
     stages = [(int(n), end) for n, end in stages]
-    return tuple(stages) if stages[-1][1] >= 1 else (*stages, (stages[-1][0], 1.0))
+    last_length, last_end = stages[-1]
+    if last_end < 1:
+        stages.append((last_length, 1.0))
+    return tuple(stages)
 
 
 def rule_violations(c: Config):
-    """Cross-field rules: yields (fields involved, what is wrong and what would be right)."""
-    if c.model_dim % c.num_heads:
-        yield ("model_dim", "num_heads"), f"MODEL_DIM={c.model_dim} must be divisible by NUM_HEADS={c.num_heads}"
-    if c.num_heads % c.num_kv_heads:
-        yield ("num_heads", "num_kv_heads"), f"NUM_HEADS={c.num_heads} must be divisible by NUM_KV_HEADS={c.num_kv_heads}"
-    if c.rope_dims % 2 or c.rope_dims > c.head_dim:
-        yield ("rope_dims", "model_dim", "num_heads"), f"ROPE_DIMS={c.rope_dims} must be even and at most the head size {c.head_dim}"
-    if c.rope_yarn and c.rope_dims < 4:
-        yield ("rope_yarn", "rope_dims"), f"ROPE_YARN=1 needs ROPE_DIMS of at least 4, got {c.rope_dims}"
-    if not c.window_pattern or set(c.window_pattern) - set("SL"):
-        yield ("window_pattern",), f"WINDOW_PATTERN={c.window_pattern!r}: expected letters S and L, such as SSL"
-    if c.gate_window > c.model_dim:
-        yield ("gate_window", "model_dim"), f"GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
-    if c.num_loops and not c.loop_start <= c.loop_end < c.num_layers:
-        yield ("loop_start", "loop_end", "num_layers", "num_loops"), (
-            f"need LOOP_START <= LOOP_END < NUM_LAYERS, got {c.loop_start}, {c.loop_end}, {c.num_layers} (NUM_LOOPS=0 turns loops off)")
-    if c.attn_out_gate_enabled + c.gated_attn_enabled + c.sparse_attn_gate_enabled > 1:
-        yield ("attn_out_gate_enabled", "gated_attn_enabled", "sparse_attn_gate_enabled"), (
-            "at most one of ATTN_OUT_GATE_ENABLED, GATED_ATTN_ENABLED, SPARSE_ATTN_GATE_ENABLED may be 1")
+    """Check what no range of one variable can say: yields a sentence that names all variables involved."""
+    yield from model_violations(c)
+    yield from schedule_violations(c)
+    yield from evaluation_violations(c)
+
     if (c.stage != "all") + c.prequant_only + c.quantize_only + c.ttt_eval_only > 1:
-        yield ("stage", "prequant_only", "quantize_only", "ttt_eval_only"), (
-            "set only one of STAGE, PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY")
+        yield "set only one of STAGE, PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY"
+    if not all(item.strip().isdecimal() for item in c.seeds_declared.split(",") if item):
+        yield f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
+    if c.mlp_backward == "cutlass" and c.mlp_kernel != "act_grad":
+        yield f"MLP_BACKWARD=cutlass needs what MLP_KERNEL=act_grad stores, not {c.mlp_kernel}"
+
+    if c.quant == "s05" and c.matrix_bits < 3:
+        yield f"QUANT=s05 takes a bit from most matrices: MATRIX_BITS={c.matrix_bits} must be at least 3"
+    if not c.lqer_enabled:
+        return
+    if c.lqer_asym_enabled and any(c.lqer_rank * n % c.lqer_asym_group for n in (c.model_dim, c.mlp_dim)):
+        yield (f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} "
+               f"(MLP_MULT) must be multiples of LQER_ASYM_GROUP={c.lqer_asym_group}, or LQER_ASYM_ENABLED=0")
+    smallest = min(c.kv_dim, c.model_dim, c.mlp_dim)
+    if c.lqer_rank > smallest:
+        yield (f"LQER_RANK={c.lqer_rank} must be at most the smallest side of a matrix, {smallest} "
+               "(MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT)")
+
+
+def model_violations(c: Config):
+    """Rules of the network's shape."""
+    if c.model_dim % c.num_heads:
+        yield f"MODEL_DIM={c.model_dim} must be divisible by NUM_HEADS={c.num_heads}"
+    if c.num_heads % c.num_kv_heads:
+        yield f"NUM_HEADS={c.num_heads} must be divisible by NUM_KV_HEADS={c.num_kv_heads}"
+    if c.rope_dims % 2 or c.rope_dims > c.head_dim:
+        size = f"head size {c.head_dim} (MODEL_DIM / NUM_HEADS)"
+        yield f"ROPE_DIMS={c.rope_dims} must be even and at most the {size}"
+    if c.rope_yarn and c.rope_dims < 4:
+        yield f"ROPE_YARN=1 needs ROPE_DIMS of at least 4, got {c.rope_dims}"
+    if not c.window_pattern or set(c.window_pattern) - set("SL"):
+        yield f"WINDOW_PATTERN={c.window_pattern!r}: expected letters S and L, such as SSL"
+    if c.gate_window > c.model_dim:
+        yield f"GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
+    if c.num_loops and not c.loop_start <= c.loop_end < c.num_layers:
+        found = f"{c.loop_start}, {c.loop_end}, {c.num_layers}"
+        yield f"need LOOP_START <= LOOP_END < NUM_LAYERS, got {found} (NUM_LOOPS=0 turns loops off)"
+    if c.attn_out_gate_enabled + c.gated_attn_enabled + c.sparse_attn_gate_enabled > 1:
+        yield "at most one of ATTN_OUT_GATE_ENABLED, GATED_ATTN_ENABLED, SPARSE_ATTN_GATE_ENABLED may be 1"
+
+
+def schedule_violations(c: Config):
+    """Rules of the training's batches, contexts and seconds."""
+    micro = f"TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens}"
     if c.train_batch_tokens % c.train_microbatch_tokens:
-        yield ("train_batch_tokens", "train_microbatch_tokens"), (
-            f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens}")
+        yield f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of {micro}"
     try:
         lengths = [length for length, _ in c.seq_schedule]
     except ValueError as e:
-        yield ("train_seq_schedule",), f"TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r}: {e}"
+        yield f"TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r}: {e}"
     else:
-        schedule = ("train_seq_len", "train_seq_schedule")
         if max(lengths) != c.train_seq_len:
-            yield schedule, (f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest context of TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r} "
-                             "(a blank schedule trains at TRAIN_SEQ_LEN throughout)")
-        if bad := [n for n in lengths if c.train_microbatch_tokens % n]:
-            yield (*schedule, "train_microbatch_tokens"), (
-                f"TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens} must be a multiple of every context length, not of {bad}")
-    name = "ttt_short_score_first_steps"
+            yield (f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest context of TRAIN_SEQ_SCHEDULE="
+                   f"{c.train_seq_schedule!r} (a blank schedule trains at TRAIN_SEQ_LEN throughout)")
+        bad = [n for n in lengths if c.train_microbatch_tokens % n]
+        if bad:
+            yield (f"{micro} must be a multiple of every context length, not of {bad} "
+                   "(TRAIN_SEQ_SCHEDULE, TRAIN_SEQ_LEN)")
+
+    if c.max_wallclock_seconds and not c.train_budget_seconds:
+        kept = f", RD_RESERVE_SECONDS={c.rd_reserve_seconds:g} being kept too" if c.quant == "rd" else ""
+        yield (f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS="
+               f"{c.max_wallclock_seconds:g}{kept}")
+    if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
+        yield "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
+
+
+def evaluation_violations(c: Config):
+    """Rules of scoring and of test-time training."""
+    if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
+        yield f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
+    if c.slot != "off" and (c.ttt_enabled or c.eval_method != "sliding"):
+        yield f"SLOT={c.slot} needs sliding windows: set EVAL_METHOD=sliding and TTT_ENABLED=0"
+    if c.ttt_adam_kernel == "triton" and c.ttt_beta1:
+        yield "TTT_ADAM_KERNEL=triton needs TTT_BETA1=0"
+    if c.phased_ttt_enabled and c.ttt_enabled and c.global_ttt_chunk_tokens < c.eval_seq_len:
+        yield (f"GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} must hold at least one sequence of "
+               f"EVAL_SEQ_LEN={c.eval_seq_len}")
     try:
         steps = parse_steps(c.ttt_short_score_first_steps, ":")
     except ValueError as e:
-        yield (name,), f"{name.upper()}: {e}"
-    else:
-        short = {chunk for _, chunk in steps} or {c.ttt_short_chunk_size}
-        chunks = {c.ttt_chunk_size} | (short if c.ttt_short_score_first_enabled else set())
-        if c.ttt_enabled and any(chunk % 1 or not 1 <= chunk <= c.ttt_eval_seq_len for chunk in chunks):
-            yield ("ttt_chunk_size", "ttt_short_chunk_size", "ttt_eval_seq_len", name), (
-                f"chunks are whole numbers of tokens from 1 to TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}, not {sorted(chunks)}: "
-                f"TTT_CHUNK_SIZE={c.ttt_chunk_size}, {name.upper()}={getattr(c, name)!r}, TTT_SHORT_CHUNK_SIZE={c.ttt_short_chunk_size}")
-    if not all(item.strip().isdigit() for item in filter(None, c.seeds_declared.split(","))):
-        yield ("seeds_declared",), f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
-    if c.max_wallclock_seconds and not c.train_budget_seconds:
-        yield ("max_wallclock_seconds", "gptq_reserve_seconds", "rd_reserve_seconds"), (
-            f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
-            + f", RD_RESERVE_SECONDS={c.rd_reserve_seconds:g} being kept too" * (c.quant == "rd"))
-    if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
-        yield ("max_wallclock_seconds", "iterations"), "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
-    if c.mlp_backward == "cutlass" and c.mlp_kernel != "act_grad":
-        yield ("mlp_backward", "mlp_kernel"), f"MLP_BACKWARD=cutlass needs what MLP_KERNEL=act_grad stores, not {c.mlp_kernel}"
-    if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
-        yield ("eval_stride", "eval_seq_len"), f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
-    if c.slot != "off" and (c.ttt_enabled or c.eval_method != "sliding"):
-        yield ("slot", "ttt_enabled", "eval_method"), f"SLOT={c.slot} needs sliding windows: set EVAL_METHOD=sliding and TTT_ENABLED=0"
-    if c.quant == "s05" and c.matrix_bits < 3:
-        yield ("quant", "matrix_bits"), f"QUANT=s05 takes a bit from most matrices: MATRIX_BITS={c.matrix_bits} must be at least 3"
-    if c.lqer_enabled and c.lqer_asym_enabled and any(c.lqer_rank * n % c.lqer_asym_group for n in (c.model_dim, c.mlp_dim)):
-        yield ("lqer_rank", "lqer_asym_group", "model_dim", "mlp_mult"), (
-            f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} must be multiples of "
-            f"LQER_ASYM_GROUP={c.lqer_asym_group} (or LQER_ASYM_ENABLED=0)")
-    if c.lqer_enabled and c.lqer_rank > min(c.kv_dim, c.model_dim, c.mlp_dim):
-        yield ("lqer_rank", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"), (
-            f"LQER_RANK={c.lqer_rank} must be at most the smallest side of a matrix, {min(c.kv_dim, c.model_dim, c.mlp_dim)}")
-    if c.ttt_adam_kernel == "triton" and c.ttt_beta1:
-        yield ("ttt_adam_kernel", "ttt_beta1"), "TTT_ADAM_KERNEL=triton needs TTT_BETA1=0"
-    if c.phased_ttt_enabled and c.ttt_enabled and c.global_ttt_chunk_tokens < c.eval_seq_len:
-        yield ("global_ttt_chunk_tokens", "eval_seq_len"), (
-            f"GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} must hold at least one sequence of EVAL_SEQ_LEN={c.eval_seq_len}")
+        yield f"TTT_SHORT_SCORE_FIRST_STEPS: {e}"
+        return
+    chunks = {c.ttt_chunk_size}
+    if c.ttt_short_score_first_enabled:
+        chunks |= {chunk for _, chunk in steps} or {c.ttt_short_chunk_size}
+    if c.ttt_enabled and any(chunk % 1 or not 1 <= chunk <= c.ttt_eval_seq_len for chunk in chunks):
+        yield (f"chunks are whole numbers of tokens from 1 to TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}, "
+               f"not {sorted(chunks)}: TTT_CHUNK_SIZE={c.ttt_chunk_size}, TTT_SHORT_CHUNK_SIZE="
+               f"{c.ttt_short_chunk_size}, TTT_SHORT_SCORE_FIRST_STEPS={c.ttt_short_score_first_steps!r}")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every variable of a run. Field `num_layers` is environment variable NUM_LAYERS. Defaults are S14 (PR #2014)."""
+    """Hold every variable of a run; field num_layers is variable NUM_LAYERS. Defaults are S14 (PR #2014)."""
 
-    # run
-    preset: str = knob("s14", "table of overrides to start from", choices=tuple(PRESETS))
-    stage: str = knob("all", "which part of the pipeline to run", choices=("all", "train", "quantize", "eval", "warm"))
-    prequant_only: bool = knob(False, "same as STAGE=train")
-    quantize_only: bool = knob(False, "same as STAGE=quantize: start from final_model.pt")
-    ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact")
-    seed: int = knob(1337, "seeds weights and adapters; the data order does not depend on it", lo=0)
-    seeds_declared: str = knob("", "comma list of the seeds that will be run and averaged, fixed before the first of them")
-    run_id: str = knob("", "name of the run; blank = date and time")
-    artifact_dir: str = knob("", "folder for log, checkpoint and artifact; blank = logs/RUN_ID")
-    resume: bool = knob(False, "continue from checkpoint.pt of ARTIFACT_DIR")
-    checkpoint_seconds: float = knob(0.0, "write checkpoint.pt this often while training; 0 = only when interrupted", lo=0)
-    device: str = knob("auto", "where to run; auto = cuda if there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
-    activation_dtype: str = knob("auto", "activations and embedding; auto = bf16 on cuda, else fp32", choices=("auto", "bf16", "fp32"))
-    compile_backend: str = knob("auto", "of torch.compile; auto = inductor on cuda, else none", choices=COMPILE_BACKENDS)
+    preset: str = knob("s14", "table of overrides to start from", choices="|".join(PRESETS), group="the run")
+    stage: str = knob("all", "which part of the pipeline to run",
+        choices="all|train|quantize|eval|warm", recipe=False)
+    prequant_only: bool = knob(False, "same as STAGE=train", recipe=False)
+    quantize_only: bool = knob(False, "same as STAGE=quantize: start from final_model.pt", recipe=False)
+    ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact", needs="", recipe=False)
+    seed: int = knob(1337, "seeds weights and adapters; the data order does not depend on it", recipe=False)
+    seeds_declared: str = knob("",
+        "comma list of the seeds that will be run and averaged, fixed before the first of them", recipe=False)
+    run_id: str = knob("", "name of the run; blank = date and time", recipe=False)
+    artifact_dir: str = knob("", "folder for log, checkpoint and artifact; blank = logs/RUN_ID", recipe=False)
+    resume: bool = knob(False, "continue from checkpoint.pt of ARTIFACT_DIR", recipe=False)
+    checkpoint_seconds: float = knob(0.0,
+        "write checkpoint.pt this often while training; 0 = only when interrupted", recipe=False)
+    device: str = knob("auto", "where to run; auto = cuda if there is one, else cpu",
+        choices="auto|cuda|cpu|mps")
+    activation_dtype: str = knob("auto", "activations and embedding; auto = bf16 on cuda, else fp32",
+        choices="auto|bf16|fp32")
+    compile_backend: str = knob("auto", "of torch.compile; auto = inductor on cuda, else none",
+        choices="auto|none|inductor|aot_eager|eager")
     dynamo_cache_size_limit: int = knob(128, "graphs torch.compile may keep per function", lo=1)
     dynamo_accumulated_cache_size_limit: int = knob(1024, "graphs torch.compile may keep in all", lo=1)
-    compile_allow_recompiles: bool = knob(False, "go on when torch.compile is at work in timed code; 0 = an error that names the reasons")
-    compile_cache_dir: str = knob("", "keep compiled code here for later runs (STAGE=warm makes all of it); blank = torch's own place")
-    cuda_graphs: bool = knob(False, "replay a micro-batch and a step of test-time training as CUDA graphs; not yet measured on a GPU")
-    profile: int = knob(0, "profile this many steps, after the third, for tools/step_profile.py; costs time, so not for records", lo=0)
-    # kernels
-    attn_backend: str = knob("auto", "attention of packed rows; auto = the fastest one here that is right", choices=ATTN_BACKENDS)
-    mlp_kernel: str = knob("eager", "GEMMs with the activation inside, by what they store for the backward", choices=MLP_KERNELS)
-    mlp_backward: str = knob("triton", "what multiplies by the derivative that MLP_KERNEL=act_grad stored", choices=("triton", "cutlass"))
-    cutlass_path: str = knob("", "CUTLASS's folder, for MLP_BACKWARD=cutlass; blank = that of the installed package nvidia-cutlass")
-    qk_kernel: str = knob("eager", "one kernel from merged projection to normed, rotated heads", choices=("eager", "triton"))
-    xsa_kernel: str = knob("eager", "one kernel for XSA and head gate", choices=("eager", "triton"))
-    fused_ce_kernel: str = knob("eager", "loss and its gradient in one pass over the logits", choices=("eager", "triton"))
-    # data
-    data_dir: str = knob("./data/", "root of the default data paths")
-    data_path: str = knob("", "folder of the shards; blank = the published CaseOps export below DATA_DIR")
-    tokenizer_path: str = knob("", "SentencePiece model; blank = tokenizer.model beside the shards, or the published one")
+    compile_allow_recompiles: bool = knob(
+        False, "go on when torch.compile is at work in timed code; 0 = an error that names the reasons",
+        needs="compile_backend!=none|cuda_graphs", recipe=False)
+    compile_cache_dir: str = knob(
+        "", "keep compiled code here for later runs (STAGE=warm makes all of it); blank = torch's own place",
+        recipe=False)
+    cuda_graphs: bool = knob(False,
+        "replay a micro-batch and a step of test-time training as CUDA graphs; not yet measured on a GPU")
+    profile: int = knob(0,
+        "profile this many steps, after the third, for tools/step_profile.py; costs time, so not for records")
+
+    attn_backend: str = knob("auto", "attention of packed rows; auto = the fastest one here that is right",
+        choices="auto|fa3|fa4|cudnn|varlen|flex|cpu|sdpa", group="kernels")
+    mlp_kernel: str = knob("eager", "GEMMs with the activation inside, by what they store for the backward",
+        choices="|".join(MLP_KERNELS))
+    mlp_backward: str = knob("triton", "what multiplies by the derivative that MLP_KERNEL=act_grad stored",
+        choices="triton|cutlass", needs="mlp_kernel!=eager")
+    cutlass_path: str = knob(
+        "",
+        "CUTLASS's folder, for MLP_BACKWARD=cutlass; blank = that of the installed package nvidia-cutlass",
+        needs="mlp_backward=cutlass", recipe=False)
+    qk_kernel: str = knob("eager", "one kernel from merged projection to normed, rotated heads",
+        choices="eager|triton")
+    xsa_kernel: str = knob(
+        "eager", "one kernel for XSA and head gate", choices="eager|triton",
+        needs="xsa_last_n,attn_gate!=none", because="XSA_LAST_N is 0 or there is no head gate")
+    fused_ce_kernel: str = knob("eager", "loss and its gradient in one pass over the logits",
+        choices="eager|triton")
+
+    data_dir: str = knob("./data/", "root of the default data paths", recipe=False, group="data")
+    data_path: str = knob("", "folder of the shards; blank = the published CaseOps export below DATA_DIR",
+        recipe=False)
+    tokenizer_path: str = knob("",
+        "SentencePiece model; blank = tokenizer.model beside the shards, or the published one", recipe=False)
     caseops_enabled: bool = knob(True, "bytes come from the sidecar; 0 = from the SentencePiece pieces")
-    vocab_size: int = knob(8192, "token ids are below this", lo=2, hi=65536)
-    val_doc_fraction: float = knob(1.0, "score a fixed random share of the documents; below 1 is for development", lo=1e-6, hi=1)
-    # model
-    num_layers: int = knob(11, "blocks", lo=1)
-    model_dim: int = knob(512, "width of the residual stream", lo=1)
-    num_heads: int = knob(8, "query heads", lo=1)
-    num_kv_heads: int = knob(4, "key/value heads", lo=1)
-    mlp_mult: float = knob(4.0, "MLP width over MODEL_DIM", lo=0.01)
-    mlp_slope: float = knob(0.5, "slope of leaky ReLU below zero, before the square", lo=0, hi=1)
-    logit_softcap: float = knob(30.0, "logits become c tanh(logits / c)", lo=1e-3)
-    fused_ce_enabled: bool = knob(True, "softcap and cross-entropy of training in fp32; 0 = softcap rounded to the activation dtype")
-    rope_base: float = knob(10000.0, "base of the rotary frequencies", lo=1)
-    rope_dims: int = knob(16, "rotated dimensions of each head", lo=2)
-    rope_yarn: bool = knob(False, "stretch ROPE_BASE where the context exceeds ROPE_TRAIN_SEQ_LEN")
-    rope_train_seq_len: int = knob(3072, "context the rotary base is meant for", lo=1)
-    ln_scale: bool = knob(True, "scale the normed input of block i by 1/sqrt(i+1)")
-    qk_gain_init: float = knob(5.25, "initial gain of the normed queries")
-    xsa_last_n: int = knob(11, "blocks, counted from the last, whose heads drop the part along their own value", lo=0)
-    window_pattern: str = knob("L", "S = the last WINDOW_SIZE tokens, L = the whole document so far; repeated over the blocks")
-    window_size: int = knob(1024, "tokens seen by the attention of an S block, itself included", lo=1)
-    skip_gates_enabled: bool = knob(True, "gated skips; 0 = plain weighted sums")
-    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", lo=0)
-    loop_start: int = knob(3, "first block of the repeated segment", lo=0)
-    loop_end: int = knob(5, "last block of the repeated segment, inclusive", lo=0)
-    parallel_start_layer: int = knob(8, "first block of the two-lane decoder; 0 = one lane", lo=0)
-    attn_out_gate_enabled: bool = knob(False, "head gate 2 sigmoid(W src[:GATE_WINDOW])")
-    attn_out_gate_src: str = knob("proj", "input of that gate: the block's normed input or the raw queries", choices=("proj", "q"))
-    gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over all channels")
-    gated_attn_init_std: float = knob(0.01, "initial std of its weights", lo=0)
-    sparse_attn_gate_enabled: bool = knob(True, "head gate sigmoid(SPARSE_ATTN_GATE_SCALE W n[:GATE_WINDOW])")
-    sparse_attn_gate_init_std: float = knob(0.0, "initial std of its weights", lo=0)
-    sparse_attn_gate_scale: float = knob(0.5, "factor inside the sigmoid")
-    gate_window: int = knob(12, "channels read by the sparse, output and smear gates", lo=1)
-    smear_gate_enabled: bool = knob(True, "add a gated share of the previous token's embedding")
-    smear_gate_bos_fix: bool = knob(True, "never smear across a document start")
-    tied_embed_init_std: float = knob(0.005, "initial std of the embedding", lo=0)
-    # optimizers
-    matrix_optimizer: str = knob("muon", "optimizer of the weight banks", choices=("muon",))
-    matrix_lr: float = knob(0.026, "learning rate of the weight banks", lo=0)
-    tied_embed_lr: float = knob(0.03, "AdamW, the tied embedding and the untied head", lo=0)
-    scalar_lr: float = knob(0.02, "AdamW, all small tensors", lo=0)
-    muon_momentum: float = knob(0.97, "Nesterov momentum", lo=0, hi=0.9999)
-    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", lo=0, hi=0.9999)
-    muon_momentum_warmup_steps: int = knob(1500, "steps until MUON_MOMENTUM is reached", lo=0)
+    vocab_size: int = knob(8192, "token ids are below this", lo=2, hi=65536, model=True)
+    val_doc_fraction: float = knob(1.0,
+        "score a fixed random share of the documents; below 1 is for development", lo=1e-6, hi=1)
+
+    num_layers: int = knob(11, "blocks", lo=1, model=True, group="model")
+    model_dim: int = knob(512, "width of the residual stream", lo=1, model=True)
+    num_heads: int = knob(8, "query heads", lo=1, model=True)
+    num_kv_heads: int = knob(4, "key/value heads", lo=1, model=True)
+    mlp_mult: float = knob(4.0, "MLP width over MODEL_DIM", lo=0.01, model=True)
+    mlp_slope: float = knob(0.5, "slope of leaky ReLU below zero, before the square", hi=1, model=True)
+    logit_softcap: float = knob(30.0, "logits become c tanh(logits / c)", lo=1e-3, model=True)
+    fused_ce_enabled: bool = knob(True,
+        "softcap and cross-entropy of training in fp32; 0 = softcap rounded to the activation dtype")
+    rope_base: float = knob(10000.0, "base of the rotary frequencies", lo=1, model=True)
+    rope_dims: int = knob(16, "rotated dimensions of each head", lo=2, model=True)
+    rope_yarn: bool = knob(False, "stretch ROPE_BASE where the context exceeds ROPE_TRAIN_SEQ_LEN",
+        model=True)
+    rope_train_seq_len: int = knob(3072, "context the rotary base is meant for",
+        lo=1, needs="rope_yarn", model=True)
+    ln_scale: bool = knob(True, "scale the normed input of block i by 1/sqrt(i+1)", model=True)
+    qk_gain_init: float = knob(5.25, "initial gain of the normed queries", lo=-LARGEST)
+    xsa_last_n: int = knob(11,
+        "blocks, counted from the last, whose heads drop the part along their own value", model=True)
+    window_pattern: str = knob(
+        "L", "S = the last WINDOW_SIZE tokens, L = the whole document so far; repeated over the blocks",
+        model=True)
+    window_size: int = knob(1024, "tokens seen by the attention of an S block, itself included",
+        lo=1, needs="windowed", because="WINDOW_PATTERN has no S", model=True)
+    skip_gates_enabled: bool = knob(True, "gated skips; 0 = plain weighted sums", model=True)
+    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", model=True)
+    loop_start: int = knob(3, "first block of the repeated segment", needs="num_loops", model=True)
+    loop_end: int = knob(5, "last block of the repeated segment, inclusive", needs="num_loops", model=True)
+    parallel_start_layer: int = knob(8, "first block of the two-lane decoder; 0 = one lane", model=True)
+    attn_out_gate_enabled: bool = knob(False, "head gate 2 sigmoid(W src[:GATE_WINDOW])", model=True)
+    attn_out_gate_src: str = knob("proj", "input of that gate: the block's normed input or the raw queries",
+        choices="proj|q", model=True)
+    gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over all channels", model=True)
+    gated_attn_init_std: float = knob(0.01, "initial std of its weights")
+    sparse_attn_gate_enabled: bool = knob(True, "head gate sigmoid(SPARSE_ATTN_GATE_SCALE W n[:GATE_WINDOW])",
+        model=True)
+    sparse_attn_gate_init_std: float = knob(0.0, "initial std of its weights")
+    sparse_attn_gate_scale: float = knob(0.5, "factor inside the sigmoid", lo=-LARGEST, model=True)
+    gate_window: int = knob(12, "channels read by the sparse, output and smear gates", lo=1, model=True)
+    smear_gate_enabled: bool = knob(True, "add a gated share of the previous token's embedding", model=True)
+    smear_gate_bos_fix: bool = knob(True, "never smear across a document start", model=True)
+    tied_embed_init_std: float = knob(0.005, "initial std of the embedding")
+
+    matrix_optimizer: str = knob("muon", "optimizer of the weight banks", choices="muon", group="optimizers")
+    matrix_lr: float = knob(0.026, "learning rate of the weight banks")
+    tied_embed_lr: float = knob(0.03, "AdamW, the embedding")
+    scalar_lr: float = knob(0.02, "AdamW, all small tensors")
+    muon_momentum: float = knob(0.97, "Nesterov momentum", hi=0.9999)
+    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", hi=0.9999)
+    muon_momentum_warmup_steps: int = knob(1500, "steps until MUON_MOMENTUM is reached")
     muon_backend_steps: int = knob(5, "Polar Express iterations; more than 5 still runs 5", lo=1)
     muon_row_normalize: bool = knob(True, "divide rows of the update by their norm before orthogonalising")
-    muon_wd: float = knob(0.095, "decoupled weight decay of the banks", lo=0)
-    embed_wd: float = knob(0.085, "decoupled weight decay of embedding and head", lo=0)
-    adam_wd: float = knob(0.02, "decoupled weight decay of the small tensors", lo=0)
-    beta1: float = knob(0.9, "AdamW", lo=0, hi=0.9999)
-    beta2: float = knob(0.99, "AdamW", lo=0, hi=0.99999)
-    adam_eps: float = knob(1e-8, "AdamW", lo=0)
-    grad_clip_norm: float = knob(0.3, "global norm of the reduced gradient; 0 = off", lo=0)
-    ema_decay: float = knob(0.9965, "moving average of the weights, per step; 0 = off", lo=0, hi=0.999999)
-    # schedule
-    iterations: int = knob(20000, "upper bound on training steps", lo=0)
-    max_wallclock_seconds: float = knob(600.0, "training budget, calibration included; 0 = ITERATIONS decides", lo=0)
-    force_stop_step: int = knob(0, "stop at this step whatever the clock says; not record-legal", lo=0)
+    muon_wd: float = knob(0.095, "decoupled weight decay of the banks")
+    embed_wd: float = knob(0.085, "decoupled weight decay of embedding and head")
+    adam_wd: float = knob(0.02, "decoupled weight decay of the small tensors")
+    beta1: float = knob(0.9, "AdamW", hi=0.9999)
+    beta2: float = knob(0.99, "AdamW", hi=0.99999)
+    adam_eps: float = knob(1e-8, "AdamW")
+    grad_clip_norm: float = knob(0.3, "global norm of the reduced gradient; 0 = off")
+    ema_decay: float = knob(0.9965, "moving average of the weights, per step; 0 = off", hi=0.999999)
+
+    iterations: int = knob(20000, "upper bound on training steps", group="schedule of the training")
+    max_wallclock_seconds: float = knob(600.0,
+        "training budget, calibration included; 0 = ITERATIONS decides")
+    force_stop_step: int = knob(0, "stop at this step whatever the clock says; not record-legal")
     train_batch_tokens: int = knob(786432, "tokens per step, all ranks", lo=1)
-    train_microbatch_tokens: int = knob(98304, "tokens per packed row; the data order depends on it, not on the ranks", lo=1)
-    train_seq_len: int = knob(3072, "longest attention context of training; must be the longest of the schedule", lo=1)
+    train_microbatch_tokens: int = knob(98304,
+        "tokens per packed row; the data order depends on it, not on the ranks", lo=1)
+    train_seq_len: int = knob(3072,
+        "longest attention context of training; must be the longest of the schedule", lo=1)
     train_seq_schedule: str = knob(S14_SCHEDULE, "LENGTH@END_FRACTION,...; blank = TRAIN_SEQ_LEN throughout")
-    train_seq_schedule_mode: str = knob("wallclock", "what progress means", choices=("wallclock", "step"))
-    seq_change_warmup_steps: int = knob(32, "ramp the learning rate over this many steps after a context change", lo=0)
-    enable_looping_at: float = knob(0.35, "progress at which the loops switch on", lo=0)
-    warmdown_frac: float = knob(0.85, "share of the run, at its end, over which the learning rate falls", lo=0, hi=1)
-    warmdown_iters: int = knob(0, "if set: the warmdown lasts this many steps instead", lo=0)
-    min_lr: float = knob(0.1, "floor of the learning rate, as a share of its peak", lo=0, hi=1)
-    warmup_steps: int = knob(20, "untimed steps per loop mode before the clock starts, rolled back exactly", lo=0)
+    train_seq_schedule_mode: str = knob("wallclock", "what progress means", choices="wallclock|step")
+    seq_change_warmup_steps: int = knob(
+        32, "ramp the learning rate over this many steps after a context change", needs="changes_context",
+        because="the context never changes")
+    enable_looping_at: float = knob(0.35, "progress at which the loops switch on", needs="num_loops")
+    warmdown_frac: float = knob(0.85, "share of the run, at its end, over which the learning rate falls",
+        hi=1, needs="!warmdown_iters")
+    warmdown_iters: int = knob(0, "if set: the warmdown lasts this many steps instead")
+    min_lr: float = knob(0.1, "floor of the learning rate, as a share of its peak", hi=1)
+    warmup_steps: int = knob(20, "untimed steps per loop mode before the clock starts, rolled back exactly")
     compile_shape_warmup: bool = knob(True, "compile every (context, loop mode) before the clock starts")
-    train_log_every: int = knob(500, "steps between log lines", lo=1)
-    val_loss_every: int = knob(0, "steps between validations, clock stopped; 0 = only at the end", lo=0)
-    # quantization
-    quant: str = knob("rd", "rd: every weight at one slope of loss against coded bits; s14: fixed bits and clips; s05: PR #1105",
-                      choices=("rd", "s14", "s05"))
-    target_bytes: int = knob(16_000_000, "QUANT=rd and s05: most bytes of artifact and running script; 0 = no limit", lo=0)
-    rd_loss: float = knob(1e-3, "QUANT=rd: predicted loss of quantization, nats per token, below which no more bytes are spent", lo=1e-7)
-    matrix_bits: int = knob(6, "bits of the matrices; with QUANT=s05 of the chosen ones, the others have one less", lo=2, hi=8)
-    n_int6_layers: int = knob(10, "matrices that keep MATRIX_BITS with QUANT=s05: those with the largest Hessian trace", lo=0)
-    embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8)
-    embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row", lo=0.1)
-    mlp_clip_sigmas: float = knob(11.5, "clip of the MLP matrices", lo=0.1)
-    attn_clip_sigmas: float = knob(13.0, "clip of the attention matrices", lo=0.1)
-    gated_attn_quant_gate: bool = knob(True, "attention gates as int8 rows; 0 = fp16")
-    gptq_calibration: str = knob("train", "data of the Hessians: training windows, or the model's own text", choices=("train", "self"))
-    gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians", lo=1)
-    gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians", lo=0)
-    rd_reserve_seconds: float = knob(6.0, "QUANT=rd: another part of it, for the gradients", lo=0)
-    awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most")
-    awq_lite_bits: int = knob(8, "bits of those groups; tensors with as many bits are no candidates", lo=3, hi=8)
+    train_log_every: int = knob(500, "steps between log lines", lo=1, recipe=False)
+    val_loss_every: int = knob(0, "steps between validations, clock stopped; 0 = only at the end")
+
+    quant: str = knob(
+        "rd",
+        "rd: every weight at one slope of loss against coded bits; s14: fixed bits and clips; s05: PR #1105",
+        choices="rd|s14|s05", group="quantization")
+    target_bytes: int = knob(16_000_000,
+        "QUANT=rd and s05: most bytes of artifact and running script; 0 = no limit", needs="quant!=s14")
+    rd_loss: float = knob(
+        1e-3,
+        "QUANT=rd: predicted loss of quantization, nats per token, below which no more bytes are spent",
+        lo=1e-7, needs="quant=rd")
+    matrix_bits: int = knob(
+        6, "bits of the matrices; with QUANT=s05 of the chosen ones, the others have one less", lo=2, hi=8,
+        needs="quant!=rd")
+    n_int6_layers: int = knob(
+        10, "matrices that keep MATRIX_BITS with QUANT=s05: those with the largest Hessian trace",
+        needs="quant=s05")
+    embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8, needs="quant=s14")
+    embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row",
+        lo=0.1, needs="quant=s14")
+    mlp_clip_sigmas: float = knob(11.5, "clip of the MLP matrices", lo=0.1, needs="quant=s14")
+    attn_clip_sigmas: float = knob(13.0, "clip of the attention matrices", lo=0.1, needs="quant=s14")
+    gated_attn_quant_gate: bool = knob(True, "attention gates as int8 rows; 0 = fp16",
+        needs="gated_attn_enabled|sparse_attn_gate_enabled")
+    gptq_calibration: str = knob("train", "data of the Hessians: training windows, or the model's own text",
+        choices="train|self")
+    gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians",
+        lo=1, needs="gptq_calibration=train")
+    gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians",
+        needs="gptq_calibration=train,max_wallclock_seconds")
+    rd_reserve_seconds: float = knob(6.0, "QUANT=rd: another part of it, for the gradients",
+        needs="quant=rd,gptq_calibration=train,max_wallclock_seconds")
+    awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most", needs="quant!=rd")
+    awq_lite_bits: int = knob(8, "bits of those groups; tensors with as many bits are no candidates",
+        lo=3, hi=8)
     awq_lite_group_size: int = knob(64, "columns per group", lo=1)
-    awq_lite_group_top_k: int = knob(1, "groups protected, over all tensors", lo=0)
-    lqer_enabled: bool = knob(True, "low-rank correction of the worst residuals")
+    awq_lite_group_top_k: int = knob(1, "groups protected, over all tensors")
+    lqer_enabled: bool = knob(True, "low-rank correction of the worst residuals", needs="quant!=rd")
     lqer_rank: int = knob(4, "rank of the correction", lo=1)
-    lqer_top_k: int = knob(3, "tensors corrected", lo=0)
-    lqer_factor_bits: int = knob(4, "bits of symmetric factors", lo=2, hi=8)
-    lqer_asym_enabled: bool = knob(True, "2-bit left and grouped 4-bit right factors instead of symmetric ones")
+    lqer_top_k: int = knob(3, "tensors corrected")
+    lqer_factor_bits: int = knob(4, "bits of symmetric factors",
+        lo=2, hi=8, needs="lqer_enabled,!lqer_asym_enabled")
+    lqer_asym_enabled: bool = knob(True,
+        "2-bit left and grouped 4-bit right factors instead of symmetric ones")
     lqer_asym_group: int = knob(64, "values per scale of the right factor", lo=1)
-    compressor: str = knob("range", "coder of the artifact; pergroup needs the lrzip program", choices=COMPRESSORS)
-    # evaluation
-    eval_method: str = knob("packed", "diagnostics: whole documents packed, or sliding windows", choices=("packed", "sliding"))
+    compressor: str = knob("range", "coder of the artifact; pergroup needs the lrzip program",
+        choices="|".join(COMPRESSORS))
+
+    eval_method: str = knob("packed", "diagnostics: whole documents packed, or sliding windows",
+        choices="packed|sliding", group="evaluation")
     eval_seq_len: int = knob(3072, "longest context of the diagnostics", lo=1)
-    eval_stride: int = knob(1536, "targets scored per sliding window after the first", lo=1)
+    eval_stride: int = knob(1536, "targets scored per sliding window after the first",
+        lo=1, needs="eval_method=sliding")
     eval_include_tail: bool = knob(True, "score the last, partial sequence too")
     val_batch_tokens: int = knob(524288, "tokens per evaluation batch, 8 packed rows", lo=8)
-    eval_softcap_fp32: bool = knob(True, "softcap of every score in fp32; 0 = rounded to the activation dtype, as published scores were")
-    ngram_tilt_enabled: bool = knob(False, "raise the probability of the token that mostly followed the same words earlier in the stream")
-    token_order: int = knob(16, "tokens of that n-gram, the guessed one included", lo=3, hi=256)
-    token_threshold: float = knob(0.8, "guess only where this share of the continuations so far agrees", lo=0, hi=1)
-    token_boost: float = knob(2.625, "what a guess gains, in nats before renormalising", lo=0, hi=50)
-    slot: str = knob("off", "learn a shift of the final hidden states: published = from the targets themselves, not legal; causal = from "
-                     "targets scored before", choices=("off", "published", "causal"))
-    slot_lr: float = knob(0.003, "AdamW of that shift", lo=0)
-    slot_steps: int = knob(5, "updates of the shift per batch of windows", lo=1)
-    max_eval_seconds: float = knob(600.0, "budget of the scored evaluation; 0 = no limit", lo=0)
-    # test-time training: one adapter set per document
-    ttt_enabled: bool = knob(True, "score with test-time training")
+    eval_softcap_fp32: bool = knob(True,
+        "softcap of every score in fp32; 0 = rounded to the activation dtype, as published scores were")
+    ngram_tilt_enabled: bool = knob(False,
+        "raise the probability of the token that mostly followed the same words earlier in the stream")
+    token_order: int = knob(16, "tokens of that n-gram, the guessed one included",
+        lo=3, hi=256, needs="ngram_tilt_enabled")
+    token_threshold: float = knob(0.8, "guess only where this share of the continuations so far agrees",
+        hi=1, needs="ngram_tilt_enabled")
+    token_boost: float = knob(2.625, "what a guess gains, in nats before renormalising",
+        hi=50, needs="ngram_tilt_enabled")
+    slot: str = knob(
+        "off",
+        "learn a shift of the last states; published = from the targets, not legal; causal = from scored ones",
+        choices="off|published|causal")
+    slot_lr: float = knob(0.003, "AdamW of that shift", needs="slot!=off")
+    slot_steps: int = knob(5, "updates of the shift per batch of windows", lo=1, needs="slot!=off")
+    max_eval_seconds: float = knob(600.0, "budget of the scored evaluation; 0 = no limit")
+
+    ttt_enabled: bool = knob(True, "score with test-time training",
+        group="test-time training: one adapter set per document")
     ttt_lora_rank: int = knob(80, "rank of the adapters", lo=1)
-    ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank")
-    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", lo=0)
-    ttt_local_lr_mult: float = knob(0.75, "factor on TTT_LORA_LR", lo=0)
-    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", lo=0)
-    ttt_beta1: float = knob(0.0, "AdamW of the adapters", lo=0, hi=0.9999)
-    ttt_beta2: float = knob(0.99, "AdamW of the adapters", lo=0, hi=0.99999)
-    ttt_adam_kernel: str = knob("eager", "AdamW without a first moment, which TTT_BETA1=0 does not need", choices=("eager", "triton"))
-    ttt_mask: str = knob("no_qv", "which attention adapters to leave out", choices=("", "all", "baseline_all", "no_q", "no_v", "no_qv"))
-    ttt_q_lora: str = knob("auto", "query adapter; auto = as TTT_MASK says", choices=("auto", "0", "1"))
-    ttt_v_lora: str = knob("auto", "value adapter; auto = as TTT_MASK says", choices=("auto", "0", "1"))
+    ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", lo=-LARGEST)
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters")
+    ttt_local_lr_mult: float = knob(0.75, "factor on TTT_LORA_LR")
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters")
+    ttt_beta1: float = knob(0.0, "AdamW of the adapters", hi=0.9999)
+    ttt_beta2: float = knob(0.99, "AdamW of the adapters", hi=0.99999)
+    ttt_adam_kernel: str = knob("eager", "AdamW without a first moment, which TTT_BETA1=0 does not need",
+        choices="eager|triton")
+    ttt_mask: str = knob("no_qv", "which attention adapters to leave out",
+        choices="|all|baseline_all|no_q|no_v|no_qv")
+    ttt_q_lora: str = knob("auto", "query adapter; auto = as TTT_MASK says", choices="auto|0|1")
+    ttt_v_lora: str = knob("auto", "value adapter; auto = as TTT_MASK says", choices="auto|0|1")
     ttt_k_lora: bool = knob(True, "key adapter")
     ttt_o_lora: bool = knob(True, "adapter beside the attention block, reading its normed input")
     ttt_mlp_lora: bool = knob(True, "adapter beside the MLP, reading its normed input")
@@ -449,29 +584,43 @@ class Config:
     ttt_eval_seq_len: int = knob(3072, "context of a scored chunk", lo=1)
     ttt_batch_size: int = knob(24, "documents side by side", lo=1)
     ttt_chunk_size: int = knob(48, "tokens scored between two updates", lo=1)
-    ttt_bucket: int = knob(128, "CUDA_GRAPHS=1: windows are padded to multiples of this many tokens, and each width is a graph", lo=1)
-    ttt_short_doc_len: int = knob(2000, "documents up to this length are short", lo=0)
+    ttt_bucket: int = knob(
+        128, "CUDA_GRAPHS=1: windows are padded to multiples of this many tokens, and each width is a graph",
+        lo=1, needs="ttt_enabled,cuda_graphs,!rope_yarn")
+    ttt_short_doc_len: int = knob(2000, "documents up to this length are short",
+        needs="ttt_short_score_first_enabled,!ttt_short_score_first_steps")
     ttt_short_score_first_enabled: bool = knob(True, "smaller chunks for short documents")
-    ttt_short_chunk_size: int = knob(24, "chunk of short documents when TTT_SHORT_SCORE_FIRST_STEPS is blank", lo=1)
+    ttt_short_chunk_size: int = knob(24, "chunk of short documents when TTT_SHORT_SCORE_FIRST_STEPS is blank",
+        lo=1, needs="ttt_short_score_first_enabled,!ttt_short_score_first_steps")
     ttt_short_score_first_steps: str = knob("256:8,2000:24", "MAX_LENGTH:CHUNK,...")
-    ttt_lanes: int = knob(8, "independent adapter lineages; ranks share them out, so the score does not depend on the ranks", lo=1)
-    # test-time training: global phases
-    phased_ttt_enabled: bool = knob(True, "learn from scored documents with all weights between phases")
-    phased_ttt_prefix_docs: int = knob(2500, "documents scored before the last global phase", lo=0)
+    ttt_lanes: int = knob(8,
+        "independent adapter lineages; ranks share them out, so the score does not depend on the ranks", lo=1)
+
+    phased_ttt_enabled: bool = knob(True, "learn from scored documents with all weights between phases",
+        needs="ttt_enabled", group="test-time training: global phases")
+    phased_ttt_prefix_docs: int = knob(2500, "documents scored before the last global phase")
     phased_ttt_num_phases: int = knob(1, "global phases", lo=1)
-    global_ttt_lr: float = knob(0.001, "SGD, peak of a cosine", lo=0)
-    global_ttt_momentum: float = knob(0.9, "SGD", lo=0, hi=0.9999)
-    global_ttt_epochs: int = knob(1, "passes over the scored tokens", lo=1)
-    global_ttt_chunk_tokens: int = knob(32768, "tokens per update", lo=1)
-    global_ttt_batch_seqs: int = knob(32, "sequences per forward", lo=1)
-    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at the first chunk of the warm-up", lo=0)
-    global_ttt_warmup_chunks: int = knob(0, "linear warm-up", lo=0)
-    global_ttt_grad_clip: float = knob(1.0, "global norm; 0 = off", lo=0)
-    global_ttt_respect_doc_boundaries: bool = knob(True, "mask attention across documents")
+    global_ttt_lr: float = knob(0.001, "SGD, peak of a cosine", needs="phased_ttt_enabled")
+    global_ttt_momentum: float = knob(0.9, "SGD", hi=0.9999, needs="phased_ttt_enabled")
+    global_ttt_epochs: int = knob(1, "passes over the scored tokens", lo=1, needs="phased_ttt_enabled")
+    global_ttt_chunk_tokens: int = knob(32768, "tokens per update", lo=1, needs="phased_ttt_enabled")
+    global_ttt_batch_seqs: int = knob(32, "sequences per forward", lo=1, needs="phased_ttt_enabled")
+    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at the first chunk of the warm-up",
+        needs="phased_ttt_enabled")
+    global_ttt_warmup_chunks: int = knob(0, "linear warm-up", needs="phased_ttt_enabled")
+    global_ttt_grad_clip: float = knob(1.0, "global norm; 0 = off", needs="phased_ttt_enabled")
+    global_ttt_respect_doc_boundaries: bool = knob(True, "mask attention across documents",
+        needs="phased_ttt_enabled")
 
     def __post_init__(self):
-        if problems := [message for _, message in rule_violations(self)]:
+        """Check the rules. The published flags for a stage become STAGE."""
+        problems = list(rule_violations(self))
+        if problems:
             raise ValueError("\n".join(problems))
+        for flag, stage in STAGE_FLAGS.items():
+            if getattr(self, flag):
+                object.__setattr__(self, "stage", stage)
+                object.__setattr__(self, flag, False)
 
     @property
     def head_dim(self) -> int:
@@ -485,15 +634,24 @@ class Config:
     def mlp_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
 
+    @property
+    def windowed(self) -> bool:
+        """Whether any block sees a window only."""
+        return "S" in self.window_pattern
+
     def window(self, layer: int) -> int:
         """Tokens that block's attention sees, itself included; 0 = the whole document so far."""
-        return self.window_size if self.window_pattern[layer % len(self.window_pattern)] == "S" else 0
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        return self.window_size if letter == "S" else 0
 
     @property
     def attn_gate(self) -> str:
         """The per-head output gate: none, out, dense or sparse."""
-        flags = dict(out=self.attn_out_gate_enabled, dense=self.gated_attn_enabled, sparse=self.sparse_attn_gate_enabled)
-        return next((name for name, on in flags.items() if on), "none")
+        if self.attn_out_gate_enabled:
+            return "out"
+        if self.gated_attn_enabled:
+            return "dense"
+        return "sparse" if self.sparse_attn_gate_enabled else "none"
 
     @property
     def micro_batches(self) -> int:
@@ -507,180 +665,256 @@ class Config:
 
     @property
     def reserve_seconds(self) -> float:
-        """Seconds of the training budget that calibration gets; on the model's own text it reads no training data and needs none."""
-        gradients = self.rd_reserve_seconds if self.quant == "rd" else 0.0
-        return self.gptq_reserve_seconds + gradients if self.gptq_calibration == "train" else 0.0
+        """Seconds of the training budget for calibration; the model's own text needs none."""
+        if self.gptq_calibration != "train":
+            return 0.0
+        return self.gptq_reserve_seconds + (self.rd_reserve_seconds if self.quant == "rd" else 0.0)
 
     @property
     def seq_schedule(self) -> tuple[tuple[int, float], ...]:
         return parse_seq_schedule(self.train_seq_schedule, self.train_seq_len)
 
     @property
+    def changes_context(self) -> bool:
+        return len(self.seq_schedule) > 1
+
+    @property
     def lora_sites(self) -> tuple[str, ...]:
         """Where adapters sit in a block: subset of q k v o mlp. The head always has one."""
-        left_out = {"no_q": "q", "no_v": "v", "no_qv": "qv"}.get(self.ttt_mask, "")
-        wanted = dict(
-            q=self.ttt_q_lora == "1" or (self.ttt_q_lora == "auto" and "q" not in left_out),
-            k=self.ttt_k_lora,
-            v=self.ttt_v_lora == "1" or (self.ttt_v_lora == "auto" and "v" not in left_out),
-            o=self.ttt_o_lora,
-            mlp=self.ttt_mlp_lora,
-        )
-        return tuple(site for site, on in wanted.items() if on)
+        masked = {"no_q": "q", "no_v": "v", "no_qv": "qv"}.get(self.ttt_mask, "")
+        chosen = dict(
+            q=self.ttt_q_lora, k=self.ttt_k_lora, v=self.ttt_v_lora, o=self.ttt_o_lora, mlp=self.ttt_mlp_lora)
+        unmasked = [site for site, on in chosen.items() if on != "auto" or site not in masked]
+        return tuple(site for site in unmasked if chosen[site] in ("auto", "1", True))
+
+    @property
+    def published_data(self) -> Path:
+        """The folder of the CaseOps export below DATA_DIR."""
+        return Path(self.data_dir) / "datasets/fineweb10B_sp8192_caseops/datasets"
 
     @property
     def shards_path(self) -> Path:
-        export = "fineweb10B_sp8192_caseops/datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
-        return Path(self.data_path) if self.data_path else Path(self.data_dir) / "datasets" / export
+        if self.data_path:
+            return Path(self.data_path)
+        return self.published_data / "datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
 
     @property
     def tokenizer_file(self) -> Path:
-        published = "fineweb10B_sp8192_caseops/datasets/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
         if self.tokenizer_path:
             return Path(self.tokenizer_path)
-        beside = self.shards_path / "tokenizer.model"
-        return beside if self.data_path else Path(self.data_dir) / "datasets" / published
+        if self.data_path:
+            return self.shards_path / "tokenizer.model"
+        return self.published_data / "tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
 
 
-S14_KNOBS = tuple(name for name in Config.__dataclass_fields__ if name.startswith(("awq_", "lqer_"))
-                  or name.endswith(("_clip_sigmas", "_bits")))
-TTT_KNOBS = tuple(name for name in Config.__dataclass_fields__ if "ttt_" in name and name != "ttt_enabled")
-PHASE_KNOBS = tuple(name for name in TTT_KNOBS if not name.startswith("ttt_") and name != "phased_ttt_enabled")
+VARIABLES = {f.name.upper(): f for f in fields(Config)}
+MODEL_FIELDS = tuple(f.name for f in fields(Config) if f.metadata["model"])  # the same in a loaded artifact
+NEED = re.compile(r"(!?)(\w+)(?:(!?=)(\w+))?")
 
-NO_EFFECT = (  # (variables, when they do nothing, why)
-    (("eval_stride",), lambda c: c.eval_method != "sliding", "EVAL_METHOD is not sliding"),
-    (("token_order", "token_threshold", "token_boost"), lambda c: not c.ngram_tilt_enabled, "NGRAM_TILT_ENABLED is 0"),
-    (("slot_lr", "slot_steps"), lambda c: c.slot == "off", "SLOT is off"),
-    (("rope_train_seq_len",), lambda c: not c.rope_yarn, "ROPE_YARN is 0"),
-    (("attn_out_gate_src",), lambda c: c.attn_gate != "out", "ATTN_OUT_GATE_ENABLED is 0"),
-    (("gated_attn_init_std",), lambda c: c.attn_gate != "dense", "GATED_ATTN_ENABLED is 0"),
-    (("sparse_attn_gate_init_std", "sparse_attn_gate_scale"), lambda c: c.attn_gate != "sparse", "SPARSE_ATTN_GATE_ENABLED is 0"),
-    (("gated_attn_quant_gate",), lambda c: c.attn_gate not in ("dense", "sparse"), "there is no gate matrix to quantize"),
-    (("xsa_kernel",), lambda c: not c.xsa_last_n or c.attn_gate == "none", "XSA_LAST_N is 0 or there is no head gate"),
-    (("mlp_backward",), lambda c: c.mlp_kernel == "eager", "MLP_KERNEL is eager"),
-    (("cutlass_path",), lambda c: c.mlp_backward != "cutlass", "MLP_BACKWARD is not cutlass"),
-    (("fused_ce_kernel",), lambda c: not c.fused_ce_enabled, "FUSED_CE_ENABLED is 0"),
-    (("window_size",), lambda c: "S" not in c.window_pattern, "WINDOW_PATTERN has no S"),
-    (("loop_start", "loop_end", "enable_looping_at"), lambda c: not c.num_loops, "NUM_LOOPS is 0"),
-    (("smear_gate_bos_fix",), lambda c: not c.smear_gate_enabled, "SMEAR_GATE_ENABLED is 0"),
-    (("warmdown_frac",), lambda c: c.warmdown_iters > 0, "WARMDOWN_ITERS is set"),
-    (("seq_change_warmup_steps",), lambda c: len(c.seq_schedule) == 1, "the context never changes"),
-    (("embed_bits", "embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas"),
-     lambda c: c.quant == "s05", "QUANT=s05 has its own steps and an int8 embedding"),
-    (("gptq_calibration_batches", "gptq_reserve_seconds", "rd_reserve_seconds"),
-     lambda c: c.gptq_calibration == "self", "GPTQ_CALIBRATION is self"),
-    (S14_KNOBS, lambda c: c.quant == "rd", "QUANT is rd"),
-    (("n_int6_layers",), lambda c: c.quant != "s05", "QUANT is not s05"),
-    (("rd_loss", "rd_reserve_seconds"), lambda c: c.quant != "rd", "QUANT is not rd"),
-    (("target_bytes",), lambda c: c.quant == "s14", "QUANT is s14"),
-    (("awq_lite_bits", "awq_lite_group_size", "awq_lite_group_top_k"), lambda c: not c.awq_lite_enabled, "AWQ_LITE_ENABLED is 0"),
-    (("lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_asym_enabled", "lqer_asym_group"),
-     lambda c: not c.lqer_enabled, "LQER_ENABLED is 0"),
-    (("lqer_factor_bits",), lambda c: c.lqer_enabled and c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 1"),
-    (("lqer_asym_group",), lambda c: c.lqer_enabled and not c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 0"),
-    (("compile_allow_recompiles",), lambda c: c.compile_backend == "none" and not c.cuda_graphs, "COMPILE_BACKEND is none"),
-    (("gptq_reserve_seconds", "rd_reserve_seconds"), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
-    (TTT_KNOBS, lambda c: not c.ttt_enabled, "TTT_ENABLED is 0"),
-    (("ttt_bucket",), lambda c: not c.cuda_graphs or c.rope_yarn, "CUDA_GRAPHS is 0 or ROPE_YARN is 1"),
-    (PHASE_KNOBS, lambda c: c.ttt_enabled and not c.phased_ttt_enabled, "PHASED_TTT_ENABLED is 0"),
-    (("ttt_short_chunk_size", "ttt_short_score_first_steps"),
-     lambda c: not c.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED is 0"),
-    (("ttt_short_chunk_size",), lambda c: c.ttt_short_score_first_enabled and c.ttt_short_score_first_steps,
-     "TTT_SHORT_SCORE_FIRST_STEPS decides"),
-    (("ttt_short_doc_len",),
-     lambda c: not c.ttt_short_score_first_enabled or c.ttt_short_score_first_steps, "TTT_SHORT_SCORE_FIRST_STEPS decides"),
-)
+
+def as_text(value: Any) -> str:
+    """Write a value as the environment would say it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def needs_of(name: str) -> str:
+    """Look up the `needs` of a field; one that continues a switch's name needs it unless its knob says else."""
+    needs = VARIABLES[name.upper()].metadata["needs"]
+    if needs is not None:
+        return needs
+    others = (f.name for f in fields(Config) if f.name != name and f.name.endswith("_enabled"))
+    return max((switch for switch in others if name.startswith(switch[:-7])), key=len, default="")
+
+
+def unmet(c: Config, needs: str) -> str:
+    """Say which part of `needs` does not hold in c; '' if all does.
+
+    Comma = and, | = or, x = true, nonzero, not blank, !x = the opposite, x=v, x!=v. x is a field or property; what
+    a field needs itself is needed too.
+    """
+    for clause in filter(None, needs.split(",")):
+        reasons = [unmet_need(c, need) for need in clause.split("|")]
+        if all(reasons):
+            return " and ".join(reasons)
+    return ""
+
+
+def unmet_need(c: Config, need: str) -> str:
+    """Say why one need of `unmet` does not hold, or return ''."""
+    negation, name, operator, wanted = NEED.fullmatch(need).groups()
+    value = getattr(c, name)
+    if operator:
+        holds = (as_text(value) == wanted) == (operator == "=")
+    else:
+        holds = bool(value) != bool(negation)
+    if not holds:
+        return f"{name.upper()} is {as_text(value) or 'blank'}"
+    if negation or name.upper() not in VARIABLES:
+        return ""
+    return unmet(c, needs_of(name))
+
+
+def check_needs() -> None:
+    """Raise AttributeError when a `needs` is malformed or names what is no field or property."""
+    for name in Config.__dataclass_fields__:
+        for need in filter(None, re.split("[,|]", needs_of(name))):
+            getattr(Config, NEED.fullmatch(need)[2])
+
+
+check_needs()
+
+
+def accepted(f) -> str:
+    """Describe the values a variable takes."""
+    lo, hi, choices = map(f.metadata.get, ("lo", "hi", "choices"))
+    if f.type in ("bool", "str"):
+        words = "0|1" if f.type == "bool" else choices
+        return words.removeprefix("|") + ", blank" * words.startswith("|") if words else "text"
+    kind = "a whole number" if f.type == "int" else "a number"
+    if hi < LARGEST:
+        return f"{kind} in [{lo}, {hi}]"
+    return f"{kind} of at least {lo}" if lo > -LARGEST else kind
 
 
 def parse_knob(f, raw: str) -> Any:
-    """One environment string -> one checked value. Raises ValueError saying what would be accepted."""
-    meta = f.metadata
-    if f.type == "bool":
-        if raw not in ("0", "1"):
-            raise ValueError("expected 0 or 1")
-        return raw == "1"
+    """Turn the text of one variable into its checked value. Raises ValueError that says what is accepted."""
+    about = f.metadata
     try:
-        value = {"int": int, "float": float, "str": str}[f.type](raw)
+        value = {"int": int, "float": float, "bool": ("0", "1").index, "str": str}[f.type](raw)
     except ValueError:
-        raise ValueError(f"expected {'a whole number' if f.type == 'int' else 'a number'}") from None
-    if meta["choices"] and value not in meta["choices"]:
-        raise ValueError(f"expected one of {', '.join(c or '(blank)' for c in meta['choices'])}")
-    if f.type != "str" and not meta["lo"] <= value <= meta["hi"]:
-        raise ValueError(f"expected a value in [{meta['lo']}, {meta['hi']}]")
-    return value
+        value = math.nan
+    if f.type == "str":
+        valid = not about["choices"] or raw in about["choices"].split("|")
+    else:
+        valid = about["lo"] <= value <= about["hi"]
+    if not valid:
+        raise ValueError(f"expected {accepted(f)}")
+    return bool(value) if f.type == "bool" else value
+
+
+def family(name: str) -> str:
+    """Shorten a name to what it shares with its relatives: one word, or two where others use the first."""
+    words = name.split("_")
+    return "_".join(words[: 1 + (words[0] in FOREIGN_WORDS.split())])
+
+
+FAMILIES = frozenset(family(name) for name in VARIABLES if "_" in name)
+
+
+def meant(name: str) -> str:
+    """Guess which variable an unknown name was meant to be; '' if it looks like another program's."""
+    capitals = name.upper()
+    near = difflib.get_close_matches(capitals, VARIABLES, n=1, cutoff=0.85)
+    if near and (near[0] == capitals or "_" in name + near[0] or len(near[0]) > 8):
+        return near[0]
+    if "_" in name and family(name) in FAMILIES:
+        return difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.0)[0]
+    return ""
+
+
+def same_text(a: str, b: str) -> bool:
+    """Compare two values as numbers where they are numbers."""
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return a == b
+
+
+def published(name: str, env) -> tuple[str, str]:
+    """Look up a variable of other scripts: why it is refused, why it changes nothing. '' and '' for any other."""
+    for line in PUBLISHED.strip().splitlines():
+        pattern, setting, why = line.split(" ", 2)
+        if not re.fullmatch(pattern.replace("*", ".*"), name):
+            continue
+        switch, _, off = setting.partition("=")
+        if switch == "*" or (switch in env and same_text(env[switch], off)):
+            return "", why
+        return why if switch == "-" else f"{why} ({setting} is accepted)", ""
+    return "", ""
+
+
+def preset_values(preset: str) -> dict[str, Any]:
+    """The value of every field before anything is set by hand."""
+    values = {f.name: f.default for f in fields(Config)}
+    for setting in PRESETS.get(preset, "").split():
+        name, _, raw = setting.partition("=")
+        values[name.lower()] = parse_knob(VARIABLES[name], raw)
+    return values | dict(preset=preset)
 
 
 def config_from_env(env) -> Config:
-    """Environment -> checked Config. Raises ValueError that lists every problem at once."""
-    known = {f.name.upper(): f for f in fields(Config)}
-    values, errors, failed = {}, [], set()
-    preset = env.get("PRESET", "s14")
-    values.update(PRESETS.get(preset, {}))
+    """Turn an environment into a checked Config. Raises ValueError that lists every problem at once."""
+    values = preset_values(env.get("PRESET", "s14"))
+    given, errors = {}, []
     for name in sorted(env):
-        if name in REFUSED:
-            errors.append(f"{name}: {REFUSED[name]}")
-        elif name in GONE:
-            accepted, why = GONE[name]
-            if accepted not in (None, env[name]):
-                errors.append(f"{name}={env[name]!r}: only {accepted!r} is left: {why}")
-        elif name in known:
+        variable = ALIASES.get(name, name)
+        refusal, harmless = published(name, env)
+        if variable in VARIABLES:
             try:
-                values[name.lower()] = parse_knob(known[name], env[name])
+                value = parse_knob(VARIABLES[variable], env[name])
             except ValueError as e:
                 errors.append(f"{name}={env[name]!r}: {e}")
-                failed.add(name.lower())
-        elif name.startswith(FAMILIES):
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            errors.append(f"{name}: no such variable; the nearest is {near}")
-    probe = object.__new__(Config)  # the rules look at a candidate that need not be valid
-    for f in fields(Config):
-        object.__setattr__(probe, f.name, values.get(f.name, f.default))
-    errors += [message for involved, message in rule_violations(probe) if not failed & set(involved)]
+                continue
+            if given.setdefault(variable, value) != value:
+                errors.append(f"{name}={env[name]!r}: another name of {variable}, which has another value")
+            values[variable.lower()] = value
+        elif refusal:
+            errors.append(f"{name}={env[name]!r}: {refusal}")
+        elif not harmless and meant(name):
+            errors.append(f"{name}: no such variable; the nearest is {meant(name)}")
+
+    try:
+        cfg = Config(**values)
+    except ValueError as e:  # a rule about a value that was refused says nothing new
+        refused = {ALIASES.get(name, name) for name in env} - set(given)
+        for rule in str(e).splitlines():
+            if not refused & set(re.findall(r"\w+", rule)):
+                errors.append(rule)
     if errors:
         raise ValueError("\n".join(errors))
-    alias = dict(prequant_only="train", quantize_only="quantize", ttt_eval_only="eval")
-    for flag, stage in alias.items():
-        if values.get(flag):
-            values |= {"stage": stage, flag: False}
-    return Config(**values)
+    return cfg
 
 
 def overrides(cfg: Config) -> dict[str, str]:
     """What this run changes against its preset, as the environment would say it, PRESET included."""
-    base = {f.name: f.default for f in fields(cfg)} | PRESETS[cfg.preset]
-    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != base[f.name]}
-    return {name.upper(): str(int(value)) if isinstance(value, bool) else str(value) for name, value in changed.items()}
+    base = preset_values(cfg.preset) | dict(preset="s14")
+    return {name.upper(): as_text(getattr(cfg, name)) for name in base if getattr(cfg, name) != base[name]}
 
 
 def without_effect(cfg: Config, env) -> list[str]:
     """Variables somebody set that this configuration never looks at, with the reason."""
-    gone = [f"{name} ({why})" for name, (_, why) in GONE.items() if name in env]
-    return gone + [f"{name.upper()} ({why})" for names, dead, why in NO_EFFECT for name in names if name.upper() in env and dead(cfg)]
+    notes = []
+    for name in sorted(env):
+        variable = ALIASES.get(name, name)
+        if variable in VARIABLES:
+            unmet_part = unmet(cfg, needs_of(variable.lower()))
+            reason = unmet_part and (VARIABLES[variable].metadata["because"] or unmet_part)
+        else:
+            _, reason = published(name, env)
+        if reason:
+            notes.append(f"{name} ({reason})")
+    return notes
 
 
 def config_hash(cfg: Config) -> str:
-    """Identity of the recipe: everything but the seed, the stage, the run's name, where files lie and what is logged."""
-    skip = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage", "prequant_only",
-            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "seeds_declared",
-            "compile_allow_recompiles", "compile_cache_dir", "cutlass_path"}
-    recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in skip}
+    """Identify the recipe: everything but seed, stage, the run's name, where files lie and what is logged."""
+    recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["recipe"]}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def help_text() -> str:
-    """Every variable, one line each: what `--help` prints."""
-    lines = [__doc__.strip(), "", "Variables (type, default, accepted, meaning):"]
-    for f in fields(Config):
-        meta = f.metadata
-        accepted = "|".join(meta["choices"]) if meta["choices"] else "0|1" if f.type == "bool" else ""
-        if not accepted and f.type != "str" and (meta["lo"], meta["hi"]) != (-math.inf, math.inf):
-            accepted = f"[{meta['lo']:g}, {meta['hi']:g}]"
-        default = int(f.default) if f.type == "bool" else f.default
-        lines.append(f"  {f.name.upper():36} {f.type:6} {default!s:12} {accepted:28} {meta['doc']}")
-    lines += ["", "Presets (a variable set by hand wins):"]
-    lines += [f"  {name}: " + (" ".join(f"{k.upper()}={int(v) if isinstance(v, bool) else v}" for k, v in preset.items()) or "the defaults")
-              for name, preset in PRESETS.items()]
-    lines += ["", "Refused:"] + [f"  {name}: {why}" for name, why in REFUSED.items()]
+def help_text(preset: str) -> str:
+    """What `--help` prints: every variable with the preset's value, its meaning and what it accepts."""
+    lines = [__doc__.strip()]
+    for name, value in preset_values(preset).items():
+        f = VARIABLES[name.upper()]
+        if f.metadata["group"]:
+            lines += ["", f"{f.metadata['group'].capitalize()}:"]
+        setting = f"  {name.upper()}={as_text(value)}"
+        text = f"{setting:<40} {f.metadata['doc']} ({accepted(f)})"
+        lines.append(textwrap.fill(text, 110, subsequent_indent=" " * 41, break_on_hyphens=False))
+
+    lines += ["", "Published variables that are not here, the setting accepted (- = none, * = any), and why:"]
+    lines += ["  " + line for line in PUBLISHED.strip().splitlines()]
     return "\n".join(lines)
 
 
@@ -693,9 +927,12 @@ class Launch(NamedTuple):
 
 
 def launch_from_env(env) -> Launch:
-    """Rank, rank on this machine and number of ranks; one process when torchrun did not start us. Raises ValueError."""
-    given = {name: env.get(name, default) for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
-    if bad := [f"{name}={value!r}: expected a whole number, as torchrun sets it" for name, value in given.items() if not value.isdigit()]:
+    """Read rank, local rank and number of ranks; one process without torchrun. Raises ValueError."""
+    given = {name: env.get(name, "0") for name in ("RANK", "LOCAL_RANK")}
+    given["WORLD_SIZE"] = env.get("WORLD_SIZE", "1")
+    expected = "expected a whole number, as torchrun sets it"
+    bad = [f"{name}={text!r}: {expected}" for name, text in given.items() if not text.isdecimal()]
+    if bad:
         raise ValueError("\n".join(bad))
     return Launch(*map(int, given.values()))
 
@@ -3866,13 +4103,8 @@ ARTIFACT_MAGIC = b"PGA1"
 ARTIFACT_VERSION = 4   # bump it whenever any byte of the output could change its meaning
 HEADER_START = 26      # behind magic, version, header size and checksum
 CHECKPOINT_FORMAT = 2  # of final_model.pt; published files have none, nor had ours while parallel_post_lambdas was transposed
-MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "logit_softcap",
-    "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
-    "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "attn_out_gate_enabled",
-    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled",
-    "smear_gate_bos_fix",
-)
+
+
 STREAMS = ("tok_emb", "attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "rest", "row_order")
 Array = np.ndarray
 Arrays = dict[str, Array]  # all parts of all tensors, "tensor:codec.part": int8, int16 or fp16
@@ -7649,7 +7881,7 @@ def main() -> int:
     if set(sys.argv[1:]) & {"-h", "--help"}:
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-        print(help_text())
+        print(help_text(os.environ.get("PRESET", "s14")))
         return 0
     if sys.argv[1:]:
         print(f"unknown arguments {sys.argv[1:]}: everything is set by environment variables; see --help",
