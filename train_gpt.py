@@ -50,6 +50,7 @@ import importlib.util
 import inspect
 import io
 import json
+import linecache
 import math
 import os
 import platform
@@ -1827,6 +1828,7 @@ class Cache:
 class Context(NamedTuple):
     """What all depths of one forward share."""
 
+    tokens: Tensor  # (B, T): a depth may look something up by token
     rope: tuple[Tensor, Tensor]  # cos and sin (T, 1, rope_dims / 2)
     segments: Segments | None
     cache: Cache | None
@@ -1981,18 +1983,19 @@ def block_parameters(cfg: Config, block: str) -> list[Parameter]:
     dense = cfg.attn_gate == "dense"
     gain = partial(nn.init.constant_, val=cfg.qk_gain_init)
     gate_shape = (heads, D if dense else cfg.gate_window)
-    gate_init = partial(nn.init.normal_, std=cfg.gated_attn_init_std if dense else cfg.sparse_attn_gate_init_std)
+    gate_std = cfg.gated_attn_init_std if dense else cfg.sparse_attn_gate_init_std
+    gate_init = partial(nn.init.normal_, std=gate_std)
     gate = (Role("", "scored", INT8_ROWS if cfg.gated_attn_quant_gate else HALF),)
     out_gate = (Role("", "scored", HALF),)
     has_gate = cfg.attn_gate in ("dense", "sparse")
+    out_name = f"{block}.attn.attn_gate_proj.weight"
     return [
         Parameter(f"{block}.attn_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.mlp_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.resid_mix", (2, D), init_resid_mix, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.attn.q_gain", (heads,), gain, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.attn.attn_gate_w", gate_shape, gate_init, "scalars", gate, has_gate),
-        Parameter(
-            f"{block}.attn.attn_gate_proj.weight", gate_shape, nn.init.zeros_, "scalars", out_gate, cfg.attn_gate == "out"),
+        Parameter(out_name, gate_shape, nn.init.zeros_, "scalars", out_gate, cfg.attn_gate == "out"),
     ]
 
 
@@ -2005,7 +2008,8 @@ def parameters(cfg: Config) -> tuple[Parameter, ...]:
     L, D = cfg.num_layers, cfg.model_dim
     skips = (len(layer_order(cfg, looping=True)) // 2, D)
     lanes, smear = cfg.parallel_start_layer > 0, cfg.smear_gate_enabled
-    head = StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)
+    embedding = (cfg.vocab_size, D)
+    head = (Role("", "scored", StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)),)
     embedding_init = partial(nn.init.normal_, std=cfg.tied_embed_init_std)
     stream_share = partial(nn.init.constant_, val=1.1)
     rows = [
@@ -2015,7 +2019,7 @@ def parameters(cfg: Config) -> tuple[Parameter, ...]:
         Parameter("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", ELEMENTWISE, lanes),  # by sublayer, stream
         Parameter("parallel_resid_lambdas", (L, 2), stream_share, "scalars", ELEMENTWISE, lanes),
         Parameter("smear_lambda", (1,), nn.init.zeros_, "scalars", ELEMENTWISE, smear),
-        Parameter("tok_emb.weight", (cfg.vocab_size, D), embedding_init, "embedding", (Role("", "scored", head),), True),
+        Parameter("tok_emb.weight", embedding, embedding_init, "embedding", head, True),
     ]
     for layer in range(L):
         rows += block_parameters(cfg, f"blocks.{layer}")
@@ -2287,7 +2291,7 @@ class GPT(nn.Module):
         longest = tokens.shape[1] if bounded is None else bounded.max_len
         cos, sin = rotary_tables(cfg, end, longest, tokens.device)
         rope = (cos[start:], sin[start:])
-        context = Context(rope, segments, cache, self.kernels, tap)
+        context = Context(tokens, rope, segments, cache, self.kernels, tap)
         weights = self.weights(x0.dtype)
         loras = adapters.by_depth([self.blocks[layer] for layer in layers])
         streams, skips, half = Streams(x0), [], len(layers) // 2
@@ -2369,7 +2373,9 @@ def adapter_flops(site: str, lora: Lora, depths: int, scored: float) -> float:
     return 2 * per_document * (1 - spared)
 
 
-def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0) -> Flops:
+def flops_per_token(
+    cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0
+) -> Flops:
     """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, logits and adapters,
     and attention by the causal pairs there really are.
 
@@ -2440,7 +2446,9 @@ def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False
     torch._dynamo.utils.set_compilation_metrics_limit(1 << 16)  # `compilations` counts all of them
     compiled = torch.compile(model, backend=backend, dynamic=None if growing else False, fullgraph=True)
 
-    def forward(tokens: Tensor, targets: Tensor | None, segments: Segments | None = None, **options) -> Tensor:
+    def forward(
+        tokens: Tensor, targets: Tensor | None, segments: Segments | None = None, **options
+    ) -> Tensor:
         for t, size in ((segments and segments.cu_seqlens, 0), (tokens if growing else None, 1)):
             if t is not None:
                 torch._dynamo.maybe_mark_dynamic(t, size)
@@ -7580,7 +7588,8 @@ def log_start(run: Run, env) -> None:
     log("Hyperparameters:", console=False)
     for name in sorted(f.name for f in fields(cfg)):
         log(f"  {name}: {getattr(cfg, name)}", console=False)
-    log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
+    source = "".join(linecache.getlines(log_start.__code__.co_filename))  # also of a script that is packed
+    log(f"{'=' * 100}\n{source}\n{'=' * 100}", console=False)
 
     documents, _ = run.data.documents()
     targets = len(run.data.target_bytes)
