@@ -5226,63 +5226,6 @@ class Ledger:
                            "ARTIFACT_DIR") from None
 
 
-class AccessLog:
-    """Log what Python opens, connects to and starts within `with`; opening a training shard is a RunError.
-
-    It is an audit hook and cannot be removed, so a process has one: `access_log()`.
-    """
-
-    EVENTS = ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
-
-    def __init__(self):
-        self.on = False
-        self.seen: dict[tuple[str, str], None] = {}  # (event, file, host or program)
-        sys.addaudithook(self.hook)
-
-    def hook(self, event: str, args: tuple) -> None:
-        """Take down an event. Raises RunError where a training shard is opened."""
-        if not self.on or event not in self.EVENTS:
-            return
-        what = args[event == "socket.connect"]
-        if isinstance(what, int):
-            return  # a file that is open already
-        name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what)
-        if event == "open":
-            name = os.path.realpath(name)
-        self.seen[event, name] = None
-        if "fineweb_train_" in os.path.basename(name):
-            raise RunError(f"{name}: training data was about to be read in an evaluation: a bug, report it")
-
-    def __enter__(self) -> AccessLog:
-        self.on = True
-        self.seen = {}
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.on = False
-
-    def unexpected(self, data: Path, own_files: list[Path]) -> list[tuple[str, str]]:
-        """List (event, file, host or program), but files of the run, of Python and of the system.
-
-        Files beside the data count wherever the data lies.
-        """
-        software = (sys.prefix, sys.base_prefix, torch.__path__[0], Path(__file__).parent)
-        system = (tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
-        known = tuple(map(os.path.realpath, (*software, *system)))
-        own = tuple(map(os.path.realpath, own_files))
-        beside = os.path.realpath(data) + os.sep
-
-        def expected(file: str) -> bool:
-            if file.startswith(own) or ".cache/" in file:
-                return True
-            return file.startswith(known) and not file.startswith(beside)
-
-        return [(event, name) for event, name in self.seen if event != "open" or not expected(name)]
-
-
-access_log = cache(AccessLog)
-
-
 class Score(NamedTuple):
     """Hold what an evaluation comes to."""
 
@@ -5454,7 +5397,7 @@ class Scorer:
         self.unwritten = {}
 
     def ledger_line(self, nats: np.ndarray, what: str, early: bool, index: np.ndarray) -> tuple[str, dict]:
-        """Write a receipt as a line of the ledger: ranges [a, b) of targets, for scores their nats and bytes."""
+        """Write a receipt as a ledger line: ranges [a, b) of targets, with nats and bytes for scores."""
         gaps = np.flatnonzero(np.diff(index) > 1)
         runs = np.split(index, gaps + 1)
         ranges = [[int(run[0]), int(run[-1]) + 1] for run in runs]
@@ -7451,7 +7394,7 @@ def pick_kernels(cfg: Config, world: World) -> tuple[Kernels, str]:
         wanted.append("CUDA_GRAPHS=1")
     if wanted:
         raise RunError(f"{' '.join(wanted)}: no kernels in this script, its section KERNELS was cut off; "
-                       "take the whole script, or set *_KERNEL to eager, ATTN_BACKEND to auto, CUDA_GRAPHS to 0")
+                       "take the whole script, or set *_KERNEL=eager, ATTN_BACKEND=auto and CUDA_GRAPHS=0")
     return DEFINITIONS, "sdpa (KERNELS was cut off)"
 
 
@@ -7576,7 +7519,7 @@ def environment(world: World) -> dict:
 
 
 def log_start(run: Run, env) -> None:
-    """Log what the run depends on: overrides, variables without effect, all of the configuration, the source."""
+    """Log what the run depends on: overrides, variables without effect, configuration, the source."""
     cfg, log = run.cfg, run.log
     script = Path(__file__)
     changed = " ".join(f"{name}={value}" for name, value in overrides(cfg).items())
@@ -7748,8 +7691,8 @@ def count_bytes(run: Run) -> None:
     if total > ARTIFACT_CAP_BYTES:
         run.log(
             f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; "
-            "nothing is deleted, the run is marked. Ship the packed script (tools/pack_code.py), or set QUANT=rd "
-            "TARGET_BYTES, or raise *_CLIP_SIGMAS")
+            "nothing is deleted, the run is marked. Ship the packed script (tools/pack_code.py), or set "
+            "QUANT=rd and TARGET_BYTES, or raise *_CLIP_SIGMAS")
 
 
 def score_artifact(run: Run) -> None:
@@ -7789,6 +7732,63 @@ def adapt_and_score(run: Run, model: GPT) -> float:
     run.log(f"total_eval_time:{seconds:.1f}s")
     run.log(f"ttt_utilization: {Utilization(run.world, scorer.work, seconds).interval()}")
     return seconds
+
+
+class AccessLog:
+    """Log what Python opens, connects to and starts within `with`; opening a training shard is a RunError.
+
+    It is an audit hook and cannot be removed, so a process has one: `access_log()`.
+    """
+
+    EVENTS = ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+
+    def __init__(self):
+        self.on = False
+        self.seen: dict[tuple[str, str], None] = {}  # (event, file, host or program)
+        sys.addaudithook(self.hook)
+
+    def hook(self, event: str, args: tuple) -> None:
+        """Take down an event. Raises RunError where a training shard is opened."""
+        if not self.on or event not in self.EVENTS:
+            return
+        what = args[event == "socket.connect"]
+        if isinstance(what, int):
+            return  # a file that is open already
+        name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what)
+        if event == "open":
+            name = os.path.realpath(name)
+        self.seen[event, name] = None
+        if "fineweb_train_" in os.path.basename(name):
+            raise RunError(f"{name}: training data was about to be read in an evaluation: a bug, report it")
+
+    def __enter__(self) -> AccessLog:
+        self.on = True
+        self.seen = {}
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.on = False
+
+    def unexpected(self, data: Path, own_files: list[Path]) -> list[tuple[str, str]]:
+        """List (event, file, host or program), but files of the run, of Python and of the system.
+
+        Files beside the data count wherever the data lies.
+        """
+        known = tuple(map(os.path.realpath, (
+            sys.prefix, sys.base_prefix, torch.__path__[0], Path(__file__).parent, tempfile.gettempdir(),
+            "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")))
+        own = tuple(map(os.path.realpath, own_files))
+        beside = os.path.realpath(data) + os.sep
+
+        def expected(file: str) -> bool:
+            if file.startswith(own) or ".cache/" in file:
+                return True
+            return file.startswith(known) and not file.startswith(beside)
+
+        return [(event, name) for event, name in self.seen if event != "open" or not expected(name)]
+
+
+access_log = cache(AccessLog)
 
 
 def eval_stage(run: Run) -> None:
