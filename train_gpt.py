@@ -3,7 +3,7 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # the S14 recipe on 8 GPUs; no variables needed
     PRESET=demo python train_gpt.py                            # the same pipeline on a laptop CPU, minutes
-    python train_gpt.py --help                                 # every variable: type, default, range, meaning
+    python train_gpt.py --help                                 # every variable; PRESET=demo shows the values of demo
 
 train -> average -> Hessians -> integers -> artifact on disk -> read back from it -> score -> test-time training.
 
@@ -53,6 +53,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -60,6 +61,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,99 +95,139 @@ class RunError(Exception):
 # ==================================================================================================
 
 S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
-COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
-ATTN_BACKENDS = ("auto", "fa3", "fa4", "cudnn", "varlen", "flex", "cpu", "sdpa")
 MLP_KERNELS = ("eager", "pre_post", "act_grad", "lsb")
 COMPRESSORS = ("range", "pergroup", "brotli")
+STAGE_FLAGS = dict(prequant_only="train", quantize_only="quantize", ttt_eval_only="eval")  # published names
+LARGEST = sys.float_info.max
 
-PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable set by hand wins
-    "s14": {},
-    "s55": dict(
-        train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, eval_seq_len=2048, qk_gain_init=5.0,
-        awq_lite_enabled=False, gptq_reserve_seconds=0.5, quant="s14", eval_include_tail=False, rope_train_seq_len=2048,
-        ttt_eval_seq_len=2048, ttt_batch_size=64, ttt_mask="", ttt_local_lr_mult=1.0, ttt_short_score_first_enabled=False,
-        ttt_short_score_first_steps="", phased_ttt_num_phases=3,
-    ),
-    "s05": dict(  # PR #1105 with mixed bits; not here: its loader, bigram hash and value embeddings, SWA, late fake quantization
-        train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, rope_train_seq_len=2048, warmdown_iters=4000, min_lr=0.05,
-        mlp_mult=3.5, num_loops=0, parallel_start_layer=0, smear_gate_enabled=False, sparse_attn_gate_enabled=False,
-        quant="s05", gptq_calibration="self", awq_lite_enabled=False, lqer_enabled=False, compressor="brotli",
-        eval_method="sliding", eval_seq_len=2048, eval_stride=64, ttt_enabled=False,
-    ),
-    "demo": dict(
-        data_path="data/demo", vocab_size=1024, num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=6, rope_dims=8,
-        loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096,
-        train_seq_len=512, train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
-        eval_seq_len=512, ttt_eval_seq_len=512, rope_train_seq_len=512, eval_stride=256, val_batch_tokens=65536,
-        max_wallclock_seconds=80.0, gptq_reserve_seconds=24.0, rd_reserve_seconds=0.0, gptq_calibration_batches=8, max_eval_seconds=0.0,
-        train_log_every=20, muon_momentum_warmup_steps=100, ema_decay=0.95, ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
-        ttt_batch_size=16, ttt_chunk_size=128, ttt_short_score_first_steps="256:32,512:64", ttt_lanes=1, phased_ttt_prefix_docs=40,
-        global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
-    ),
+PRESETS = {  # variables to set together; what is set by hand wins
+    "s14": "",
+    "s55": """
+        TRAIN_SEQ_LEN=2048 TRAIN_SEQ_SCHEDULE= SEQ_CHANGE_WARMUP_STEPS=0 ROPE_TRAIN_SEQ_LEN=2048
+        EVAL_SEQ_LEN=2048 EVAL_INCLUDE_TAIL=0 QK_GAIN_INIT=5.0
+        QUANT=s14 AWQ_LITE_ENABLED=0 GPTQ_RESERVE_SECONDS=0.5
+        TTT_EVAL_SEQ_LEN=2048 TTT_BATCH_SIZE=64 TTT_MASK= TTT_LOCAL_LR_MULT=1.0
+        TTT_SHORT_SCORE_FIRST_ENABLED=0 TTT_SHORT_SCORE_FIRST_STEPS= PHASED_TTT_NUM_PHASES=3
+    """,
+    # PR #1105 with mixed bits, without its loader, bigram hash, value embeddings, SWA and late fake quantization
+    "s05": """
+        TRAIN_SEQ_LEN=2048 TRAIN_SEQ_SCHEDULE= SEQ_CHANGE_WARMUP_STEPS=0 ROPE_TRAIN_SEQ_LEN=2048
+        WARMDOWN_ITERS=4000 MIN_LR=0.05
+        MLP_MULT=3.5 NUM_LOOPS=0 PARALLEL_START_LAYER=0 SMEAR_GATE_ENABLED=0 SPARSE_ATTN_GATE_ENABLED=0
+        QUANT=s05 GPTQ_CALIBRATION=self AWQ_LITE_ENABLED=0 LQER_ENABLED=0 COMPRESSOR=brotli
+        EVAL_METHOD=sliding EVAL_SEQ_LEN=2048 EVAL_STRIDE=64 TTT_ENABLED=0
+    """,
+    "demo": """
+        DATA_PATH=data/demo VOCAB_SIZE=1024 VAL_BATCH_TOKENS=65536 TRAIN_LOG_EVERY=20
+        NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 XSA_LAST_N=6 ROPE_DIMS=8
+        LOOP_START=2 LOOP_END=3 NUM_LOOPS=1 PARALLEL_START_LAYER=4
+        TRAIN_BATCH_TOKENS=4096 TRAIN_MICROBATCH_TOKENS=4096 TRAIN_SEQ_LEN=512
+        TRAIN_SEQ_SCHEDULE=256@0.5,512@1.0 SEQ_CHANGE_WARMUP_STEPS=8 COMPILE_SHAPE_WARMUP=0 WARMUP_STEPS=0
+        EVAL_SEQ_LEN=512 TTT_EVAL_SEQ_LEN=512 ROPE_TRAIN_SEQ_LEN=512 EVAL_STRIDE=256
+        MAX_WALLCLOCK_SECONDS=80 GPTQ_RESERVE_SECONDS=24 RD_RESERVE_SECONDS=0 MAX_EVAL_SECONDS=0
+        MUON_MOMENTUM_WARMUP_STEPS=100 EMA_DECAY=0.95
+        GPTQ_CALIBRATION_BATCHES=8 AWQ_LITE_GROUP_SIZE=32 LQER_ASYM_GROUP=32
+        TTT_LORA_RANK=8 TTT_LORA_ALPHA=14 TTT_LORA_LR=1e-2 TTT_BATCH_SIZE=16 TTT_CHUNK_SIZE=128
+        TTT_SHORT_SCORE_FIRST_STEPS=256:32,512:64 TTT_LANES=1
+        PHASED_TTT_PREFIX_DOCS=40 GLOBAL_TTT_CHUNK_TOKENS=4096 GLOBAL_TTT_BATCH_SEQS=8
+    """,
 }
 
-REFUSED = {  # names that appear in published commands but never did anything, and names whose meaning is gone
-    "LQER_GROUP_SIZE": "nothing ever read it; the group size of the asymmetric factors is LQER_ASYM_GROUP",
-    "TTT_LR": "nothing ever read it; the learning rate of the adapters is TTT_LORA_LR times TTT_LOCAL_LR_MULT",
-    "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
-    "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are computed inside the evaluation's clock",
-    "TARGET_MB": "published runs gave it in MiB, and their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES",
-    "AUDIT": "nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length",
-    "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; `parameters` says which optimizer owns which tensor",
-}
+ALIASES = {"VAL_BATCH_SIZE": "VAL_BATCH_TOKENS", "LR_FLOOR": "MIN_LR"}  # published names of our variables
 
-GONE = {  # published names that are accepted with one value, or with any (None), and then do nothing
-    "ASYM_LOGIT_RESCALE": (None, "both caps are LOGIT_SOFTCAP: published code never trains them"),
-    "TIE_EMBEDDINGS": ("1", "the head is the embedding matrix"),
-    "EMBED_LR": (None, "the head is the embedding matrix; TIED_EMBED_LR applies"),
-    "MATRIX_CLIP_SIGMAS": (None, "it matches no tensor of a model with a tied head"),
-    "PARALLEL_FINAL_LANE": ("mean", "the head reads the mean of both lanes"),
-    "LQER_SCOPE": ("all", "every quantized matrix may be corrected"),
-    "LQER_GAIN_SELECT": ("0", "the tensors with the largest residual are corrected"),
-    "TTT_OPTIMIZER": ("adam", "adapters are trained by AdamW"),
-    "TTT_GRAD_STEPS": ("1", "one update a scored chunk"),
-    "MIDRUN_CAP_SCHEDULE": ("", "TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate"),
-    "MIDRUN_CAP_LOG_UPDATES": ("0", "there is no MIDRUN_CAP_SCHEDULE"),
-    "COMPILE_SHAPE_WARMUP_ITERS": ("1", "one pass a shape compiles it"),
-    "COMPILE_SHAPE_WARMUP_LOOP_MODES": ("auto", "the loop modes that the run will meet are warmed"),
-    "TTT_EVAL_BATCHES": ("", "every batch is reported, and the order of scoring is fixed"),
-    "TTT_TRAIN_MIN_DOC_LEN": ("0", "every document is learned from"),
-    "TTT_TRAIN_MAX_DOC_LEN": ("0", "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases"),
-    "TTT_SHORT_LORA_ENABLED": ("0", "short documents have the adapters of all"),
-    "TTT_SHORT_LORA_RANK": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_SHORT_LORA_LR": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_SHORT_LORA_WEIGHT_DECAY": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_SHORT_LORA_BETA2": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_WARM_START_MEAN_ENABLED": ("0", "adapters start from those of the batch before"),
-    "TTT_WARM_START_MEAN_DOC_LEN": (None, "TTT_WARM_START_MEAN_ENABLED is 0"),
-    "TTT_WARM_START_MEAN_MOMENTUM": (None, "TTT_WARM_START_MEAN_ENABLED is 0"),
-}
+# Variables of published commands and scripts that are not ours: pattern of the name, setting with which it is
+# accepted and changes nothing (- = with none, * = with any), and why. The first pattern that fits decides.
+PUBLISHED = """
+LQER_GROUP_SIZE - nothing ever read it; the group size of the asymmetric factors is LQER_ASYM_GROUP
+TTT_LR - nothing ever read it; the adapters' learning rate is TTT_LORA_LR times TTT_LOCAL_LR_MULT
+TTT_NO_QV_MASK - nothing ever read it; use TTT_MASK=no_qv
+MUON_BETA2 - nothing ever read it; the momentum is MUON_MOMENTUM
+GPTQ_CALIB_BATCHES - nothing ever read it; use GPTQ_CALIBRATION_BATCHES
+GPTQ_CALIBRATION_MODE - GPTQ_CALIBRATION chooses the data of the Hessians
+AUDIT - nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length
+TARGET_MB - published runs gave it in MiB: their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES
+*_NAME_PATTERNS - the table `parameters` says which tensor has which optimizer and codec
+GPTQ_BLOCK_SIZE * blocks of columns bound the memory of GPTQ, not its result
+MATRIX_LR_* * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
+BANK_SPLIT * it divides MATRIX_LR_EARLY from MATRIX_LR_LATE, which do nothing
+ASYM_LOGIT_RESCALE * both caps are LOGIT_SOFTCAP: published code never trains them
+EMBED_LR * the head is the embedding matrix; TIED_EMBED_LR applies
+HEAD_LR * the head is the embedding matrix; TIED_EMBED_LR applies
+MATRIX_CLIP_SIGMAS * it matches no tensor of a model with a tied head
+TIE_EMBEDDINGS TIE_EMBEDDINGS=1 the head is the embedding matrix
+PARALLEL_FINAL_LANE PARALLEL_FINAL_LANE=mean the head reads the mean of both lanes
+LQER_SCOPE LQER_SCOPE=all every quantized matrix may be corrected
+LQER_GAIN_SELECT LQER_GAIN_SELECT=0 the tensors with the largest residual are corrected
+COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_ITERS=1 one pass a shape compiles it
+COMPILE_SHAPE_WARMUP_LOOP_MODES COMPILE_SHAPE_WARMUP_LOOP_MODES=auto the modes the run meets are warmed
+MIDRUN_CAP_* MIDRUN_CAP_SCHEDULE= TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate
+TRAIN_BATCH_TOKENS_SCHEDULE TRAIN_BATCH_TOKENS_SCHEDULE= every step has TRAIN_BATCH_TOKENS tokens
+TTT_OPTIMIZER TTT_OPTIMIZER=adam adapters are trained by AdamW
+TTT_GRAD_STEPS TTT_GRAD_STEPS=1 one update a scored chunk
+TTT_UPDATE_EVERY TTT_UPDATE_EVERY=1 one update a scored chunk
+TTT_LORA_EMA_DECAY TTT_LORA_EMA_DECAY=0 chunks are scored by the adapters themselves, not by an average
+TTT_EVAL_BATCHES TTT_EVAL_BATCHES= every batch is reported, and the order of scoring is fixed
+TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MIN_DOC_LEN=0 every document is learned from
+TTT_TRAIN_MAX_DOC_LEN TTT_TRAIN_MAX_DOC_LEN=0 every document is learned from
+TTT_SHORT_LORA_* TTT_SHORT_LORA_ENABLED=0 short documents have the adapters of all
+TTT_WARM_START_MEAN_* TTT_WARM_START_MEAN_ENABLED=0 adapters start from those of the batch before
+SLOT_ENABLED SLOT_ENABLED=0 SLOT says which kind: published or causal
+NGRAM_HINT_PRECOMPUTE_OUTSIDE NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 hints are made inside the evaluation's clock
+WITHIN_TAU WITHIN_BOOST=0 experts for tokens within a word read the target: not legal
+WITHIN_BOOST WITHIN_BOOST=0 experts for tokens within a word read the target: not legal
+WORD_TAU WORD_BOOST=0 experts for the start of a word read the target: not legal
+WORD_BOOST WORD_BOOST=0 experts for the start of a word read the target: not legal
+AGREE_ADD_BOOST AGREE_ADD_BOOST=0 there is one expert, so none to agree with
+FUSED_NGRAM_* FUSED_NGRAM_EVAL=0 its experts read the target: not legal; NGRAM_TILT_ENABLED=1 is legal
+ENGRAM ENGRAM=0 there is no n-gram embedding
+NGRAM_[BHOD]* ENGRAM=0 there is no n-gram embedding
+TRIGRAM TRIGRAM=0 there is no n-gram embedding
+BIGRAM_* BIGRAM_VOCAB_SIZE=0 there is no bigram hash embedding
+VE_* VE_ENABLED=0 there are no value embeddings
+VALUE_RESIDUAL VALUE_RESIDUAL=0 the values of the first block are not added to later ones
+GATED_ATTENTION GATED_ATTENTION=0 its gate starts open; GATED_ATTN_ENABLED=1 is the nearest
+GATED_XSA* GATED_XSA=0 XSA has no gate of its own
+DTG_* DTG_ENABLED=0 blocks have no gate over the token
+MTP_* MTP_NUM_HEADS=0 only the next token is predicted
+SWA_* SWA_ENABLED=0 no snapshots are averaged; EMA_DECAY averages the weights of every step
+LAWA_* LAWA_ENABLED=0 no snapshots are averaged; EMA_DECAY averages the weights of every step
+QAT_* QAT_ENABLED=0 nothing is quantized while training
+LATE_QAT_* LATE_QAT_THRESHOLD=0 nothing is quantized while training
+MIXED_QUANT MIXED_QUANT=0 QUANT=s05 has its mixed bits
+SKYLIGHT_* SKYLIGHT_MUON=0 there is one Muon
+"""
 
-FAMILIES = (  # an unknown variable that starts like this is a typo, not somebody else's
-    "ADAM_", "ASYM_", "ATTN_", "AUDIT", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "CUDA_GR", "EMA_", "EMBED_",
-    "ENABLE_LOOP", "EVAL_", "FUSED_CE", "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_",
-    "MATRIX_", "MAX_EVAL_", "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS",
-    "NUM_LOOPS", "N_INT6", "PARALLEL_", "PHASED_TTT_", "QK_", "QUANT", "RD_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_",
-    "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_", "TARGET_", "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_",
-    "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
+# First words that other programs' variables have too: there, a typo has to share two words with one of ours.
+FOREIGN_WORDS = (
+    "ARTIFACT CUDA DATA DEVICE ENABLE FORCE GLOBAL MAX MIN MODEL N NUM PARALLEL PROFILE RUN SKIP STAGE "
+    "TARGET TOKEN WINDOW"
 )
 
 
-def knob(default: Any, doc: str, lo: float = -math.inf, hi: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
-    """Declare one variable: default, meaning, accepted range or choices."""
-    return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices))
+def knob(
+    default: Any, doc: str, lo: float = 0, hi: float = LARGEST, choices: str = "", needs: str | None = None,
+    because: str = "", model: bool = False, recipe: bool = True, group: str = "",
+) -> Any:
+    """Declare one variable: default, meaning, accepted range of a number or a|b|c of a text.
+
+    needs: when it has any effect, see `unmet`; None = while the switch NAME_ENABLED is on, if its name begins so.
+    because: what to say when it has none, where that says more. model: artifact and run must agree on it.
+    recipe: it is part of the run's identity, see `config_hash`. group: title of the variables from here on.
+    """
+    about = dict(doc=doc, lo=lo, hi=hi, choices=choices, needs=needs, because=because)
+    return field(default=default, metadata=about | dict(model=model, recipe=recipe, group=group))
 
 
 def parse_steps(text: str, separator: str) -> tuple[tuple[float, float], ...]:
-    """'256:8,2000:24' -> ((256.0, 8.0), (2000.0, 24.0)), sorted by the first number. Raises ValueError."""
-    pairs = [item.split(separator) for item in filter(None, (part.strip() for part in text.split(",")))]
+    """Read '256:8,2000:24' as ((256.0, 8.0), (2000.0, 24.0)), by the first number. Raises ValueError."""
+    pairs = [item.split(separator) for item in text.split(",") if item.strip()]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{text!r}: expected a comma list of A{separator}B")
     return tuple(sorted((float(a), float(b)) for a, b in pairs))
 
 
 def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], ...]:
-    """'1024@0.1,2048@1' -> ((1024, 0.1), (2048, 1.0)): each context length lasts until its fraction of the run.
+    """Read '1024@0.1,2048@1' as ((1024, 0.1), (2048, 1.0)): context lengths, each until its fraction of the run.
 
     Blank means one stage of `default_len`. Raises ValueError on a malformed stage.
     """
@@ -193,255 +235,348 @@ def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], 
     if not all(n >= 1 and not n % 1 and 0 < end <= 1 for n, end in stages):
         raise ValueError("expected LENGTH@END_FRACTION with a whole LENGTH > 0 and 0 < END_FRACTION <= 1")
     stages = [(int(n), end) for n, end in stages]
-    return tuple(stages) if stages[-1][1] >= 1 else (*stages, (stages[-1][0], 1.0))
+    last_length, last_end = stages[-1]
+    if last_end < 1:
+        stages.append((last_length, 1.0))
+    return tuple(stages)
 
 
 def rule_violations(c: Config):
-    """Cross-field rules: yields (fields involved, what is wrong and what would be right)."""
-    if c.model_dim % c.num_heads:
-        yield ("model_dim", "num_heads"), f"MODEL_DIM={c.model_dim} must be divisible by NUM_HEADS={c.num_heads}"
-    if c.num_heads % c.num_kv_heads:
-        yield ("num_heads", "num_kv_heads"), f"NUM_HEADS={c.num_heads} must be divisible by NUM_KV_HEADS={c.num_kv_heads}"
-    if c.rope_dims % 2 or c.rope_dims > c.head_dim:
-        yield ("rope_dims", "model_dim", "num_heads"), f"ROPE_DIMS={c.rope_dims} must be even and at most the head size {c.head_dim}"
-    if c.rope_yarn and c.rope_dims < 4:
-        yield ("rope_yarn", "rope_dims"), f"ROPE_YARN=1 needs ROPE_DIMS of at least 4, got {c.rope_dims}"
-    if not c.window_pattern or set(c.window_pattern) - set("SL"):
-        yield ("window_pattern",), f"WINDOW_PATTERN={c.window_pattern!r}: expected letters S and L, such as SSL"
-    if c.gate_window > c.model_dim:
-        yield ("gate_window", "model_dim"), f"GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
-    if c.num_loops and not c.loop_start <= c.loop_end < c.num_layers:
-        yield ("loop_start", "loop_end", "num_layers", "num_loops"), (
-            f"need LOOP_START <= LOOP_END < NUM_LAYERS, got {c.loop_start}, {c.loop_end}, {c.num_layers} (NUM_LOOPS=0 turns loops off)")
-    if c.attn_out_gate_enabled + c.gated_attn_enabled + c.sparse_attn_gate_enabled > 1:
-        yield ("attn_out_gate_enabled", "gated_attn_enabled", "sparse_attn_gate_enabled"), (
-            "at most one of ATTN_OUT_GATE_ENABLED, GATED_ATTN_ENABLED, SPARSE_ATTN_GATE_ENABLED may be 1")
+    """Check what no range of one variable can say: yields a sentence that names all variables involved."""
+    yield from model_violations(c)
+    yield from schedule_violations(c)
+    yield from evaluation_violations(c)
+
     if (c.stage != "all") + c.prequant_only + c.quantize_only + c.ttt_eval_only > 1:
-        yield ("stage", "prequant_only", "quantize_only", "ttt_eval_only"), (
-            "set only one of STAGE, PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY")
+        yield "set only one of STAGE, PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY"
+    if not all(item.strip().isdecimal() for item in c.seeds_declared.split(",") if item):
+        yield f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
+    if c.mlp_backward == "cutlass" and c.mlp_kernel != "act_grad":
+        yield f"MLP_BACKWARD=cutlass needs what MLP_KERNEL=act_grad stores, not {c.mlp_kernel}"
+
+    if c.quant == "s05" and c.matrix_bits < 3:
+        yield f"QUANT=s05 takes a bit from most matrices: MATRIX_BITS={c.matrix_bits} must be at least 3"
+    if not c.lqer_enabled:
+        return
+    if c.lqer_asym_enabled and any(c.lqer_rank * n % c.lqer_asym_group for n in (c.model_dim, c.mlp_dim)):
+        yield (f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} "
+               f"(MLP_MULT) must be multiples of LQER_ASYM_GROUP={c.lqer_asym_group}, or LQER_ASYM_ENABLED=0")
+    smallest = min(c.kv_dim, c.model_dim, c.mlp_dim)
+    if c.lqer_rank > smallest:
+        yield (f"LQER_RANK={c.lqer_rank} must be at most the smallest side of a matrix, {smallest} "
+               "(MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT)")
+
+
+def model_violations(c: Config):
+    """Rules of the network's shape."""
+    if c.model_dim % c.num_heads:
+        yield f"MODEL_DIM={c.model_dim} must be divisible by NUM_HEADS={c.num_heads}"
+    if c.num_heads % c.num_kv_heads:
+        yield f"NUM_HEADS={c.num_heads} must be divisible by NUM_KV_HEADS={c.num_kv_heads}"
+    if c.rope_dims % 2 or c.rope_dims > c.head_dim:
+        size = f"head size {c.head_dim} (MODEL_DIM / NUM_HEADS)"
+        yield f"ROPE_DIMS={c.rope_dims} must be even and at most the {size}"
+    if c.rope_yarn and c.rope_dims < 4:
+        yield f"ROPE_YARN=1 needs ROPE_DIMS of at least 4, got {c.rope_dims}"
+    if not c.window_pattern or set(c.window_pattern) - set("SL"):
+        yield f"WINDOW_PATTERN={c.window_pattern!r}: expected letters S and L, such as SSL"
+    if c.gate_window > c.model_dim:
+        yield f"GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
+    if c.num_loops and not c.loop_start <= c.loop_end < c.num_layers:
+        found = f"{c.loop_start}, {c.loop_end}, {c.num_layers}"
+        yield f"need LOOP_START <= LOOP_END < NUM_LAYERS, got {found} (NUM_LOOPS=0 turns loops off)"
+    if c.attn_out_gate_enabled + c.gated_attn_enabled + c.sparse_attn_gate_enabled > 1:
+        yield "at most one of ATTN_OUT_GATE_ENABLED, GATED_ATTN_ENABLED, SPARSE_ATTN_GATE_ENABLED may be 1"
+
+
+def schedule_violations(c: Config):
+    """Rules of the training's batches, contexts and seconds."""
+    micro = f"TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens}"
     if c.train_batch_tokens % c.train_microbatch_tokens:
-        yield ("train_batch_tokens", "train_microbatch_tokens"), (
-            f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens}")
+        yield f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of {micro}"
     try:
         lengths = [length for length, _ in c.seq_schedule]
     except ValueError as e:
-        yield ("train_seq_schedule",), f"TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r}: {e}"
+        yield f"TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r}: {e}"
     else:
-        schedule = ("train_seq_len", "train_seq_schedule")
         if max(lengths) != c.train_seq_len:
-            yield schedule, (f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest context of TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r} "
-                             "(a blank schedule trains at TRAIN_SEQ_LEN throughout)")
-        if bad := [n for n in lengths if c.train_microbatch_tokens % n]:
-            yield (*schedule, "train_microbatch_tokens"), (
-                f"TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens} must be a multiple of every context length, not of {bad}")
-    name = "ttt_short_score_first_steps"
+            yield (f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest context of TRAIN_SEQ_SCHEDULE="
+                   f"{c.train_seq_schedule!r} (a blank schedule trains at TRAIN_SEQ_LEN throughout)")
+        bad = [n for n in lengths if c.train_microbatch_tokens % n]
+        if bad:
+            yield (f"{micro} must be a multiple of every context length, not of {bad} "
+                   "(TRAIN_SEQ_SCHEDULE, TRAIN_SEQ_LEN)")
+
+    if c.max_wallclock_seconds and not c.train_budget_seconds:
+        kept = f", RD_RESERVE_SECONDS={c.rd_reserve_seconds:g} being kept too" if c.quant == "rd" else ""
+        yield (f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS="
+               f"{c.max_wallclock_seconds:g}{kept}")
+    if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
+        yield "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
+
+
+def evaluation_violations(c: Config):
+    """Rules of scoring and of test-time training."""
+    if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
+        yield f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
+    if c.slot != "off" and (c.ttt_enabled or c.eval_method != "sliding"):
+        yield f"SLOT={c.slot} needs sliding windows: set EVAL_METHOD=sliding and TTT_ENABLED=0"
+    if c.ttt_adam_kernel == "triton" and c.ttt_beta1:
+        yield "TTT_ADAM_KERNEL=triton needs TTT_BETA1=0"
+    if c.phased_ttt_enabled and c.ttt_enabled and c.global_ttt_chunk_tokens < c.eval_seq_len:
+        yield (f"GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} must hold at least one sequence of "
+               f"EVAL_SEQ_LEN={c.eval_seq_len}")
     try:
         steps = parse_steps(c.ttt_short_score_first_steps, ":")
     except ValueError as e:
-        yield (name,), f"{name.upper()}: {e}"
-    else:
-        short = {chunk for _, chunk in steps} or {c.ttt_short_chunk_size}
-        chunks = {c.ttt_chunk_size} | (short if c.ttt_short_score_first_enabled else set())
-        if c.ttt_enabled and any(chunk % 1 or not 1 <= chunk <= c.ttt_eval_seq_len for chunk in chunks):
-            yield ("ttt_chunk_size", "ttt_short_chunk_size", "ttt_eval_seq_len", name), (
-                f"chunks are whole numbers of tokens from 1 to TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}, not {sorted(chunks)}: "
-                f"TTT_CHUNK_SIZE={c.ttt_chunk_size}, {name.upper()}={getattr(c, name)!r}, TTT_SHORT_CHUNK_SIZE={c.ttt_short_chunk_size}")
-    if not all(item.strip().isdigit() for item in filter(None, c.seeds_declared.split(","))):
-        yield ("seeds_declared",), f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
-    if c.max_wallclock_seconds and not c.train_budget_seconds:
-        yield ("max_wallclock_seconds", "gptq_reserve_seconds", "rd_reserve_seconds"), (
-            f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
-            + f", RD_RESERVE_SECONDS={c.rd_reserve_seconds:g} being kept too" * (c.quant == "rd"))
-    if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
-        yield ("max_wallclock_seconds", "iterations"), "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
-    if c.mlp_backward == "cutlass" and c.mlp_kernel != "act_grad":
-        yield ("mlp_backward", "mlp_kernel"), f"MLP_BACKWARD=cutlass needs what MLP_KERNEL=act_grad stores, not {c.mlp_kernel}"
-    if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
-        yield ("eval_stride", "eval_seq_len"), f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
-    if c.slot != "off" and (c.ttt_enabled or c.eval_method != "sliding"):
-        yield ("slot", "ttt_enabled", "eval_method"), f"SLOT={c.slot} needs sliding windows: set EVAL_METHOD=sliding and TTT_ENABLED=0"
-    if c.quant == "s05" and c.matrix_bits < 3:
-        yield ("quant", "matrix_bits"), f"QUANT=s05 takes a bit from most matrices: MATRIX_BITS={c.matrix_bits} must be at least 3"
-    if c.lqer_enabled and c.lqer_asym_enabled and any(c.lqer_rank * n % c.lqer_asym_group for n in (c.model_dim, c.mlp_dim)):
-        yield ("lqer_rank", "lqer_asym_group", "model_dim", "mlp_mult"), (
-            f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} must be multiples of "
-            f"LQER_ASYM_GROUP={c.lqer_asym_group} (or LQER_ASYM_ENABLED=0)")
-    if c.lqer_enabled and c.lqer_rank > min(c.kv_dim, c.model_dim, c.mlp_dim):
-        yield ("lqer_rank", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"), (
-            f"LQER_RANK={c.lqer_rank} must be at most the smallest side of a matrix, {min(c.kv_dim, c.model_dim, c.mlp_dim)}")
-    if c.ttt_adam_kernel == "triton" and c.ttt_beta1:
-        yield ("ttt_adam_kernel", "ttt_beta1"), "TTT_ADAM_KERNEL=triton needs TTT_BETA1=0"
-    if c.phased_ttt_enabled and c.ttt_enabled and c.global_ttt_chunk_tokens < c.eval_seq_len:
-        yield ("global_ttt_chunk_tokens", "eval_seq_len"), (
-            f"GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} must hold at least one sequence of EVAL_SEQ_LEN={c.eval_seq_len}")
+        yield f"TTT_SHORT_SCORE_FIRST_STEPS: {e}"
+        return
+    chunks = {c.ttt_chunk_size}
+    if c.ttt_short_score_first_enabled:
+        chunks |= {chunk for _, chunk in steps} or {c.ttt_short_chunk_size}
+    if c.ttt_enabled and any(chunk % 1 or not 1 <= chunk <= c.ttt_eval_seq_len for chunk in chunks):
+        yield (f"chunks are whole numbers of tokens from 1 to TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}, "
+               f"not {sorted(chunks)}: TTT_CHUNK_SIZE={c.ttt_chunk_size}, TTT_SHORT_CHUNK_SIZE="
+               f"{c.ttt_short_chunk_size}, TTT_SHORT_SCORE_FIRST_STEPS={c.ttt_short_score_first_steps!r}")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every variable of a run. Field `num_layers` is environment variable NUM_LAYERS. Defaults are S14 (PR #2014)."""
+    """Hold every variable of a run; field num_layers is variable NUM_LAYERS. Defaults are S14 (PR #2014)."""
 
-    # run
-    preset: str = knob("s14", "table of overrides to start from", choices=tuple(PRESETS))
-    stage: str = knob("all", "which part of the pipeline to run", choices=("all", "train", "quantize", "eval", "warm"))
-    prequant_only: bool = knob(False, "same as STAGE=train")
-    quantize_only: bool = knob(False, "same as STAGE=quantize: start from final_model.pt")
-    ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact")
-    seed: int = knob(1337, "seeds weights and adapters; the data order does not depend on it", lo=0)
-    seeds_declared: str = knob("", "comma list of the seeds that will be run and averaged, fixed before the first of them")
-    run_id: str = knob("", "name of the run; blank = date and time")
-    artifact_dir: str = knob("", "folder for log, checkpoint and artifact; blank = logs/RUN_ID")
-    resume: bool = knob(False, "continue from checkpoint.pt of ARTIFACT_DIR")
-    checkpoint_seconds: float = knob(0.0, "write checkpoint.pt this often while training; 0 = only when interrupted", lo=0)
-    device: str = knob("auto", "where to run; auto = cuda if there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
-    activation_dtype: str = knob("auto", "activations and embedding; auto = bf16 on cuda, else fp32", choices=("auto", "bf16", "fp32"))
-    compile_backend: str = knob("auto", "of torch.compile; auto = inductor on cuda, else none", choices=COMPILE_BACKENDS)
+    preset: str = knob("s14", "table of overrides to start from", choices="|".join(PRESETS), group="the run")
+    stage: str = knob("all", "which part of the pipeline to run",
+        choices="all|train|quantize|eval|warm", recipe=False)
+    prequant_only: bool = knob(False, "same as STAGE=train", recipe=False)
+    quantize_only: bool = knob(False, "same as STAGE=quantize: start from final_model.pt", recipe=False)
+    ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact", needs="", recipe=False)
+    seed: int = knob(1337, "seeds weights and adapters; the data order does not depend on it", recipe=False)
+    seeds_declared: str = knob("",
+        "comma list of the seeds that will be run and averaged, fixed before the first of them", recipe=False)
+    run_id: str = knob("", "name of the run; blank = date and time", recipe=False)
+    artifact_dir: str = knob("", "folder for log, checkpoint and artifact; blank = logs/RUN_ID", recipe=False)
+    resume: bool = knob(False, "continue from checkpoint.pt of ARTIFACT_DIR", recipe=False)
+    checkpoint_seconds: float = knob(0.0,
+        "write checkpoint.pt this often while training; 0 = only when interrupted", recipe=False)
+    device: str = knob("auto", "where to run; auto = cuda if there is one, else cpu",
+        choices="auto|cuda|cpu|mps")
+    activation_dtype: str = knob("auto", "activations and embedding; auto = bf16 on cuda, else fp32",
+        choices="auto|bf16|fp32")
+    compile_backend: str = knob("auto", "of torch.compile; auto = inductor on cuda, else none",
+        choices="auto|none|inductor|aot_eager|eager")
     dynamo_cache_size_limit: int = knob(128, "graphs torch.compile may keep per function", lo=1)
     dynamo_accumulated_cache_size_limit: int = knob(1024, "graphs torch.compile may keep in all", lo=1)
-    compile_allow_recompiles: bool = knob(False, "go on when torch.compile is at work in timed code; 0 = an error that names the reasons")
-    compile_cache_dir: str = knob("", "keep compiled code here for later runs (STAGE=warm makes all of it); blank = torch's own place")
-    cuda_graphs: bool = knob(False, "replay a micro-batch and a step of test-time training as CUDA graphs; not yet measured on a GPU")
-    profile: int = knob(0, "profile this many steps, after the third, for tools/step_profile.py; costs time, so not for records", lo=0)
-    # kernels
-    attn_backend: str = knob("auto", "attention of packed rows; auto = the fastest one here that is right", choices=ATTN_BACKENDS)
-    mlp_kernel: str = knob("eager", "GEMMs with the activation inside, by what they store for the backward", choices=MLP_KERNELS)
-    mlp_backward: str = knob("triton", "what multiplies by the derivative that MLP_KERNEL=act_grad stored", choices=("triton", "cutlass"))
-    cutlass_path: str = knob("", "CUTLASS's folder, for MLP_BACKWARD=cutlass; blank = that of the installed package nvidia-cutlass")
-    qk_kernel: str = knob("eager", "one kernel from merged projection to normed, rotated heads", choices=("eager", "triton"))
-    xsa_kernel: str = knob("eager", "one kernel for XSA and head gate", choices=("eager", "triton"))
-    fused_ce_kernel: str = knob("eager", "loss and its gradient in one pass over the logits", choices=("eager", "triton"))
-    # data
-    data_dir: str = knob("./data/", "root of the default data paths")
-    data_path: str = knob("", "folder of the shards; blank = the published CaseOps export below DATA_DIR")
-    tokenizer_path: str = knob("", "SentencePiece model; blank = tokenizer.model beside the shards, or the published one")
+    compile_allow_recompiles: bool = knob(
+        False, "go on when torch.compile is at work in timed code; 0 = an error that names the reasons",
+        needs="compile_backend!=none|cuda_graphs", recipe=False)
+    compile_cache_dir: str = knob(
+        "", "keep compiled code here for later runs (STAGE=warm makes all of it); blank = torch's own place",
+        recipe=False)
+    cuda_graphs: bool = knob(False,
+        "replay a micro-batch and a step of test-time training as CUDA graphs; not yet measured on a GPU")
+    profile: int = knob(0,
+        "profile this many steps, after the third, for tools/step_profile.py; costs time, so not for records")
+
+    attn_backend: str = knob("auto", "attention of packed rows; auto = the fastest one here that is right",
+        choices="auto|fa3|fa4|cudnn|varlen|flex|cpu|sdpa", group="kernels")
+    mlp_kernel: str = knob("eager", "GEMMs with the activation inside, by what they store for the backward",
+        choices="|".join(MLP_KERNELS))
+    mlp_backward: str = knob("triton", "what multiplies by the derivative that MLP_KERNEL=act_grad stored",
+        choices="triton|cutlass", needs="mlp_kernel!=eager")
+    cutlass_path: str = knob(
+        "",
+        "CUTLASS's folder, for MLP_BACKWARD=cutlass; blank = that of the installed package nvidia-cutlass",
+        needs="mlp_backward=cutlass", recipe=False)
+    qk_kernel: str = knob("eager", "one kernel from merged projection to normed, rotated heads",
+        choices="eager|triton")
+    xsa_kernel: str = knob(
+        "eager", "one kernel for XSA and head gate", choices="eager|triton",
+        needs="xsa_last_n,attn_gate!=none", because="XSA_LAST_N is 0 or there is no head gate")
+    fused_ce_kernel: str = knob("eager", "loss and its gradient in one pass over the logits",
+        choices="eager|triton")
+
+    data_dir: str = knob("./data/", "root of the default data paths", recipe=False, group="data")
+    data_path: str = knob("", "folder of the shards; blank = the published CaseOps export below DATA_DIR",
+        recipe=False)
+    tokenizer_path: str = knob("",
+        "SentencePiece model; blank = tokenizer.model beside the shards, or the published one", recipe=False)
     caseops_enabled: bool = knob(True, "bytes come from the sidecar; 0 = from the SentencePiece pieces")
-    vocab_size: int = knob(8192, "token ids are below this", lo=2, hi=65536)
-    val_doc_fraction: float = knob(1.0, "score a fixed random share of the documents; below 1 is for development", lo=1e-6, hi=1)
-    # model
-    num_layers: int = knob(11, "blocks", lo=1)
-    model_dim: int = knob(512, "width of the residual stream", lo=1)
-    num_heads: int = knob(8, "query heads", lo=1)
-    num_kv_heads: int = knob(4, "key/value heads", lo=1)
-    mlp_mult: float = knob(4.0, "MLP width over MODEL_DIM", lo=0.01)
-    mlp_slope: float = knob(0.5, "slope of leaky ReLU below zero, before the square", lo=0, hi=1)
-    logit_softcap: float = knob(30.0, "logits become c tanh(logits / c)", lo=1e-3)
-    fused_ce_enabled: bool = knob(True, "softcap and cross-entropy of training in fp32; 0 = softcap rounded to the activation dtype")
-    rope_base: float = knob(10000.0, "base of the rotary frequencies", lo=1)
-    rope_dims: int = knob(16, "rotated dimensions of each head", lo=2)
-    rope_yarn: bool = knob(False, "stretch ROPE_BASE where the context exceeds ROPE_TRAIN_SEQ_LEN")
-    rope_train_seq_len: int = knob(3072, "context the rotary base is meant for", lo=1)
-    ln_scale: bool = knob(True, "scale the normed input of block i by 1/sqrt(i+1)")
-    qk_gain_init: float = knob(5.25, "initial gain of the normed queries")
-    xsa_last_n: int = knob(11, "blocks, counted from the last, whose heads drop the part along their own value", lo=0)
-    window_pattern: str = knob("L", "S = the last WINDOW_SIZE tokens, L = the whole document so far; repeated over the blocks")
-    window_size: int = knob(1024, "tokens seen by the attention of an S block, itself included", lo=1)
-    skip_gates_enabled: bool = knob(True, "gated skips; 0 = plain weighted sums")
-    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", lo=0)
-    loop_start: int = knob(3, "first block of the repeated segment", lo=0)
-    loop_end: int = knob(5, "last block of the repeated segment, inclusive", lo=0)
-    parallel_start_layer: int = knob(8, "first block of the two-lane decoder; 0 = one lane", lo=0)
-    attn_out_gate_enabled: bool = knob(False, "head gate 2 sigmoid(W src[:GATE_WINDOW])")
-    attn_out_gate_src: str = knob("proj", "input of that gate: the block's normed input or the raw queries", choices=("proj", "q"))
-    gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over all channels")
-    gated_attn_init_std: float = knob(0.01, "initial std of its weights", lo=0)
-    sparse_attn_gate_enabled: bool = knob(True, "head gate sigmoid(SPARSE_ATTN_GATE_SCALE W n[:GATE_WINDOW])")
-    sparse_attn_gate_init_std: float = knob(0.0, "initial std of its weights", lo=0)
-    sparse_attn_gate_scale: float = knob(0.5, "factor inside the sigmoid")
-    gate_window: int = knob(12, "channels read by the sparse, output and smear gates", lo=1)
-    smear_gate_enabled: bool = knob(True, "add a gated share of the previous token's embedding")
-    smear_gate_bos_fix: bool = knob(True, "never smear across a document start")
-    tied_embed_init_std: float = knob(0.005, "initial std of the embedding", lo=0)
-    # optimizers
-    matrix_optimizer: str = knob("muon", "optimizer of the weight banks", choices=("muon",))
-    matrix_lr: float = knob(0.026, "learning rate of the weight banks", lo=0)
-    tied_embed_lr: float = knob(0.03, "AdamW, the tied embedding and the untied head", lo=0)
-    scalar_lr: float = knob(0.02, "AdamW, all small tensors", lo=0)
-    muon_momentum: float = knob(0.97, "Nesterov momentum", lo=0, hi=0.9999)
-    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", lo=0, hi=0.9999)
-    muon_momentum_warmup_steps: int = knob(1500, "steps until MUON_MOMENTUM is reached", lo=0)
+    vocab_size: int = knob(8192, "token ids are below this", lo=2, hi=65536, model=True)
+    val_doc_fraction: float = knob(1.0,
+        "score a fixed random share of the documents; below 1 is for development", lo=1e-6, hi=1)
+
+    num_layers: int = knob(11, "blocks", lo=1, model=True, group="model")
+    model_dim: int = knob(512, "width of the residual stream", lo=1, model=True)
+    num_heads: int = knob(8, "query heads", lo=1, model=True)
+    num_kv_heads: int = knob(4, "key/value heads", lo=1, model=True)
+    mlp_mult: float = knob(4.0, "MLP width over MODEL_DIM", lo=0.01, model=True)
+    mlp_slope: float = knob(0.5, "slope of leaky ReLU below zero, before the square", hi=1, model=True)
+    logit_softcap: float = knob(30.0, "logits become c tanh(logits / c)", lo=1e-3, model=True)
+    fused_ce_enabled: bool = knob(True,
+        "softcap and cross-entropy of training in fp32; 0 = softcap rounded to the activation dtype")
+    rope_base: float = knob(10000.0, "base of the rotary frequencies", lo=1, model=True)
+    rope_dims: int = knob(16, "rotated dimensions of each head", lo=2, model=True)
+    rope_yarn: bool = knob(False, "stretch ROPE_BASE where the context exceeds ROPE_TRAIN_SEQ_LEN",
+        model=True)
+    rope_train_seq_len: int = knob(3072, "context the rotary base is meant for",
+        lo=1, needs="rope_yarn", model=True)
+    ln_scale: bool = knob(True, "scale the normed input of block i by 1/sqrt(i+1)", model=True)
+    qk_gain_init: float = knob(5.25, "initial gain of the normed queries", lo=-LARGEST)
+    xsa_last_n: int = knob(11,
+        "blocks, counted from the last, whose heads drop the part along their own value", model=True)
+    window_pattern: str = knob(
+        "L", "S = the last WINDOW_SIZE tokens, L = the whole document so far; repeated over the blocks",
+        model=True)
+    window_size: int = knob(1024, "tokens seen by the attention of an S block, itself included",
+        lo=1, needs="windowed", because="WINDOW_PATTERN has no S", model=True)
+    skip_gates_enabled: bool = knob(True, "gated skips; 0 = plain weighted sums", model=True)
+    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", model=True)
+    loop_start: int = knob(3, "first block of the repeated segment", needs="num_loops", model=True)
+    loop_end: int = knob(5, "last block of the repeated segment, inclusive", needs="num_loops", model=True)
+    parallel_start_layer: int = knob(8, "first block of the two-lane decoder; 0 = one lane", model=True)
+    attn_out_gate_enabled: bool = knob(False, "head gate 2 sigmoid(W src[:GATE_WINDOW])", model=True)
+    attn_out_gate_src: str = knob("proj", "input of that gate: the block's normed input or the raw queries",
+        choices="proj|q", model=True)
+    gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over all channels", model=True)
+    gated_attn_init_std: float = knob(0.01, "initial std of its weights")
+    sparse_attn_gate_enabled: bool = knob(True, "head gate sigmoid(SPARSE_ATTN_GATE_SCALE W n[:GATE_WINDOW])",
+        model=True)
+    sparse_attn_gate_init_std: float = knob(0.0, "initial std of its weights")
+    sparse_attn_gate_scale: float = knob(0.5, "factor inside the sigmoid", lo=-LARGEST, model=True)
+    gate_window: int = knob(12, "channels read by the sparse, output and smear gates", lo=1, model=True)
+    smear_gate_enabled: bool = knob(True, "add a gated share of the previous token's embedding", model=True)
+    smear_gate_bos_fix: bool = knob(True, "never smear across a document start", model=True)
+    tied_embed_init_std: float = knob(0.005, "initial std of the embedding")
+
+    matrix_optimizer: str = knob("muon", "optimizer of the weight banks", choices="muon", group="optimizers")
+    matrix_lr: float = knob(0.026, "learning rate of the weight banks")
+    tied_embed_lr: float = knob(0.03, "AdamW, the embedding")
+    scalar_lr: float = knob(0.02, "AdamW, all small tensors")
+    muon_momentum: float = knob(0.97, "Nesterov momentum", hi=0.9999)
+    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", hi=0.9999)
+    muon_momentum_warmup_steps: int = knob(1500, "steps until MUON_MOMENTUM is reached")
     muon_backend_steps: int = knob(5, "Polar Express iterations; more than 5 still runs 5", lo=1)
     muon_row_normalize: bool = knob(True, "divide rows of the update by their norm before orthogonalising")
-    muon_wd: float = knob(0.095, "decoupled weight decay of the banks", lo=0)
-    embed_wd: float = knob(0.085, "decoupled weight decay of embedding and head", lo=0)
-    adam_wd: float = knob(0.02, "decoupled weight decay of the small tensors", lo=0)
-    beta1: float = knob(0.9, "AdamW", lo=0, hi=0.9999)
-    beta2: float = knob(0.99, "AdamW", lo=0, hi=0.99999)
-    adam_eps: float = knob(1e-8, "AdamW", lo=0)
-    grad_clip_norm: float = knob(0.3, "global norm of the reduced gradient; 0 = off", lo=0)
-    ema_decay: float = knob(0.9965, "moving average of the weights, per step; 0 = off", lo=0, hi=0.999999)
-    # schedule
-    iterations: int = knob(20000, "upper bound on training steps", lo=0)
-    max_wallclock_seconds: float = knob(600.0, "training budget, calibration included; 0 = ITERATIONS decides", lo=0)
-    force_stop_step: int = knob(0, "stop at this step whatever the clock says; not record-legal", lo=0)
+    muon_wd: float = knob(0.095, "decoupled weight decay of the banks")
+    embed_wd: float = knob(0.085, "decoupled weight decay of embedding and head")
+    adam_wd: float = knob(0.02, "decoupled weight decay of the small tensors")
+    beta1: float = knob(0.9, "AdamW", hi=0.9999)
+    beta2: float = knob(0.99, "AdamW", hi=0.99999)
+    adam_eps: float = knob(1e-8, "AdamW")
+    grad_clip_norm: float = knob(0.3, "global norm of the reduced gradient; 0 = off")
+    ema_decay: float = knob(0.9965, "moving average of the weights, per step; 0 = off", hi=0.999999)
+
+    iterations: int = knob(20000, "upper bound on training steps", group="schedule of the training")
+    max_wallclock_seconds: float = knob(600.0,
+        "training budget, calibration included; 0 = ITERATIONS decides")
+    force_stop_step: int = knob(0, "stop at this step whatever the clock says; not record-legal")
     train_batch_tokens: int = knob(786432, "tokens per step, all ranks", lo=1)
-    train_microbatch_tokens: int = knob(98304, "tokens per packed row; the data order depends on it, not on the ranks", lo=1)
-    train_seq_len: int = knob(3072, "longest attention context of training; must be the longest of the schedule", lo=1)
+    train_microbatch_tokens: int = knob(98304,
+        "tokens per packed row; the data order depends on it, not on the ranks", lo=1)
+    train_seq_len: int = knob(3072,
+        "longest attention context of training; must be the longest of the schedule", lo=1)
     train_seq_schedule: str = knob(S14_SCHEDULE, "LENGTH@END_FRACTION,...; blank = TRAIN_SEQ_LEN throughout")
-    train_seq_schedule_mode: str = knob("wallclock", "what progress means", choices=("wallclock", "step"))
-    seq_change_warmup_steps: int = knob(32, "ramp the learning rate over this many steps after a context change", lo=0)
-    enable_looping_at: float = knob(0.35, "progress at which the loops switch on", lo=0)
-    warmdown_frac: float = knob(0.85, "share of the run, at its end, over which the learning rate falls", lo=0, hi=1)
-    warmdown_iters: int = knob(0, "if set: the warmdown lasts this many steps instead", lo=0)
-    min_lr: float = knob(0.1, "floor of the learning rate, as a share of its peak", lo=0, hi=1)
-    warmup_steps: int = knob(20, "untimed steps per loop mode before the clock starts, rolled back exactly", lo=0)
+    train_seq_schedule_mode: str = knob("wallclock", "what progress means", choices="wallclock|step")
+    seq_change_warmup_steps: int = knob(
+        32, "ramp the learning rate over this many steps after a context change", needs="changes_context",
+        because="the context never changes")
+    enable_looping_at: float = knob(0.35, "progress at which the loops switch on", needs="num_loops")
+    warmdown_frac: float = knob(0.85, "share of the run, at its end, over which the learning rate falls",
+        hi=1, needs="!warmdown_iters")
+    warmdown_iters: int = knob(0, "if set: the warmdown lasts this many steps instead")
+    min_lr: float = knob(0.1, "floor of the learning rate, as a share of its peak", hi=1)
+    warmup_steps: int = knob(20, "untimed steps per loop mode before the clock starts, rolled back exactly")
     compile_shape_warmup: bool = knob(True, "compile every (context, loop mode) before the clock starts")
-    train_log_every: int = knob(500, "steps between log lines", lo=1)
-    val_loss_every: int = knob(0, "steps between validations, clock stopped; 0 = only at the end", lo=0)
-    # quantization
-    quant: str = knob("rd", "rd: every weight at one slope of loss against coded bits; s14: fixed bits and clips; s05: PR #1105",
-                      choices=("rd", "s14", "s05"))
-    target_bytes: int = knob(16_000_000, "QUANT=rd and s05: most bytes of artifact and running script; 0 = no limit", lo=0)
-    rd_loss: float = knob(1e-3, "QUANT=rd: predicted loss of quantization, nats per token, below which no more bytes are spent", lo=1e-7)
-    matrix_bits: int = knob(6, "bits of the matrices; with QUANT=s05 of the chosen ones, the others have one less", lo=2, hi=8)
-    n_int6_layers: int = knob(10, "matrices that keep MATRIX_BITS with QUANT=s05: those with the largest Hessian trace", lo=0)
-    embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8)
-    embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row", lo=0.1)
-    mlp_clip_sigmas: float = knob(11.5, "clip of the MLP matrices", lo=0.1)
-    attn_clip_sigmas: float = knob(13.0, "clip of the attention matrices", lo=0.1)
-    gated_attn_quant_gate: bool = knob(True, "attention gates as int8 rows; 0 = fp16")
-    gptq_calibration: str = knob("train", "data of the Hessians: training windows, or the model's own text", choices=("train", "self"))
-    gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians", lo=1)
-    gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians", lo=0)
-    rd_reserve_seconds: float = knob(6.0, "QUANT=rd: another part of it, for the gradients", lo=0)
-    awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most")
-    awq_lite_bits: int = knob(8, "bits of those groups; tensors with as many bits are no candidates", lo=3, hi=8)
+    train_log_every: int = knob(500, "steps between log lines", lo=1, recipe=False)
+    val_loss_every: int = knob(0, "steps between validations, clock stopped; 0 = only at the end")
+
+    quant: str = knob(
+        "rd",
+        "rd: every weight at one slope of loss against coded bits; s14: fixed bits and clips; s05: PR #1105",
+        choices="rd|s14|s05", group="quantization")
+    target_bytes: int = knob(16_000_000,
+        "QUANT=rd and s05: most bytes of artifact and running script; 0 = no limit", needs="quant!=s14")
+    rd_loss: float = knob(
+        1e-3,
+        "QUANT=rd: predicted loss of quantization, nats per token, below which no more bytes are spent",
+        lo=1e-7, needs="quant=rd")
+    matrix_bits: int = knob(
+        6, "bits of the matrices; with QUANT=s05 of the chosen ones, the others have one less", lo=2, hi=8,
+        needs="quant!=rd")
+    n_int6_layers: int = knob(
+        10, "matrices that keep MATRIX_BITS with QUANT=s05: those with the largest Hessian trace",
+        needs="quant=s05")
+    embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8, needs="quant=s14")
+    embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row",
+        lo=0.1, needs="quant=s14")
+    mlp_clip_sigmas: float = knob(11.5, "clip of the MLP matrices", lo=0.1, needs="quant=s14")
+    attn_clip_sigmas: float = knob(13.0, "clip of the attention matrices", lo=0.1, needs="quant=s14")
+    gated_attn_quant_gate: bool = knob(True, "attention gates as int8 rows; 0 = fp16",
+        needs="gated_attn_enabled|sparse_attn_gate_enabled")
+    gptq_calibration: str = knob("train", "data of the Hessians: training windows, or the model's own text",
+        choices="train|self")
+    gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians",
+        lo=1, needs="gptq_calibration=train")
+    gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians",
+        needs="gptq_calibration=train,max_wallclock_seconds")
+    rd_reserve_seconds: float = knob(6.0, "QUANT=rd: another part of it, for the gradients",
+        needs="quant=rd,gptq_calibration=train,max_wallclock_seconds")
+    awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most", needs="quant!=rd")
+    awq_lite_bits: int = knob(8, "bits of those groups; tensors with as many bits are no candidates",
+        lo=3, hi=8)
     awq_lite_group_size: int = knob(64, "columns per group", lo=1)
-    awq_lite_group_top_k: int = knob(1, "groups protected, over all tensors", lo=0)
-    lqer_enabled: bool = knob(True, "low-rank correction of the worst residuals")
+    awq_lite_group_top_k: int = knob(1, "groups protected, over all tensors")
+    lqer_enabled: bool = knob(True, "low-rank correction of the worst residuals", needs="quant!=rd")
     lqer_rank: int = knob(4, "rank of the correction", lo=1)
-    lqer_top_k: int = knob(3, "tensors corrected", lo=0)
-    lqer_factor_bits: int = knob(4, "bits of symmetric factors", lo=2, hi=8)
-    lqer_asym_enabled: bool = knob(True, "2-bit left and grouped 4-bit right factors instead of symmetric ones")
+    lqer_top_k: int = knob(3, "tensors corrected")
+    lqer_factor_bits: int = knob(4, "bits of symmetric factors",
+        lo=2, hi=8, needs="lqer_enabled,!lqer_asym_enabled")
+    lqer_asym_enabled: bool = knob(True,
+        "2-bit left and grouped 4-bit right factors instead of symmetric ones")
     lqer_asym_group: int = knob(64, "values per scale of the right factor", lo=1)
-    compressor: str = knob("range", "coder of the artifact; pergroup needs the lrzip program", choices=COMPRESSORS)
-    # evaluation
-    eval_method: str = knob("packed", "diagnostics: whole documents packed, or sliding windows", choices=("packed", "sliding"))
+    compressor: str = knob("range", "coder of the artifact; pergroup needs the lrzip program",
+        choices="|".join(COMPRESSORS))
+
+    eval_method: str = knob("packed", "diagnostics: whole documents packed, or sliding windows",
+        choices="packed|sliding", group="evaluation")
     eval_seq_len: int = knob(3072, "longest context of the diagnostics", lo=1)
-    eval_stride: int = knob(1536, "targets scored per sliding window after the first", lo=1)
+    eval_stride: int = knob(1536, "targets scored per sliding window after the first",
+        lo=1, needs="eval_method=sliding")
     eval_include_tail: bool = knob(True, "score the last, partial sequence too")
     val_batch_tokens: int = knob(524288, "tokens per evaluation batch, 8 packed rows", lo=8)
-    eval_softcap_fp32: bool = knob(True, "softcap of every score in fp32; 0 = rounded to the activation dtype, as published scores were")
-    ngram_tilt_enabled: bool = knob(False, "raise the probability of the token that mostly followed the same words earlier in the stream")
-    token_order: int = knob(16, "tokens of that n-gram, the guessed one included", lo=3, hi=256)
-    token_threshold: float = knob(0.8, "guess only where this share of the continuations so far agrees", lo=0, hi=1)
-    token_boost: float = knob(2.625, "what a guess gains, in nats before renormalising", lo=0, hi=50)
-    slot: str = knob("off", "learn a shift of the final hidden states: published = from the targets themselves, not legal; causal = from "
-                     "targets scored before", choices=("off", "published", "causal"))
-    slot_lr: float = knob(0.003, "AdamW of that shift", lo=0)
-    slot_steps: int = knob(5, "updates of the shift per batch of windows", lo=1)
-    max_eval_seconds: float = knob(600.0, "budget of the scored evaluation; 0 = no limit", lo=0)
-    # test-time training: one adapter set per document
-    ttt_enabled: bool = knob(True, "score with test-time training")
+    eval_softcap_fp32: bool = knob(True,
+        "softcap of every score in fp32; 0 = rounded to the activation dtype, as published scores were")
+    ngram_tilt_enabled: bool = knob(False,
+        "raise the probability of the token that mostly followed the same words earlier in the stream")
+    token_order: int = knob(16, "tokens of that n-gram, the guessed one included",
+        lo=3, hi=256, needs="ngram_tilt_enabled")
+    token_threshold: float = knob(0.8, "guess only where this share of the continuations so far agrees",
+        hi=1, needs="ngram_tilt_enabled")
+    token_boost: float = knob(2.625, "what a guess gains, in nats before renormalising",
+        hi=50, needs="ngram_tilt_enabled")
+    slot: str = knob(
+        "off",
+        "learn a shift of the last states; published = from the targets, not legal; causal = from scored ones",
+        choices="off|published|causal")
+    slot_lr: float = knob(0.003, "AdamW of that shift", needs="slot!=off")
+    slot_steps: int = knob(5, "updates of the shift per batch of windows", lo=1, needs="slot!=off")
+    max_eval_seconds: float = knob(600.0, "budget of the scored evaluation; 0 = no limit")
+
+    ttt_enabled: bool = knob(True, "score with test-time training",
+        group="test-time training: one adapter set per document")
     ttt_lora_rank: int = knob(80, "rank of the adapters", lo=1)
-    ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank")
-    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", lo=0)
-    ttt_local_lr_mult: float = knob(0.75, "factor on TTT_LORA_LR", lo=0)
-    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", lo=0)
-    ttt_beta1: float = knob(0.0, "AdamW of the adapters", lo=0, hi=0.9999)
-    ttt_beta2: float = knob(0.99, "AdamW of the adapters", lo=0, hi=0.99999)
-    ttt_adam_kernel: str = knob("eager", "AdamW without a first moment, which TTT_BETA1=0 does not need", choices=("eager", "triton"))
-    ttt_mask: str = knob("no_qv", "which attention adapters to leave out", choices=("", "all", "baseline_all", "no_q", "no_v", "no_qv"))
-    ttt_q_lora: str = knob("auto", "query adapter; auto = as TTT_MASK says", choices=("auto", "0", "1"))
-    ttt_v_lora: str = knob("auto", "value adapter; auto = as TTT_MASK says", choices=("auto", "0", "1"))
+    ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", lo=-LARGEST)
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters")
+    ttt_local_lr_mult: float = knob(0.75, "factor on TTT_LORA_LR")
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters")
+    ttt_beta1: float = knob(0.0, "AdamW of the adapters", hi=0.9999)
+    ttt_beta2: float = knob(0.99, "AdamW of the adapters", hi=0.99999)
+    ttt_adam_kernel: str = knob("eager", "AdamW without a first moment, which TTT_BETA1=0 does not need",
+        choices="eager|triton")
+    ttt_mask: str = knob("no_qv", "which attention adapters to leave out",
+        choices="|all|baseline_all|no_q|no_v|no_qv")
+    ttt_q_lora: str = knob("auto", "query adapter; auto = as TTT_MASK says", choices="auto|0|1")
+    ttt_v_lora: str = knob("auto", "value adapter; auto = as TTT_MASK says", choices="auto|0|1")
     ttt_k_lora: bool = knob(True, "key adapter")
     ttt_o_lora: bool = knob(True, "adapter beside the attention block, reading its normed input")
     ttt_mlp_lora: bool = knob(True, "adapter beside the MLP, reading its normed input")
@@ -449,29 +584,43 @@ class Config:
     ttt_eval_seq_len: int = knob(3072, "context of a scored chunk", lo=1)
     ttt_batch_size: int = knob(24, "documents side by side", lo=1)
     ttt_chunk_size: int = knob(48, "tokens scored between two updates", lo=1)
-    ttt_bucket: int = knob(128, "CUDA_GRAPHS=1: windows are padded to multiples of this many tokens, and each width is a graph", lo=1)
-    ttt_short_doc_len: int = knob(2000, "documents up to this length are short", lo=0)
+    ttt_bucket: int = knob(
+        128, "CUDA_GRAPHS=1: windows are padded to multiples of this many tokens, and each width is a graph",
+        lo=1, needs="ttt_enabled,cuda_graphs,!rope_yarn")
+    ttt_short_doc_len: int = knob(2000, "documents up to this length are short",
+        needs="ttt_short_score_first_enabled,!ttt_short_score_first_steps")
     ttt_short_score_first_enabled: bool = knob(True, "smaller chunks for short documents")
-    ttt_short_chunk_size: int = knob(24, "chunk of short documents when TTT_SHORT_SCORE_FIRST_STEPS is blank", lo=1)
+    ttt_short_chunk_size: int = knob(24, "chunk of short documents when TTT_SHORT_SCORE_FIRST_STEPS is blank",
+        lo=1, needs="ttt_short_score_first_enabled,!ttt_short_score_first_steps")
     ttt_short_score_first_steps: str = knob("256:8,2000:24", "MAX_LENGTH:CHUNK,...")
-    ttt_lanes: int = knob(8, "independent adapter lineages; ranks share them out, so the score does not depend on the ranks", lo=1)
-    # test-time training: global phases
-    phased_ttt_enabled: bool = knob(True, "learn from scored documents with all weights between phases")
-    phased_ttt_prefix_docs: int = knob(2500, "documents scored before the last global phase", lo=0)
+    ttt_lanes: int = knob(8,
+        "independent adapter lineages; ranks share them out, so the score does not depend on the ranks", lo=1)
+
+    phased_ttt_enabled: bool = knob(True, "learn from scored documents with all weights between phases",
+        needs="ttt_enabled", group="test-time training: global phases")
+    phased_ttt_prefix_docs: int = knob(2500, "documents scored before the last global phase")
     phased_ttt_num_phases: int = knob(1, "global phases", lo=1)
-    global_ttt_lr: float = knob(0.001, "SGD, peak of a cosine", lo=0)
-    global_ttt_momentum: float = knob(0.9, "SGD", lo=0, hi=0.9999)
-    global_ttt_epochs: int = knob(1, "passes over the scored tokens", lo=1)
-    global_ttt_chunk_tokens: int = knob(32768, "tokens per update", lo=1)
-    global_ttt_batch_seqs: int = knob(32, "sequences per forward", lo=1)
-    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at the first chunk of the warm-up", lo=0)
-    global_ttt_warmup_chunks: int = knob(0, "linear warm-up", lo=0)
-    global_ttt_grad_clip: float = knob(1.0, "global norm; 0 = off", lo=0)
-    global_ttt_respect_doc_boundaries: bool = knob(True, "mask attention across documents")
+    global_ttt_lr: float = knob(0.001, "SGD, peak of a cosine", needs="phased_ttt_enabled")
+    global_ttt_momentum: float = knob(0.9, "SGD", hi=0.9999, needs="phased_ttt_enabled")
+    global_ttt_epochs: int = knob(1, "passes over the scored tokens", lo=1, needs="phased_ttt_enabled")
+    global_ttt_chunk_tokens: int = knob(32768, "tokens per update", lo=1, needs="phased_ttt_enabled")
+    global_ttt_batch_seqs: int = knob(32, "sequences per forward", lo=1, needs="phased_ttt_enabled")
+    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at the first chunk of the warm-up",
+        needs="phased_ttt_enabled")
+    global_ttt_warmup_chunks: int = knob(0, "linear warm-up", needs="phased_ttt_enabled")
+    global_ttt_grad_clip: float = knob(1.0, "global norm; 0 = off", needs="phased_ttt_enabled")
+    global_ttt_respect_doc_boundaries: bool = knob(True, "mask attention across documents",
+        needs="phased_ttt_enabled")
 
     def __post_init__(self):
-        if problems := [message for _, message in rule_violations(self)]:
+        """Check the rules. The published flags for a stage become STAGE."""
+        problems = list(rule_violations(self))
+        if problems:
             raise ValueError("\n".join(problems))
+        for flag, stage in STAGE_FLAGS.items():
+            if getattr(self, flag):
+                object.__setattr__(self, "stage", stage)
+                object.__setattr__(self, flag, False)
 
     @property
     def head_dim(self) -> int:
@@ -485,15 +634,24 @@ class Config:
     def mlp_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
 
+    @property
+    def windowed(self) -> bool:
+        """Whether any block sees a window only."""
+        return "S" in self.window_pattern
+
     def window(self, layer: int) -> int:
         """Tokens that block's attention sees, itself included; 0 = the whole document so far."""
-        return self.window_size if self.window_pattern[layer % len(self.window_pattern)] == "S" else 0
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        return self.window_size if letter == "S" else 0
 
     @property
     def attn_gate(self) -> str:
         """The per-head output gate: none, out, dense or sparse."""
-        flags = dict(out=self.attn_out_gate_enabled, dense=self.gated_attn_enabled, sparse=self.sparse_attn_gate_enabled)
-        return next((name for name, on in flags.items() if on), "none")
+        if self.attn_out_gate_enabled:
+            return "out"
+        if self.gated_attn_enabled:
+            return "dense"
+        return "sparse" if self.sparse_attn_gate_enabled else "none"
 
     @property
     def micro_batches(self) -> int:
@@ -507,180 +665,256 @@ class Config:
 
     @property
     def reserve_seconds(self) -> float:
-        """Seconds of the training budget that calibration gets; on the model's own text it reads no training data and needs none."""
-        gradients = self.rd_reserve_seconds if self.quant == "rd" else 0.0
-        return self.gptq_reserve_seconds + gradients if self.gptq_calibration == "train" else 0.0
+        """Seconds of the training budget for calibration; the model's own text needs none."""
+        if self.gptq_calibration != "train":
+            return 0.0
+        return self.gptq_reserve_seconds + (self.rd_reserve_seconds if self.quant == "rd" else 0.0)
 
     @property
     def seq_schedule(self) -> tuple[tuple[int, float], ...]:
         return parse_seq_schedule(self.train_seq_schedule, self.train_seq_len)
 
     @property
+    def changes_context(self) -> bool:
+        return len(self.seq_schedule) > 1
+
+    @property
     def lora_sites(self) -> tuple[str, ...]:
         """Where adapters sit in a block: subset of q k v o mlp. The head always has one."""
-        left_out = {"no_q": "q", "no_v": "v", "no_qv": "qv"}.get(self.ttt_mask, "")
-        wanted = dict(
-            q=self.ttt_q_lora == "1" or (self.ttt_q_lora == "auto" and "q" not in left_out),
-            k=self.ttt_k_lora,
-            v=self.ttt_v_lora == "1" or (self.ttt_v_lora == "auto" and "v" not in left_out),
-            o=self.ttt_o_lora,
-            mlp=self.ttt_mlp_lora,
-        )
-        return tuple(site for site, on in wanted.items() if on)
+        masked = {"no_q": "q", "no_v": "v", "no_qv": "qv"}.get(self.ttt_mask, "")
+        chosen = dict(
+            q=self.ttt_q_lora, k=self.ttt_k_lora, v=self.ttt_v_lora, o=self.ttt_o_lora, mlp=self.ttt_mlp_lora)
+        unmasked = [site for site, on in chosen.items() if on != "auto" or site not in masked]
+        return tuple(site for site in unmasked if chosen[site] in ("auto", "1", True))
+
+    @property
+    def published_data(self) -> Path:
+        """The folder of the CaseOps export below DATA_DIR."""
+        return Path(self.data_dir) / "datasets/fineweb10B_sp8192_caseops/datasets"
 
     @property
     def shards_path(self) -> Path:
-        export = "fineweb10B_sp8192_caseops/datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
-        return Path(self.data_path) if self.data_path else Path(self.data_dir) / "datasets" / export
+        if self.data_path:
+            return Path(self.data_path)
+        return self.published_data / "datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
 
     @property
     def tokenizer_file(self) -> Path:
-        published = "fineweb10B_sp8192_caseops/datasets/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
         if self.tokenizer_path:
             return Path(self.tokenizer_path)
-        beside = self.shards_path / "tokenizer.model"
-        return beside if self.data_path else Path(self.data_dir) / "datasets" / published
+        if self.data_path:
+            return self.shards_path / "tokenizer.model"
+        return self.published_data / "tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
 
 
-S14_KNOBS = tuple(name for name in Config.__dataclass_fields__ if name.startswith(("awq_", "lqer_"))
-                  or name.endswith(("_clip_sigmas", "_bits")))
-TTT_KNOBS = tuple(name for name in Config.__dataclass_fields__ if "ttt_" in name and name != "ttt_enabled")
-PHASE_KNOBS = tuple(name for name in TTT_KNOBS if not name.startswith("ttt_") and name != "phased_ttt_enabled")
+VARIABLES = {f.name.upper(): f for f in fields(Config)}
+MODEL_FIELDS = tuple(f.name for f in fields(Config) if f.metadata["model"])  # the same in a loaded artifact
+NEED = re.compile(r"(!?)(\w+)(?:(!?=)(\w+))?")
 
-NO_EFFECT = (  # (variables, when they do nothing, why)
-    (("eval_stride",), lambda c: c.eval_method != "sliding", "EVAL_METHOD is not sliding"),
-    (("token_order", "token_threshold", "token_boost"), lambda c: not c.ngram_tilt_enabled, "NGRAM_TILT_ENABLED is 0"),
-    (("slot_lr", "slot_steps"), lambda c: c.slot == "off", "SLOT is off"),
-    (("rope_train_seq_len",), lambda c: not c.rope_yarn, "ROPE_YARN is 0"),
-    (("attn_out_gate_src",), lambda c: c.attn_gate != "out", "ATTN_OUT_GATE_ENABLED is 0"),
-    (("gated_attn_init_std",), lambda c: c.attn_gate != "dense", "GATED_ATTN_ENABLED is 0"),
-    (("sparse_attn_gate_init_std", "sparse_attn_gate_scale"), lambda c: c.attn_gate != "sparse", "SPARSE_ATTN_GATE_ENABLED is 0"),
-    (("gated_attn_quant_gate",), lambda c: c.attn_gate not in ("dense", "sparse"), "there is no gate matrix to quantize"),
-    (("xsa_kernel",), lambda c: not c.xsa_last_n or c.attn_gate == "none", "XSA_LAST_N is 0 or there is no head gate"),
-    (("mlp_backward",), lambda c: c.mlp_kernel == "eager", "MLP_KERNEL is eager"),
-    (("cutlass_path",), lambda c: c.mlp_backward != "cutlass", "MLP_BACKWARD is not cutlass"),
-    (("fused_ce_kernel",), lambda c: not c.fused_ce_enabled, "FUSED_CE_ENABLED is 0"),
-    (("window_size",), lambda c: "S" not in c.window_pattern, "WINDOW_PATTERN has no S"),
-    (("loop_start", "loop_end", "enable_looping_at"), lambda c: not c.num_loops, "NUM_LOOPS is 0"),
-    (("smear_gate_bos_fix",), lambda c: not c.smear_gate_enabled, "SMEAR_GATE_ENABLED is 0"),
-    (("warmdown_frac",), lambda c: c.warmdown_iters > 0, "WARMDOWN_ITERS is set"),
-    (("seq_change_warmup_steps",), lambda c: len(c.seq_schedule) == 1, "the context never changes"),
-    (("embed_bits", "embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas"),
-     lambda c: c.quant == "s05", "QUANT=s05 has its own steps and an int8 embedding"),
-    (("gptq_calibration_batches", "gptq_reserve_seconds", "rd_reserve_seconds"),
-     lambda c: c.gptq_calibration == "self", "GPTQ_CALIBRATION is self"),
-    (S14_KNOBS, lambda c: c.quant == "rd", "QUANT is rd"),
-    (("n_int6_layers",), lambda c: c.quant != "s05", "QUANT is not s05"),
-    (("rd_loss", "rd_reserve_seconds"), lambda c: c.quant != "rd", "QUANT is not rd"),
-    (("target_bytes",), lambda c: c.quant == "s14", "QUANT is s14"),
-    (("awq_lite_bits", "awq_lite_group_size", "awq_lite_group_top_k"), lambda c: not c.awq_lite_enabled, "AWQ_LITE_ENABLED is 0"),
-    (("lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_asym_enabled", "lqer_asym_group"),
-     lambda c: not c.lqer_enabled, "LQER_ENABLED is 0"),
-    (("lqer_factor_bits",), lambda c: c.lqer_enabled and c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 1"),
-    (("lqer_asym_group",), lambda c: c.lqer_enabled and not c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 0"),
-    (("compile_allow_recompiles",), lambda c: c.compile_backend == "none" and not c.cuda_graphs, "COMPILE_BACKEND is none"),
-    (("gptq_reserve_seconds", "rd_reserve_seconds"), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
-    (TTT_KNOBS, lambda c: not c.ttt_enabled, "TTT_ENABLED is 0"),
-    (("ttt_bucket",), lambda c: not c.cuda_graphs or c.rope_yarn, "CUDA_GRAPHS is 0 or ROPE_YARN is 1"),
-    (PHASE_KNOBS, lambda c: c.ttt_enabled and not c.phased_ttt_enabled, "PHASED_TTT_ENABLED is 0"),
-    (("ttt_short_chunk_size", "ttt_short_score_first_steps"),
-     lambda c: not c.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED is 0"),
-    (("ttt_short_chunk_size",), lambda c: c.ttt_short_score_first_enabled and c.ttt_short_score_first_steps,
-     "TTT_SHORT_SCORE_FIRST_STEPS decides"),
-    (("ttt_short_doc_len",),
-     lambda c: not c.ttt_short_score_first_enabled or c.ttt_short_score_first_steps, "TTT_SHORT_SCORE_FIRST_STEPS decides"),
-)
+
+def as_text(value: Any) -> str:
+    """Write a value as the environment would say it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def needs_of(name: str) -> str:
+    """Look up the `needs` of a field; one that continues a switch's name needs it unless its knob says else."""
+    needs = VARIABLES[name.upper()].metadata["needs"]
+    if needs is not None:
+        return needs
+    others = (f.name for f in fields(Config) if f.name != name and f.name.endswith("_enabled"))
+    return max((switch for switch in others if name.startswith(switch[:-7])), key=len, default="")
+
+
+def unmet(c: Config, needs: str) -> str:
+    """Say which part of `needs` does not hold in c; '' if all does.
+
+    Comma = and, | = or, x = true, nonzero, not blank, !x = the opposite, x=v, x!=v. x is a field or property; what
+    a field needs itself is needed too.
+    """
+    for clause in filter(None, needs.split(",")):
+        reasons = [unmet_need(c, need) for need in clause.split("|")]
+        if all(reasons):
+            return " and ".join(reasons)
+    return ""
+
+
+def unmet_need(c: Config, need: str) -> str:
+    """Say why one need of `unmet` does not hold, or return ''."""
+    negation, name, operator, wanted = NEED.fullmatch(need).groups()
+    value = getattr(c, name)
+    if operator:
+        holds = (as_text(value) == wanted) == (operator == "=")
+    else:
+        holds = bool(value) != bool(negation)
+    if not holds:
+        return f"{name.upper()} is {as_text(value) or 'blank'}"
+    if negation or name.upper() not in VARIABLES:
+        return ""
+    return unmet(c, needs_of(name))
+
+
+def check_needs() -> None:
+    """Raise AttributeError when a `needs` is malformed or names what is no field or property."""
+    for name in Config.__dataclass_fields__:
+        for need in filter(None, re.split("[,|]", needs_of(name))):
+            getattr(Config, NEED.fullmatch(need)[2])
+
+
+check_needs()
+
+
+def accepted(f) -> str:
+    """Describe the values a variable takes."""
+    lo, hi, choices = map(f.metadata.get, ("lo", "hi", "choices"))
+    if f.type in ("bool", "str"):
+        words = "0|1" if f.type == "bool" else choices
+        return words.removeprefix("|") + ", blank" * words.startswith("|") if words else "text"
+    kind = "a whole number" if f.type == "int" else "a number"
+    if hi < LARGEST:
+        return f"{kind} in [{lo}, {hi}]"
+    return f"{kind} of at least {lo}" if lo > -LARGEST else kind
 
 
 def parse_knob(f, raw: str) -> Any:
-    """One environment string -> one checked value. Raises ValueError saying what would be accepted."""
-    meta = f.metadata
-    if f.type == "bool":
-        if raw not in ("0", "1"):
-            raise ValueError("expected 0 or 1")
-        return raw == "1"
+    """Turn the text of one variable into its checked value. Raises ValueError that says what is accepted."""
+    about = f.metadata
     try:
-        value = {"int": int, "float": float, "str": str}[f.type](raw)
+        value = {"int": int, "float": float, "bool": ("0", "1").index, "str": str}[f.type](raw)
     except ValueError:
-        raise ValueError(f"expected {'a whole number' if f.type == 'int' else 'a number'}") from None
-    if meta["choices"] and value not in meta["choices"]:
-        raise ValueError(f"expected one of {', '.join(c or '(blank)' for c in meta['choices'])}")
-    if f.type != "str" and not meta["lo"] <= value <= meta["hi"]:
-        raise ValueError(f"expected a value in [{meta['lo']}, {meta['hi']}]")
-    return value
+        value = math.nan
+    if f.type == "str":
+        valid = not about["choices"] or raw in about["choices"].split("|")
+    else:
+        valid = about["lo"] <= value <= about["hi"]
+    if not valid:
+        raise ValueError(f"expected {accepted(f)}")
+    return bool(value) if f.type == "bool" else value
+
+
+def family(name: str) -> str:
+    """Shorten a name to what it shares with its relatives: one word, or two where others use the first."""
+    words = name.split("_")
+    return "_".join(words[: 1 + (words[0] in FOREIGN_WORDS.split())])
+
+
+FAMILIES = frozenset(family(name) for name in VARIABLES if "_" in name)
+
+
+def meant(name: str) -> str:
+    """Guess which variable an unknown name was meant to be; '' if it looks like another program's."""
+    capitals = name.upper()
+    near = difflib.get_close_matches(capitals, VARIABLES, n=1, cutoff=0.85)
+    if near and (near[0] == capitals or "_" in name + near[0] or len(near[0]) > 8):
+        return near[0]
+    if "_" in name and family(name) in FAMILIES:
+        return difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.0)[0]
+    return ""
+
+
+def same_text(a: str, b: str) -> bool:
+    """Compare two values as numbers where they are numbers."""
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return a == b
+
+
+def published(name: str, env) -> tuple[str, str]:
+    """Look up a variable of other scripts: why it is refused, why it changes nothing. '' and '' for any other."""
+    for line in PUBLISHED.strip().splitlines():
+        pattern, setting, why = line.split(" ", 2)
+        if not re.fullmatch(pattern.replace("*", ".*"), name):
+            continue
+        switch, _, off = setting.partition("=")
+        if switch == "*" or (switch in env and same_text(env[switch], off)):
+            return "", why
+        return why if switch == "-" else f"{why} ({setting} is accepted)", ""
+    return "", ""
+
+
+def preset_values(preset: str) -> dict[str, Any]:
+    """The value of every field before anything is set by hand."""
+    values = {f.name: f.default for f in fields(Config)}
+    for setting in PRESETS.get(preset, "").split():
+        name, _, raw = setting.partition("=")
+        values[name.lower()] = parse_knob(VARIABLES[name], raw)
+    return values | dict(preset=preset)
 
 
 def config_from_env(env) -> Config:
-    """Environment -> checked Config. Raises ValueError that lists every problem at once."""
-    known = {f.name.upper(): f for f in fields(Config)}
-    values, errors, failed = {}, [], set()
-    preset = env.get("PRESET", "s14")
-    values.update(PRESETS.get(preset, {}))
+    """Turn an environment into a checked Config. Raises ValueError that lists every problem at once."""
+    values = preset_values(env.get("PRESET", "s14"))
+    given, errors = {}, []
     for name in sorted(env):
-        if name in REFUSED:
-            errors.append(f"{name}: {REFUSED[name]}")
-        elif name in GONE:
-            accepted, why = GONE[name]
-            if accepted not in (None, env[name]):
-                errors.append(f"{name}={env[name]!r}: only {accepted!r} is left: {why}")
-        elif name in known:
+        variable = ALIASES.get(name, name)
+        refusal, harmless = published(name, env)
+        if variable in VARIABLES:
             try:
-                values[name.lower()] = parse_knob(known[name], env[name])
+                value = parse_knob(VARIABLES[variable], env[name])
             except ValueError as e:
                 errors.append(f"{name}={env[name]!r}: {e}")
-                failed.add(name.lower())
-        elif name.startswith(FAMILIES):
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            errors.append(f"{name}: no such variable; the nearest is {near}")
-    probe = object.__new__(Config)  # the rules look at a candidate that need not be valid
-    for f in fields(Config):
-        object.__setattr__(probe, f.name, values.get(f.name, f.default))
-    errors += [message for involved, message in rule_violations(probe) if not failed & set(involved)]
+                continue
+            if given.setdefault(variable, value) != value:
+                errors.append(f"{name}={env[name]!r}: another name of {variable}, which has another value")
+            values[variable.lower()] = value
+        elif refusal:
+            errors.append(f"{name}={env[name]!r}: {refusal}")
+        elif not harmless and meant(name):
+            errors.append(f"{name}: no such variable; the nearest is {meant(name)}")
+
+    try:
+        cfg = Config(**values)
+    except ValueError as e:  # a rule about a value that was refused says nothing new
+        refused = {ALIASES.get(name, name) for name in env} - set(given)
+        for rule in str(e).splitlines():
+            if not refused & set(re.findall(r"\w+", rule)):
+                errors.append(rule)
     if errors:
         raise ValueError("\n".join(errors))
-    alias = dict(prequant_only="train", quantize_only="quantize", ttt_eval_only="eval")
-    for flag, stage in alias.items():
-        if values.get(flag):
-            values |= {"stage": stage, flag: False}
-    return Config(**values)
+    return cfg
 
 
 def overrides(cfg: Config) -> dict[str, str]:
     """What this run changes against its preset, as the environment would say it, PRESET included."""
-    base = {f.name: f.default for f in fields(cfg)} | PRESETS[cfg.preset]
-    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != base[f.name]}
-    return {name.upper(): str(int(value)) if isinstance(value, bool) else str(value) for name, value in changed.items()}
+    base = preset_values(cfg.preset) | dict(preset="s14")
+    return {name.upper(): as_text(getattr(cfg, name)) for name in base if getattr(cfg, name) != base[name]}
 
 
 def without_effect(cfg: Config, env) -> list[str]:
     """Variables somebody set that this configuration never looks at, with the reason."""
-    gone = [f"{name} ({why})" for name, (_, why) in GONE.items() if name in env]
-    return gone + [f"{name.upper()} ({why})" for names, dead, why in NO_EFFECT for name in names if name.upper() in env and dead(cfg)]
+    notes = []
+    for name in sorted(env):
+        variable = ALIASES.get(name, name)
+        if variable in VARIABLES:
+            unmet_part = unmet(cfg, needs_of(variable.lower()))
+            reason = unmet_part and (VARIABLES[variable].metadata["because"] or unmet_part)
+        else:
+            _, reason = published(name, env)
+        if reason:
+            notes.append(f"{name} ({reason})")
+    return notes
 
 
 def config_hash(cfg: Config) -> str:
-    """Identity of the recipe: everything but the seed, the stage, the run's name, where files lie and what is logged."""
-    skip = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage", "prequant_only",
-            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "seeds_declared",
-            "compile_allow_recompiles", "compile_cache_dir", "cutlass_path"}
-    recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in skip}
+    """Identify the recipe: everything but seed, stage, the run's name, where files lie and what is logged."""
+    recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["recipe"]}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def help_text() -> str:
-    """Every variable, one line each: what `--help` prints."""
-    lines = [__doc__.strip(), "", "Variables (type, default, accepted, meaning):"]
-    for f in fields(Config):
-        meta = f.metadata
-        accepted = "|".join(meta["choices"]) if meta["choices"] else "0|1" if f.type == "bool" else ""
-        if not accepted and f.type != "str" and (meta["lo"], meta["hi"]) != (-math.inf, math.inf):
-            accepted = f"[{meta['lo']:g}, {meta['hi']:g}]"
-        default = int(f.default) if f.type == "bool" else f.default
-        lines.append(f"  {f.name.upper():36} {f.type:6} {default!s:12} {accepted:28} {meta['doc']}")
-    lines += ["", "Presets (a variable set by hand wins):"]
-    lines += [f"  {name}: " + (" ".join(f"{k.upper()}={int(v) if isinstance(v, bool) else v}" for k, v in preset.items()) or "the defaults")
-              for name, preset in PRESETS.items()]
-    lines += ["", "Refused:"] + [f"  {name}: {why}" for name, why in REFUSED.items()]
+def help_text(preset: str) -> str:
+    """What `--help` prints: every variable with the preset's value, its meaning and what it accepts."""
+    lines = [__doc__.strip()]
+    for name, value in preset_values(preset).items():
+        f = VARIABLES[name.upper()]
+        if f.metadata["group"]:
+            lines += ["", f"{f.metadata['group'].capitalize()}:"]
+        setting = f"  {name.upper()}={as_text(value)}"
+        text = f"{setting:<40} {f.metadata['doc']} ({accepted(f)})"
+        lines.append(textwrap.fill(text, 110, subsequent_indent=" " * 41, break_on_hyphens=False))
+
+    lines += ["", "Published variables that are not here, the setting accepted (- = none, * = any), and why:"]
+    lines += ["  " + line for line in PUBLISHED.strip().splitlines()]
     return "\n".join(lines)
 
 
@@ -693,9 +927,12 @@ class Launch(NamedTuple):
 
 
 def launch_from_env(env) -> Launch:
-    """Rank, rank on this machine and number of ranks; one process when torchrun did not start us. Raises ValueError."""
-    given = {name: env.get(name, default) for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
-    if bad := [f"{name}={value!r}: expected a whole number, as torchrun sets it" for name, value in given.items() if not value.isdigit()]:
+    """Read rank, local rank and number of ranks; one process without torchrun. Raises ValueError."""
+    given = {name: env.get(name, "0") for name in ("RANK", "LOCAL_RANK")}
+    given["WORLD_SIZE"] = env.get("WORLD_SIZE", "1")
+    expected = "expected a whole number, as torchrun sets it"
+    bad = [f"{name}={text!r}: {expected}" for name, text in given.items() if not text.isdecimal()]
+    if bad:
         raise ValueError("\n".join(bad))
     return Launch(*map(int, given.values()))
 
@@ -2991,89 +3228,126 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
 
 
 # ==================================================================================================
-# QUANTIZATION - weights -> small integers and scales. Each codec is an encode next to its decode; rules choose.
+# QUANTIZATION - weights -> small integers and scales. Codecs encode and decode; schemes choose the integers.
 # ==================================================================================================
 
+Tensors = dict[str, Tensor]  # by name
+
+
 class Hessians:
-    """GPTQ's H = sum of x^T x over every matmul input, by site; handed to the forward as its tap."""
+    """Add up GPTQ's H = sum of x^T x over the inputs of every matrix, by site. Handed to the forward as its tap."""
 
     def __init__(self):
-        self.H: dict[str, Tensor] = {}
+        self.H: Tensors = {}
         self.count: dict[str, int] = {}
-        self.squares: dict[str, Tensor] = {}  # QUANT=rd: sum of squared gradients of the loss, by matrix (rows, cols)
+        self.squares: Tensors = {}  # sums of squared gradients by matrix (rows, cols), if a scheme wants them
 
     def __call__(self, site: str, x: Tensor) -> None:
+        """Add the inputs x (.., cols) of a site."""
         x = x.detach().flatten(0, -2).float()
         if site not in self.H:
             self.H[site] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         self.H[site].addmm_(x.T, x)
         self.count[site] = self.count.get(site, 0) + len(x)
 
-    def add_gradients(self, gradients: dict[str, Tensor]) -> None:
-        """Gradients of the summed loss of one window. The embedding is read as input and as head, so its H are its gradients'."""
+    def add_gradients(self, gradients: Tensors) -> None:
+        """Add the gradients of one window's summed loss, by matrix.
+
+        The embedding is read as input and as head, so its H, under its own name, is that of its gradients.
+        """
         for name, g in gradients.items():
-            self.squares[name] = g.float().square() if name not in self.squares else self.squares[name].addcmul_(g, g)
+            if name not in self.squares:
+                self.squares[name] = torch.zeros_like(g, dtype=torch.float32)
+            self.squares[name].addcmul_(g, g)
             if name == "tok_emb.weight":
                 self(name, g)
 
     def rms(self, site: str) -> Tensor:
-        """Root mean square of each input column."""
+        """Return the root mean square of each input column."""
         return (self.H[site].diagonal() / self.count[site]).sqrt()
 
 
 def kind_of(name: str) -> str:
-    """The name without its block: "blocks.3.attn.q_gain" -> "blocks.*.attn.q_gain"."""
+    """Return a tensor's name without its block: "blocks.3.attn.q_gain" -> "blocks.*.attn.q_gain"."""
     return ".".join("*" if word.isdigit() else word for word in name.split("."))
 
 
 @torch.no_grad()
-def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, length: int = 2048, temperature: float = 0.8) -> np.ndarray:
-    """Text of the model's own for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences, T = min(length,
-    TRAIN_SEQ_LEN). The first token is uniform, the others are drawn at `temperature`; SEED decides them, on any number of ranks."""
-    size, order = min(length, cfg.train_seq_len) + 1, layer_order(cfg, looping=True)
-    draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))[world.rank :: world.size].to(world.device)
-    tokens, cache = (draws * cfg.vocab_size).long(), Cache(size - 1)
+def write_sequences(
+    cfg: Config, world: World, model: GPT, count: int = 64, length: int = 2048, temperature: float = 0.8
+) -> np.ndarray:
+    """Let the model write text for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences.
+
+    T is the smaller of `length` and TRAIN_SEQ_LEN. The first token is uniform, the others are drawn at `temperature`;
+    SEED decides them, on any number of ranks.
+    """
+    size = min(length, cfg.train_seq_len) + 1
+    layers = layer_order(cfg, looping=True)
+    draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))
+    draws = draws[world.rank :: world.size].to(world.device)
+    tokens = (draws * cfg.vocab_size).long()
+    cache = Cache(size - 1)
     for t in range(1, size):
-        odds = (model(tokens[:, t - 1 : t], None, layers=order, cache=cache)[:, 0] / temperature).softmax(-1).cumsum(-1)
+        logits = model(tokens[:, t - 1 : t], None, layers=layers, cache=cache)[:, 0]
+        odds = (logits / temperature).softmax(-1).cumsum(-1)
         tokens[:, t] = torch.searchsorted(odds, draws[:, t : t + 1] * odds[:, -1:])[:, 0]
     return tokens.cpu().numpy()
 
 
 def calibration_parts(cfg: Config) -> int:
-    """Windows per micro-batch of calibration: gradients want more samples and less memory."""
-    return min(8, cfg.train_microbatch_tokens // cfg.train_seq_len) if cfg.quant == "rd" else 1
+    """Return the windows a micro-batch of calibration is cut into: gradients want more samples and less memory."""
+    most = 8 if scheme_of(cfg).GRADIENTS else 1
+    return min(most, cfg.train_microbatch_tokens // cfg.train_seq_len)
 
 
-def calibrate(cfg: Config, world: World, model: GPT, weights: dict[str, Tensor], tokens: np.ndarray, hessians: Hessians) -> None:
-    """Add one window to `hessians`, run through the looped network with documents masked as in training; its gradients with QUANT=rd.
-    weights: parameters by name, which take the place of the model's own."""
+def calibrate(
+    cfg: Config, world: World, model: GPT, weights: Tensors, tokens: np.ndarray, hessians: Hessians
+) -> None:
+    """Add one window to `hessians`, run through the looped network with documents masked as in training.
+
+    weights: parameters by name, which take the place of the model's own.
+    """
     row = packed_row(tokens, cfg.train_seq_len, world.device)
-    quantized = {m.parameter for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq"}
-    learned = {name: t for name, t in weights.items() if name in quantized}
     how = dict(layers=layer_order(cfg, looping=True), segments=row.segments, tap=hessians)
-    with torch.set_grad_enabled(cfg.quant == "rd"):
+    stored = [m for m in matrices(cfg) if m.role.stored is not None]
+    learned = {m.parameter: weights[m.parameter] for m in stored if m.role.stored.codec == "gptq"}
+    gradients = scheme_of(cfg).GRADIENTS
+
+    with torch.set_grad_enabled(gradients):
         nats = torch.func.functional_call(model, weights, (row.inputs, row.targets), how)
-        if cfg.quant == "rd":
-            gradients = torch.autograd.grad(nats.sum(), list(learned.values()))
-            hessians.add_gradients(unbank(cfg, dict(zip(learned, gradients, strict=True))))
+        if gradients:
+            found = torch.autograd.grad(nats.sum(), list(learned.values()))
+            hessians.add_gradients(unbank(cfg, dict(zip(learned, found, strict=True))))
+
+
+def calibration_text(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Any:
+    """Return this rank's windows (T + 1,): training data, or text of the model's own."""
+    if cfg.gptq_calibration == "self":
+        start = time.perf_counter()
+        windows = write_sequences(cfg, world, model)
+        seconds = time.perf_counter() - start
+        log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {seconds:.1f}s")
+        return windows
+
+    parts = calibration_parts(cfg)
+    count = cfg.gptq_calibration_batches * cfg.micro_batches * parts
+    windows = calibration_windows(files.train, cfg.train_microbatch_tokens // parts, count)
+    return windows[world.rank :: world.size]
 
 
 @torch.no_grad()
 def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Hessians:
-    """Calibrate on windows of training data or on text of the model's own, and add up over the ranks."""
-    hessians, batches, parts = Hessians(), cfg.gptq_calibration_batches * cfg.micro_batches, calibration_parts(cfg)
-    start = time.perf_counter()
-    if cfg.gptq_calibration == "self":
-        windows = write_sequences(cfg, world, model)
-        log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {time.perf_counter() - start:.1f}s")
-    else:
-        windows = calibration_windows(files.train, cfg.train_microbatch_tokens // parts, batches * parts)[world.rank :: world.size]
-    eta, weights = Eta(len(windows)), dict(model.named_parameters())
+    """Calibrate on all windows, and add up over the ranks."""
+    hessians = Hessians()
+    windows = calibration_text(cfg, world, model, files, log)
+    weights = dict(model.named_parameters())
+    eta = Eta(len(windows))
     for tokens in windows:
         calibrate(cfg, world, model, weights, tokens, hessians)
         eta.add(1)
         if eta.done == 1 and eta.left > 20:
             log(f"GPTQ:calibration takes about {eta.left:.0f}s more")
+
     world.sum_(*hessians.H.values(), *hessians.squares.values())
     counts = torch.tensor(list(hessians.count.values()), device=world.device)
     world.sum_(counts)
@@ -3082,152 +3356,225 @@ def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log:
 
 
 def step_size(clip: Tensor, q_max: float) -> Tensor:
-    """fp16 steps that put `clip` on `q_max` steps: fp16 because that is what is stored; never zero, so a zero row decodes to zeros."""
+    """Choose steps that put `clip` on `q_max` steps, fp16 because that is what is stored.
+
+    They are never zero, so a zero row decodes to zeros.
+    """
     return (clip / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
 
 
 def inverse_cholesky(H: Tensor) -> Tensor:
-    """Upper U with U^T U = H^-1, for a stack of positive definite H: Cholesky of the flipped H, one triangular solve."""
+    """Compute the upper U with U^T U = H^-1 for a stack of positive definite H, by one triangular solve."""
     R = torch.linalg.cholesky(H.flip(-2, -1)).flip(-2, -1)  # H = R R^T, R upper
     identity = torch.eye(H.shape[-1], device=H.device, dtype=H.dtype).expand_as(H)
     return torch.linalg.solve_triangular(R, identity, upper=True)
 
 
-def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
-    """Damped H (n, cols, cols) -> the order in which GPTQ walks the columns, largest diagonal first (n, cols), and `inverse_cholesky`
-    of H in that order. A column that no input uses (dead) counts as 1."""
+def factorize(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+    """Damp H (n, cols, cols) and choose the order in which GPTQ takes the columns, largest diagonal first.
+
+    Returns that permutation (n, cols) and `inverse_cholesky` of H permuted. A column that no input uses (dead) counts as 1.
+    """
     H = H.clone()
-    diag = H.diagonal(dim1=-2, dim2=-1)
+    diag = H.diagonal(0, 1, 2)
     diag[diag == 0] = 1
     diag += damping * diag.mean(-1, keepdim=True)
-    perm = diag.argsort(dim=-1, descending=True, stable=True)  # act-order
-    H = H.gather(1, perm[:, :, None].expand_as(H)).gather(2, perm[:, None].expand_as(H))
+    perm = diag.argsort(dim=-1, descending=True, stable=True)
+    H = H.gather(1, perm[:, :, None].expand_as(H))
+    H = H.gather(2, perm[:, None].expand_as(H))
     return perm, inverse_cholesky(H)
 
 
-def walk_columns(W: Tensor, perm: Tensor, U: Tensor, step: Tensor, choose, block: int = 128) -> Tensor:
-    """GPTQ (arXiv:2210.17323): quantize column after column, each error passed on to the columns that follow.
+@contextlib.contextmanager
+def positive_definite(name: str):
+    """Turn a Cholesky factorization that fails inside into a RunError. name: the first of the matrices concerned."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as e:
+        raise RunError(f"GPTQ of {name} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
 
-    W and step (n, rows, cols), perm and U from `factor`. choose(x, j): column x (n, rows) in steps, from column j (n,) -> its integers
-    and the values they stand for, in steps. Returns the integers, fp32, in the order of W.
+
+def walk_columns(W: Tensor, perm: Tensor, U: Tensor, step: Tensor, round_column: Callable, block: int = 128) -> Tensor:
+    """Quantize column after column, each error passed on to the columns that follow (GPTQ, arXiv:2210.17323).
+
+    W and step (n, rows, cols), perm and U from `factorize`. round_column(x, j): column x (n, rows) in steps, from column
+    j (n,) -> its integers and the values they stand for, in steps. Returns the integers, fp32, in the order of W.
     """
-    cols, index = W.shape[2], perm[:, None].expand_as(W)
-    W, step, Q = W.gather(2, index), step.gather(2, index), torch.empty_like(W)
+    cols = W.shape[2]
+    index = perm[:, None].expand_as(W)
+    W, step = W.gather(2, index), step.gather(2, index)
+    Q = torch.empty_like(W)
     for start in range(0, cols, block):
         end = min(start + block, cols)
-        err = torch.empty_like(W[:, :, start:end])
+        errors = torch.empty_like(W[:, :, start:end])
         for j in range(start, end):
             s = step[:, :, j]
-            Q[:, :, j], value = choose(W[:, :, j] / s, perm[:, j])
+            Q[:, :, j], value = round_column(W[:, :, j] / s, perm[:, j])
             e = (W[:, :, j] - value * s) / U[:, j, j, None]
             W[:, :, j:end] -= e[:, :, None] * U[:, j, None, j:end]
-            err[:, :, j - start] = e
-        W[:, :, end:] -= err @ U[:, start:end, end:]
+            errors[:, :, j - start] = e
+        W[:, :, end:] -= errors @ U[:, start:end, end:]
     return Q.gather(2, perm.argsort(-1)[:, None].expand_as(Q))
 
 
 def without_dead_columns(W: Tensor, H: Tensor) -> Tensor:
-    """W (n, rows, cols) with zeros where no input ever is."""
-    return W.masked_fill((H.diagonal(dim1=-2, dim2=-1) == 0)[:, None], 0)
+    """Put zeros into W (n, rows, cols) where no input ever is."""
+    return W.masked_fill((H.diagonal(0, 1, 2) == 0)[:, None], 0)
 
 
-def gptq(W: Tensor, H: Tensor, clip: Tensor, bits: int, protected: Tensor, hi_bits: int, block: int = 128):
-    """GPTQ with one scale per row, for a stack of matrices of one shape.
+def gptq(
+    W: Tensor, H: Tensor, clip: Tensor, bits: int, protected: Tensor, hi_bits: int, block: int = 128
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run GPTQ with one scale per row, for a stack of matrices of one shape.
 
-    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols) bool: columns on the
-    finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and of protected columns.
+    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols) bool: columns on
+    the finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and protected columns.
     """
-    q_max, hi_max = 2 ** (bits - 1) - 1, 2 ** (hi_bits - 1) - 1
+    q_max = 2 ** (bits - 1) - 1
+    hi_max = 2 ** (hi_bits - 1) - 1
     scale, hi_scale = step_size(clip, q_max), step_size(clip, hi_max)
     step = torch.where(protected[:, None], hi_scale.float()[:, :, None], scale.float()[:, :, None])
     limit = torch.where(protected, hi_max, q_max).float()
 
-    def choose(x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        top = limit.gather(1, j[:, None])
-        q = x.round().clamp(-top, top)
+    def round_column(x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        largest = limit.gather(1, j[:, None])
+        q = x.round().clamp(-largest, largest)
         return q, q
 
-    q = walk_columns(without_dead_columns(W, H), *factor(H), step, choose, block)
+    perm, U = factorize(H)
+    q = walk_columns(without_dead_columns(W, H), perm, U, step, round_column, block)
     return q.to(torch.int8), scale, hi_scale
 
 
-# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state by state and parity);
-# it starts at 0 in every segment, and in odd states the second of two quantizers is active: k stands for 2 k steps in the first, for
-# 2 k - sign(k) in the second. Together they have every multiple of a step (dependent quantization, as in the VVC video standard).
+# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state by state and
+# parity); it starts at 0 in every segment, and in odd states the second of two quantizers is active: k stands for 2 k steps
+# in the first, for 2 k - sign(k) in the second. Together they have every multiple of a step (dependent quantization, as in
+# the VVC video standard). A way is 2 * state + parity: two ways lead into each state.
 TRELLIS_SEGMENT = 128
 TRELLIS_NEXT = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
-TRELLIS_INTO = torch.tensor([[2 * s + p for s in range(8) for p in (0, 1) if TRELLIS_NEXT[s][p] == t] for t in range(8)])  # (8, 2)
+TRELLIS_INTO = torch.tensor(TRELLIS_NEXT).flatten().argsort(stable=True).view(8, 2)  # the ways into each state
 TRELLIS_ERROR = 0.24  # mean squared error of its nearest path, in steps squared
 
 
+def to_segments(x: Tensor) -> Tensor:
+    """Cut columns x (n, rows) into segments side by side (height, segments), the last of each filled up with zeros."""
+    rows = x.shape[1]
+    height = min(max(rows, 1), TRELLIS_SEGMENT)
+    return F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()
+
+
+def from_segments(segments: Tensor, shape: torch.Size) -> Tensor:
+    """Put segments together again: the inverse of `to_segments`."""
+    n, rows = shape
+    return segments.T.reshape(n, -1)[:, :rows]
+
+
 def trellis_values(q: Tensor) -> Tensor:
-    """Integers (n, rows) -> what they stand for, in steps."""
-    (n, rows), height = q.shape, min(max(q.shape[1], 1), TRELLIS_SEGMENT)
-    lanes = F.pad(q.long(), (0, -rows % height)).reshape(-1, height).T
+    """Return what integers (n, rows) stand for, in steps."""
+    segments = to_segments(q.long())
     following = torch.tensor(TRELLIS_NEXT, device=q.device).view(-1)
-    second, state = torch.empty_like(lanes), torch.zeros_like(lanes[0])
-    for t, k in enumerate(lanes):
+    second = torch.empty_like(segments)
+    state = torch.zeros_like(segments[0])
+    for t, k in enumerate(segments):
         second[t] = state & 1
         state = following[2 * state + (k & 1)]
-    return (2 * lanes - second * lanes.sign()).T.reshape(n, -1)[:, :rows].float()
+    return from_segments(2 * segments - second * segments.sign(), q.shape).float()
 
 
-def viterbi(lanes: Tensor) -> tuple[Tensor, Tensor]:
-    """`trellis_path` of segments side by side, lanes (height, segments) -> two of its shape."""
-    height = len(lanes)
-    a, sign = lanes.abs(), torch.where(lanes < 0, -1.0, 1.0)
-    k = torch.stack((  # the nearest integers by quantizer and parity: even and odd of the first, even and odd of the second
-        2 * (a / 4).round().clamp_max(63), 2 * ((a - 2) / 4).round().clamp(0, 63) + 1,
-        torch.where(a < 1.5, 0, 2 * ((a + 1) / 4).round().clamp(1, 63)), 2 * ((a - 1) / 4).round().clamp(0, 63) + 1), 1)
-    value = 2 * k
-    value[:, 2:] -= k[:, 2:].sign()
-    branch = (value - a[:, None]).square()  # (steps, 4, lanes)
-    into = TRELLIS_INTO.to(lanes.device)
-    source, kind = into // 2, into // 2 % 2 * 2 + into % 2  # state and branch of the two ways into each state (8, 2)
-    branch = branch[:, kind.T]  # (steps, 2, 8, lanes)
-    cost = torch.full((8, lanes.shape[1]), math.inf, device=lanes.device)
+def nearest_integers(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the integers nearest to a >= 0 (height, segments), and their values, both (height, 4, segments).
+
+    They are an even and an odd integer of the first quantizer, then an even and an odd one of the second: a way takes the
+    one of its number modulo 4.
+    """
+    way = torch.arange(4, device=a.device)[:, None]
+    quantizer, parity = way // 2, way % 2
+    offset = quantizer - 2 * parity
+    k = 2 * ((a[:, None] + offset) / 4).round().clamp(0, 63) + parity
+    k[:, 2] *= a >= 1.5  # 0 is even in both quantizers, and nearer than the first even value of the second
+    return k, 2 * k - quantizer * k.sign()
+
+
+def viterbi(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the integers of the nearest path through each segment of x (height, segments), and their values, same shape."""
+    k, value = nearest_integers(x.abs())
+    into = TRELLIS_INTO.to(x.device)
+    source = into.T // 2
+    error = (value - x.abs()[:, None]).square()[:, into.T % 4]  # (height, 2, 8, segments)
+
+    cost = torch.full((8, x.shape[1]), math.inf, device=x.device)
     cost[0] = 0
-    second = torch.empty((height, *cost.shape), dtype=torch.bool, device=lanes.device)
-    for t in range(height):
-        ways = cost[source.T] + branch[t]
-        torch.lt(ways[1], ways[0], out=second[t])
-        cost = torch.minimum(ways[0], ways[1])
-    state, best = cost.argmin(0, keepdim=True), torch.empty_like(lanes, dtype=torch.long)
-    way = torch.where(second, into[:, 1, None], into[:, 0, None])  # 2 * state + parity by which each state was reached
-    for t in reversed(range(height)):
-        best[t] = reached = way[t].gather(0, state)[0]
-        state = reached[None] // 2
-    chosen = (best // 2 % 2 * 2 + best % 2)[:, None]
-    return tuple(sign * y.gather(1, chosen)[:, 0] for y in (k, value))
+    second = torch.empty((len(x), *cost.shape), dtype=torch.bool, device=x.device)
+    for t in range(len(x)):
+        costs = cost[source] + error[t]
+        torch.lt(costs[1], costs[0], out=second[t])
+        cost = torch.minimum(costs[0], costs[1])
+
+    reached_by = torch.where(second, into[:, 1, None], into[:, 0, None])
+    state = cost.argmin(0, keepdim=True)
+    way = torch.empty_like(x, dtype=torch.long)
+    for t in reversed(range(len(x))):
+        way[t] = reached_by[t].gather(0, state)[0]
+        state = way[t : t + 1] // 2
+
+    taken = way[:, None] % 4
+    sign = torch.where(x < 0, -1.0, 1.0)
+    return sign * k.gather(1, taken)[:, 0], sign * value.gather(1, taken)[:, 0]
 
 
-def trellis_path(x: Tensor, search=viterbi) -> tuple[Tensor, Tensor]:
-    """The integers |k| <= 127 whose values are nearest to x (n, rows) in steps, over whole segments, and those values."""
-    (n, rows), height = x.shape, min(max(x.shape[1], 1), TRELLIS_SEGMENT)
-    lanes = F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()  # (steps, lanes)
-    return tuple(y.T.reshape(n, -1)[:, :rows] for y in search(lanes))
+def trellis_path(x: Tensor, search: Callable = viterbi) -> tuple[Tensor, Tensor]:
+    """Find the integers |k| <= 127 whose values are nearest to x (n, rows), in steps, over whole segments; and those values."""
+    k, value = search(to_segments(x))
+    return from_segments(k, x.shape), from_segments(value, x.shape)
 
 
 class QuantizedTensor(NamedTuple):
     """One tensor of the artifact: its codecs, whose decoded values add up, and their parts by (codec, part)."""
 
     parts: dict[tuple[str, str], Tensor]
+    bits: int = 0  # that GPTQ was given; 0 where that is not known
+
+    def codecs(self) -> list[str]:
+        """List the codecs, in the order of their parts."""
+        return list(dict.fromkeys(codec for codec, _ in self.parts))
+
+    def parts_of(self, codec: str) -> Tensors:
+        """Return the parts of one codec, by name."""
+        return {part: t for (owner, part), t in self.parts.items() if owner == codec}
 
     def decode(self) -> Tensor:
-        """fp32 values."""
-        codecs = dict.fromkeys(codec for codec, _ in self.parts)
-        return sum(CODECS[codec].decode({part: t for (c, part), t in self.parts.items() if c == codec}) for codec in codecs)
+        """Return the fp32 values."""
+        return sum(CODECS[codec].decode(self.parts_of(codec)) for codec in self.codecs())
+
+    def cpu(self) -> QuantizedTensor:
+        """Copy the parts to the CPU."""
+        return self._replace(parts={key: t.cpu() for key, t in self.parts.items()})
+
+
+Quantized = dict[str, QuantizedTensor]  # by the tensor's name
+
+
+def round_rows(w: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Round w (rows, cols) to integers from low to high, and choose one fp16 scale (rows,) for each row."""
+    scale = step_size(w.abs().amax(1), (high - low) / 2)
+    q = (w / scale.float()[:, None]).round().clamp(low, high)
+    return q.to(torch.int8), scale
+
+
+def rescale(q: Tensor, scale: Tensor) -> Tensor:
+    """Multiply integers by their scales -> fp32. Scales (n,) belong to rows, or to n equal shares of the values in order."""
+    return (q.float().reshape(len(scale), -1) * scale.float()[:, None]).view(q.shape)
 
 
 class Float16:
     """Half precision, as it is."""
 
     @staticmethod
-    def encode(w: Tensor) -> dict[str, Tensor]:
+    def encode(w: Tensor) -> Tensors:
         return dict(w=w.half())
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
+    def decode(parts: Tensors) -> Tensor:
         return parts["w"].float()
 
 
@@ -3235,110 +3582,111 @@ class Int8Rows:
     """Symmetric int8, one fp16 scale per row."""
 
     @staticmethod
-    def encode(w: Tensor) -> dict[str, Tensor]:
-        scale = step_size(w.abs().amax(1), 127)
-        return dict(q=(w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale=scale)
+    def encode(w: Tensor) -> Tensors:
+        q, scale = round_rows(w, -127, 127)
+        return dict(q=q, scale=scale)
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        return parts["q"].float() * parts["scale"].float()[:, None]
+    def decode(parts: Tensors) -> Tensor:
+        return rescale(parts["q"], parts["scale"])
 
 
 class Gptq:
-    """What `gptq` chose: integers, a scale per row, and a finer scale for the protected column groups (AWQ-lite, PR #1908)."""
+    """What `gptq` chose: integers, a scale per row, and a finer scale for protected column groups (AWQ-lite, PR #1908)."""
 
     @staticmethod
-    def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: list[int], hi_size: int) -> dict[str, Tensor]:
+    def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: tuple[int, ...], hi_size: int) -> Tensors:
         parts = dict(q=q, scale=scale)
         if hi_starts:
-            hi_start, size = torch.tensor(hi_starts, dtype=torch.int16), torch.tensor([hi_size], dtype=torch.int16)
-            parts |= dict(hi_start=hi_start, hi_size=size, hi_scale=hi_scale)
+            parts["hi_start"] = torch.tensor(hi_starts, dtype=torch.int16)
+            parts["hi_size"] = torch.tensor([hi_size], dtype=torch.int16)
+            parts["hi_scale"] = hi_scale
         return parts
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        q = parts["q"].float()
-        w, high = q * parts["scale"].float()[:, None], torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)
+    def decode(parts: Tensors) -> Tensor:
+        q = parts["q"]
+        w = rescale(q, parts["scale"])
         if "hi_start" in parts:
+            high = torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)
             for start in parts["hi_start"].unique().tolist():
                 high[start : start + int(parts["hi_size"])] = True
-            w[:, high] = q[:, high] * parts["hi_scale"].float()[:, None]
+            w[:, high] = rescale(q[:, high], parts["hi_scale"])
         return w
 
 
-RD_DAMPING, RD_FLOOR = 0.05, 1e-2
 HALF_OCTAVES = torch.tensor([math.ldexp((1, math.sqrt(2))[n & 1], n >> 1) for n in range(-256, 256)])
 
 
 class Trellis:
-    """A trellis of integers down the rows of each column, with a step for each row and each column, in half octaves."""
+    """A trellis of integers down the rows of each column, with a step for each row and each column, in half octaves.
+
+    q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,), common to all.
+    """
+
+    encode = dict
 
     @staticmethod
-    def encode(q: Tensor, row: Tensor, col: Tensor, step: Tensor, octave: Tensor) -> dict[str, Tensor]:
-        """q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,), common to all."""
-        return dict(q=q, row=row, col=col, step=step, octave=octave)
-
-    @staticmethod
-    def steps(parts: dict[str, Tensor]) -> Tensor:
-        """(rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half octaves from a table."""
+    def steps(parts: Tensors) -> Tensor:
+        """Compute the steps (rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half octaves from a table."""
         codes = parts["row"].int()[:, None] + parts["col"].int()
-        return math.ldexp(int(parts["step"]), int(parts["octave"])) * HALF_OCTAVES.to(codes.device)[256 + codes]
+        common = math.ldexp(int(parts["step"]), int(parts["octave"]))
+        return common * HALF_OCTAVES.to(codes.device)[256 + codes]
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
+    def decode(parts: Tensors) -> Tensor:
         return trellis_values(parts["q"].T).T * Trellis.steps(parts)
 
 
 class LowRank:
-    """Low-rank correction with symmetric integer factors, one fp16 scale per row of A and of B (LQER, arXiv:2402.02446)."""
+    """Low-rank correction A B, symmetric integer factors, one fp16 scale per row of either (LQER, arXiv:2402.02446)."""
 
     @staticmethod
-    def encode(A: Tensor, B: Tensor, bits: int) -> dict[str, Tensor]:
-        parts, q_max = {}, 2 ** (bits - 1) - 1
-        for name, factor in (("A", A), ("B", B)):
-            scale = step_size(factor.abs().amax(1), q_max)
-            parts |= {name: (factor / scale.float()[:, None]).round().clamp(-q_max, q_max).to(torch.int8), f"{name}_scale": scale}
-        return parts
+    def encode(A: Tensor, B: Tensor, bits: int) -> Tensors:
+        q_max = 2 ** (bits - 1) - 1
+        A, A_scale = round_rows(A, -q_max, q_max)
+        B, B_scale = round_rows(B, -q_max, q_max)
+        return dict(A=A, A_scale=A_scale, B=B, B_scale=B_scale)
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        A, B = (parts[name].float() * parts[f"{name}_scale"].float()[:, None] for name in ("A", "B"))
-        return A @ B
+    def decode(parts: Tensors) -> Tensor:
+        return rescale(parts["A"], parts["A_scale"]) @ rescale(parts["B"], parts["B_scale"])
 
 
 class LowRankAsym:
     """Low-rank correction, A in {-2..1} with one scale, B in {-8..7} with one scale per group of values (PR #1797)."""
 
     @staticmethod
-    def encode(A: Tensor, B: Tensor, group: int) -> dict[str, Tensor]:
-        a_scale = step_size(A.abs().max(), 1.5)
-        groups = B.reshape(-1, group)
-        b_scale = step_size(groups.abs().amax(1), 7.5)
-        return dict(
-            A=(A / a_scale.float()).round().clamp(-2, 1).to(torch.int8), A_scale=a_scale.view(1),
-            B=(groups / b_scale.float()[:, None]).round().clamp(-8, 7).to(torch.int8).view_as(B), B_scale=b_scale)
+    def encode(A: Tensor, B: Tensor, group: int) -> Tensors:
+        row, A_scale = round_rows(A.reshape(1, -1), -2, 1)
+        groups, B_scale = round_rows(B.reshape(-1, group), -8, 7)
+        return dict(A=row.view(A.shape), A_scale=A_scale, B=groups.view(B.shape), B_scale=B_scale)
 
-    @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        B = parts["B"].float().reshape(len(parts["B_scale"]), -1) * parts["B_scale"].float()[:, None]
-        return (parts["A"].float() * parts["A_scale"].float()) @ B.view_as(parts["B"])
+    decode = LowRank.decode
 
 
-CODECS = dict(float16=Float16, int8_row=Int8Rows, gptq=Gptq, trellis=Trellis, low_rank=LowRank, low_rank_asym=LowRankAsym)
+CODECS = dict(
+    float16=Float16,
+    int8_row=Int8Rows,
+    gptq=Gptq,
+    trellis=Trellis,
+    low_rank=LowRank,
+    low_rank_asym=LowRankAsym,
+)
 CODEC_PARTS = dict(  # what an artifact may hold of each codec, and its dtype
-    float16=dict(w="f2"), int8_row=dict(q="i1", scale="f2"), gptq=dict(q="i1", scale="f2", hi_start="i2", hi_size="i2", hi_scale="f2"),
-    trellis=dict(q="i1", row="i1", col="i1", step="i2", octave="i1"), low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
+    float16=dict(w="f2"),
+    int8_row=dict(q="i1", scale="f2"),
+    gptq=dict(q="i1", scale="f2", hi_start="i2", hi_size="i2", hi_scale="f2"),
+    trellis=dict(q="i1", row="i1", col="i1", step="i2", octave="i1"),
+    low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
     low_rank_asym=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
 )
 
-PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QUANT=s05 tries to end its grid
 
-
-def stored_as(cfg: Config) -> dict[str, StoredAs]:
-    """Codec by tensor, as the rows say; QUANT=s05 has an int8 embedding."""
-    found = {m.name: m.role.stored for m in matrices(cfg) if m.role.stored is not None}
-    embedding = found["tok_emb.weight"]
-    return found | {"tok_emb.weight": embedding._replace(codec="int8_row")} if cfg.quant == "s05" else found
+def encoded(codec: str, *args, **kwargs) -> QuantizedTensor:
+    """Encode a tensor by one codec, whose arguments follow its name."""
+    parts = CODECS[codec].encode(*args, **kwargs)
+    return QuantizedTensor({(codec, part): t for part, t in parts.items()})
 
 
 class GptqInput(NamedTuple):
@@ -3349,196 +3697,357 @@ class GptqInput(NamedTuple):
     bits: int
     clip_sigmas: float
     site: str  # of the Hessian
+    hi_starts: tuple[int, ...] = ()  # first columns of the protected groups
 
 
-def gptq_inputs(cfg: Config, tensors: dict[str, Tensor]) -> list[GptqInput]:
-    """The tensors that the rules send to GPTQ, with their settings."""
-    tasks = []
+@cache
+def stored_as(cfg: Config) -> dict[str, StoredAs]:
+    """Look up every tensor's codec: as its row says, but for the embedding, which its scheme has a say in."""
+    found = {m.name: m.role.stored for m in matrices(cfg) if m.role.stored is not None}
+    embedding = found["tok_emb.weight"]
+    return found | {"tok_emb.weight": embedding._replace(codec=scheme_of(cfg).EMBEDDING)}
+
+
+def gptq_inputs(cfg: Config, tensors: Tensors) -> list[GptqInput]:
+    """Collect the matrices that GPTQ quantizes, with their settings."""
+    inputs = []
     for m in matrices(cfg):
         how = stored_as(cfg).get(m.name)
-        if m.name in tensors and how is not None and how.codec == "gptq":
+        if how is not None and how.codec == "gptq":
             site = how.site if m.layer is None else f"blocks.{m.layer}.{how.site}"
-            tasks.append(GptqInput(m.name, tensors[m.name].float(), getattr(cfg, how.bits), getattr(cfg, how.clip_sigmas), site))
-    return tasks
+            bits, clip_sigmas = getattr(cfg, how.bits), getattr(cfg, how.clip_sigmas)
+            inputs.append(GptqInput(m.name, tensors[m.name].float(), bits, clip_sigmas, site))
+    return inputs
 
 
-def mixed_bits(cfg: Config, tasks: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
-    """QUANT=s05: the N_INT6_LAYERS matrices with the largest trace of H keep their bits, the others lose one (PR #1105)."""
-    if cfg.quant != "s05":
-        return tasks
-    ranked = sorted(tasks, key=lambda t: -hessians.H[t.site].trace().item())
-    kept = {task.name for task in ranked[: cfg.n_int6_layers]}
-    return [t if t.name in kept else t._replace(bits=t.bits - 1) for t in tasks]
+def mixed_bits(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
+    """Keep the bits of the N_INT6_LAYERS matrices with the largest trace of H; the others lose one (PR #1105)."""
+    traces = {x.name: hessians.H[x.site].trace().item() for x in inputs}
+    ranked = sorted(traces, key=traces.get, reverse=True)
+    kept = set(ranked[: cfg.n_int6_layers])
+    return [x if x.name in kept else x._replace(bits=x.bits - 1) for x in inputs]
 
 
-def protected_groups(cfg: Config, tasks: list[GptqInput], hessians: Hessians) -> dict[str, list[int]]:
-    """AWQ-lite: first columns of the groups with the largest sum of rms(x_j) mean|W_j|, the best over all tensors."""
+def protect_groups(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
+    """Choose the groups of columns to protect (AWQ-lite), the best of all matrices with fewer than AWQ_LITE_BITS.
+
+    They are those with the largest sum of rms(x_j) mean|W_j|.
+    """
     if not cfg.awq_lite_enabled:
-        return {}
-    size, scored = cfg.awq_lite_group_size, []
-    for task in tasks:
-        if task.bits < cfg.awq_lite_bits:
-            column = hessians.rms(task.site) * task.W.abs().mean(0)
-            groups = column[: len(column) // size * size].view(-1, size).sum(1)
-            scored += [(score, task.name, g * size) for g, score in enumerate(groups.tolist())]
-    chosen: dict[str, list[int]] = {}
-    for _, name, start in sorted(scored, key=lambda s: (-s[0], s[1], s[2]))[: cfg.awq_lite_group_top_k]:
-        chosen.setdefault(name, []).append(start)
-    return chosen
+        return inputs
+    size = cfg.awq_lite_group_size
+    ranked = []
+    for x in inputs:
+        if x.bits < cfg.awq_lite_bits:
+            columns = hessians.rms(x.site) * x.W.abs().mean(0)
+            whole = len(columns) // size * size
+            scores = columns[:whole].view(-1, size).sum(1).tolist()
+            ranked += [(-score, x.name, g * size) for g, score in enumerate(scores)]
+    best = sorted(ranked)[: cfg.awq_lite_group_top_k]
+    return [x._replace(hi_starts=tuple(start for _, name, start in best if name == x.name)) for x in inputs]
 
 
-def clip_candidates(cfg: Config, W: Tensor, sigmas: float) -> Tensor:
-    """Where the grid of a row may end, for W (n, rows, cols): (n, candidates, rows). One multiple of the row's standard deviation
-    (SDClip), or PERCENTILES of its |w|, at least 1 as published: rows of smaller weights share one step."""
-    if cfg.quant != "s05":
-        return sigmas * W.std(-1)[:, None]
-    levels = torch.tensor(PERCENTILES, device=W.device)
-    return torch.stack([w.abs().quantile(levels, dim=1).clamp_min(1) for w in W])
+PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QUANT=s05 tries to end its grid
 
 
-def run_gptq(cfg: Config, tasks: list[GptqInput], hessians: Hessians, protected: dict[str, list[int]]) -> dict[str, QuantizedTensor]:
-    """GPTQ over all tasks, matrices of one shape and setting batched. Raises RunError when a Hessian is not positive definite."""
-    batches, out = {}, {}
-    for task in tasks:
-        batches.setdefault((task.W.shape, task.bits, task.clip_sigmas), []).append(task)
-    for ((_, cols), bits, clip), batch in batches.items():
-        mask = torch.zeros(len(batch), cols, dtype=torch.bool, device=batch[0].W.device)
-        for row, task in zip(mask, batch, strict=True):
-            for start in protected.get(task.name, ()):
-                row[start : start + cfg.awq_lite_group_size] = True
-        H = torch.stack([hessians.H[t.site] for t in batch])
-        W = torch.stack([t.W for t in batch])
-        clips = clip_candidates(cfg, W, clip)
-        if cfg.quant == "s05":  # damped twice, as published: here and in the solver
-            H += torch.eye(cols, device=mask.device) * H.diagonal(dim1=-2, dim2=-1).mean(-1).mul(0.01).clamp_min(1e-6)[:, None, None]
-        try:  # rows do not influence each other, so candidates are just more rows
-            results = gptq(W.repeat(1, clips.shape[1], 1), H, clips.flatten(1), bits, mask, cfg.awq_lite_bits)
-        except torch.linalg.LinAlgError as e:
-            raise RunError(f"GPTQ of {batch[0].name} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
-        for task, *tried in zip(batch, *results, strict=True):
-            found = []
-            for q, scale, hi_scale in zip(*(t.chunk(clips.shape[1]) for t in tried), strict=True):
-                parts = Gptq.encode(q, scale, hi_scale, protected.get(task.name, []), cfg.awq_lite_group_size)
-                found.append(QuantizedTensor({("gptq", part): t for part, t in parts.items()}))
-            out[task.name] = min(found, key=lambda s: (task.W - s.decode()).square().sum().item()) if len(found) > 1 else found[0]
+def clips_by_deviation(W: Tensor, sigmas: float) -> Tensor:
+    """End the grid of each row of W (n, rows, cols) at a multiple of its standard deviation (SDClip): (n, 1, rows)."""
+    return sigmas * W.std(-1)[:, None]
+
+
+def clips_by_percentile(W: Tensor, sigmas: float) -> Tensor:
+    """Try PERCENTILES of each row's |w| as the end of its grid (PR #1105): (n, candidates, rows).
+
+    They are at least 1, as published: rows of smaller weights share one step.
+    """
+    percentiles = torch.tensor(PERCENTILES, device=W.device)
+    return torch.stack([w.abs().quantile(percentiles, dim=1).clamp_min(1) for w in W])
+
+
+def gptq_group(
+    cfg: Config, group: list[GptqInput], hessians: Hessians, clips: Callable, damping: float
+) -> Quantized:
+    """Run `run_gptq` for matrices of one shape and setting, all candidates at once: rows do not influence each other."""
+    first, size = group[0], cfg.awq_lite_group_size
+    W = torch.stack([x.W for x in group])
+    H = torch.stack([hessians.H[x.site] for x in group])
+    if damping:
+        diag = H.diagonal(0, 1, 2)
+        diag += diag.mean(-1, keepdim=True).mul(damping).clamp_min(1e-6)
+
+    protected = torch.zeros(len(group), W.shape[2], dtype=torch.bool, device=W.device)
+    for columns, x in zip(protected, group, strict=True):
+        for start in x.hi_starts:
+            columns[start : start + size] = True
+
+    ends = clips(W, first.clip_sigmas)
+    n = ends.shape[1]
+    with positive_definite(first.name):
+        results = gptq(W.repeat(1, n, 1), H, ends.flatten(1), first.bits, protected, cfg.awq_lite_bits)
+
+    out = {}
+    for x, *parts in zip(group, *results, strict=True):
+        candidates = zip(*(t.chunk(n) for t in parts), strict=True)
+        found = [encoded("gptq", *candidate, x.hi_starts, size) for candidate in candidates]
+        errors = [float((x.W - t.decode()).square().sum()) for t in found]
+        out[x.name] = found[errors.index(min(errors))]._replace(bits=x.bits)
     return out
 
 
-class RateDistortion:
-    """QUANT=rd: every weight at one slope of predicted loss against coded bits, so that one number, `delta`, sets the size of all.
+def run_gptq(
+    cfg: Config, inputs: list[GptqInput], hessians: Hessians, clips: Callable, damping: float = 0.0
+) -> Quantized:
+    """Quantize all matrices by GPTQ, those of one shape and setting in one batch.
 
-    The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean squared gradient of the row's
-    output (diagonal Fisher information, with the labels of the text). GPTQ makes it 1/2 sum_rj g_r d_j e_rj^2 with d_j = 1 / U_jj^2 and
-    errors e of the size of the steps; by reverse water-filling (Cover and Thomas, 10.3) the step of weight (r, j) is delta / sqrt(g_r d_j).
+    clips(W, clip_sigmas): candidates for the ends of the grids; a matrix takes the one that leaves the smallest squared
+    error. damping: of H, before the solver adds its own. Raises RunError when a Hessian is not positive definite.
     """
-
-    def __init__(self, tasks: list[GptqInput], hessians: Hessians, search=None):
-        self.batches, groups, self.search = [], {}, search or viterbi
-        self.tokens, self.weights = hessians.count["head"], sum(task.W.numel() for task in tasks)
-        self.histogram = torch.zeros(4096, dtype=torch.float64)  # of the weights' variances, in steps squared at a delta of 1
-        self.ratios = 2 ** (torch.arange(-2048, 2048, dtype=torch.float64) / 16)
-        for task in tasks:
-            groups.setdefault(task.W.shape, []).append(task)
-        for group in groups.values():
-            names, W = [task.name for task in group], torch.stack([task.W for task in group])
-            H = torch.stack([hessians.H[name if name == "tok_emb.weight" else task.site] for name, task in zip(names, group, strict=True)])
-            try:
-                perm, U = factor(H, RD_DAMPING)
-            except torch.linalg.LinAlgError as e:
-                raise RunError(f"GPTQ of {names[0]} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
-            diag, squares = H.diagonal(dim1=-2, dim2=-1), torch.stack([hessians.squares[name] for name in names])
-            g = (squares / diag.clamp_min(1e-9 * diag.amax())[:, None]).mean(-1)
-            g = g.clamp_min(RD_FLOOR * g.mean(-1, keepdim=True)).clamp_min(1e-30)
-            d = U.diagonal(dim1=-2, dim2=-1).square().reciprocal().gather(1, perm.argsort(-1))
-            W = without_dead_columns(W, H)
-            power = W.square()
-            variance = power.mean(2, keepdim=True) * power.mean(1, keepdim=True) / power.mean((1, 2), keepdim=True).clamp_min(1e-30)
-            octaves = (variance * g[:, :, None] * d[:, None]).clamp_min(1e-30).log2().mul(16).round().clamp(-2047, 2047)
-            self.histogram += torch.bincount(octaves.flatten().long().cpu() + 2048, minlength=4096)
-            codes, level = zip(*(self.codes(x) for x in (g, d)), strict=True)
-            self.batches.append((names, W, perm, U, *codes, sum(level)))
-
-    @staticmethod
-    def codes(x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n, k) -> 1 / sqrt(x) in half octaves, int8 around zero, and the zero of each matrix (n,) in half octaves."""
-        level = -x.log2()
-        zero = level.mean(-1, keepdim=True).round()
-        return (level - zero).round().clamp(-100, 100).to(torch.int8), zero[:, 0]
-
-    def delta(self, loss: float) -> float:
-        """The delta at which the predicted loss is so many nats per token."""
-        return math.sqrt(2 * loss * self.tokens / self.weights / TRELLIS_ERROR)
-
-    def parts(self, W: Tensor, row: Tensor, col: Tensor, level: float, delta: float) -> dict[str, Tensor]:
-        """The steps of W. Columns, then rows whose integers would not fit into 8 bits get coarser ones."""
-        mantissa, exponent = math.frexp(delta * 2 ** (level / 2))
-        step, octave = min(round(mantissa * 2**15), 2**15 - 1), min(max(exponent - 15, -128), 127)
-        out = dict(row=row, col=col, step=torch.tensor([step], dtype=torch.int16), octave=torch.tensor([octave], dtype=torch.int8))
-        for part, dim in (("col", 0), ("row", 1)):
-            excess = W.abs() / (160 * Trellis.steps(out))
-            excess = excess.square().mean(dim).sqrt() * 4 if part == "col" else excess.amax(dim)
-            out[part] = out[part] + (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
-        return out
-
-    def __call__(self, delta: float, choose=None) -> dict[str, QuantizedTensor]:
-        """Quantize all matrices, by the trellis unless `choose` is another column rounder for `walk_columns`."""
-        out, choose = {}, choose or (lambda x, _: trellis_path(x, self.search))
-        for names, W, perm, U, rows, cols, levels in self.batches:
-            parts = [self.parts(*x, delta) for x in zip(W, rows, cols, levels.tolist(), strict=True)]
-            step = torch.stack([Trellis.steps(p) for p in parts])
-            q = walk_columns(W, perm, U, step, choose).to(torch.int8)
-            for name, k, p in zip(names, q, parts, strict=True):
-                out[name] = QuantizedTensor({("trellis", part): t for part, t in Trellis.encode(k, **p).items()})
-        return out
-
-    def bits(self, delta: float) -> float:
-        """What the integers should need: of a Gaussian weight, half the logarithm of its variance in steps squared."""
-        return float((self.histogram * (1 + 4.3 * self.ratios / delta**2).log2()).sum() / 2)
-
-    def delta_for(self, bits: float) -> float:
-        """The delta at which `bits` says so, by bisection."""
-        low, high = 1e-12, 1e12
-        for _ in range(100):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if self.bits(middle) > bits else (low, middle)
-        return low
+    groups: dict[tuple, list[GptqInput]] = {}
+    for x in inputs:
+        groups.setdefault((x.W.shape, x.bits, x.clip_sigmas), []).append(x)
+    out = {}
+    for group in groups.values():
+        out |= gptq_group(cfg, group, hessians, clips, damping)
+    return out
 
 
 def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank, rows, cols): its leading singular
-    vectors, by the eigenvectors of the smaller Gram matrix in fp64. The largest number in each row of B is positive: that makes the
-    result unique, and the same on every device up to rounding."""
-    X = (E if E.shape[0] >= E.shape[1] else E.T).to("cpu" if E.device.type == "mps" else E.device, torch.float64)
+    """Find the nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank, rows, cols).
+
+    These are the leading singular vectors, by the eigenvectors of the smaller Gram matrix in fp64. The largest number in each
+    row of B is positive: that makes the result unique, and the same on every device up to rounding.
+    """
+    tall = E.shape[0] >= E.shape[1]
+    device = "cpu" if E.device.type == "mps" else E.device
+    X = (E if tall else E.T).to(device, torch.float64)
     squares, V = (t[..., -rank:].flip(-1) for t in torch.linalg.eigh(X.T @ X))
     A, B = X @ V, V.T
-    if E.shape[0] < E.shape[1]:
+    if not tall:
         S = squares.clamp_min(1e-60).sqrt()
         A, B = V * S, (A / S).T
-    sign = torch.where(B.gather(1, B.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+    largest = B.gather(1, B.abs().argmax(1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0)
     return (A * sign.T).to(E), (B * sign).to(E)
 
 
-def low_rank_corrections(cfg: Config, tasks: list[GptqInput], stored: dict[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
-    """LQER: rank-r factors of W - W_hat for the tensors with the largest residual."""
-    if not cfg.lqer_enabled:
+def low_rank_corrections(cfg: Config, inputs: list[GptqInput], stored: Quantized) -> Quantized:
+    """Find rank-r factors of W - W_hat for the LQER_TOP_K matrices with the largest of these residuals."""
+    if not cfg.lqer_enabled or not inputs:
         return {}
+    residuals = {x.name: x.W - stored[x.name].decode() for x in inputs}
+    norms = torch.stack([E.norm() for E in residuals.values()]).tolist()  # one wait for the device, not one a matrix
+    ranked = sorted((-norm, name) for name, norm in zip(residuals, norms, strict=True))
 
-    def fit(E: Tensor) -> QuantizedTensor:
-        A, B = low_rank_factors(E, cfg.lqer_rank)
-        codec = "low_rank_asym" if cfg.lqer_asym_enabled else "low_rank"
-        parts = LowRankAsym.encode(A, B, cfg.lqer_asym_group) if cfg.lqer_asym_enabled else LowRank.encode(A, B, cfg.lqer_factor_bits)
-        return QuantizedTensor({(codec, part): t for part, t in parts.items()})
+    codec, setting = "low_rank", cfg.lqer_factor_bits
+    if cfg.lqer_asym_enabled:
+        codec, setting = "low_rank_asym", cfg.lqer_asym_group
+    out = {}
+    for _, name in ranked[: cfg.lqer_top_k]:
+        A, B = low_rank_factors(residuals[name], cfg.lqer_rank)
+        out[name] = encoded(codec, A, B, setting)
+    return out
 
-    residuals = {t.name: t.W - stored[t.name].decode() for t in tasks}
-    sizes = [E.norm() for E in residuals.values()]
-    worth = dict(zip(residuals, torch.stack(sizes).tolist() if sizes else (), strict=True))  # one wait for the device, not one a matrix
-    best = sorted(worth, key=lambda name: (-worth[name], name))[: cfg.lqer_top_k]
-    return {name: fit(residuals[name]) for name in best}
+
+def gptq_with_corrections(
+    cfg: Config, inputs: list[GptqInput], hessians: Hessians, clips: Callable, damping: float = 0.0
+) -> Quantized:
+    """Quantize by GPTQ, with protected columns and low-rank corrections as AWQ_LITE_* and LQER_* say."""
+    inputs = protect_groups(cfg, inputs, hessians)
+    stored = run_gptq(cfg, inputs, hessians, clips, damping)
+    for name, extra in low_rank_corrections(cfg, inputs, stored).items():
+        stored[name] = stored[name]._replace(parts=stored[name].parts | extra.parts)
+    return stored
+
+
+RD_DAMPING, RD_FLOOR = 0.05, 1e-2
+
+
+def half_octaves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Write 1 / sqrt(x) of x (n, k) in half octaves: int8 around a zero, and the zero of each matrix (n,)."""
+    octaves = -x.log2()
+    zero = octaves.mean(-1, keepdim=True).round()
+    return (octaves - zero).round().clamp(-100, 100).to(torch.int8), zero[:, 0]
+
+
+def row_weights(H: Tensor, squares: Tensor) -> Tensor:
+    """Estimate the mean squared gradient of each row's output: (n, rows), with a floor of RD_FLOOR times its mean."""
+    diag = H.diagonal(0, 1, 2)
+    g = (squares / diag.clamp_min(1e-9 * diag.amax())[:, None]).mean(-1)
+    return g.clamp_min(RD_FLOOR * g.mean(-1, keepdim=True)).clamp_min(1e-30)
+
+
+def variance_histogram(W: Tensor, g: Tensor, d: Tensor) -> Tensor:
+    """Count the variances of the weights, in steps squared at a delta of 1, in sixteenths of an octave from 2^-128 to 2^128."""
+    power = W.square()
+    variance = power.mean(2, keepdim=True) * power.mean(1, keepdim=True)
+    variance /= power.mean((1, 2), keepdim=True).clamp_min(1e-30)
+    octaves = (variance * g[:, :, None] * d[:, None]).clamp_min(1e-30).log2()
+    bins = octaves.mul(16).round().clamp(-2047, 2047).flatten().long()
+    return torch.bincount(bins.cpu() + 2048, minlength=4096)
+
+
+def coarser(excess: Tensor) -> Tensor:
+    """Return the half octaves by which a step must grow for integers that are so many times too large; 0 below 1."""
+    return (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
+
+
+def trellis_steps(W: Tensor, row: Tensor, col: Tensor, zero: float, delta: float) -> Tensors:
+    """Write down the steps of one matrix W (rows, cols), the parts of `Trellis` without its integers.
+
+    Columns, then rows, whose integers would not fit into 8 bits get coarser steps.
+    """
+    mantissa, exponent = math.frexp(delta * 2 ** (zero / 2))
+    step = min(round(mantissa * 2**15), 2**15 - 1)
+    octave = min(max(exponent - 15, -128), 127)
+    parts = dict(row=row, col=col)
+    parts["step"] = torch.tensor([step], dtype=torch.int16)
+    parts["octave"] = torch.tensor([octave], dtype=torch.int8)
+
+    excess = W.abs() / (160 * Trellis.steps(parts))
+    parts["col"] = col + coarser(4 * excess.square().mean(0).sqrt())
+    excess = W.abs() / (160 * Trellis.steps(parts))
+    parts["row"] = row + coarser(excess.amax(1))
+    return parts
+
+
+def scalar_rounding(x: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to nearest, on steps that err as much as the trellis: a `round_column` that costs no search."""
+    width = math.sqrt(12 * TRELLIS_ERROR)
+    q = (x / width).round().clamp(-127, 127)
+    return q, q * width
+
+
+class MatrixGroup:
+    """Matrices of one shape and what decides their steps, for `RateDistortion`. Raises its RunError."""
+
+    def __init__(self, inputs: list[GptqInput], hessians: Hessians):
+        self.names = [x.name for x in inputs]
+        sites = [x.name if x.name in hessians.H else x.site for x in inputs]  # the embedding's H is of its gradients
+        H = torch.stack([hessians.H[site] for site in sites])
+        squares = torch.stack([hessians.squares[name] for name in self.names])
+        self.W = without_dead_columns(torch.stack([x.W for x in inputs]), H)
+        with positive_definite(self.names[0]):
+            self.perm, self.U = factorize(H, RD_DAMPING)
+        g = row_weights(H, squares)
+        d = self.U.diagonal(0, 1, 2).square().reciprocal().gather(1, self.perm.argsort(-1))
+        self.row, row_zero = half_octaves(g)
+        self.col, col_zero = half_octaves(d)
+        self.zero = (row_zero + col_zero).tolist()
+        self.variances = variance_histogram(self.W, g, d)
+
+    def encode(self, delta: float, round_column: Callable) -> Quantized:
+        """Quantize the matrices."""
+        each = zip(self.W, self.row, self.col, self.zero, strict=True)
+        parts = [trellis_steps(*matrix, delta) for matrix in each]
+        step = torch.stack([Trellis.steps(p) for p in parts])
+        q = walk_columns(self.W, self.perm, self.U, step, round_column).to(torch.int8)
+        return {name: encoded("trellis", q=k, **p) for name, k, p in zip(self.names, q, parts, strict=True)}
+
+
+class RateDistortion:
+    """QUANT=rd: every weight at one slope of predicted loss against coded bits: one number, `delta`, sets the size of all.
+
+    The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean squared gradient of the
+    row's output (diagonal Fisher information, with the labels of the text). GPTQ makes it 1/2 sum_rj g_r d_j e_rj^2 with
+    d_j = 1 / U_jj^2 and errors e of the size of the steps; by reverse water-filling (Cover and Thomas, 10.3) the step of
+    weight (r, j) is delta / sqrt(g_r d_j). Raises RunError when a Hessian is not positive definite.
+    """
+
+    def __init__(self, cfg: Config, tensors: Tensors, hessians: Hessians, search: Callable | None = None):
+        groups: dict[torch.Size, list[GptqInput]] = {}
+        for x in gptq_inputs(cfg, tensors):
+            groups.setdefault(x.W.shape, []).append(x)
+        self.groups = [MatrixGroup(group, hessians) for group in groups.values()]
+        self.search = search or viterbi
+        self.tokens = hessians.count["head"]
+        self.weights = sum(group.W.numel() for group in self.groups)
+        self.variances = sum(group.variances for group in self.groups).double()
+        self.ratios = 2 ** (torch.arange(-2048, 2048, dtype=torch.float64) / 16)  # the variance of each bin
+        self.rd_loss = cfg.rd_loss
+        self.finest = self.delta(cfg.rd_loss)
+
+    def delta(self, loss: float) -> float:
+        """Return the delta at which the predicted loss is so many nats per token."""
+        return math.sqrt(2 * loss * self.tokens / self.weights / TRELLIS_ERROR)
+
+    def loss(self, delta: float) -> float:
+        """Predict the loss, in nats per token: it grows with the square of delta."""
+        return self.rd_loss * (delta / self.finest) ** 2
+
+    def nearest_path(self, x: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """Round a column by the trellis."""
+        return trellis_path(x, self.search)
+
+    def encode(self, delta: float, round_column: Callable | None = None) -> Quantized:
+        """Quantize all matrices, by the trellis unless `round_column` is another one for `walk_columns`."""
+        out = {}
+        for group in self.groups:
+            out |= group.encode(delta, round_column or self.nearest_path)
+        return out
+
+    def bits(self, delta: float) -> float:
+        """Predict the bits of the integers: for a Gaussian weight, half the logarithm of its variance in steps squared."""
+        octaves = (1 + 4.3 * self.ratios / delta**2).log2()
+        return float((self.variances * octaves).sum() / 2)
+
+    def delta_for(self, bits: float) -> float:
+        """Return the delta at which `bits` predicts so many, by bisection."""
+        low, high = 1e-12, 1e12
+        for _ in range(100):
+            middle = math.sqrt(low * high)
+            if self.bits(middle) > bits:
+                low = middle
+            else:
+                high = middle
+        return low
+
+
+class S14:
+    """Bits and grids by kind of matrix, protected columns, low-rank corrections."""
+
+    EMBEDDING = "gptq"
+    GRADIENTS = False
+
+    @staticmethod
+    def encode(cfg: Config, tensors: Tensors, hessians: Hessians) -> Quantized:
+        return gptq_with_corrections(cfg, gptq_inputs(cfg, tensors), hessians, clips_by_deviation)
+
+
+class S05:
+    """Mixed bits, the best of several grids, an int8 embedding (PR #1105). H is damped twice, as published."""
+
+    EMBEDDING = "int8_row"
+    GRADIENTS = False
+
+    @staticmethod
+    def encode(cfg: Config, tensors: Tensors, hessians: Hessians) -> Quantized:
+        inputs = mixed_bits(cfg, gptq_inputs(cfg, tensors), hessians)
+        return gptq_with_corrections(cfg, inputs, hessians, clips_by_percentile, damping=0.01)
+
+
+class Rd:
+    """Steps by rate and distortion, integers by a trellis."""
+
+    EMBEDDING = "gptq"
+    GRADIENTS = True
+
+    @staticmethod
+    def encode(cfg: Config, tensors: Tensors, hessians: Hessians) -> Quantized:
+        plan = RateDistortion(cfg, tensors, hessians)
+        return plan.encode(plan.finest)
+
+
+SCHEMES = dict(s14=S14, s05=S05, rd=Rd)  # by QUANT: the embedding's codec, whether calibration needs gradients, the integers
+
+
+def scheme_of(cfg: Config) -> Any:
+    """Look up the scheme that QUANT names."""
+    return SCHEMES[cfg.quant]
 
 
 @contextlib.contextmanager
 def full_fp32():
-    """No TF32 inside: GPTQ divides by what it subtracts."""
+    """Turn TF32 off inside: GPTQ divides by what it subtracts."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -3547,41 +4056,43 @@ def full_fp32():
         torch.set_float32_matmul_precision(before)
 
 
+def complete(cfg: Config, tensors: Tensors, quantized: Quantized) -> Quantized:
+    """Encode the tensors that no scheme has quantized, each by its codec. Returns all, in their order, on the CPU."""
+    codecs = stored_as(cfg)
+    rest = {name: encoded(codecs[name].codec, t.float()) for name, t in tensors.items() if name not in quantized}
+    stored = rest | quantized
+    return {name: stored[name].cpu() for name in tensors}
+
+
+def log_codecs(cfg: Config, stored: Quantized, log: Log) -> None:
+    """Write which codec, and how many bits, each kind of tensor got."""
+    kinds: dict[str, set[str]] = {}
+    for name, t in stored.items():
+        label = "+".join(t.codecs())
+        if t.bits:
+            label += f" (int{t.bits})"
+        if ("gptq", "hi_start") in t.parts:
+            label += f"+awqgrpint{cfg.awq_lite_bits}"
+        kinds.setdefault(label, set()).add(kind_of(name))
+    log("Quantized weights:")
+    for label, names in sorted(kinds.items()):
+        log(f"  {label}: {', '.join(sorted(names))}")
+
+
 @torch.no_grad()
 @full_fp32()
-def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, matrices: dict | None = None) -> dict[str, QuantizedTensor]:
-    """State dict -> every tensor as the artifact stores it, by `stored_as`. matrices: what `RateDistortion` made of them, if it did."""
+def quantize(cfg: Config, state: Tensors, hessians: Hessians, log: Log) -> Quantized:
+    """Turn a state dict into tensors as the artifact stores them, whatever their size."""
     tensors = unbank(cfg, state)
-    tasks, protected = mixed_bits(cfg, gptq_inputs(cfg, tensors), hessians), {}
-    if cfg.quant == "rd":
-        plan = RateDistortion(tasks, hessians) if matrices is None else None
-        stored = dict(matrices or plan(plan.delta(cfg.rd_loss)))
-        tasks = []
-    else:
-        protected = protected_groups(cfg, tasks, hessians)
-        stored = run_gptq(cfg, tasks, hessians, protected)
-        for name, extra in low_rank_corrections(cfg, tasks, stored).items():
-            stored[name] = QuantizedTensor(stored[name].parts | extra.parts)
-    for name, t in tensors.items():
-        if name not in stored:
-            codec = stored_as(cfg)[name].codec
-            stored[name] = QuantizedTensor({(codec, part): x for part, x in CODECS[codec].encode(t.float()).items()})
-    log("Quantized weights:")
-    kinds: dict[str, set[str]] = {}
-    bits = {task.name: f" (int{task.bits})" for task in tasks}
-    for name, s in stored.items():
-        kind = "+".join(dict.fromkeys(c for c, _ in s.parts)) + bits.get(name, "")
-        kind += f"+awqgrpint{cfg.awq_lite_bits}" if name in protected else ""
-        kinds.setdefault(kind, set()).add(kind_of(name))
-    for kind, names in sorted(kinds.items()):
-        log(f"  {kind}: {', '.join(sorted(names))}")
-    return {name: QuantizedTensor({k: t.cpu() for k, t in stored[name].parts.items()}) for name in tensors}
+    stored = complete(cfg, tensors, scheme_of(cfg).encode(cfg, tensors, hessians))
+    log_codecs(cfg, stored, log)
+    return stored
 
 
-def dequantized_state(cfg: Config, stored: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
-    """What the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are zero."""
+def dequantized_state(cfg: Config, stored: Quantized) -> Tensors:
+    """Return what the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are zero."""
     unstored = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.role.stored is None}
-    return rebank(cfg, {name: s.decode() for name, s in stored.items()} | unstored)
+    return rebank(cfg, {name: t.decode() for name, t in stored.items()} | unstored)
 
 
 # ==================================================================================================
@@ -3592,13 +4103,6 @@ ARTIFACT_MAGIC = b"PGA1"
 ARTIFACT_VERSION = 4   # bump it whenever any byte of the output could change its meaning
 HEADER_START = 26      # behind magic, version, header size and checksum
 CHECKPOINT_FORMAT = 2  # of final_model.pt; published files have none
-MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "logit_softcap",
-    "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
-    "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "attn_out_gate_enabled",
-    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled",
-    "smear_gate_bos_fix",
-)
 STREAMS = (  # in their order in an artifact
     "tok_emb", "attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "rest", "row_order",
 )
@@ -4423,138 +4927,283 @@ def load_checkpoint_model(cfg: Config, world: World, path: Path, kernels: Kernel
 # ==================================================================================================
 
 class Pruning:
-    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first; what one costs is the square of
-    the weight it stands for. `code_bits` predicts, without a coder, how many bits a number of zeros leaves."""
+    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first.
 
-    def __init__(self, stored: dict[str, QuantizedTensor]):
-        self.stored, self.names = stored, [name for name, s in stored.items() if ("gptq", "q") in s.parts]
-        matrices = [{part: t for (codec, part), t in stored[name].parts.items() if codec == "gptq"} for name in self.names]
+    What one costs is the square of the weight it stands for. `code_bits` predicts, without a coder, how many bits a number of
+    zeros leaves.
+    """
+
+    def __init__(self, stored: Quantized):
+        self.stored = stored
+        self.names = [name for name, t in stored.items() if ("gptq", "q") in t.parts]
+        matrices = [stored[name].parts_of("gptq") for name in self.names]
         self.q = torch.cat([parts["q"].flatten() for parts in matrices])
         self.sizes = [parts["q"].numel() for parts in matrices]
+
         ones = (self.q.abs() == 1).nonzero()[:, 0]
         cost = torch.cat([Gptq.decode(parts).flatten() for parts in matrices])[ones].square()
-        self.order = ones[cost.argsort(stable=True)]
-        owner = torch.repeat_interleave(torch.arange(len(matrices)), torch.tensor(self.sizes))
-        self.counts = torch.bincount(256 * owner + self.q + 128, minlength=256 * len(matrices)).view(-1, 256)
-        self.bins = 256 * owner[self.order] + self.q[self.order] + 128
+        self.ranked = ones[cost.argsort(stable=True)]
+
+        owner = torch.arange(len(matrices)).repeat_interleave(torch.tensor(self.sizes))
+        bins = 256 * owner + self.q + 128  # by matrix and integer
+        self.counts = torch.bincount(bins, minlength=256 * len(matrices)).view(-1, 256)
+        self.bins = bins[self.ranked]
 
     def code_bits(self, count: int) -> float:
-        """Entropy of the integers, matrix by matrix, once the cheapest `count` are zero."""
+        """Compute the entropy of the integers, matrix by matrix, once the cheapest `count` are zero."""
         moved = torch.bincount(self.bins[:count], minlength=self.counts.numel()).view_as(self.counts)
         p = (self.counts - moved).double()
         p[:, 128] += moved.sum(1)
-        return (torch.special.xlogy(p, p.sum(1, keepdim=True)) - torch.special.xlogy(p, p)).sum().item() / math.log(2)
+        nats = torch.special.xlogy(p, p.sum(1, keepdim=True)) - torch.special.xlogy(p, p)
+        return nats.sum().item() / math.log(2)
 
     def zeros_for(self, bits: float) -> int:
-        """The fewest zeros that leave at most so many bits; all of them if none do."""
-        return bisect.bisect_left(range(len(self.order)), -bits, key=lambda count: -self.code_bits(count))
+        """Find the fewest zeros that leave at most so many bits; all of them if none do."""
+        return bisect.bisect_left(range(len(self.ranked)), -bits, key=lambda count: -self.code_bits(count))
 
-    def apply(self, count: int) -> dict[str, QuantizedTensor]:
-        """The tensors with the cheapest `count` integers zeroed."""
+    def apply(self, count: int) -> Quantized:
+        """Return the tensors with the cheapest `count` integers zeroed."""
         q = self.q.clone()
-        q[self.order[:count]] = 0
-        new = {name: t.view_as(self.stored[name].parts["gptq", "q"]) for name, t in zip(self.names, q.split(self.sizes), strict=True)}
-        return self.stored | {name: QuantizedTensor(self.stored[name].parts | {("gptq", "q"): t}) for name, t in new.items()}
+        q[self.ranked[:count]] = 0
+        out = dict(self.stored)
+        for name, flat in zip(self.names, q.split(self.sizes), strict=True):
+            parts = self.stored[name].parts
+            pruned = flat.view_as(parts["gptq", "q"])
+            out[name] = self.stored[name]._replace(parts=parts | {("gptq", "q"): pruned})
+        return out
 
 
-def pack_to_fit(cfg: Config, stored: dict[str, QuantizedTensor], code_bytes: int, log: Log) -> tuple[dict[str, QuantizedTensor], bytes]:
-    """`pack`; with QUANT=s05 pruned until artifact and script have at most TARGET_BYTES. Size is nearly linear in the entropy of the
-    integers, so at most three more packs come within 0.05 % (COMPRESSOR=range) or 0.5 %. Raises RunError naming the smallest size."""
-    blob, target, packs, fit = pack(cfg, stored), cfg.target_bytes - code_bytes, 0, None
-    if cfg.quant != "s05" or not cfg.target_bytes or len(blob) <= target:
+class Point(NamedTuple):
+    """Predicted bits of the integers, and the bytes that came of them."""
+
+    bits: float
+    size: float
+
+
+def prune_to_fit(
+    cfg: Config, stored: Quantized, code_bytes: int, log: Log
+) -> tuple[Quantized, bytes]:
+    """Pack, pruned until artifact and script have at most TARGET_BYTES; 0 prunes nothing.
+
+    Size is nearly linear in the entropy of the integers, so at most three more packs come within 0.05 % (COMPRESSOR=range) or
+    0.5 %. Raises RunError naming the smallest size.
+    """
+    blob = pack(cfg, stored)
+    target = cfg.target_bytes - code_bytes
+    if not cfg.target_bytes or len(blob) <= target:
         return stored, blob
+
     pruning = Pruning(stored)
-    over, under = (pruning.code_bits(0), len(blob)), None  # (bits of the integers, bytes): the points nearest to the target so far
-    while fit is None or (packs < 3 and len(fit[1]) < 0.9995 * target):
-        bits_per_byte = (over[0] - under[0]) / (over[1] - under[1]) if under else over[0] / over[1] * (1 + packs / 2)
-        count = pruning.zeros_for(over[0] - (over[1] - 0.9998 * target) * bits_per_byte)
-        tried, packs = pruning.apply(count), packs + 1
-        blob = pack(cfg, tried)
-        log(f"prune: {count} of {len(pruning.order)} integers +-1 to zero, {len(blob)} bytes of {target} beside the script")
-        if len(blob) <= target:
-            under, fit = (pruning.code_bits(count), len(blob)), (tried, blob)
-        elif count == len(pruning.order):
-            raise RunError(f"TARGET_BYTES={cfg.target_bytes}: every +-1 at zero leaves {len(blob) + code_bytes} bytes, {code_bytes} "
-                           "of them the script: lower MATRIX_BITS, or ship the packed script (tools/pack_code.py)")
+    over, under = Point(pruning.code_bits(0), len(blob)), None  # the points nearest to the target so far
+    fit, packs = None, 0
+    while fit is None or (packs < 3 and under.size < 0.9995 * target):
+        bits_per_byte = over.bits / over.size * (1 + packs / 2)
+        if under:
+            bits_per_byte = (over.bits - under.bits) / (over.size - under.size)
+        count = pruning.zeros_for(over.bits - (over.size - 0.9998 * target) * bits_per_byte)
+        pruned = pruning.apply(count)
+        blob = pack(cfg, pruned)
+        packs += 1
+        zeros = f"{count} of {len(pruning.ranked)} integers +-1 to zero"
+        log(f"prune: {zeros}, {len(blob)} bytes of {target} beside the script")
+
+        point = Point(pruning.code_bits(count), len(blob))
+        if point.size <= target:
+            under, fit = point, (pruned, blob)
+        elif count < len(pruning.ranked):
+            over = point
         else:
-            over = pruning.code_bits(count), len(blob)
+            raise RunError(f"TARGET_BYTES={cfg.target_bytes}: every +-1 at zero leaves {len(blob) + code_bytes} bytes, "
+                           f"{code_bytes} of them the script: lower MATRIX_BITS, or ship the packed script "
+                           "(tools/pack_code.py)")
     return fit
+
+
+class Pass(NamedTuple):
+    """One artifact of a search."""
+
+    size: int  # bytes with the script
+    matrices: Quantized
+    blob: bytes
+
+
+class StepSearch:
+    """QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs fewer.
+
+    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes within 0.2 % on
+    both sides of the target end the search: some matrices from the finer pass, the others from the coarser, as many as fit.
+    """
+
+    def __init__(self, cfg: Config, tensors: Tensors, plan: RateDistortion, code_bytes: int):
+        self.cfg, self.tensors = cfg, tensors
+        self.plan, self.code_bytes = plan, code_bytes
+        self.target = cfg.target_bytes or math.inf
+        self.coarsest = plan.delta(max(100.0, cfg.rd_loss))
+        bits = plan.bits(plan.finest)
+        others = sum(t.numel() for t in tensors.values()) - plan.weights
+        guess = Point(bits, code_bytes + bits / 8 + 2 * others)  # two bytes for every number outside the matrices
+        self.points = [guess]  # and one for each pass so far
+
+    def attempt(self, matrices: Quantized) -> Pass:
+        """Pack the model with these matrices."""
+        blob = pack(self.cfg, complete(self.cfg, self.tensors, matrices))
+        return Pass(len(blob) + self.code_bytes, matrices, blob)
+
+    def next_delta(self) -> tuple[float, float]:
+        """Choose the delta of the next pass, and predict its size."""
+        plan, last = self.plan, self.points[-1]
+        slope = 1 / 8
+        if len(self.points) > 2:
+            before = self.points[-2]
+            if last.bits != before.bits:
+                slope = (last.size - before.size) / (last.bits - before.bits)
+                slope = min(max(slope, 1 / 16), 1 / 4)
+
+        delta = plan.finest
+        if last.size > self.target or len(self.points) > 1:
+            missing = 0.99975 * self.target - last.size
+            delta = max(plan.delta_for(last.bits + missing / slope), plan.finest)
+            delta = min(delta, self.coarsest)
+        return delta, last.size + slope * (plan.bits(delta) - last.bits)
+
+    def bracket(self, log: Log) -> tuple[Pass | None, Pass]:
+        """Find the last pass over the target, if any, and the last one that fits.
+
+        Raises RunError naming the smallest size when even steps that destroy the model do not fit.
+        """
+        over = under = None
+        against = f", TARGET_BYTES {self.target}" if self.cfg.target_bytes else ""
+        close = False
+        while len(self.points) < 12 and not close:
+            delta, expected = self.next_delta()
+            tried = self.attempt(self.plan.encode(delta))
+            self.points.append(Point(self.plan.bits(delta), tried.size))
+            log(f"rd: predicted loss {self.plan.loss(delta):.5f}, {tried.size} bytes with the script, "
+                f"predicted {expected:.0f}{against}")
+            if tried.size <= self.target:
+                under = tried
+            else:
+                over = tried
+            close = delta == (self.plan.finest if under else self.coarsest)
+            if under:
+                close |= under.size > 0.9995 * self.target
+            if under and over:
+                close |= over.size - under.size < 0.002 * self.target
+        if not under:
+            raise RunError(f"TARGET_BYTES={self.target}: the smallest reachable size is {tried.size} bytes, "
+                           f"{self.code_bytes} of them the script; make the model smaller, or ship the packed script "
+                           "(tools/pack_code.py)")
+        return over, under
+
+    def mix(self, over: Pass, under: Pass) -> Pass:
+        """Take as many matrices of the finer pass as fit, by bisection.
+
+        Matrices are of unequal size: another order of them may end closer to the target, so up to eight are tried.
+        """
+        names, coarse = list(under.matrices), under.matrices
+        for turn in range(min(8, len(names))):
+            ranked = names[turn:] + names[:turn]
+            low, high = 0, len(names)
+            while under.size <= 0.9995 * self.target and high - low > 1:
+                middle = (low + high) // 2
+                fine = {name: over.matrices[name] for name in ranked[:middle]}
+                tried = self.attempt(coarse | fine)
+                if tried.size > self.target:
+                    high = middle
+                else:
+                    low = middle
+                    under = tried if tried.size > under.size else under
+        return under
+
+
+Fitted = tuple[Quantized, bytes]  # the tensors, and the artifact of them
+
+
+def fit_as_encoded(cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any) -> Fitted:
+    """Take whatever size comes of the scheme's bits and grids."""
+    stored = quantize(cfg, state, hessians, log)
+    return stored, pack(cfg, stored)
+
+
+def fit_by_pruning(cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any) -> Fitted:
+    """Prune if need be."""
+    return prune_to_fit(cfg, quantize(cfg, state, hessians, log), code_bytes, log)
+
+
+def fit_by_steps(cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any) -> Fitted:
+    """Search the delta that all steps depend on."""
+    tensors = unbank(cfg, state)
+    plan = RateDistortion(cfg, tensors, hessians, search)
+    steps = StepSearch(cfg, tensors, plan, code_bytes)
+    over, best = steps.bracket(log)
+    if over:
+        best = steps.mix(over, best)
+    stored = complete(cfg, tensors, best.matrices)
+    log_codecs(cfg, stored, log)
+    return stored, best.blob
+
+
+def size_of(cfg: Config, tensors: Tensors, quantized: Quantized, code_bytes: int) -> float:
+    """Predict the bytes of artifact and script by `coded_bits`."""
+    stored = complete(cfg, tensors, quantized)
+    return code_bytes + coded_bits(cfg, arrays_of(stored)).sum() / 8
+
+
+def forecast_as_encoded(cfg: Config, tensors: Tensors, hessians: Hessians, code_bytes: int) -> str:
+    """Forecast the size that comes of the scheme's bits and grids."""
+    size = size_of(cfg, tensors, scheme_of(cfg).encode(cfg, tensors, hessians), code_bytes)
+    return f"{size:.0f} bytes with the script"
+
+
+def forecast_steps(cfg: Config, tensors: Tensors, hessians: Hessians, code_bytes: int) -> str:
+    """Forecast the size without the trellis, on steps that err as much, and the loss if that is more than TARGET_BYTES."""
+    plan = RateDistortion(cfg, tensors, hessians)
+    size = size_of(cfg, tensors, plan.encode(plan.finest, scalar_rounding), code_bytes)
+    text = f"{size:.0f} bytes with the script for RD_LOSS {cfg.rd_loss:g}"
+    if 0 < cfg.target_bytes < size:
+        delta = plan.delta_for(plan.bits(plan.finest) + 8 * (cfg.target_bytes - size))
+        text += f"; at TARGET_BYTES {cfg.target_bytes} the predicted loss is {plan.loss(delta):.5f}"
+    return text
+
+
+BUDGETS = {  # how a scheme meets a size, and how it forecasts one
+    S14: (fit_as_encoded, forecast_as_encoded),
+    S05: (fit_by_pruning, forecast_as_encoded),
+    Rd: (fit_by_steps, forecast_steps),
+}
 
 
 @torch.no_grad()
 @full_fp32()
 def quantize_to_fit(
-    cfg: Config, state: dict[str, Tensor], hessians: Hessians, code_bytes: int, log, search=None
-) -> tuple[dict[str, QuantizedTensor], bytes]:
-    """`quantize` and `pack`. QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs fewer.
+    cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Callable | None = None
+) -> tuple[Quantized, bytes]:
+    """Quantize and pack, so that artifact and script fit into TARGET_BYTES. Returns the tensors and the artifact.
 
-    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes within 0.2 % on both sides of
-    the target end the search: the first matrices from the finer pass, the others from the coarser, as many as fit. Raises RunError
-    naming the smallest size when even steps that destroy the model do not fit.
+    code_bytes: of the script; search: `viterbi` or an equal. Raises RunError naming the smallest size when nothing fits.
     """
-    if cfg.quant != "rd":
-        return pack_to_fit(cfg, quantize(cfg, state, hessians, log), code_bytes, log)
-    tensors, quiet = unbank(cfg, state), lambda line: None
-    plan = RateDistortion(gptq_inputs(cfg, tensors), hessians, search)
-    target, finest, coarsest = cfg.target_bytes or math.inf, plan.delta(cfg.rd_loss), plan.delta(max(100.0, cfg.rd_loss))
-
-    def attempt(matrices: dict[str, QuantizedTensor]) -> tuple[int, dict[str, QuantizedTensor], bytes]:
-        blob = pack(cfg, quantize(cfg, state, hessians, quiet, matrices))
-        return len(blob) + code_bytes, matrices, blob
-
-    over, under, delta = None, None, finest
-    # (what the formula gives, size) of the passes so far; the first is a guess: two bytes for every number outside the matrices.
-    known = [(plan.bits(finest), code_bytes + plan.bits(finest) / 8 + 2 * (sum(t.numel() for t in tensors.values()) - plan.weights))]
-    while len(known) < 12:
-        (bits, size), slope = known[-1], 1 / 8
-        if len(known) > 2 and bits != known[-2][0]:
-            slope = min(max((size - known[-2][1]) / (bits - known[-2][0]), 1 / 16), 1 / 4)
-        if size > target or len(known) > 1:
-            delta = min(max(plan.delta_for(bits + (0.99975 * target - size) / slope), finest), coarsest)
-        expected = size + slope * (plan.bits(delta) - bits)
-        tried = attempt(plan(delta))
-        known.append((plan.bits(delta), tried[0]))
-        log(f"rd: predicted loss {cfg.rd_loss * (delta / finest) ** 2:.5f}, {tried[0]} bytes with the script, predicted {expected:.0f}"
-            + (f", TARGET_BYTES {target}" if cfg.target_bytes else ""))
-        over, under = (over, tried) if tried[0] <= target else (tried, under)
-        near = under and (under[0] > 0.9995 * target or (over and over[0] - under[0] < 0.002 * target))
-        if near or delta == (finest if under else coarsest):
-            break
-    if not under:
-        raise RunError(f"TARGET_BYTES={target}: the smallest reachable size is {tried[0]} bytes, {code_bytes} of them the script; "
-                       "make the model smaller, or ship the packed script (tools/pack_code.py)")
-    fine, coarse, names = over and over[1], under[1], list(under[1])
-    for turn in range(min(8, len(names)) if over else 0):  # matrices are of unequal size: another order may end closer to the target
-        order, low, high = names[turn:] + names[:turn], 0, len(names)
-        while under[0] <= 0.9995 * target and high - low > 1:
-            middle = (low + high) // 2
-            tried = attempt({name: (fine if name in order[:middle] else coarse)[name] for name in names})
-            low, high = (middle, high) if tried[0] <= target else (low, middle)
-            under = tried if under[0] < tried[0] <= target else under
-    return quantize(cfg, state, hessians, log, under[1]), under[2]
+    fit, _ = BUDGETS[scheme_of(cfg)]
+    return fit(cfg, state, hessians, code_bytes, log, search)
 
 
 @torch.no_grad()
 @full_fp32()
-def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor], tokens: np.ndarray, code_bytes: int) -> str:
-    """The size that an artifact of these weights would have, with the script: calibrated on one micro-batch, measured by `coded_bits`.
-    QUANT=rd without the trellis, on steps that err as much. Changes neither the model nor a random generator."""
-    live, hessians, parts, quiet = dict(model.named_parameters()), Hessians(), calibration_parts(cfg), lambda line: None
+def forecast_size(
+    cfg: Config, world: World, model: GPT, state: Tensors, tokens: np.ndarray, code_bytes: int
+) -> str:
+    """Forecast the size that an artifact of these weights would have, with the script, calibrated on one micro-batch.
+
+    Changes neither the model nor a random generator.
+    """
+    live = dict(model.named_parameters())
     weights = {name: t.detach().to(live[name].dtype).clone().requires_grad_() for name, t in state.items()}
+    hessians = Hessians()
+    parts = calibration_parts(cfg)
+    n = (len(tokens) - 1) // parts
     for k in range(parts):
-        n = (len(tokens) - 1) // parts
         calibrate(cfg, world, model, weights, tokens[k * n : (k + 1) * n + 1], hessians)
-    plan = matrices = None
-    if cfg.quant == "rd":
-        plan, wide = RateDistortion(gptq_inputs(cfg, unbank(cfg, weights)), hessians), math.sqrt(12 * TRELLIS_ERROR)
-        matrices = plan(finest := plan.delta(cfg.rd_loss), lambda x, _: ((q := (x / wide).round().clamp(-127, 127)), q * wide))
-    stored = quantize(cfg, weights, hessians, quiet, matrices)
-    bits = coded_bits(cfg, arrays_of(stored))
-    size, text = code_bytes + bits.sum() / 8, f" for RD_LOSS {cfg.rd_loss:g}" if plan else ""
-    if plan and 0 < cfg.target_bytes < size:
-        delta = plan.delta_for(plan.bits(finest) + 8 * (cfg.target_bytes - size))
-        text += f"; at TARGET_BYTES {cfg.target_bytes} the predicted loss is {cfg.rd_loss * (delta / finest) ** 2:.5f}"
-    return f"predicted_size: {size:.0f} bytes with the script{text}"
+    _, forecast = BUDGETS[scheme_of(cfg)]
+    return f"predicted_size: {forecast(cfg, unbank(cfg, weights), hessians, code_bytes)}"
 
 
 # ==================================================================================================
@@ -4562,10 +5211,11 @@ def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor
 # ==================================================================================================
 
 class Ledger:
-    """Keep the account of a run, line by line: {"n", "prev", "kind", .., "hash"}, where "prev" is the hash of the line before.
+    """Keep the account of a run, line by line: {"n", "prev", "kind", .., "hash"}; "prev" is the hash of the
+    line before.
 
-    An edit breaks the chain. A later stage in the same folder goes on behind the last line. Without a path, as on all ranks but
-    the first, nothing is kept.
+    An edit breaks the chain. A later stage in the same folder goes on behind the last line. Without a path,
+    as on all ranks but the first, nothing is kept.
     """
 
     def __init__(self, path: Path | None):
@@ -4579,7 +5229,8 @@ class Ledger:
                 self.lines = entry["n"] + 1
                 self.last = entry["hash"]
             except (OSError, ValueError, LookupError, TypeError):
-                raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose another ARTIFACT_DIR") from None
+                raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose "
+                               "another ARTIFACT_DIR") from None
 
     @staticmethod
     def digest(entry: dict) -> str:
@@ -4599,54 +5250,62 @@ class Ledger:
             with self.path.open("a") as f:
                 f.write(json.dumps(entry, separators=(",", ":")) + "\n")
         except OSError as e:
-            raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another ARTIFACT_DIR") from None
+            raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another "
+                           "ARTIFACT_DIR") from None
 
 
 class AccessLog:
-    """Log what Python opens, connects to and starts within `with`, and refuse training data: opening a training shard is a RunError.
+    """Log what Python opens, connects to and starts within `with`; opening a training shard is a RunError.
 
     It is an audit hook and cannot be removed, so a process has one: `access_log()`.
     """
 
+    EVENTS = ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+
     def __init__(self):
         self.on = False
-        self.seen: list[tuple[str, Any]] = []
+        self.seen: dict[tuple[str, str], None] = {}  # (event, file, host or program)
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, args: tuple) -> None:
         """Take down an event. Raises RunError where a training shard is opened."""
-        if not self.on or event not in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+        if not self.on or event not in self.EVENTS:
             return
-        what = args[1] if event == "socket.connect" else args[0]
-        self.seen.append((event, what))
-        if event == "open" and not isinstance(what, int) and Path(os.fsdecode(what)).name.startswith("fineweb_train_"):
-            raise RunError(f"{os.fsdecode(what)}: training data was about to be read in an evaluation: a bug, please report it")
+        what = args[event == "socket.connect"]
+        if isinstance(what, int):
+            return  # a file that is open already
+        name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what)
+        if event == "open":
+            name = os.path.realpath(name)
+        self.seen[event, name] = None
+        if "fineweb_train_" in os.path.basename(name):
+            raise RunError(f"{name}: training data was about to be read in an evaluation: a bug, report it")
 
     def __enter__(self) -> AccessLog:
         self.on = True
-        self.seen = []
+        self.seen = {}
         return self
 
     def __exit__(self, *_) -> None:
         self.on = False
 
-    def unexpected(self, data: Path, own_files: list[Path]) -> list[list[str]]:
-        """List [event, file, host or program], each once: no file of the run, of Python or of the system, but any other beside the data."""
-        system = (sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
-        own, software = (tuple(str(Path(path).resolve()) for path in paths) for paths in (own_files, (*system, Path(__file__).parent)))
-        beside_the_data = f"{data.resolve()}{os.sep}"
-        found = {}
-        for event, what in self.seen:
-            if event == "open" and isinstance(what, int):
-                continue  # it is open already
-            name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what or "")
-            if event == "open":
-                name = str(Path(name).resolve())
-                known = name.startswith(software) and not name.startswith(beside_the_data)
-                if known or name.startswith(own) or ".cache/" in name:
-                    continue
-            found[event, name] = None
-        return [list(entry) for entry in found]
+    def unexpected(self, data: Path, own_files: list[Path]) -> list[tuple[str, str]]:
+        """List (event, file, host or program), but files of the run, of Python and of the system.
+
+        Files beside the data count wherever the data lies.
+        """
+        software = (sys.prefix, sys.base_prefix, torch.__path__[0], Path(__file__).parent)
+        system = (tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
+        known = tuple(map(os.path.realpath, (*software, *system)))
+        own = tuple(map(os.path.realpath, own_files))
+        beside = os.path.realpath(data) + os.sep
+
+        def expected(file: str) -> bool:
+            if file.startswith(own) or ".cache/" in file:
+                return True
+            return file.startswith(known) and not file.startswith(beside)
+
+        return [(event, name) for event, name in self.seen if event != "open" or not expected(name)]
 
 
 access_log = cache(AccessLog)
@@ -4662,20 +5321,23 @@ class Score(NamedTuple):
 
 
 def graded(forward, tokens: Tensor, hints: Tensor | None, boost: float) -> tuple[Tensor, Tensor]:
-    """Grade tokens (B, n) or (B, n, K) twice: nats as the model sees them, to learn from, and nats that count. forward(tokens) -> nats.
+    """Grade tokens (B, n) or (B, n, K) twice: nats as the model sees them, to learn from, and nats that
+    count.
 
-    The two differ where there is a hint, (B, n), -1 = none: its probability q is multiplied by e^boost and all probabilities are
-    divided by their new sum, 1 + q (e^boost - 1), whatever the target is.
+    forward(tokens) -> nats. The two differ where there is a hint, (B, n), -1 = none: its probability q is
+    multiplied by e^boost and all probabilities are divided by their new sum, 1 + q (e^boost - 1), whatever
+    the target is.
     """
     if hints is None:
         nats = forward(tokens)
         return nats, nats
     hint = hints.unsqueeze(-1)
     candidates = tokens.view(*hints.shape, -1)
-    nats = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
-    nats, hinted = nats[..., :-1], nats[..., -1:]
+    both = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
+    nats, hinted = both[..., :-1], both[..., -1:]
 
-    log_sum = torch.log1p((-hinted).exp() * math.expm1(boost))
+    probability = (-hinted).exp()
+    log_sum = torch.log1p(probability * math.expm1(boost))
     tilted = nats - boost * (candidates == hint) + log_sum
     counted = torch.where(hint < 0, nats, tilted)
     return nats.reshape(tokens.shape), counted.reshape(tokens.shape)
@@ -4684,8 +5346,8 @@ def graded(forward, tokens: Tensor, hints: Tensor | None, boost: float) -> tuple
 class Scorer:
     """Stand between an evaluation and the validation tokens; target i is token i + 1.
 
-    `inputs_for` shows what comes before targets, `score` grades them, each once, `targets_to_learn` hands out graded ones to
-    learn from, `sync` merges the ranks and writes the receipts.
+    `inputs_for` shows what comes before targets, `score` grades them, each once, `targets_to_learn` hands out
+    graded ones to learn from, `sync` merges the ranks and writes the receipts.
     """
 
     def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
@@ -4709,19 +5371,25 @@ class Scorer:
         self.boost = 0.0
         self.steps = 0.0  # that optimizers may take
         self.shown: list[np.ndarray] = []  # targets whose inputs are out, to be graded next
-        self.unwritten: dict[tuple[str, bool], list[np.ndarray]] = {}  # targets by (what with, early) since the last receipt
+        # Targets by (what for, whether before they were graded), since the last receipt.
+        self.unwritten: dict[tuple[str, bool], list[np.ndarray]] = {}
         self.receipts: list[tuple[str, bool, np.ndarray]] = []  # since the last sync
 
     def inputs_for(self, start: int, targets: np.ndarray) -> np.ndarray:
-        """Show the inputs of targets, -1 = none: tokens from `start` to the one before the last of them. The next `score` must grade
-        them all: nothing is seen that is not scored."""
+        """Show the inputs of targets, -1 = none: tokens from `start` to the one before the last of them.
+
+        The next `score` must grade them all: nothing is seen that is not scored.
+        """
         wanted = targets[targets >= 0]
         self.shown.append(wanted)
         return self._data.tokens[start : wanted.max(initial=-1) + 1]
 
     def set_hints(self, order: np.ndarray, guess, boost: float) -> None:
-        """Take hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. Nothing else is handed the
-        stream at once, so it is asked again with a forged future, from a drawn target on; RunError where that changes a hint before."""
+        """Take hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded.
+
+        Nothing else is handed the stream at once, so it is asked again with a forged future, from a drawn
+        target on; RunError where that changes a hint up to there.
+        """
         tokens = self._data.tokens
         cut = int(np.random.default_rng(self.total).integers(self.total))
         future = order[cut:] + 1
@@ -4733,7 +5401,8 @@ class Scorer:
         self.hints = guess(tokens, order)
         past = order[: cut + 1]
         if (self.hints[past] != guess(forged, order)[past]).any():
-            raise RunError(f"{self.name}: a hint depends on its target or on what comes after it: a bug, please report it")
+            raise RunError(f"{self.name}: a hint depends on its target or on what comes after it: a bug, "
+                           "please report it")
 
     def on_device(self, values: np.ndarray) -> Tensor:
         """Copy whole numbers to the device, as int64."""
@@ -4744,16 +5413,21 @@ class Scorer:
         return None if self.hints is None else self.on_device(self.hints[targets])
 
     def score(self, targets: np.ndarray, forward) -> Tensor:
-        """Grade targets (B, n), -1 = none, none of them graded before (RunError): forward(tokens (B, n) int64) -> nats (B, n), which
-        come back; what counts is what `graded` makes of them."""
+        """Grade targets (B, n), -1 = none, none of them graded before (RunError).
+
+        forward(tokens (B, n) int64) -> nats (B, n), which come back; what counts is what `graded` makes of
+        them.
+        """
         places = np.flatnonzero(targets >= 0)
         index = targets.reshape(-1)[places]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
-            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
+            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored "
+                           "twice: a bug, please report it")
         seen = np.concatenate([*self.shown, index[:0]])
         self.shown = []
         if not np.isin(seen, index).all():
-            raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are scored: a bug, please report it")
+            raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are "
+                           "scored: a bug, please report it")
 
         self.steps = 0
         tokens = self.on_device(self._data.tokens[targets + 1])
@@ -4768,12 +5442,17 @@ class Scorer:
         return nats
 
     def targets_to_learn(self, targets: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
-        """Hand out targets to learn from, as for `score`: one step of an optimizer may follow, with what = "base" any number until `score`.
-        RunError: one has not been graded; `early`, for methods that break this rule, puts that into the ledger instead."""
+        """Hand out the tokens of targets to learn from, as for `score`. Raises RunError where one has not
+        been graded.
+
+        One step of an optimizer may follow, with another `what` than adapters any number until the next
+        `score`. `early`, for methods that break the rule, puts that into the ledger instead of raising.
+        """
         index = targets[targets >= 0]
         ready = bool((self.own[index] | self.graded[index]).all())
         if not ready and not early:
-            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
+            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it "
+                           "was scored: a bug, please report it")
         self.steps = 1 if what == "adapters" else math.inf
         self.unwritten.setdefault((what, not ready), []).append(index)
         return self.on_device(self._data.tokens[targets + 1])
@@ -4783,7 +5462,8 @@ class Scorer:
         """Refuse, meanwhile, every step of a torch optimizer that nothing was handed out for: RunError."""
         def before_step(*_):
             if self.steps < 1:
-                raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: a bug, please report it")
+                raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: "
+                               "a bug, please report it")
             self.steps -= 1
 
         with register_optimizer_step_pre_hook(before_step):
@@ -4795,14 +5475,18 @@ class Scorer:
 
     def receipt(self) -> None:
         """Close an entry for what was scored, and for what was learned from, since the last receipt."""
-        for (what, early), parts in self.unwritten.items():
-            self.receipts.append((what, early, np.unique(np.concatenate(parts))))
+        for kind, parts in self.unwritten.items():
+            index = np.unique(np.concatenate(parts))
+            if len(index):
+                self.receipts.append((*kind, index))
         self.unwritten = {}
 
     def ledger_line(self, nats: np.ndarray, what: str, early: bool, index: np.ndarray) -> tuple[str, dict]:
-        """Write a receipt as a line of the ledger: ranges [a, b) of targets, and for scores nats and bytes of each range."""
-        runs = np.split(index, np.flatnonzero(np.diff(index) > 1) + 1)
-        line = {"pass": self.name, "ranges": [[int(run[0]), int(run[-1]) + 1] for run in runs if len(run)]}
+        """Write a receipt as a line of the ledger: ranges [a, b) of targets, for scores their nats and bytes."""
+        gaps = np.flatnonzero(np.diff(index) > 1)
+        runs = np.split(index, gaps + 1)
+        ranges = [[int(run[0]), int(run[-1]) + 1] for run in runs]
+        line = {"pass": self.name, "ranges": ranges}
         if what != "score":
             return "update", line | dict(what=what, early=early)
         line["nats"] = [float(nats[run].sum(dtype=np.float64)) for run in runs]
@@ -4810,7 +5494,7 @@ class Scorer:
         return "score", line
 
     def sync(self) -> None:
-        """Merge the ranks, all together, and write the receipts. Raises RunError when two ranks have graded the same target."""
+        """Merge the ranks and write the receipts. Raises RunError where two have graded the same target."""
         self.receipt()
         counts = torch.tensor(self.own, device=self.world.device)
         self.world.sum_(counts)
@@ -4827,7 +5511,10 @@ class Scorer:
         self.receipts = []
 
     def finish(self) -> Score:
-        """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target. Raises RunError when one was left out."""
+        """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target.
+
+        Raises RunError where one was left out.
+        """
         self.sync()
         self.world.sum_(self.nats)  # zero where another rank has graded
         nats = self.nats.cpu().numpy()
@@ -4835,7 +5522,8 @@ class Scorer:
         count = int(self.graded.sum())
         size = int(self._data.target_bytes.sum())
         if count != self.total or not math.isfinite(total):
-            raise RunError(f"scored {count} targets instead of {self.total}, {total:g} nats: a bug, please report it with the log")
+            raise RunError(f"{self.name}: scored {count} targets instead of {self.total}, {total:g} nats: "
+                           "a bug, please report it with the log")
 
         if self.ledger is not None and self.ledger.path is not None:
             buffer = io.BytesIO()
@@ -4849,10 +5537,10 @@ class Scorer:
 def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torch.device | str) -> np.ndarray:
     """Guess each target of the stream from those scored before it (the token-only n-gram of PR #2135).
 
-    tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often followed the same
-    TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where its share is below TOKEN_THRESHOLD or
-    there is none. Sorts instead of a loop over hash tables; contexts are told apart exactly, from 1 token to 2, 4, 8, ...: they
-    are equal if both halves are.
+    tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often
+    followed the same TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where
+    its share is below TOKEN_THRESHOLD or there is none. Sorts instead of a loop over hash tables; contexts
+    are told apart exactly, from 1 token to 2, 4, 8, ...: they are equal if both halves are.
     """
     n = cfg.token_order - 1
     stream = torch.from_numpy(tokens.astype(np.int64)).to(device)
@@ -4877,7 +5565,7 @@ def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torc
     rank = torch.arange(len(order), device=device)
     pairs, by_pair = (context * base + follows).sort(stable=True)
     count = torch.empty_like(rank)
-    count[by_pair] = rank - torch.searchsorted(pairs, pairs) + 1  # how often this token has followed, this time included
+    count[by_pair] = rank - torch.searchsorted(pairs, pairs) + 1  # how often it has followed, now included
     most = (context * base + count).cummax(0).values
     leader = torch.searchsorted(most, most)  # where the highest count so far was reached
 
@@ -4890,7 +5578,10 @@ def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torc
 
 
 def announce_order(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
-    """Tell the scorer in which order its targets come, and the hints that NGRAM_TILT_ENABLED asks for; on the evaluation's clock."""
+    """Tell the scorer in which order its targets come, and the hints that NGRAM_TILT_ENABLED asks for.
+
+    This is on the evaluation's clock.
+    """
     scorer.order = order
     if cfg.ngram_tilt_enabled:
         device = scorer.world.device if scorer.world.device.type == "cuda" else "cpu"
@@ -4899,17 +5590,20 @@ def announce_order(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
 
 
 class EvalBatch(NamedTuple):
-    """Inputs (B, T) int64 on the device, the target that each predicts or -1 (B, T), and the attention segments of a packed row."""
+    """Hold inputs (B, T) int64 on the device and the target that each predicts, or -1 (B, T)."""
 
     inputs: Tensor
     targets: np.ndarray
     lengths: np.ndarray  # of the attention segments
-    segments: Segments | None = None
+    segments: Segments | None = None  # of a packed row
     learn: np.ndarray | None = None  # (B, T), as targets: those that SLOT learns from
 
 
 def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int, int]]:
-    """Cut the stream into rows of at most `row_tokens` inputs that never cut a piece: a document, or `context` tokens of a long one."""
+    """Cut the stream into rows of at most `row_tokens` inputs: (start, end).
+
+    They never cut a piece: a document, or `context` tokens of a long one.
+    """
     cuts = document_cu_seqlens(scorer.documents()[0], scorer.total, context, bucket=1)
     rows, start = [], 0
     while start < scorer.total:
@@ -4920,29 +5614,30 @@ def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int
 
 
 def packed_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
-    """Yield whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
-    context, device = cfg.eval_seq_len, scorer.world.device
+    """Yield whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows, the same for any ranks."""
+    context = cfg.eval_seq_len
     whole_stream = -(-scorer.total // context) * context
     row_tokens = min(max(cfg.val_batch_tokens // 8, context), whole_stream)
 
     for start, end in packed_rows(scorer, context, row_tokens)[rank::size]:
-        targets = np.full((1, row_tokens), -1)
-        targets[0, : end - start] = np.arange(start, end)
+        targets = np.arange(start, start + row_tokens)[None]
+        targets = np.where(targets < end, targets, -1)
         inputs = np.zeros((1, row_tokens), np.int64)
         inputs[0, : end - start] = scorer.inputs_for(start, targets)
 
         starts = np.flatnonzero(inputs[0] == BOS_ID)
-        if end - start < row_tokens:
-            starts = np.append(starts, end - start)  # the padding
+        starts = np.append(starts, end - start)  # the padding is a document of its own
         cuts = document_cu_seqlens(starts, row_tokens, context)
-        segments = Segments(torch.from_numpy(cuts).to(device), context)
-        yield EvalBatch(torch.from_numpy(inputs).to(device), targets, np.diff(cuts), segments)
+        segments = Segments(torch.from_numpy(cuts).to(scorer.world.device), context)
+        yield EvalBatch(scorer.on_device(inputs), targets, np.diff(cuts), segments)
 
 
 def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
-    """Yield windows every EVAL_STRIDE tokens, documents not masked; each scores the targets that no earlier window has scored.
+    """Yield windows every EVAL_STRIDE tokens, documents not masked; each scores what no earlier window has
+    scored.
 
-    Each row walks through a stretch of its own: most of what its window shows has been scored by the same row in earlier batches.
+    Each row walks through a stretch of its own: most of what its window shows has been scored by the same row
+    in earlier batches.
     """
     seq, stride = cfg.eval_seq_len, cfg.eval_stride
     starts = np.arange(0, max(1, scorer.total - (seq - stride)), stride)
@@ -4968,14 +5663,13 @@ def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
         for row, window in enumerate(windows):
             shown = scorer.inputs_for(starts[window], targets[row])
             inputs[row, : len(shown)] = shown
-        lengths = np.full(len(windows), seq)
-        yield EvalBatch(torch.from_numpy(inputs).to(scorer.world.device), targets, lengths, learn=learn)
+        yield EvalBatch(scorer.on_device(inputs), targets, np.full(len(windows), seq), learn=learn)
 
 
 class Method(NamedTuple):
     """Say what a way of scoring is, for `evaluate`, and for the probes of tools/probes.py."""
 
-    batches: Any            # (cfg, scorer, rank, size) -> EvalBatch after EvalBatch; None: TttRun deals its own
+    batches: Any            # (cfg, scorer, rank, size) -> EvalBatch after EvalBatch; None: TttRun makes its own
     documents_masked: bool  # no document sees another
     small: dict             # upper limits of variables with which a few short documents go through all of it
 
@@ -4988,10 +5682,12 @@ METHODS = dict(
 
 @torch.enable_grad()
 def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
-    """Learn a shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
+    """Learn a shift of the final hidden states that lowers the loss on some targets of windows (SLOT, PR
+    #1105).
 
-    published: one shift for the batch, from all its targets, those about to be scored included, which breaks the rules. causal:
-    one for each window, from targets that its row has scored before. score(tokens, shift=...) -> nats. -> (1 or B, 1, D).
+    published: one shift for the batch, from all its targets, those about to be scored included, which breaks
+    the rules. causal: one for each window, from targets that its row has scored before. score(tokens,
+    shift=...) -> nats. -> (1 or B, 1, D).
     """
     device, causal = scorer.world.device, cfg.slot == "causal"
     tokens = scorer.targets_to_learn(learn, "slot", early=not causal)
@@ -5010,7 +5706,10 @@ def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def evaluate(cfg: Config, world: World, forward, scorer: Scorer, looping: bool = True) -> Score:
-    """Score everything behind the scorer with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
+    """Score everything behind the scorer with fixed weights, each rank its share of the batches.
+
+    forward: `GPT.forward`, compiled or not.
+    """
     layers = layer_order(cfg, looping)
     batches = METHODS[cfg.eval_method].batches
     with announce_order(cfg, scorer, scorer.order).only_released_steps():
@@ -6765,8 +7464,8 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
 def pick_kernels(cfg: Config, world: World) -> tuple[Kernels, str]:
     """Choose the kernels of this run; a script without KERNELS has the definitions.
 
-    -> (kernels, the attention's name and how it was chosen). Raises RunError where a variable asks such a script
-    for a kernel.
+    -> (kernels, the attention's name and how it was chosen). Raises RunError where a variable asks such a
+    script for a kernel.
     """
     if "choose_kernels" in globals():
         kernels = choose_kernels(cfg, world)
@@ -6779,8 +7478,8 @@ def pick_kernels(cfg: Config, world: World) -> tuple[Kernels, str]:
     if cfg.cuda_graphs:
         wanted.append("CUDA_GRAPHS=1")
     if wanted:
-        raise RunError(f"{' '.join(wanted)}: no kernels in this script, its section KERNELS was cut off; take the "
-                       "whole script, or set *_KERNEL to eager, ATTN_BACKEND to auto and CUDA_GRAPHS to 0")
+        raise RunError(f"{' '.join(wanted)}: no kernels in this script, its section KERNELS was cut off; "
+                       "take the whole script, or set *_KERNEL to eager, ATTN_BACKEND to auto, CUDA_GRAPHS to 0")
     return DEFINITIONS, "sdpa (KERNELS was cut off)"
 
 
@@ -6793,21 +7492,24 @@ class Note(NamedTuple):
 
 
 NOTES = dict(
-    data=Note("train_shards: {train_shards}\nval_tokens: {val_tokens}", dict(val_tokens="val_tokens", docs_val="docs_val")),
+    data=Note(
+        "train_shards: {train_shards}\nval_tokens: {val_tokens}",
+        dict(val_tokens="val_tokens", docs_val="docs_val")),
     trained=Note(
         "peak memory allocated: {allocated} MiB reserved: {reserved} MiB",
-        {name: name for name in ("steps", "train_seconds", "train_tokens", "step_avg_ms", "loss_curve", "mfu")}),
+        dict(steps="steps", train_seconds="seconds", train_tokens="tokens", step_avg_ms="step_ms",
+             loss_curve="losses", mfu="mfu")),
     calibrated=Note("GPTQ:collected {count} Hessians in {seconds:.1f}s", dict(calib_seconds="budgeted")),
     scored=Note(
         "{name} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{milliseconds:.0f}ms",
-        {"{key}_val_loss": "loss", "{key}_val_bpb": "bpb", "{key}_mfu": "mfu", "val_loss": "loss", "val_bpb": "bpb",
-         "target_tokens": "tokens", "val_bytes": "bytes"}),
+        {"{key}_val_loss": "loss", "{key}_val_bpb": "bpb", "{key}_mfu": "mfu",
+         "val_loss": "loss", "val_bpb": "bpb", "target_tokens": "tokens", "val_bytes": "bytes"}),
     artifact=Note(
         "Code size (uncompressed): {code_bytes} bytes\n"
         "Serialized model {form}: {bytes} bytes\n"
         "Total submission size {form}: {total} bytes",
-        dict(artifact_file="file", artifact_bytes="bytes", artifact_sha256="sha256", bytes_by_part="parts", code_bytes="code_bytes",
-             code_sha256="code_sha256", bytes_total="total", over_cap="over_cap"),
+        dict(artifact_file="file", artifact_bytes="bytes", artifact_sha256="sha256", bytes_by_part="parts",
+             code_bytes="code_bytes", code_sha256="code_sha256", bytes_total="total", over_cap="over_cap"),
         ledger=True),
 )
 
@@ -6824,7 +7526,7 @@ def state_hash(*states: Any) -> str:
 
 
 class Run:
-    """Hold what all stages of a run share: configuration, ranks, files, log, ledger, clock, and the numbers collected so far."""
+    """Hold what stages share: configuration, ranks, files, log, ledger, clock and the numbers so far."""
 
     def __init__(self, cfg: Config, world: World, out: Path):
         self.cfg = cfg
@@ -6836,14 +7538,19 @@ class Run:
         self.artifact = out / "final_model.int6.ptz"
         self.log = Log(out / f"{self.id}.txt" if world.main else None)
         self.ledger = Ledger(out / "ledger.jsonl" if world.main else None)
-        self.clock = Clock(world, lambda name, seconds: self.ledger.add("phase", dict(name=name, seconds=seconds)))
+        self.clock = Clock(world, self.note_phase)
         if cfg.stage not in ("train", "warm"):
             require_coders(cfg.compressor)  # before an hour of training, not after
+
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
         self.data = ValData.load(cfg, self.files)
         self.kernels, self.attention = pick_kernels(cfg, world)
         self.result: dict[str, Any] = {}
         self.last_pass = ""  # over the validation tokens
+
+    def note_phase(self, name: str, seconds: float) -> None:
+        """Keep a stretch of the clock in the ledger."""
+        self.ledger.add("phase", dict(name=name, seconds=seconds))
 
     def note(self, kind: str, **facts: Any) -> None:
         """Write facts to the log, the result and the ledger, as NOTES says for their kind."""
@@ -6860,7 +7567,7 @@ class Run:
 
     @contextlib.contextmanager
     def unchanged(self, state):
-        """Keep the hash of what state() returns and of the random generators, before a warm-up and after it."""
+        """Keep the hash of what state() returns and of the random generators, before and after a warm-up."""
         def look() -> str:
             return state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
 
@@ -6879,7 +7586,8 @@ class Run:
         score = method(scorer)
         seconds = time.perf_counter() - start
         mfu = Utilization(self.world, scorer.work, seconds).result(seconds)
-        self.note("scored", name=name, key=scorer.name, milliseconds=1000 * seconds, mfu=mfu, **score._asdict())
+        facts = score._asdict() | dict(milliseconds=1000 * seconds, mfu=mfu)
+        self.note("scored", name=name, key=scorer.name, **facts)
         return seconds
 
     def diagnostic(self, name: str, key: str, forward) -> float:
@@ -6890,17 +7598,18 @@ class Run:
 
 def environment(world: World) -> dict:
     """List versions and machine."""
-    return dict(hardware=hardware_name(world), python_version=platform.python_version(), torch_version=torch.__version__,
-                triton_version=triton_version(), world_size=world.size)
+    return dict(
+        hardware=hardware_name(world), world_size=world.size, python_version=platform.python_version(),
+        torch_version=torch.__version__, triton_version=triton_version())
 
 
 def log_start(run: Run, env) -> None:
-    """Log overrides, variables without effect, the whole configuration and the source: a log is a complete account of its run."""
+    """Log what the run depends on: overrides, variables without effect, all of the configuration, the source."""
     cfg, log = run.cfg, run.log
     script = Path(__file__)
     changed = " ".join(f"{name}={value}" for name, value in overrides(cfg).items())
-    log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, torch {torch.__version__}, "
-        f"python {platform.python_version()}")
+    log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, "
+        f"torch {torch.__version__}, python {platform.python_version()}")
     log(f"overrides: {changed or 'none'}")
     for note in without_effect(cfg, env):
         log(f"no effect: {note}")
@@ -6908,22 +7617,29 @@ def log_start(run: Run, env) -> None:
     for name in sorted(f.name for f in fields(cfg)):
         log(f"  {name}: {getattr(cfg, name)}", console=False)
     log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
-    run.note("data", train_shards=len(run.files.train), val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]))
+
+    documents, _ = run.data.documents()
+    targets = len(run.data.target_bytes)
+    run.note("data", train_shards=len(run.files.train), val_tokens=targets, docs_val=len(documents))
     if cfg.quant == "rd" and cfg.target_bytes and cfg.stage != "eval":
         log(bits_available(cfg, script.stat().st_size))
 
-    kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel, adam=cfg.ttt_adam_kernel)
+    kernels = dict(
+        mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel,
+        adam=cfg.ttt_adam_kernel)
     chosen = " ".join(f"{name}:{kind}" for name, kind in kernels.items())
     log(f"kernels: attention:{run.attention} {chosen}")
 
 
 def bits_available(cfg: Config, code_bytes: int) -> str:
     """Say how many bits TARGET_BYTES leaves for a weight, and what that means."""
-    weights = sum(math.prod(m.shape) for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq")
+    stored = [m for m in matrices(cfg) if m.role.stored is not None]
+    weights = sum(math.prod(m.shape) for m in stored if m.role.stored.codec == "gptq")
     bits = 8 * (cfg.target_bytes - code_bytes) / weights
     verdicts = ((0.2, "CANNOT FIT"), (2, "fits, at a loss: 3 are usual"), (math.inf, "fits"))
     verdict = next(verdict for limit, verdict in verdicts if bits < limit)
-    return f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code_bytes}, {bits:.2f} bits each: {verdict}"
+    return (f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code_bytes}, "
+            f"{bits:.2f} bits each: {verdict}")
 
 
 def open_account(run: Run) -> None:
@@ -6933,10 +7649,12 @@ def open_account(run: Run) -> None:
     if cfg.tokenizer_file.exists():
         tokenizer = sha256_file(cfg.tokenizer_file)
     run.ledger.add("start", dict(
-        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage, code_sha256=sha256_file(Path(__file__)),
-        config_hash=config_hash(cfg), overrides=overrides(cfg), seed=cfg.seed, seeds_declared=cfg.seeds_declared,
+        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage,
+        code_sha256=sha256_file(Path(__file__)), config_hash=config_hash(cfg), overrides=overrides(cfg),
+        seed=cfg.seed, seeds_declared=cfg.seeds_declared,
         manifest_sha256=files.manifest_sha256, shards=files.hashes, tokenizer_sha256=tokenizer,
-        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()), environment=environment(run.world)))
+        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()),
+        environment=environment(run.world)))
 
 
 def train_stage(run: Run) -> GPT:
@@ -6979,7 +7697,8 @@ def train_stage(run: Run) -> GPT:
 def resume(run: Run, trainer: Trainer) -> None:
     """Go on where an interrupted run left its checkpoint. Raises RunError without one."""
     if not run.checkpoint.exists():
-        raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
+        raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the folder of the "
+                       "interrupted run, or RESUME=0")
     trainer.load_state(load_tensors(run.checkpoint, run.world.device))
     run.log(f"resumed after step {trainer.step}")
 
@@ -6990,13 +7709,13 @@ def note_training(run: Run, trainer: Trainer, wall_seconds: float) -> None:
     allocated = max(peak_memory_mib(device), run.clock.peak_mib.get("train", 0))
     reserved = torch.cuda.max_memory_reserved() >> 20 if device.type == "cuda" else allocated
     run.note(
-        "trained", allocated=allocated, reserved=reserved, steps=trainer.step, train_seconds=seconds,
-        train_tokens=trainer.step * run.cfg.train_batch_tokens, step_avg_ms=1000 * seconds / trainer.step,
-        loss_curve=trainer.losses, mfu=trainer.utilization.result(wall_seconds))
+        "trained", allocated=allocated, reserved=reserved, steps=trainer.step, seconds=seconds,
+        tokens=trainer.step * run.cfg.train_batch_tokens, step_ms=1000 * seconds / trainer.step,
+        losses=trainer.losses, mfu=trainer.utilization.result(wall_seconds))
 
 
 def warm_stage(run: Run) -> None:
-    """Compile everything that training and the scored evaluation will run, on fresh weights; nothing is learned."""
+    """Compile what training and the scored evaluation will run, on fresh weights; nothing is learned."""
     cfg, world = run.cfg, run.world
     run.clock.phase("compile")
     trainer = Trainer(cfg, world, run.files, run.kernels)
@@ -7010,7 +7729,7 @@ def warm_stage(run: Run) -> None:
 
 
 def quantize_stage(run: Run, model: GPT | None) -> None:
-    """Collect Hessians, quantize and pack; the artifact is read back and compared before the stage is done."""
+    """Collect Hessians, quantize and pack; the artifact is read back and compared."""
     cfg, world, log = run.cfg, run.world, run.log
     if model is None:
         model = load_checkpoint_model(cfg, world, run.weights, run.kernels)
@@ -7032,13 +7751,14 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
         start = time.perf_counter()
         stored, blob = quantize_to_fit(
             cfg, model.state_dict(), hessians, Path(__file__).stat().st_size, log, model.kernels.viterbi)
-        log(f"Serialize: {cfg.quant} quantization and {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
+        seconds = time.perf_counter() - start
+        log(f"Serialize: {cfg.quant} quantization and {cfg.compressor} compression done in {seconds:.1f}s")
         write_atomic(run.artifact, blob)
         run.clock.phase("unpack")
         back = unpack(cfg, run.artifact.read_bytes())
         for name, s in stored.items():
             if not torch.equal(s.decode(), back[name].decode()):
-                raise RunError(f"{run.artifact}: {name} does not survive packing: a bug, please report it with the log")
+                raise RunError(f"{run.artifact}: {name} does not survive packing: a bug, please report it")
     world.barrier()
 
 
@@ -7048,17 +7768,19 @@ def count_bytes(run: Run) -> None:
     code, model = script.stat().st_size, artifact.stat().st_size
     total = code + model
     run.note(
-        "artifact", form=f"quantized+{run.cfg.compressor}", file=artifact.name, bytes=model, sha256=sha256_file(artifact),
-        parts=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script), total=total,
-        over_cap=total > ARTIFACT_CAP_BYTES)
+        "artifact", form=f"quantized+{run.cfg.compressor}",
+        file=artifact.name, bytes=model, sha256=sha256_file(artifact),
+        parts=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script),
+        total=total, over_cap=total > ARTIFACT_CAP_BYTES)
     if total > ARTIFACT_CAP_BYTES:
         run.log(
-            f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; nothing is deleted, the run is "
-            "marked. Ship the packed script (tools/pack_code.py), or set QUANT=rd TARGET_BYTES, or raise *_CLIP_SIGMAS")
+            f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; "
+            "nothing is deleted, the run is marked. Ship the packed script (tools/pack_code.py), or set QUANT=rd "
+            "TARGET_BYTES, or raise *_CLIP_SIGMAS")
 
 
 def score_artifact(run: Run) -> None:
-    """Load the artifact from its bytes, score it as it is, and then, with TTT_ENABLED, as it adapts to what it has scored."""
+    """Load the artifact from its bytes, score it as it is, and then, with TTT_ENABLED, as it adapts."""
     cfg = run.cfg
     run.clock.phase("unpack")
     start = time.perf_counter()
@@ -7089,7 +7811,8 @@ def adapt_and_score(run: Run, model: GPT) -> float:
 
     run.clock.phase("eval")
     run.log("beginning TTT eval timer")
-    seconds = run.score("quantized_ttt_phased", scorer, lambda scorer: TttRun(cfg, engine, scorer, run.log).run())
+    ttt = TttRun(cfg, engine, scorer, run.log)  # its clock runs from here
+    seconds = run.score("quantized_ttt_phased", scorer, lambda _: ttt.run())
     run.log(f"total_eval_time:{seconds:.1f}s")
     run.log(f"ttt_utilization: {Utilization(run.world, scorer.work, seconds).interval()}")
     return seconds
@@ -7102,7 +7825,7 @@ def eval_stage(run: Run) -> None:
         score_artifact(run)
     own_files = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *files.val, *files.sidecar]
     of_ranks = run.world.gather(log.unexpected(cfg.shards_path, own_files))
-    run.ledger.add("access", dict(seen=sorted(entry for seen in of_ranks for entry in seen)))
+    run.ledger.add("access", dict(seen=sorted(set().union(*of_ranks))))
 
 
 def documents_of(manifest: dict, split: str) -> int | None:
@@ -7112,28 +7835,34 @@ def documents_of(manifest: dict, split: str) -> int | None:
 
 
 def complete_result(run: Run) -> dict:
-    """Put the numbers collected so far among what says which run they are of; what no stage has measured is None."""
+    """Put the numbers so far among what says which run they are of; what no stage has measured is None."""
     cfg, files = run.cfg, run.files
     phases = run.clock.table()
-    scores = [f"{stage}val_{unit}" for stage in ("", "pre_quant_", "quantized_", "ttt_") for unit in ("loss", "bpb")]
-    unmeasured = dict.fromkeys((*scores, "steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds"))
+    stages = ("", "pre_quant_", "quantized_", "ttt_")
+    scores = [f"{stage}val_{unit}" for stage in stages for unit in ("loss", "bpb")]
+    others = ("steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds")
+    measured = dict.fromkeys((*scores, *others)) | run.result
+    manifest = files.manifest
     data = dict(
-        manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents_of(files.manifest, "train"),
-        train_tokens=files.manifest.get("splits", {}).get("train", {}).get("tokens"), docs_val=documents_of(files.manifest, "val"),
-        tokenizer_sha256=files.manifest.get("tokenizer_sha256"))
+        manifest_sha256=files.manifest_sha256, tokenizer_sha256=manifest.get("tokenizer_sha256"),
+        train_shards=len(files.train), train_tokens=manifest.get("splits", {}).get("train", {}).get("tokens"),
+        docs_train=documents_of(manifest, "train"), docs_val=documents_of(manifest, "val"))
     return dict(
-        schema_version=1, run_id=run.id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage, overrides=overrides(cfg),
-        config_hash=config_hash(cfg), **unmeasured | run.result, phases=phases, wall_seconds=sum(p["seconds"] for p in phases),
-        compilations=run.clock.compiled, peak_mem_mib=max(p["peak_mib"] for p in phases), **environment(run.world), data=data,
+        schema_version=1, run_id=run.id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
+        overrides=overrides(cfg), config_hash=config_hash(cfg), **measured,
+        phases=phases, wall_seconds=sum(p["seconds"] for p in phases),
+        peak_mem_mib=max(p["peak_mib"] for p in phases), compilations=run.clock.compiled,
+        **environment(run.world), data=data,
         train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)
 
 
 def finish(run: Run) -> None:
-    """Close the account, write result.json, print the tables, how the run is judged, and the result as one line of JSON."""
+    """Close the account, write result.json, print the tables, how to judge the run, and the result."""
     result = complete_result(run)
     times = ("train_seconds", "calib_seconds", "eval_seconds", "train_budget_seconds", "eval_budget_seconds")
     run.ledger.add("end", dict(
-        val_loss=result["val_loss"], val_bpb=result["val_bpb"], tokens=result.get("target_tokens"), bytes=result.get("val_bytes"),
+        val_loss=result["val_loss"], val_bpb=result["val_bpb"],
+        tokens=result.get("target_tokens"), bytes=result.get("val_bytes"),
         **{name: result[name] for name in times}, **{"pass": run.last_pass}))
     result["ledger"] = dict(lines=run.ledger.lines, last_hash=run.ledger.last)
 
@@ -7151,7 +7880,8 @@ def finish(run: Run) -> None:
 def summary_table(result: dict) -> list[str]:
     """Write out the numbers that a person wants first."""
     lines = ["", f"{'stage':<28}{'val_bpb':>10}{'val_loss':>10}"]
-    for name, key in (("trained (EMA)", "pre_quant"), ("quantized", "quantized"), ("test-time trained", "ttt")):
+    stages = {"trained (EMA)": "pre_quant", "quantized": "quantized", "test-time trained": "ttt"}
+    for name, key in stages.items():
         if result[f"{key}_val_bpb"] is not None:
             lines.append(f"{name:<28}{result[f'{key}_val_bpb']:>10.5f}{result[f'{key}_val_loss']:>10.5f}")
     if "artifact_bytes" in result:
@@ -7181,19 +7911,23 @@ def run_stages(cfg: Config, world: World, env) -> None:
 
 
 def main() -> int:
-    """Run from the command line. Exit codes: 0 done, 1 the run failed with an explanation, 2 bad configuration, 130 interrupted."""
+    """Run from the command line. Exit codes: 0 done, 1 failed with an explanation, 2 bad configuration, 130
+    interrupted.
+    """
     if set(sys.argv[1:]) & {"-h", "--help"}:
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-        print(help_text())
+        print(help_text(os.environ.get("PRESET", "s14")))
         return 0
     if sys.argv[1:]:
-        print(f"unknown arguments {sys.argv[1:]}: everything is set by environment variables; see --help", file=sys.stderr)
+        print(f"unknown arguments {sys.argv[1:]}: everything is set by environment variables; see --help",
+              file=sys.stderr)
         return 2
     try:
         cfg, launch = config_from_env(os.environ), launch_from_env(os.environ)
     except ValueError as e:
-        print("bad configuration:\n" + "\n".join(f"  {line}" for line in str(e).splitlines()), file=sys.stderr)
+        problems = "\n".join(f"  {line}" for line in str(e).splitlines())
+        print(f"bad configuration:\n{problems}", file=sys.stderr)
         return 2
     world = None
     try:
@@ -7204,11 +7938,12 @@ def main() -> int:
         print(f"error: {e}", file=sys.stderr)
         return 130 if isinstance(e, Interrupted) else 1
     except torch.OutOfMemoryError as e:
-        print(f"error: out of device memory: {e}\nLower TRAIN_MICROBATCH_TOKENS (the batch stays the same), VAL_BATCH_TOKENS or "
-              "TTT_BATCH_SIZE", file=sys.stderr)
+        print(f"error: out of device memory: {e}\nLower TRAIN_MICROBATCH_TOKENS (the batch stays the same), "
+              "VAL_BATCH_TOKENS or TTT_BATCH_SIZE", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what was finished is on disk: go on with STAGE=quantize or STAGE=eval", file=sys.stderr)
+        print("interrupted; what was finished is on disk: go on with STAGE=quantize or STAGE=eval",
+              file=sys.stderr)
         return 130
     finally:
         if world is not None:

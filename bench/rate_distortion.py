@@ -96,7 +96,11 @@ class Checkpoint:
             self.stored[key] = tg.quantize(cfg, self.state, hessians, lambda line: None), time.perf_counter() - start
         stored, seconds = self.stored[key]
         start = time.perf_counter()
-        return *tg.pack_to_fit(cfg, stored, 0, lambda line: None), seconds, time.perf_counter() - start
+        if cfg.quant == "s05":
+            stored, blob = tg.prune_to_fit(cfg, stored, 0, lambda line: None)
+        else:
+            blob = tg.pack(cfg, stored)
+        return stored, blob, seconds, time.perf_counter() - start
 
     def point(self, method: str, variables: dict) -> dict:
         """One configuration: quantize, pack, write nothing, unpack, compare, score."""

@@ -7,8 +7,8 @@ The packed file is what runs and what is counted; the readable script is its twi
 change: every statement, assertion and check survives, so both behave alike. `--check` writes nothing unless the packed
 script answers `--help` exactly like the readable one.
 
-`--drop` leaves out what a configuration does not use: KERNELS (it then runs on the definitions, on a CPU), any section
-that no other one reads, and `help`, what every variable means. The packed script names what it lacks in its first line.
+`--drop` leaves out what a configuration does not use: KERNELS (the script then runs on its definitions), any section that
+no other one needs, and `help`, what every variable means. The packed script names what it lacks in its first line.
 """
 
 import argparse
@@ -42,23 +42,6 @@ exec(compile(_s,_f,"exec"))
 PAYLOAD = re.compile(rb'b85decode\("([^"]+)"\)')
 LACKS = re.compile(rb"\A# without ([^\n]+)\n")
 HELP_SECONDS = 120
-STAND_INS = {  # section: what answers in its place, where the rest of the script asks it for something
-    "KERNELS": '''
-def choose_attention(wanted, world, cache_dir=""):
-    return "definition", document_attention_reference, ""
-
-
-def choose_kernels(cfg, world):
-    knobs = ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel", "ttt_adam_kernel")
-    asked = [f"{name.upper()}={getattr(cfg, name)}" for name in knobs if getattr(cfg, name) != "eager"]
-    if asked or world.device.type == "cuda":
-        raise RunError(f"{' '.join(asked) or world.device} needs KERNELS, which this script was packed without: "
-                       "pack it without --drop KERNELS")
-    return DEFINITIONS
-
-
-''',
-}
 
 
 def names_to_keep(tree: ast.Module) -> set[str]:
@@ -110,6 +93,27 @@ def without_help(source: str) -> str:
     return b"".join(lines).decode()
 
 
+class WithoutAnswered(ast.NodeTransformer):
+    """Remove what runs only `if "NAME" in globals()`, for the names given: the script itself does without them."""
+
+    def __init__(self, names: set[str]):
+        self.names = names
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        self.generic_visit(node)
+        guards = {f"{name!r} in globals()" for name in self.names}
+        if ast.unparse(node.test) in guards:
+            node.body = [ast.Pass()]
+        return node
+
+
+def needs(rest: str, section: str) -> set[str]:
+    """Find the names of a section that the rest of the script cannot do without."""
+    names = bound_names(section) - bound_names(rest)
+    unguarded = ast.unparse(WithoutAnswered(names).visit(ast.parse(rest)))
+    return names & global_names(symtable.symtable(unguarded, "rest", "exec"))
+
+
 def drop(source: str, parts: list[str]) -> str:
     """Leave sections, or "help", out of a readable script. Raises ValueError naming what the rest needs of a section."""
     for part in parts:
@@ -117,12 +121,9 @@ def drop(source: str, parts: list[str]) -> str:
             source = without_help(source)
             continue
         above, section, below = cut_section(source, part)
-        missing = bound_names(section) & global_names(symtable.symtable(above + below, "rest", "exec"))
-        stand_in = STAND_INS.get(part, "") if missing else ""
-        missing -= bound_names(stand_in) | bound_names(above + below)
-        if missing:
+        source = above + below
+        if missing := needs(source, section):
             raise ValueError(f"cannot leave out {part}: the rest of the script needs {', '.join(sorted(missing))}")
-        source = above + stand_in + below
     return source
 
 

@@ -210,17 +210,17 @@ def make_replay(run: FinishedRun):
     path = find_by_hash(run.folder, artifact["sha256"], Path(artifact["file"]).suffix)
     if path is None:
         raise Broken(f"{run.folder} does not hold the artifact that was scored ({artifact['sha256'][:12]})")
-    model = tg.load_artifact(cfg, run.world, path, tg.choose_kernels(cfg, run.world))
+    model = tg.load_artifact(cfg, run.world, path, tg.pick_kernels(cfg, run.world)[0])
     if cfg.ttt_enabled:
         engine = tg.TttEngine(probe_cfg, run.world, model, run.data)
-        score = lambda scorer: tg.TttRun(probe_cfg, engine, scorer, tg.Log(None)).run()  # noqa: E731
     else:
         forward = tg.compile_forward(model, cfg, run.world)
-        score = lambda scorer: tg.evaluate(probe_cfg, run.world, forward, scorer)  # noqa: E731
 
     def replay(scorer):
         with tg.access_log():
-            return score(scorer)
+            if cfg.ttt_enabled:
+                return tg.TttRun(probe_cfg, engine, scorer, tg.Log(None)).run()
+            return tg.evaluate(probe_cfg, run.world, forward, scorer)
 
     return replay
 
