@@ -4110,14 +4110,15 @@ def dequantized_state(cfg: Config, stored: Quantized) -> Tensors:
 ARTIFACT_MAGIC = b"PGA1"
 ARTIFACT_VERSION = 4   # bump it whenever any byte of the output could change its meaning
 HEADER_START = 26      # behind magic, version, header size and checksum
-CHECKPOINT_FORMAT = 2  # of final_model.pt; published files have none, nor had ours while parallel_post_lambdas was transposed
-
-
-STREAMS = ("tok_emb", "attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "rest", "row_order")
-Array = np.ndarray
-Arrays = dict[str, Array]  # all parts of all tensors, "tensor:codec.part": int8, int16 or fp16
+CHECKPOINT_FORMAT = 2  # of final_model.pt; published files have none
+STREAMS = (  # in their order in an artifact
+    "tok_emb", "attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "rest", "row_order",
+)
 SMALL_STREAMS = ("rest", "row_order")  # no integers of matrices
 TOKEN_STREAM = "tok_emb"  # a row per token: rows of rare tokens resemble each other
+
+Array = np.ndarray
+Arrays = dict[str, Array]  # all parts of all tensors by name, "tensor:codec.part": int8, int16 or fp16
 
 
 class ArtifactError(RunError):
@@ -4125,8 +4126,8 @@ class ArtifactError(RunError):
 
 
 HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becomes an ArtifactError
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError,
-    ValueError, brotli.error, subprocess.TimeoutExpired,
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError,
+    TypeError, ValueError, brotli.error, subprocess.TimeoutExpired,
 )
 
 
@@ -4158,8 +4159,8 @@ class Lrzip:
         """Find the program. Raises RunError saying how to get it."""
         path = shutil.which("lrzip")
         if path is None:
-            raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and "
-                           "Ubuntu: apt-get install lrzip), or set COMPRESSOR=range")
+            raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it "
+                           "(on Debian and Ubuntu: apt-get install lrzip), or set COMPRESSOR=range")
         return path
 
     @staticmethod
@@ -4171,15 +4172,15 @@ class Lrzip:
         """Decode to `size` bytes, which the data's own header must announce too: the program sees no bomb."""
         announced = int.from_bytes(data[6:14], "little")
         if data[:4] != b"LRZI" or announced != size:
-            raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes; make it again")
+            raise ArtifactError(f"a stream of the artifact is no lrzip form of {size} bytes; make it again")
         return Lrzip.run(["-d"], data, size)
 
     @staticmethod
     def run(flags: list[str], data: bytes, size: int) -> bytes:
         """Run the program on `data`, which has or will have `size` bytes when decoded.
 
-        Its time and, on Linux, memory and disk have limits of several times what that size usually takes, whatever the
-        data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
+        Its time and, on Linux, memory and disk have limits of several times what that size usually takes,
+        whatever the data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
         """
         seconds = 1 + size // 50_000
         limits = dict(CPU=seconds, AS=(512 << 20) + 16 * size, FSIZE=(32 << 10) + size)
@@ -4188,32 +4189,38 @@ class Lrzip:
             result = Path(folder, "out")
             source.write_bytes(data)
             command = [Lrzip.require(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
-            pipe = subprocess.PIPE
-            with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as process:
+            streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            with subprocess.Popen(command, **streams) as process:
                 for name, limit in limits.items():
                     if hasattr(resource, "prlimit"):
                         resource.prlimit(process.pid, getattr(resource, f"RLIMIT_{name}"), (limit, limit))
                 try:
-                    output, complaint = process.communicate(timeout=10 * seconds)
+                    output, _ = process.communicate(timeout=10 * seconds)
                 finally:
                     process.kill()
             if process.returncode or not result.exists():
-                words = (complaint.strip() or output.strip()).decode(errors="replace")
-                raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: {words}")
+                words = output.decode(errors="replace").strip()
+                raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: "
+                                    f"{words}; make the artifact again")
             return result.read_bytes()
 
 
-# ---- COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine, and no table is
-# sent: encoder and decoder count what they have seen. All of it, up to `code_arrays`, is written once for both: an encoder
-# leaves the values it is given as they are, a decoder fills them in, a counter of bits adds up what they would cost.
+# ---- COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine,
+# and no table is sent: encoder and decoder count what they have seen. All of it, up to `code_arrays`, is
+# written once for both: an encoder leaves the values it is given as they are, a decoder fills them in, a
+# counter of bits adds up what they would cost.
 
-EIGHTH_OCTAVES = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
+# 2^(n/8), rounded down: three square roots of 2^n.
+EIGHTH_OCTAVES = np.array(
+    [math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)]
+)  # fmt: skip
 MAGNITUDE_CLASSES = 41  # of a mean magnitude, a quarter of an octave each, from 1/8 (class 0) to 128
 CLASS_OF_ONE = 12       # the class of a mean of 1: three octaves above 1/8
 COUNT_STEP = 64         # what one symbol adds to its count
 MAGNITUDES = np.minimum(np.arange(256), 256 - np.arange(256))  # of the int8 that a byte stands for
 
-# Means are in units of 2^-12, so class 0 is around 2^(12 - 3). A class ends an eighth of an octave above its own mean.
+# Means are in units of 2^-12, so class 0 is around 2^(12 - 3) and ends an eighth of an octave above that; the
+# others follow, each a quarter of an octave wide.
 CLASS_ENDS = EIGHTH_OCTAVES[8 * (12 - 3) + 1 :: 2][: MAGNITUDE_CLASSES - 1]
 
 
@@ -4224,10 +4231,12 @@ def magnitude_class(mean: Array) -> Array:
 
 @cache
 def gaussian_counts() -> Array:
-    """Make the counts to start from, int64 (2 * MAGNITUDE_CLASSES, 256): each class under both quantizers of a trellis.
+    """Make the counts to start from, int64 (2 * MAGNITUDE_CLASSES, 256): each class under both quantizers of
+    a trellis.
 
     They are a Gaussian of the class's mean magnitude m, worth 256 symbols, and a floor. At k it has fallen by
-    k^2 / (pi m^2 ln 2) octaves: in eighths of them, with m^2 in units of 2^-10, by 8 * 2^10 / (pi ln 2) = 3762 k^2 / m^2.
+    k^2 / (pi m^2 ln 2) octaves: in eighths of them, with m^2 in units of 2^-10, by 8 * 2^10 / (pi ln 2) =
+    3762 k^2 / m^2.
     """
     squared_mean = EIGHTH_OCTAVES[8 * 4 + 4 * np.arange(MAGNITUDE_CLASSES)][:, None]  # 2^(10 - 6) for class 0
     fallen = MAGNITUDES**2 * 3762 // squared_mean
@@ -4239,8 +4248,9 @@ def gaussian_counts() -> Array:
 def library_tables(counts: Array) -> Array:
     """Scale counts (contexts, symbols) to the frequencies that the library is given, integers.
 
-    Its tables have 24 bits and no zeros: it adds 1 to each frequency. The frequencies have exactly the sum that makes its
-    own scaling a multiplication by one; what is missing after rounding down goes to the most frequent symbol.
+    Its tables have 24 bits and no zeros: it adds 1 to each frequency. The frequencies have exactly the sum
+    that makes its own scaling a multiplication by one; what is missing after rounding down goes to the most
+    frequent symbol.
     """
     contexts, symbols = counts.shape
     room = 2**24 - symbols
@@ -4250,15 +4260,18 @@ def library_tables(counts: Array) -> Array:
 
 
 class RangeCoder:
-    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, adds up the bits of each owner."""
+    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, adds up the bits of
+    each owner."""
 
     def __init__(self, data: bytes | None = None, owners: int = 0):
         library = RangeCoder.require().stream
         self.bits = np.zeros(owners)
         self.model = library.model.Categorical
         self.encoder = library.queue.RangeEncoder()
-        words = np.frombuffer(data or b"", "<u4").astype(np.uint32)
-        self.decoder = None if data is None else library.queue.RangeDecoder(words)
+        self.decoder = None
+        if data is not None:
+            words = np.frombuffer(data, "<u4").astype(np.uint32)
+            self.decoder = library.queue.RangeDecoder(words)
 
     @staticmethod
     def require() -> Any:
@@ -4266,16 +4279,16 @@ class RangeCoder:
         try:
             return importlib.import_module("constriction")
         except ImportError:
-            raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip install -r "
-                           "requirements.txt, or set COMPRESSOR=brotli") from None
+            raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip "
+                           "install -r requirements.txt, or set COMPRESSOR=brotli") from None
 
     def encoded(self) -> bytes:
         """Return what was encoded."""
         return self.encoder.get_compressed().astype("<u4").tobytes()
 
     def code(self, counts: Array, context: Array, values: Array, owner: Array) -> None:
-        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count
-        them. `owner`, of n values, says whose they are."""
+        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,)
+        names, then count them. `owner`, of n values, says whose they are."""
         contexts, symbols = counts.shape
         frequency = np.bincount(context, minlength=contexts)
         used = np.flatnonzero(frequency)
@@ -4303,7 +4316,8 @@ class RangeCoder:
             self.library_call(part, self.model(table, perfect=False))
 
     def library_call(self, numbers: Array, model, *tables: Array) -> None:
-        """Encode `numbers` by one call, or decode them in place; `tables`, if any, has one for each number."""
+        """Encode `numbers` by one call, or decode them in place; `tables`, if any, has one for each number.
+        """
         if self.decoder is None:
             self.encoder.encode(numbers, model, *tables)
         else:
@@ -4326,13 +4340,14 @@ def require_coders(compressor: str) -> None:
         CODERS[stream_coder(compressor, stream)].require()
 
 
-# Tables of the four nibbles of a number: one of the first, one of the others for each value of the nibbles above it. The
-# fourth has one table only.
+# Of the tables of a number's four nibbles: the first has one, the second and third have one for each value of
+# what is above them, the fourth has one.
 TABLE_STARTS = (0, 1, 1 + 16, 1 + 16 + 256)
 
 
 def code_numbers(coder: RangeCoder, values: Array, owner: Array) -> None:
-    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it.
+    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above
+    it.
 
     Blocks grow with what is known, and what is known fades: layers differ.
     """
@@ -4356,11 +4371,13 @@ def code_numbers(coder: RangeCoder, values: Array, owner: Array) -> None:
 
 
 def find_references(q: Array, similar: bool) -> tuple[Array, Array, Array]:
-    """Choose for each row of int8 (rows, cols) the row it is coded against, if `similar` rows are to be found.
+    """Choose for each row of int8 (rows, cols) the row it is coded against, if `similar` rows are to be
+    found.
 
-    That is the most similar row that a decoder has by then: one higher up in any segment. A reference costs about two bytes
-    and must save more. Scalar products are exact in fp32, so the choice is the same on every machine. Returns the
-    reference, uint16 (rows,), its weight in halves, uint8 (rows,), 0 for no reference, and what is left, int8 (rows, cols).
+    That is the most similar row that a decoder has by then: one higher up in any segment. A reference costs
+    about two bytes and must save more. Scalar products are exact in fp32, so the choice is the same on every
+    machine. Returns the reference, uint16 (rows,), its weight in halves, uint8 (rows,), 0 for no reference,
+    and what is left, int8 (rows, cols).
     """
     rows, cols = q.shape
     reference = np.zeros(rows, np.uint16)
@@ -4376,8 +4393,10 @@ def find_references(q: Array, similar: bool) -> tuple[Array, Array, Array]:
         own = by_step[start:end]
         similarity = (x[start:end] @ x[:start].T).div_(norm[:start])
         best = by_step[similarity.argmax(1).numpy()]
-        left = np.stack([q[own] - (q[best].astype(np.int16) * weight + 1 >> 1) for weight in range(3)])
-        error = np.square(left, dtype=np.int32).sum(2) * [[2.0 ** (-18 / cols)], [1], [1]]
+        wide = q[best].astype(np.int16)
+        left = np.stack([q[own] - (wide * weight + 1 >> 1) for weight in range(3)])
+        bonus = [[2.0 ** (-18 / cols)], [1], [1]]  # for no reference
+        error = np.square(left, dtype=np.int32).sum(2) * bonus
         reference[own] = best
         halves[own] = error.argmin(0)
         residual[own] = left[halves[own], np.arange(len(own))]
@@ -4385,8 +4404,8 @@ def find_references(q: Array, similar: bool) -> tuple[Array, Array, Array]:
 
 
 def plan_rows(q: Array, similar: bool) -> tuple[Array, Array]:
-    """Choose what an encoder tells about the rows of int8 (rows, cols): class of magnitude + 64 * (weight of the reference
-    in halves), uint8 (rows,), and the reference, uint16 (rows,).
+    """Choose what an encoder tells about the rows of int8 (rows, cols): class of magnitude + 64 * (weight of
+    the reference in halves), uint8 (rows,), and the reference, uint16 (rows,).
 
     The class is that of the whole matrix unless the row differs enough to pay for saying so.
     """
@@ -4423,7 +4442,8 @@ def code_plan(coder: RangeCoder, q: Array, owner: Array, similar: bool) -> tuple
 
 
 def by_step(a: Array, n: int, rows: int) -> Array:
-    """Arrange (n * rows, ...) as (steps, segments, n, width): step t has row t of every segment of every matrix."""
+    """Arrange (n * rows, ...) as (steps, segments, n, width): step t has row t of every segment of every
+    matrix."""
     a = a.reshape(n, rows, -1)
     padded = np.pad(a, ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0)))
     segments = padded.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2])
@@ -4431,7 +4451,8 @@ def by_step(a: Array, n: int, rows: int) -> Array:
 
 
 def predict_rows(x: Array, reference: Array, halves: Array) -> Array:
-    """Predict the rows of a step from those known so far, x (steps, segments, n, cols): int8 (segments, n, cols).
+    """Predict the rows of a step from those known so far, x (steps, segments, n, cols): int8 (segments, n,
+    cols).
 
     `reference`, `halves` (segments, n, 1): the number of a row in its matrix, and its weight.
     """
@@ -4445,10 +4466,12 @@ def predict_rows(x: Array, reference: Array, halves: Array) -> Array:
 def code_matrices(
     coder: RangeCoder, counts: Array, q: Array, owners: list[int], trellis: bool, similar: bool,
 ) -> Array:  # fmt: skip
-    """Code int8 matrices (n, rows, cols) side by side: step t takes row t of every segment of every matrix. Returns them.
+    """Code int8 matrices (n, rows, cols) side by side: step t takes row t of every segment of every matrix.
+    Returns them.
 
-    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all
-    segments) and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256.
+    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it,
+    over all segments) and on the active quantizer of its trellis. Rows with a reference are coded as the
+    difference to it, modulo 256.
     """
     n, rows, cols = q.shape
     plan, reference, largest = code_plan(coder, q, np.repeat(owners, rows), similar)
@@ -4466,7 +4489,7 @@ def code_matrices(
     state = np.zeros(x.shape[1:], np.uint8)
     next_state = np.array(TRELLIS_NEXT, np.uint8).ravel()
 
-    is_symbol = MAGNITUDES <= largest  # of the 256 bytes; symbols number those, from 0 on
+    is_symbol = largest >= MAGNITUDES  # of the 256 bytes; symbols number those, from 0 on
     to_symbol = (is_symbol.cumsum() - 1).astype(np.uint8)
     from_symbol = np.flatnonzero(is_symbol).astype(np.uint8)
     tables = counts[:, from_symbol]
@@ -4497,56 +4520,46 @@ def code_matrices(
 
 def layout(cfg: Config, arrays: Arrays) -> dict[str, StoredAs]:
     """Look up how each array is kept: integers as the row of their tensor says, all else like HALF."""
-    stored = stored_matrices(cfg)
-    found = dict.fromkeys(arrays, HALF)
-    for name in arrays:
-        tensor, _, part = name.rpartition(":")
-        if part.endswith(".q") and tensor in stored:
-            found[name] = stored[tensor].role.stored
-    return found
-
-
-def code_flat(coder: RangeCoder, arrays: list[Array], owners: list[int]) -> list[Array]:
-    """Code the numbers of arrays of one kind, one after another. Returns the arrays."""
-    sizes = [a.size for a in arrays]
-    flat = np.concatenate([a.reshape(-1) for a in arrays])
-    code_numbers(coder, flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
-    parts = np.split(flat, np.cumsum(sizes)[:-1])
-    return [part.reshape(a.shape) for part, a in zip(parts, arrays, strict=True)]
+    stored = stored_as(cfg)
+    integers = {name: stored.get(name.partition(":")[0], HALF) for name in arrays if name.endswith(".q")}
+    return dict.fromkeys(arrays, HALF) | integers
 
 
 def code_arrays(cfg: Config, arrays: Arrays, coders: dict[str, RangeCoder]) -> Arrays:
     """Code every array with its stream's coder. Returns them.
 
-    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All other numbers of
-    one kind (the same tensor of every block, codec and part) share theirs.
+    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All
+    other numbers of one kind (the same tensor of every block, codec and part) share theirs.
     """
     groups: dict[tuple, list[str]] = {}
     for name, stored in layout(cfg, arrays).items():
-        place = STREAMS.index(stored.stream)
-        kind = (kind_of(name),) if stored.stream == "rest" else (":trellis." in name, arrays[name].shape)
-        if arrays[name].size:
-            groups.setdefault((place, *kind), []).append(name)
+        a = arrays[name]
+        if a.size:
+            key = STREAMS.index(stored.stream), kind_of(name), a.shape
+            groups.setdefault(key, []).append(name)
 
     out = dict(arrays)
-    owner = dict(zip(arrays, range(len(arrays)), strict=True))
+    number = {name: i for i, name in enumerate(arrays)}
     start = gaussian_counts()
     counts = start.copy()
-    for (place, *kind), names in sorted(groups.items()):
+    for (place, kind, shape), names in sorted(groups.items()):
         stream = STREAMS[place]
-        group = [arrays[name] for name in names]
-        owners = [owner[name] for name in names]
+        together = np.stack([arrays[name] for name in names])
+        owners = [number[name] for name in names]
         if stream == "rest":
-            coded = code_flat(coders[stream], group, owners)
+            flat = together.reshape(-1).view(f"<u{together.itemsize}")
+            code_numbers(coders[stream], flat, np.repeat(owners, math.prod(shape)))
         else:
             counts = start + (counts - start) // 8
-            coded = code_matrices(coders[stream], counts, np.stack(group), owners, kind[0], stream == TOKEN_STREAM)
-        out |= zip(names, coded, strict=True)
+            similar = stream == TOKEN_STREAM
+            together = code_matrices(coders[stream], counts, together, owners, ":trellis." in kind, similar)
+        out |= zip(names, together, strict=True)
     return out
 
 
 def coded_bits(cfg: Config, arrays: Arrays) -> Array:
-    """Count the bits (fp64) that COMPRESSOR=range needs for each array of an artifact of just these, in their order.
+    """Count the bits (fp64) that COMPRESSOR=range needs for each array of an artifact of just these, in their
+    order.
 
     Nothing is coded: what `pack` writes is within 0.1 %, and up to 8 bytes a stream. Tables are shared.
     """
@@ -4556,9 +4569,11 @@ def coded_bits(cfg: Config, arrays: Arrays) -> Array:
 
 
 def similarity_order(q: Array) -> Array:
-    """Chain rows greedily: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,).
+    """Chain rows greedily: from row 0 on, always the nearest unused row in L1, ties to the lowest index.
+    uint16 (rows,).
 
-    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are computed.
+    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are
+    computed.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = torch.from_numpy(q).to(device, torch.float32)
@@ -4579,12 +4594,13 @@ def byte_planes(a: Array) -> Array:
 
 def stream_views(
     cfg: Config, compressor: str, arrays: Arrays, order_of: Callable[[Array], Array]
-) -> tuple[dict[str, list[Array]], list[tuple[Array, Array, Array]]]:
-    """Say what a stream's bytes are when they are not range-coded: views of the arrays, uint8, to read or to fill in.
+) -> tuple[dict[str, list[Array]], list]:
+    """Say what a stream's bytes are when they are not range-coded: views of the arrays, uint8, to read or to
+    fill in.
 
-    lrzip gets matrices transposed, column after column; everything else is byte planes. Where a tensor's row says so, its
-    rows are sorted by `order_of` it, uint16 in stream row_order: such arrays are returned too, as (array, order, its rows in
-    that order, a copy).
+    lrzip gets matrices transposed, column after column; everything else is byte planes. Where a tensor's row
+    says so, its rows are sorted by `order_of` it, uint16 in stream row_order: such arrays are returned too,
+    as (array, order, its rows in that order, a copy).
     """
     views = {stream: [] for stream in STREAMS}
     in_order = []
@@ -4595,17 +4611,12 @@ def stream_views(
             continue
         if stored.sort_rows:
             row_order = order_of(a)
-            in_order.append((a, row_order, a[row_order]))
             views["row_order"].append(byte_planes(row_order))
-            a = in_order[-1][2]
+            rows = a[row_order]
+            in_order.append((a, row_order, rows))
+            a = rows
         views[stored.stream].append(a.view(np.uint8).T)
     return views, in_order
-
-
-def for_each_stream(f: Callable[[str], Any]) -> dict[str, Any]:
-    """Call f(stream) for all streams at the same time: the coders leave Python to itself."""
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(STREAMS, pool.map(f, STREAMS), strict=True))
 
 
 def encode_streams(cfg: Config, arrays: Arrays) -> dict[str, bytes]:
@@ -4620,11 +4631,13 @@ def encode_streams(cfg: Config, arrays: Arrays) -> dict[str, bytes]:
         raw = b"".join(view.tobytes() for view in views[stream])
         return CODERS[stream_coder(cfg.compressor, stream)].encode(raw) if raw else b""
 
-    return for_each_stream(encode)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(STREAMS, pool.map(encode, STREAMS), strict=True))
 
 
 def decode_streams(cfg: Config, compressor: str, arrays: Arrays, coded: dict[str, bytes]) -> Arrays:
-    """Invert `encode_streams`: fill in `arrays` and return them. Raises ArtifactError or what a coder raises."""
+    """Invert `encode_streams`: fill in `arrays` and return them. Raises ArtifactError or what a coder raises.
+    """
     if compressor == "range":
         return code_arrays(cfg, arrays, {stream: RangeCoder(data) for stream, data in coded.items()})
 
@@ -4636,13 +4649,15 @@ def decode_streams(cfg: Config, compressor: str, arrays: Arrays, coded: dict[str
         coder = CODERS[stream_coder(compressor, stream)]
         data = coder.decode(coded[stream], size) if coded[stream] else b""
         if len(data) != size:
-            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes, expected {size}; make it again")
+            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes, expected "
+                                f"{size}; make it again")
         left = io.BytesIO(data)
         for view in views[stream]:
             view[:] = np.frombuffer(left.read(view.size), np.uint8).reshape(view.shape)
 
     views, in_order = stream_views(cfg, compressor, arrays, unknown_order)
-    for_each_stream(decode)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(decode, STREAMS))
     for a, row_order, rows in in_order:
         a[row_order] = rows
     return arrays
@@ -4653,13 +4668,18 @@ def decode_streams(cfg: Config, compressor: str, arrays: Arrays, coded: dict[str
 
 @cache
 def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """List names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
+    """List names and shapes of the tensors that an artifact of this configuration holds, in their order
+    there."""
     return {name: matrix.shape for name, matrix in stored_matrices(cfg).items()}
 
 
 def arrays_of(stored: dict[str, QuantizedTensor]) -> Arrays:
     """Name all parts of all tensors "tensor:codec.part"."""
-    return {f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()}
+    arrays = {}
+    for name, tensor in stored.items():
+        for (codec, part), t in tensor.parts.items():
+            arrays[f"{name}:{codec}.{part}"] = t.numpy()
+    return arrays
 
 
 def not_finite(arrays: Arrays) -> str:
@@ -4682,15 +4702,17 @@ def checksum(lengths: bytes, body: bytes) -> bytes:
 
 
 def pack(cfg: Config, stored: dict[str, QuantizedTensor]) -> bytes:
-    """Pack tensors into an artifact; the same tensors give the same bytes. Raises RunError if they are not the model's.
+    """Pack tensors into an artifact; the same tensors give the same bytes. Raises RunError if they are not
+    the model's.
 
-    magic "PGA1" | u16 version | u32 header size | checksum, 16 bytes | header | streams. The header is brotli-coded JSON:
-    [compressor, MODEL_FIELDS by name, bytes of each stream, `parts_in_header` of each tensor]. Names and shapes of tensors
-    follow from the model, dtypes from the codec.
+    magic "PGA1" | u16 version | u32 header size | checksum, 16 bytes | header | streams. The header is
+    brotli-coded JSON: [compressor, MODEL_FIELDS by name, bytes of each stream, `parts_in_header` of each
+    tensor]. Names and shapes of tensors follow from the model, dtypes from the codec.
     """
     shapes = tensor_shapes(cfg)
     if shapes.keys() != stored.keys():
-        raise RunError(f"these are not the model's tensors: {', '.join(sorted(shapes.keys() ^ stored.keys()))}")
+        raise RunError("these are not the model's tensors: "
+                       f"{', '.join(sorted(shapes.keys() ^ stored.keys()))}; set the model's own variables")
     arrays = arrays_of({name: stored[name] for name in shapes})
     if bad := not_finite(arrays):
         raise RunError(f"not all finite: {bad}; the weights are no model's, look at the training loss")
@@ -4715,11 +4737,11 @@ class Header(NamedTuple):
     sizes: dict[str, int]   # bytes of each stream
     parts: list             # of each tensor, as `parts_in_header`
     start: int              # of the first stream
-    caps: tuple[str, ...]   # scalars behind the network's own tensors that must be LOGIT_SOFTCAP and are dropped
+    caps: tuple[str, ...]   # scalars behind the network's own tensors, dropped if they are LOGIT_SOFTCAP
     transposed: tuple[str, ...]  # arrays whose last two axes are swapped
 
 
-LOGIT_CAPS = ("softcap_pos", "softcap_neg")  # of the logits of either sign: tensors once, numbers that nobody trained
+LOGIT_CAPS = ("softcap_pos", "softcap_neg")  # of logits of either sign: tensors once, which nobody trained
 VERSION_3_FIELDS = (  # whose values artifacts of version 3 list in this order
     "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope",
     "tie_embeddings", "logit_softcap", "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len",
@@ -4731,46 +4753,56 @@ VERSION_3_FIELDS = (  # whose values artifacts of version 3 list in this order
 
 
 def from_version_3(compressor: str, values: list, sizes: list[int], kinds: list, chosen: list[int]) -> tuple:
-    """Say what a header of version 3 says like one of this version, and add the names for `caps` and `transposed`.
+    """Say what a header of version 3 says like one of this version, and add the names for `caps` and
+    `transposed`.
 
-    Version 3 listed values without names, each kind of tensor once, and the stream of an untied head. It had two caps of the
-    logits, and parallel_post_lambdas as [lane that receives, sublayer that writes]. Raises ArtifactError.
+    Version 3 listed values without names, each kind of tensor once, and the stream of an untied head. It had
+    two caps of the logits, and parallel_post_lambdas as [lane that receives, sublayer that writes]. Raises
+    ArtifactError.
     """
     model = dict(zip(VERSION_3_FIELDS, values, strict=True))
-    gone = dict(tie_embeddings=True, parallel_final_lane="mean")
-    for name, known in gone.items():
+    for name, known in dict(tie_embeddings=True, parallel_final_lane="mean").items():
         if model.pop(name) != known:
-            raise ArtifactError(f"this script knows {name.upper()}={known} only: open the artifact with the script it was written by")
+            raise ArtifactError(f"the artifact needs another {name.upper()} than {known}, which is all that "
+                                "this script knows: use the script it was written by")
     caps = LOGIT_CAPS if model.pop("asym_logit_rescale") else ()
     sizes.pop(STREAMS.index("rest"))  # of the head
-    return compressor, model, sizes, [kinds[kind] for kind in chosen], caps, ("parallel_post_lambdas:float16.w",)
+    parts = [kinds[kind] for kind in chosen]
+    return compressor, model, sizes, parts, caps, ("parallel_post_lambdas:float16.w",)
 
 
 def read_header(blob: bytes) -> Header:
-    """Read the header of an artifact of this version or the one before, its checksum verified. Raises ArtifactError."""
+    """Read the header of an artifact of this version or the one before, its checksum verified. Raises
+    ArtifactError."""
     if blob[:4] != ARTIFACT_MAGIC or len(blob) < HEADER_START:
-        raise ArtifactError(f"no artifact: expected {ARTIFACT_MAGIC!r} at its start, found {blob[:4]!r} in {len(blob)} bytes")
+        raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} "
+                            f"in {len(blob)} bytes; set ARTIFACT_DIR to the run's folder")
     version, size = struct.unpack("<HI", blob[4:10])
     if version not in (3, ARTIFACT_VERSION):
-        raise ArtifactError(f"artifact version {version}; this script reads 3 and {ARTIFACT_VERSION}: use the script it was written by")
+        raise ArtifactError(f"artifact version {version}; this script reads 3 and {ARTIFACT_VERSION}: use "
+                            "the script it was written by")
     if checksum(blob[4:10], blob[HEADER_START:]) != blob[10:HEADER_START]:
-        raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy or make it again")
+        raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy "
+                            "it or make it again")
     start = HEADER_START + size
     try:
         text = brotli.Decompressor().process(blob[HEADER_START:start], output_buffer_limit=1 << 20)
         header = json.loads(text)
-        compressor, model, sizes, parts, caps, transposed = from_version_3(*header) if version == 3 else (*header, (), ())
+        header = from_version_3(*header) if version == 3 else (*header, (), ())
+        compressor, model, sizes, parts, caps, transposed = header
         if compressor not in COMPRESSORS or min(sizes) < 0 or start + sum(sizes) != len(blob):
             raise ValueError("its streams do not fill it")
         if not isinstance(model, dict):
             raise ValueError("its variables have no names")
-        return Header(compressor, model, dict(zip(STREAMS, sizes, strict=True)), parts, start, caps, transposed)
+        sizes = dict(zip(STREAMS, sizes, strict=True))
+        return Header(compressor, model, sizes, parts, start, caps, transposed)
     except HOSTILE as e:
         raise ArtifactError(f"the header of this artifact makes no sense: {e!r}; make it again") from None
 
 
 def check_model_fields(cfg: Config, saved: dict[str, Any]) -> None:
-    """Compare the variables of a header, `saved`, with this run's. Raises ArtifactError naming every one that differs.
+    """Compare the variables of a header, `saved`, with this run's. Raises ArtifactError naming every one that
+    differs.
 
     A variable younger than the artifact had its default; one that this script does not know differs.
     """
@@ -4782,13 +4814,13 @@ def check_model_fields(cfg: Config, saved: dict[str, Any]) -> None:
         elif theirs != getattr(cfg, name):
             differ.append(f"{name.upper()}: artifact {theirs}, this run {getattr(cfg, name)}")
     if differ:
-        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run "
-                            "that wrote it, or use its script")
+        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these "
+                            "variables as in the run that wrote it, or use its script")
 
 
 def empty_arrays(cfg: Config, header: Header) -> Arrays:
-    """Make the arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of known codecs, as
-    large as the model's tensors allow."""
+    """Make the arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of
+    known codecs, as large as the model's tensors allow."""
     shapes = tensor_shapes(cfg)
     if header.caps:  # they were the last of the network's own tensors
         own = {name: shape for name, shape in shapes.items() if "." not in name}
@@ -4810,35 +4842,36 @@ def empty_arrays(cfg: Config, header: Header) -> Arrays:
 
 
 def unpack(cfg: Config, blob: bytes) -> dict[str, QuantizedTensor]:
-    """Unpack an artifact into its tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes, and never needs
-    more memory than the integers of four such models."""
+    """Unpack an artifact into its tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes,
+    and never needs more memory than the integers of four such models."""
     header = read_header(blob)
     check_model_fields(cfg, header.model)
-    ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
+    streams = io.BytesIO(blob[header.start :])
     try:
-        coded = {stream: blob[start:end] for stream, (start, end) in zip(STREAMS, pairwise(ends), strict=True)}
+        coded = {stream: streams.read(size) for stream, size in header.sizes.items()}
         arrays = decode_streams(cfg, header.compressor, empty_arrays(cfg, header), coded)
         if bad := not_finite(arrays):
             raise ValueError(f"not all finite: {bad}")
     except HOSTILE as e:
         raise ArtifactError(f"this artifact makes no sense: {e!r}; make it again") from None
 
-    out: dict[str, QuantizedTensor] = {name: QuantizedTensor({}) for name in tensor_shapes(cfg)}
+    out: dict[str, QuantizedTensor] = {}
     for name, a in arrays.items():
         tensor, _, part = name.rpartition(":")
         if tensor in header.caps:
             check_cap(cfg, "the artifact", tensor, a)
             continue
         a = a.swapaxes(1, 2) if name in header.transposed else a
-        out[tensor].parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
+        stored = out.setdefault(tensor, QuantizedTensor({}))
+        stored.parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
     return out
 
 
 def check_cap(cfg: Config, file: Any, name: str, cap: Array) -> None:
     """Check that a cap of the logits, a tensor of its own once, is LOGIT_SOFTCAP. Raises ArtifactError."""
     if (cap.astype(float) != cfg.logit_softcap).any():
-        raise ArtifactError(f"{file} has {name} {cap}, this run LOGIT_SOFTCAP={cfg.logit_softcap:g} for logits of both signs: set "
-                            "it to that, or use the script it was written by")
+        raise ArtifactError(f"{file} has {name} {cap}, this run LOGIT_SOFTCAP={cfg.logit_softcap:g} for "
+                            "logits of both signs: set it to that, or use the script it was written by")
 
 
 def bytes_by_part(blob: bytes) -> dict[str, int]:
@@ -4853,7 +4886,8 @@ def load_artifact(cfg: Config, world: World, path: Path, kernels: Kernels = DEFI
     try:
         model.load_state_dict(dequantized_state(cfg, unpack(cfg, path.read_bytes())))
     except OSError as e:
-        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
+        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the "
+                            "run's folder") from None
     except (*HOSTILE, RuntimeError) as e:
         raise ArtifactError(f"{path} does not hold the tensors of this model: {e}; make it again") from None
     return model.to(world.device).requires_grad_(False)
@@ -4865,19 +4899,21 @@ def load_artifact(cfg: Config, world: World, path: Path, kernels: Kernels = DEFI
 def checkpoint_state(cfg: Config, path: Path, saved: Any) -> dict[str, Tensor]:
     """Find the state dict in what final_model.pt holds, ours or a published one. Raises RunError.
 
-    Without a format number it is a published one, whose parallel_post_lambdas are [sublayer that writes, lane that
-    receives], or one of ours of old, which had them the other way round.
+    Without a format number it is a published one, whose parallel_post_lambdas are [sublayer that writes, lane
+    that receives], or one of ours of old, which had them the other way round.
     """
     if "format" in saved:
         if saved["format"] != CHECKPOINT_FORMAT:
-            raise RunError(f"{path} has format {saved['format']}, this script reads {CHECKPOINT_FORMAT}: use the script that wrote it")
+            raise RunError(f"{path} has format {saved['format']}, this script reads {CHECKPOINT_FORMAT}: use "
+                           "the script it was written by")
         return saved["model"]
     ledger = path.with_name("ledger.jsonl")
     lines = ledger.read_bytes().splitlines() if ledger.exists() else []
     trained_here = any(b'"phase"' in line and b'"train"' in line for line in lines)
     if trained_here and "parallel_post_lambdas" in saved:
-        raise RunError(f"{path} was written by an older version of this script, with parallel_post_lambdas transposed: train again, "
-                       f"or save dict(format={CHECKPOINT_FORMAT}, model=state) with state['parallel_post_lambdas'].mT in its place")
+        raise RunError(f"{path} was written by an older version of this script, with parallel_post_lambdas "
+                       f"transposed: train again, or save dict(format={CHECKPOINT_FORMAT}, model=state) with "
+                       "state['parallel_post_lambdas'].mT in its place")
     for name in saved.keys() & {*LOGIT_CAPS}:
         check_cap(cfg, path, name, saved[name].float().numpy())
     return {name: t for name, t in saved.items() if name not in LOGIT_CAPS}
