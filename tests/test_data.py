@@ -360,8 +360,9 @@ def test_packed_row():
     tokens = np.array([9, 1, 8, 7, 6, 1, 5], np.uint16)
     row = tg.packed_row(tokens, 2, CPU)
     assert row.inputs.tolist() == [[9, 1, 8, 7, 6, 1]] and row.targets.tolist() == [[1, 8, 7, 6, 1, 5]]
-    assert row.inputs.dtype == row.targets.dtype == torch.int64 and row.cu_seqlens.dtype == torch.int32
-    assert row.cu_seqlens[:6].tolist() == [0, 1, 3, 5, 6, 6] and row.max_len == 2
+    assert row.inputs.dtype == row.targets.dtype == torch.int64 and row.segments.cu_seqlens.dtype == torch.int32
+    assert row.segments.cu_seqlens[:6].tolist() == [0, 1, 3, 5, 6, 6] and row.segments.max_len == 2
+    assert row.lengths.tolist() == [1, 2, 2, 1]
 
 
 # ---- the training loader

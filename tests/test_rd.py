@@ -132,7 +132,7 @@ def test_gradients_are_squared_window_by_window(dataset, world, random_model):
     for window in tg.calibration_windows(files.train, 256, 4):
         row = tg.packed_row(window, 256, world.device)
         model.zero_grad()
-        nats = model(row.inputs, row.targets, layers=tg.layer_order(cfg, True), segments=tg.Segments(row.cu_seqlens, row.max_len))
+        nats = model(row.inputs, row.targets, layers=tg.layer_order(cfg, True), segments=row.segments)
         nats.sum().backward()
         squares = squares + model.mlp_up_bank.grad[1].square()
         embedding = embedding + model.tok_emb.weight.grad.T @ model.tok_emb.weight.grad

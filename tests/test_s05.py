@@ -244,7 +244,7 @@ def test_own_text_feeds_the_same_hessians(dataset, world, random_model):
     for tokens in tg.write_sequences(cfg, world, model):
         row = tg.packed_row(tokens, cfg.train_seq_len, world.device)
         with torch.no_grad():
-            model(row.inputs, row.targets, layers=tg.layer_order(cfg, True), segments=tg.Segments(row.cu_seqlens, row.max_len), tap=expected)
+            model(row.inputs, row.targets, layers=tg.layer_order(cfg, True), segments=row.segments, tap=expected)
     assert got.H.keys() == expected.H.keys() and all(torch.equal(got.H[site], expected.H[site]) for site in got.H)
     assert got.count["head"] == 64 * cfg.train_seq_len and any("wrote 64 sequences" in line for line in lines)
 
