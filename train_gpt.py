@@ -3240,10 +3240,12 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
 # ==================================================================================================
 
 Tensors = dict[str, Tensor]  # by name
+Rounded = tuple[Tensor, Tensor]  # integers and the values they stand for, in steps
 
 
 class Hessians:
-    """Add up GPTQ's H = sum of x^T x over the inputs of every matrix, by site. Handed to the forward as its tap."""
+    """Add up GPTQ's H = sum of x^T x over the inputs of every matrix, by site. Handed to the forward as
+    its tap."""
 
     def __init__(self):
         self.H: Tensors = {}
@@ -3286,8 +3288,8 @@ def write_sequences(
 ) -> np.ndarray:
     """Let the model write text for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences.
 
-    T is the smaller of `length` and TRAIN_SEQ_LEN. The first token is uniform, the others are drawn at `temperature`;
-    SEED decides them, on any number of ranks.
+    T is the smaller of `length` and TRAIN_SEQ_LEN. The first token is uniform, the others are drawn at
+    `temperature`; SEED decides them, on any number of ranks.
     """
     size = min(length, cfg.train_seq_len) + 1
     layers = layer_order(cfg, looping=True)
@@ -3298,12 +3300,14 @@ def write_sequences(
     for t in range(1, size):
         logits = model(tokens[:, t - 1 : t], None, layers=layers, cache=cache)[:, 0]
         odds = (logits / temperature).softmax(-1).cumsum(-1)
-        tokens[:, t] = torch.searchsorted(odds, draws[:, t : t + 1] * odds[:, -1:])[:, 0]
+        draw = draws[:, t : t + 1] * odds[:, -1:]
+        tokens[:, t] = torch.searchsorted(odds, draw)[:, 0]
     return tokens.cpu().numpy()
 
 
 def calibration_parts(cfg: Config) -> int:
-    """Return the windows a micro-batch of calibration is cut into: gradients want more samples and less memory."""
+    """Return the windows a micro-batch of calibration is cut into: gradients want more samples and less
+    memory."""
     most = 8 if scheme_of(cfg).GRADIENTS else 1
     return min(most, cfg.train_microbatch_tokens // cfg.train_seq_len)
 
@@ -3317,7 +3321,7 @@ def calibrate(
     """
     row = packed_row(tokens, cfg.train_seq_len, world.device)
     how = dict(layers=layer_order(cfg, looping=True), segments=row.segments, tap=hessians)
-    stored = [m for m in matrices(cfg) if m.role.stored is not None]
+    stored = stored_matrices(cfg).values()
     learned = {m.parameter: weights[m.parameter] for m in stored if m.role.stored.codec == "gptq"}
     gradients = scheme_of(cfg).GRADIENTS
 
@@ -3381,7 +3385,8 @@ def inverse_cholesky(H: Tensor) -> Tensor:
 def factorize(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
     """Damp H (n, cols, cols) and choose the order in which GPTQ takes the columns, largest diagonal first.
 
-    Returns that permutation (n, cols) and `inverse_cholesky` of H permuted. A column that no input uses (dead) counts as 1.
+    Returns that permutation (n, cols) and `inverse_cholesky` of H permuted. A column that no input uses
+    (dead) counts as 1.
     """
     H = H.clone()
     diag = H.diagonal(0, 1, 2)
@@ -3395,18 +3400,22 @@ def factorize(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def positive_definite(name: str):
-    """Turn a Cholesky factorization that fails inside into a RunError. name: the first of the matrices concerned."""
+    """Turn a Cholesky factorization that fails inside into a RunError. name: the first of the matrices
+    concerned."""
     try:
         yield
     except torch.linalg.LinAlgError as e:
         raise RunError(f"GPTQ of {name} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
 
 
-def walk_columns(W: Tensor, perm: Tensor, U: Tensor, step: Tensor, round_column: Callable, block: int = 128) -> Tensor:
+def walk_columns(
+    W: Tensor, perm: Tensor, U: Tensor, step: Tensor, round_column: Callable, block: int = 128
+) -> Tensor:
     """Quantize column after column, each error passed on to the columns that follow (GPTQ, arXiv:2210.17323).
 
-    W and step (n, rows, cols), perm and U from `factorize`. round_column(x, j): column x (n, rows) in steps, from column
-    j (n,) -> its integers and the values they stand for, in steps. Returns the integers, fp32, in the order of W.
+    W and step (n, rows, cols), perm and U from `factorize`. round_column(x, j): column x (n, rows) in steps,
+    from column j (n,) -> its integers and the values they stand for, in steps. Returns the integers, fp32, in
+    the order of W.
     """
     cols = W.shape[2]
     index = perm[:, None].expand_as(W)
@@ -3435,16 +3444,18 @@ def gptq(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run GPTQ with one scale per row, for a stack of matrices of one shape.
 
-    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols) bool: columns on
-    the finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and protected columns.
+    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols)
+    bool: columns on the finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows)
+    of plain and protected columns.
     """
     q_max = 2 ** (bits - 1) - 1
     hi_max = 2 ** (hi_bits - 1) - 1
     scale, hi_scale = step_size(clip, q_max), step_size(clip, hi_max)
-    step = torch.where(protected[:, None], hi_scale.float()[:, :, None], scale.float()[:, :, None])
+    fine, plain = hi_scale[:, :, None], scale[:, :, None]
+    step = torch.where(protected[:, None], fine, plain).float()
     limit = torch.where(protected, hi_max, q_max).float()
 
-    def round_column(x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+    def round_column(x: Tensor, j: Tensor) -> Rounded:
         largest = limit.gather(1, j[:, None])
         q = x.round().clamp(-largest, largest)
         return q, q
@@ -3454,18 +3465,23 @@ def gptq(
     return q.to(torch.int8), scale, hi_scale
 
 
-# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state by state and
-# parity); it starts at 0 in every segment, and in odd states the second of two quantizers is active: k stands for 2 k steps
-# in the first, for 2 k - sign(k) in the second. Together they have every multiple of a step (dependent quantization, as in
-# the VVC video standard). A way is 2 * state + parity: two ways lead into each state.
+# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state
+# by state and parity); it starts at 0 in every segment, and in odd states the second of two quantizers is
+# active: k stands for 2 k steps in the first, for 2 k - sign(k) in the second. Together they have every
+# multiple of a step (dependent quantization, as in the VVC video standard). A way is 2 * state + parity: two
+# ways lead into each state.
 TRELLIS_SEGMENT = 128
-TRELLIS_NEXT = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
-TRELLIS_INTO = torch.tensor(TRELLIS_NEXT).flatten().argsort(stable=True).view(8, 2)  # the ways into each state
+TRELLIS_NEXT = (
+    (0, 2), (5, 7), (1, 3), (6, 4),
+    (2, 0), (4, 6), (3, 1), (7, 5),
+)  # fmt: skip
+TRELLIS_INTO = torch.tensor(TRELLIS_NEXT).flatten().argsort(stable=True).view(8, 2)  # ways into states
 TRELLIS_ERROR = 0.24  # mean squared error of its nearest path, in steps squared
 
 
 def to_segments(x: Tensor) -> Tensor:
-    """Cut columns x (n, rows) into segments side by side (height, segments), the last of each filled up with zeros."""
+    """Cut columns x (n, rows) into segments side by side (height, segments), the last of each filled up
+    with zeros."""
     rows = x.shape[1]
     height = min(max(rows, 1), TRELLIS_SEGMENT)
     return F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()
@@ -3489,11 +3505,11 @@ def trellis_values(q: Tensor) -> Tensor:
     return from_segments(2 * segments - second * segments.sign(), q.shape).float()
 
 
-def nearest_integers(a: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_integers(a: Tensor) -> Rounded:
     """Find the integers nearest to a >= 0 (height, segments), and their values, both (height, 4, segments).
 
-    They are an even and an odd integer of the first quantizer, then an even and an odd one of the second: a way takes the
-    one of its number modulo 4.
+    They are an even and an odd integer of the first quantizer, then an even and an odd one of the second: a
+    way takes the one of its number modulo 4.
     """
     way = torch.arange(4, device=a.device)[:, None]
     quantizer, parity = way // 2, way % 2
@@ -3503,8 +3519,9 @@ def nearest_integers(a: Tensor) -> tuple[Tensor, Tensor]:
     return k, 2 * k - quantizer * k.sign()
 
 
-def viterbi(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the integers of the nearest path through each segment of x (height, segments), and their values, same shape."""
+def viterbi(x: Tensor) -> Rounded:
+    """Find the integers of the nearest path through each segment of x (height, segments), and their
+    values, same shape."""
     k, value = nearest_integers(x.abs())
     into = TRELLIS_INTO.to(x.device)
     source = into.T // 2
@@ -3530,14 +3547,16 @@ def viterbi(x: Tensor) -> tuple[Tensor, Tensor]:
     return sign * k.gather(1, taken)[:, 0], sign * value.gather(1, taken)[:, 0]
 
 
-def trellis_path(x: Tensor, search: Callable = viterbi) -> tuple[Tensor, Tensor]:
-    """Find the integers |k| <= 127 whose values are nearest to x (n, rows), in steps, over whole segments; and those values."""
+def trellis_path(x: Tensor, search: Callable = viterbi) -> Rounded:
+    """Find the integers |k| <= 127 whose values are nearest to x (n, rows), in steps, over whole segments;
+    and those values."""
     k, value = search(to_segments(x))
     return from_segments(k, x.shape), from_segments(value, x.shape)
 
 
 class QuantizedTensor(NamedTuple):
-    """One tensor of the artifact: its codecs, whose decoded values add up, and their parts by (codec, part)."""
+    """One tensor of the artifact: its codecs, whose decoded values add up, and their parts by (codec,
+    part)."""
 
     parts: dict[tuple[str, str], Tensor]
     bits: int = 0  # that GPTQ was given; 0 where that is not known
@@ -3570,8 +3589,10 @@ def round_rows(w: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
 
 
 def rescale(q: Tensor, scale: Tensor) -> Tensor:
-    """Multiply integers by their scales -> fp32. Scales (n,) belong to rows, or to n equal shares of the values in order."""
-    return (q.float().reshape(len(scale), -1) * scale.float()[:, None]).view(q.shape)
+    """Multiply integers by their scales -> fp32. Scales (n,) belong to rows, or to n equal shares of the
+    values in order."""
+    shares = q.float().reshape(len(scale), -1)
+    return (shares * scale.float()[:, None]).view(q.shape)
 
 
 class Float16:
@@ -3600,10 +3621,11 @@ class Int8Rows:
 
 
 class Gptq:
-    """What `gptq` chose: integers, a scale per row, and a finer scale for protected column groups (AWQ-lite, PR #1908)."""
+    """What `gptq` chose: integers, a scale per row, and a finer scale for protected column groups
+    (AWQ-lite, PR #1908)."""
 
     @staticmethod
-    def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: tuple[int, ...], hi_size: int) -> Tensors:
+    def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: tuple, hi_size: int) -> Tensors:
         parts = dict(q=q, scale=scale)
         if hi_starts:
             parts["hi_start"] = torch.tensor(hi_starts, dtype=torch.int16)
@@ -3616,27 +3638,31 @@ class Gptq:
         q = parts["q"]
         w = rescale(q, parts["scale"])
         if "hi_start" in parts:
-            high = torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)
+            high = torch.zeros_like(q[0], dtype=torch.bool)
             for start in parts["hi_start"].unique().tolist():
                 high[start : start + int(parts["hi_size"])] = True
             w[:, high] = rescale(q[:, high], parts["hi_scale"])
         return w
 
 
-HALF_OCTAVES = torch.tensor([math.ldexp((1, math.sqrt(2))[n & 1], n >> 1) for n in range(-256, 256)])
+OCTAVES = torch.tensor([math.ldexp(1, n) for n in range(-128, 128)], dtype=torch.float64)
+HALF_OCTAVES = torch.stack((OCTAVES, OCTAVES * math.sqrt(2)), 1).flatten().float()
 
 
 class Trellis:
-    """A trellis of integers down the rows of each column, with a step for each row and each column, in half octaves.
+    """A trellis of integers down the rows of each column, with a step for each row and each column, in half
+    octaves.
 
-    q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,), common to all.
+    q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,),
+    common to all.
     """
 
     encode = dict
 
     @staticmethod
     def steps(parts: Tensors) -> Tensor:
-        """Compute the steps (rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half octaves from a table."""
+        """Compute the steps (rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half
+        octaves from a table."""
         codes = parts["row"].int()[:, None] + parts["col"].int()
         common = math.ldexp(int(parts["step"]), int(parts["octave"]))
         return common * HALF_OCTAVES.to(codes.device)[256 + codes]
@@ -3647,7 +3673,8 @@ class Trellis:
 
 
 class LowRank:
-    """Low-rank correction A B, symmetric integer factors, one fp16 scale per row of either (LQER, arXiv:2402.02446)."""
+    """Low-rank correction A B, symmetric integer factors, one fp16 scale per row of either (LQER,
+    arXiv:2402.02446)."""
 
     @staticmethod
     def encode(A: Tensor, B: Tensor, bits: int) -> Tensors:
@@ -3662,7 +3689,8 @@ class LowRank:
 
 
 class LowRankAsym:
-    """Low-rank correction, A in {-2..1} with one scale, B in {-8..7} with one scale per group of values (PR #1797)."""
+    """Low-rank correction, A in {-2..1} with one scale, B in {-8..7} with one scale per group of values
+    (PR #1797)."""
 
     @staticmethod
     def encode(A: Tensor, B: Tensor, group: int) -> Tensors:
@@ -3708,28 +3736,26 @@ class GptqInput(NamedTuple):
     hi_starts: tuple[int, ...] = ()  # first columns of the protected groups
 
 
-@cache
-def stored_as(cfg: Config) -> dict[str, StoredAs]:
-    """Look up every tensor's codec: as its row says, but for the embedding, which its scheme has a say in."""
-    found = {m.name: m.role.stored for m in matrices(cfg) if m.role.stored is not None}
-    embedding = found["tok_emb.weight"]
-    return found | {"tok_emb.weight": embedding._replace(codec=scheme_of(cfg).EMBEDDING)}
+def codec_of(cfg: Config, m: Matrix) -> str:
+    """Look up a tensor's codec: its row's, but for the embedding, for which the scheme has one."""
+    return scheme_of(cfg).EMBEDDING if m.name == "tok_emb.weight" else m.role.stored.codec
 
 
 def gptq_inputs(cfg: Config, tensors: Tensors) -> list[GptqInput]:
     """Collect the matrices that GPTQ quantizes, with their settings."""
     inputs = []
-    for m in matrices(cfg):
-        how = stored_as(cfg).get(m.name)
-        if how is not None and how.codec == "gptq":
+    for name, m in stored_matrices(cfg).items():
+        if codec_of(cfg, m) == "gptq":
+            how = m.role.stored
             site = how.site if m.layer is None else f"blocks.{m.layer}.{how.site}"
             bits, clip_sigmas = getattr(cfg, how.bits), getattr(cfg, how.clip_sigmas)
-            inputs.append(GptqInput(m.name, tensors[m.name].float(), bits, clip_sigmas, site))
+            inputs.append(GptqInput(name, tensors[name].float(), bits, clip_sigmas, site))
     return inputs
 
 
 def mixed_bits(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
-    """Keep the bits of the N_INT6_LAYERS matrices with the largest trace of H; the others lose one (PR #1105)."""
+    """Keep the bits of the N_INT6_LAYERS matrices with the largest trace of H; the others lose one (PR
+    #1105)."""
     traces = {x.name: hessians.H[x.site].trace().item() for x in inputs}
     ranked = sorted(traces, key=traces.get, reverse=True)
     kept = set(ranked[: cfg.n_int6_layers])
@@ -3737,7 +3763,8 @@ def mixed_bits(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list
 
 
 def protect_groups(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
-    """Choose the groups of columns to protect (AWQ-lite), the best of all matrices with fewer than AWQ_LITE_BITS.
+    """Choose the groups of columns to protect (AWQ-lite), the best of all matrices with fewer than
+    AWQ_LITE_BITS.
 
     They are those with the largest sum of rms(x_j) mean|W_j|.
     """
@@ -3748,8 +3775,7 @@ def protect_groups(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> 
     for x in inputs:
         if x.bits < cfg.awq_lite_bits:
             columns = hessians.rms(x.site) * x.W.abs().mean(0)
-            whole = len(columns) // size * size
-            scores = columns[:whole].view(-1, size).sum(1).tolist()
+            scores = columns.unfold(0, size, size).sum(1).tolist()
             ranked += [(-score, x.name, g * size) for g, score in enumerate(scores)]
     best = sorted(ranked)[: cfg.awq_lite_group_top_k]
     return [x._replace(hi_starts=tuple(start for _, name, start in best if name == x.name)) for x in inputs]
@@ -3759,7 +3785,8 @@ PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QU
 
 
 def clips_by_deviation(W: Tensor, sigmas: float) -> Tensor:
-    """End the grid of each row of W (n, rows, cols) at a multiple of its standard deviation (SDClip): (n, 1, rows)."""
+    """End the grid of each row of W (n, rows, cols) at a multiple of its standard deviation (SDClip): (n,
+    1, rows)."""
     return sigmas * W.std(-1)[:, None]
 
 
@@ -3772,63 +3799,19 @@ def clips_by_percentile(W: Tensor, sigmas: float) -> Tensor:
     return torch.stack([w.abs().quantile(percentiles, dim=1).clamp_min(1) for w in W])
 
 
-def gptq_group(
-    cfg: Config, group: list[GptqInput], hessians: Hessians, clips: Callable, damping: float
-) -> Quantized:
-    """Run `run_gptq` for matrices of one shape and setting, all candidates at once: rows do not influence each other."""
-    first, size = group[0], cfg.awq_lite_group_size
-    W = torch.stack([x.W for x in group])
-    H = torch.stack([hessians.H[x.site] for x in group])
-    if damping:
-        diag = H.diagonal(0, 1, 2)
-        diag += diag.mean(-1, keepdim=True).mul(damping).clamp_min(1e-6)
-
-    protected = torch.zeros(len(group), W.shape[2], dtype=torch.bool, device=W.device)
-    for columns, x in zip(protected, group, strict=True):
-        for start in x.hi_starts:
-            columns[start : start + size] = True
-
-    ends = clips(W, first.clip_sigmas)
-    n = ends.shape[1]
-    with positive_definite(first.name):
-        results = gptq(W.repeat(1, n, 1), H, ends.flatten(1), first.bits, protected, cfg.awq_lite_bits)
-
-    out = {}
-    for x, *parts in zip(group, *results, strict=True):
-        candidates = zip(*(t.chunk(n) for t in parts), strict=True)
-        found = [encoded("gptq", *candidate, x.hi_starts, size) for candidate in candidates]
-        errors = [float((x.W - t.decode()).square().sum()) for t in found]
-        out[x.name] = found[errors.index(min(errors))]._replace(bits=x.bits)
-    return out
-
-
-def run_gptq(
-    cfg: Config, inputs: list[GptqInput], hessians: Hessians, clips: Callable, damping: float = 0.0
-) -> Quantized:
-    """Quantize all matrices by GPTQ, those of one shape and setting in one batch.
-
-    clips(W, clip_sigmas): candidates for the ends of the grids; a matrix takes the one that leaves the smallest squared
-    error. damping: of H, before the solver adds its own. Raises RunError when a Hessian is not positive definite.
-    """
-    groups: dict[tuple, list[GptqInput]] = {}
-    for x in inputs:
-        groups.setdefault((x.W.shape, x.bits, x.clip_sigmas), []).append(x)
-    out = {}
-    for group in groups.values():
-        out |= gptq_group(cfg, group, hessians, clips, damping)
-    return out
-
-
 def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Find the nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank, rows, cols).
+    """Find the nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank,
+    rows, cols).
 
-    These are the leading singular vectors, by the eigenvectors of the smaller Gram matrix in fp64. The largest number in each
-    row of B is positive: that makes the result unique, and the same on every device up to rounding.
+    These are the leading singular vectors, by the eigenvectors of the smaller Gram matrix in fp64. The
+    largest number in each row of B is positive: that makes the result unique, and the same on every device up
+    to rounding.
     """
     tall = E.shape[0] >= E.shape[1]
     device = "cpu" if E.device.type == "mps" else E.device
     X = (E if tall else E.T).to(device, torch.float64)
-    squares, V = (t[..., -rank:].flip(-1) for t in torch.linalg.eigh(X.T @ X))
+    squares, V = torch.linalg.eigh(X.T @ X)
+    squares, V = squares[-rank:].flip(-1), V[:, -rank:].flip(-1)
     A, B = X @ V, V.T
     if not tall:
         S = squares.clamp_min(1e-60).sqrt()
@@ -3843,7 +3826,7 @@ def low_rank_corrections(cfg: Config, inputs: list[GptqInput], stored: Quantized
     if not cfg.lqer_enabled or not inputs:
         return {}
     residuals = {x.name: x.W - stored[x.name].decode() for x in inputs}
-    norms = torch.stack([E.norm() for E in residuals.values()]).tolist()  # one wait for the device, not one a matrix
+    norms = torch.stack([E.norm() for E in residuals.values()]).tolist()  # one wait for the device
     ranked = sorted((-norm, name) for name, norm in zip(residuals, norms, strict=True))
 
     codec, setting = "low_rank", cfg.lqer_factor_bits
@@ -3856,15 +3839,59 @@ def low_rank_corrections(cfg: Config, inputs: list[GptqInput], stored: Quantized
     return out
 
 
-def gptq_with_corrections(
+def gptq_group(
+    cfg: Config, group: list[GptqInput], hessians: Hessians, clips: Callable, damping: float
+) -> Quantized:
+    """Run GPTQ for matrices of one shape and setting, all candidates at once: rows do not influence each
+    other."""
+    first, size = group[0], cfg.awq_lite_group_size
+    W = torch.stack([x.W for x in group])
+    H = torch.stack([hessians.H[x.site] for x in group])
+    if damping:
+        diag = H.diagonal(0, 1, 2)
+        diag += diag.mean(-1, keepdim=True).mul(damping).clamp_min(1e-6)
+
+    protected = torch.zeros_like(W[:, 0], dtype=torch.bool)
+    for columns, x in zip(protected, group, strict=True):
+        for start in x.hi_starts:
+            columns[start : start + size] = True
+
+    ends = clips(W, first.clip_sigmas)
+    n = ends.shape[1]
+    W = W.repeat(1, n, 1)
+    with positive_definite(first.name):
+        results = gptq(W, H, ends.flatten(1), first.bits, protected, cfg.awq_lite_bits)
+
+    out = {}
+    for x, *parts in zip(group, *results, strict=True):
+        candidates = zip(*(t.chunk(n) for t in parts), strict=True)
+        found = [encoded("gptq", *candidate, x.hi_starts, size) for candidate in candidates]
+        errors = [float((x.W - t.decode()).square().sum()) for t in found]
+        out[x.name] = found[errors.index(min(errors))]._replace(bits=x.bits)
+    return out
+
+
+def run_gptq(
     cfg: Config, inputs: list[GptqInput], hessians: Hessians, clips: Callable, damping: float = 0.0
 ) -> Quantized:
-    """Quantize by GPTQ, with protected columns and low-rank corrections as AWQ_LITE_* and LQER_* say."""
+    """Quantize all matrices by GPTQ, with protected columns and low-rank corrections as AWQ_LITE_* and LQER_*
+    say.
+
+    clips(W, clip_sigmas): candidates for the ends of the grids; a matrix takes the one that leaves the
+    smallest squared error. damping: of H, before the solver adds its own. Raises RunError when a Hessian is
+    not positive definite.
+    """
     inputs = protect_groups(cfg, inputs, hessians)
-    stored = run_gptq(cfg, inputs, hessians, clips, damping)
-    for name, extra in low_rank_corrections(cfg, inputs, stored).items():
-        stored[name] = stored[name]._replace(parts=stored[name].parts | extra.parts)
-    return stored
+    groups: dict[tuple, list[GptqInput]] = {}
+    for x in inputs:
+        groups.setdefault((x.W.shape, x.bits, x.clip_sigmas), []).append(x)
+    out = {}
+    for group in groups.values():
+        out |= gptq_group(cfg, group, hessians, clips, damping)
+
+    for name, extra in low_rank_corrections(cfg, inputs, out).items():
+        out[name] = out[name]._replace(parts=out[name].parts | extra.parts)
+    return out
 
 
 RD_DAMPING, RD_FLOOR = 0.05, 1e-2
@@ -3878,14 +3905,16 @@ def half_octaves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_weights(H: Tensor, squares: Tensor) -> Tensor:
-    """Estimate the mean squared gradient of each row's output: (n, rows), with a floor of RD_FLOOR times its mean."""
+    """Estimate the mean squared gradient of each row's output: (n, rows), with a floor of RD_FLOOR times
+    its mean."""
     diag = H.diagonal(0, 1, 2)
     g = (squares / diag.clamp_min(1e-9 * diag.amax())[:, None]).mean(-1)
     return g.clamp_min(RD_FLOOR * g.mean(-1, keepdim=True)).clamp_min(1e-30)
 
 
 def variance_histogram(W: Tensor, g: Tensor, d: Tensor) -> Tensor:
-    """Count the variances of the weights, in steps squared at a delta of 1, in sixteenths of an octave from 2^-128 to 2^128."""
+    """Count the variances of the weights, in steps squared at a delta of 1, in sixteenths of an octave
+    from 2^-128 to 2^128."""
     power = W.square()
     variance = power.mean(2, keepdim=True) * power.mean(1, keepdim=True)
     variance /= power.mean((1, 2), keepdim=True).clamp_min(1e-30)
@@ -3895,7 +3924,8 @@ def variance_histogram(W: Tensor, g: Tensor, d: Tensor) -> Tensor:
 
 
 def coarser(excess: Tensor) -> Tensor:
-    """Return the half octaves by which a step must grow for integers that are so many times too large; 0 below 1."""
+    """Return the half octaves by which a step must grow for integers that are so many times too large; 0
+    below 1."""
     return (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
 
 
@@ -3918,7 +3948,7 @@ def trellis_steps(W: Tensor, row: Tensor, col: Tensor, zero: float, delta: float
     return parts
 
 
-def scalar_rounding(x: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+def scalar_rounding(x: Tensor, column: Tensor) -> Rounded:
     """Round to nearest, on steps that err as much as the trellis: a `round_column` that costs no search."""
     width = math.sqrt(12 * TRELLIS_ERROR)
     q = (x / width).round().clamp(-127, 127)
@@ -3930,14 +3960,15 @@ class MatrixGroup:
 
     def __init__(self, inputs: list[GptqInput], hessians: Hessians):
         self.names = [x.name for x in inputs]
-        sites = [x.name if x.name in hessians.H else x.site for x in inputs]  # the embedding's H is of its gradients
+        sites = [x.name if x.name in hessians.H else x.site for x in inputs]  # the embedding's: its gradients
         H = torch.stack([hessians.H[site] for site in sites])
         squares = torch.stack([hessians.squares[name] for name in self.names])
         self.W = without_dead_columns(torch.stack([x.W for x in inputs]), H)
         with positive_definite(self.names[0]):
             self.perm, self.U = factorize(H, RD_DAMPING)
         g = row_weights(H, squares)
-        d = self.U.diagonal(0, 1, 2).square().reciprocal().gather(1, self.perm.argsort(-1))
+        d = self.U.diagonal(0, 1, 2).square().reciprocal()
+        d = d.gather(1, self.perm.argsort(-1))
         self.row, row_zero = half_octaves(g)
         self.col, col_zero = half_octaves(d)
         self.zero = (row_zero + col_zero).tolist()
@@ -3949,16 +3980,19 @@ class MatrixGroup:
         parts = [trellis_steps(*matrix, delta) for matrix in each]
         step = torch.stack([Trellis.steps(p) for p in parts])
         q = walk_columns(self.W, self.perm, self.U, step, round_column).to(torch.int8)
-        return {name: encoded("trellis", q=k, **p) for name, k, p in zip(self.names, q, parts, strict=True)}
+        found = [encoded("trellis", q=k, **p) for k, p in zip(q, parts, strict=True)]
+        return dict(zip(self.names, found, strict=True))
 
 
 class RateDistortion:
-    """QUANT=rd: every weight at one slope of predicted loss against coded bits: one number, `delta`, sets the size of all.
+    """QUANT=rd: every weight at one slope of predicted loss against coded bits: one number, `delta`, sets the
+    size of all.
 
-    The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean squared gradient of the
-    row's output (diagonal Fisher information, with the labels of the text). GPTQ makes it 1/2 sum_rj g_r d_j e_rj^2 with
-    d_j = 1 / U_jj^2 and errors e of the size of the steps; by reverse water-filling (Cover and Thomas, 10.3) the step of
-    weight (r, j) is delta / sqrt(g_r d_j). Raises RunError when a Hessian is not positive definite.
+    The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean
+    squared gradient of the row's output (diagonal Fisher information, with the labels of the text). GPTQ
+    makes it 1/2 sum_rj g_r d_j e_rj^2 with d_j = 1 / U_jj^2 and errors e of the size of the steps; by reverse
+    water-filling (Cover and Thomas, 10.3) the step of weight (r, j) is delta / sqrt(g_r d_j). Raises RunError
+    when a Hessian is not positive definite.
     """
 
     def __init__(self, cfg: Config, tensors: Tensors, hessians: Hessians, search: Callable | None = None):
@@ -3982,7 +4016,7 @@ class RateDistortion:
         """Predict the loss, in nats per token: it grows with the square of delta."""
         return self.rd_loss * (delta / self.finest) ** 2
 
-    def nearest_path(self, x: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest_path(self, x: Tensor, column: Tensor) -> Rounded:
         """Round a column by the trellis."""
         return trellis_path(x, self.search)
 
@@ -3994,7 +4028,8 @@ class RateDistortion:
         return out
 
     def bits(self, delta: float) -> float:
-        """Predict the bits of the integers: for a Gaussian weight, half the logarithm of its variance in steps squared."""
+        """Predict the bits of the integers: for a Gaussian weight, half the logarithm of its variance in
+        steps squared."""
         octaves = (1 + 4.3 * self.ratios / delta**2).log2()
         return float((self.variances * octaves).sum() / 2)
 
@@ -4018,11 +4053,12 @@ class S14:
 
     @staticmethod
     def encode(cfg: Config, tensors: Tensors, hessians: Hessians) -> Quantized:
-        return gptq_with_corrections(cfg, gptq_inputs(cfg, tensors), hessians, clips_by_deviation)
+        return run_gptq(cfg, gptq_inputs(cfg, tensors), hessians, clips_by_deviation)
 
 
 class S05:
-    """Mixed bits, the best of several grids, an int8 embedding (PR #1105). H is damped twice, as published."""
+    """Mixed bits, the best of several grids, an int8 embedding (PR #1105). H is damped twice, as
+    published."""
 
     EMBEDDING = "int8_row"
     GRADIENTS = False
@@ -4030,7 +4066,7 @@ class S05:
     @staticmethod
     def encode(cfg: Config, tensors: Tensors, hessians: Hessians) -> Quantized:
         inputs = mixed_bits(cfg, gptq_inputs(cfg, tensors), hessians)
-        return gptq_with_corrections(cfg, inputs, hessians, clips_by_percentile, damping=0.01)
+        return run_gptq(cfg, inputs, hessians, clips_by_percentile, damping=0.01)
 
 
 class Rd:
@@ -4045,7 +4081,7 @@ class Rd:
         return plan.encode(plan.finest)
 
 
-SCHEMES = dict(s14=S14, s05=S05, rd=Rd)  # by QUANT: the embedding's codec, whether calibration needs gradients, the integers
+SCHEMES = dict(s14=S14, s05=S05, rd=Rd)  # embedding's codec, whether gradients are needed, how to encode
 
 
 def scheme_of(cfg: Config) -> Any:
@@ -4065,10 +4101,12 @@ def full_fp32():
 
 
 def complete(cfg: Config, tensors: Tensors, quantized: Quantized) -> Quantized:
-    """Encode the tensors that no scheme has quantized, each by its codec. Returns all, in their order, on the CPU."""
-    codecs = stored_as(cfg)
-    rest = {name: encoded(codecs[name].codec, t.float()) for name, t in tensors.items() if name not in quantized}
-    stored = rest | quantized
+    """Encode the tensors that no scheme has quantized, each by its codec. Returns all, in their order, on
+    the CPU."""
+    stored = dict(quantized)
+    for name, m in stored_matrices(cfg).items():
+        if name not in quantized:
+            stored[name] = encoded(codec_of(cfg, m), tensors[name].float())
     return {name: stored[name].cpu() for name in tensors}
 
 
@@ -4098,9 +4136,11 @@ def quantize(cfg: Config, state: Tensors, hessians: Hessians, log: Log) -> Quant
 
 
 def dequantized_state(cfg: Config, stored: Quantized) -> Tensors:
-    """Return what the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are zero."""
-    unstored = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.role.stored is None}
-    return rebank(cfg, {name: t.decode() for name, t in stored.items()} | unstored)
+    """Return what the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are
+    zero."""
+    values = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.role.stored is None}
+    values |= {name: t.decode() for name, t in stored.items()}
+    return rebank(cfg, values)
 
 
 # ==================================================================================================
@@ -4520,9 +4560,13 @@ def code_matrices(
 
 def layout(cfg: Config, arrays: Arrays) -> dict[str, StoredAs]:
     """Look up how each array is kept: integers as the row of their tensor says, all else like HALF."""
-    stored = stored_as(cfg)
-    integers = {name: stored.get(name.partition(":")[0], HALF) for name in arrays if name.endswith(".q")}
-    return dict.fromkeys(arrays, HALF) | integers
+    stored = stored_matrices(cfg)
+    found = dict.fromkeys(arrays, HALF)
+    for name in arrays:
+        tensor, _, part = name.rpartition(":")
+        if part.endswith(".q") and tensor in stored:
+            found[name] = stored[tensor].role.stored
+    return found
 
 
 def code_arrays(cfg: Config, arrays: Arrays, coders: dict[str, RangeCoder]) -> Arrays:
@@ -4535,25 +4579,29 @@ def code_arrays(cfg: Config, arrays: Arrays, coders: dict[str, RangeCoder]) -> A
     for name, stored in layout(cfg, arrays).items():
         a = arrays[name]
         if a.size:
-            key = STREAMS.index(stored.stream), kind_of(name), a.shape
+            alike = a.shape if stored.stream != "rest" else ()  # matrices are coded side by side
+            key = STREAMS.index(stored.stream), kind_of(name), alike
             groups.setdefault(key, []).append(name)
 
     out = dict(arrays)
     number = {name: i for i, name in enumerate(arrays)}
     start = gaussian_counts()
     counts = start.copy()
-    for (place, kind, shape), names in sorted(groups.items()):
+    for (place, kind, _), names in sorted(groups.items()):
         stream = STREAMS[place]
-        together = np.stack([arrays[name] for name in names])
+        given = [arrays[name] for name in names]
         owners = [number[name] for name in names]
         if stream == "rest":
-            flat = together.reshape(-1).view(f"<u{together.itemsize}")
-            code_numbers(coders[stream], flat, np.repeat(owners, math.prod(shape)))
+            sizes = [a.size for a in given]
+            flat = np.concatenate([a.reshape(-1) for a in given])
+            code_numbers(coders[stream], flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
+            parts = np.split(flat, np.cumsum(sizes)[:-1])
+            coded = [part.reshape(a.shape) for part, a in zip(parts, given, strict=True)]
         else:
             counts = start + (counts - start) // 8
             similar = stream == TOKEN_STREAM
-            together = code_matrices(coders[stream], counts, together, owners, ":trellis." in kind, similar)
-        out |= zip(names, together, strict=True)
+            coded = code_matrices(coders[stream], counts, np.stack(given), owners, ":trellis." in kind, similar)
+        out |= zip(names, coded, strict=True)
     return out
 
 
@@ -4937,8 +4985,8 @@ def load_checkpoint_model(cfg: Config, world: World, path: Path, kernels: Kernel
 class Pruning:
     """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first.
 
-    What one costs is the square of the weight it stands for. `code_bits` predicts, without a coder, how many bits a number of
-    zeros leaves.
+    What one costs is the square of the weight it stands for. `code_bits` predicts, without a coder, how many
+    bits a number of zeros leaves.
     """
 
     def __init__(self, stored: Quantized):
@@ -4993,8 +5041,8 @@ def prune_to_fit(
 ) -> tuple[Quantized, bytes]:
     """Pack, pruned until artifact and script have at most TARGET_BYTES; 0 prunes nothing.
 
-    Size is nearly linear in the entropy of the integers, so at most three more packs come within 0.05 % (COMPRESSOR=range) or
-    0.5 %. Raises RunError naming the smallest size.
+    Size is nearly linear in the entropy of the integers, so at most three more packs come within 0.05 %
+    (COMPRESSOR=range) or 0.5 %. Raises RunError naming the smallest size.
     """
     blob = pack(cfg, stored)
     target = cfg.target_bytes - code_bytes
@@ -5021,9 +5069,10 @@ def prune_to_fit(
         elif count < len(pruning.ranked):
             over = point
         else:
-            raise RunError(f"TARGET_BYTES={cfg.target_bytes}: every +-1 at zero leaves {len(blob) + code_bytes} bytes, "
-                           f"{code_bytes} of them the script: lower MATRIX_BITS, or ship the packed script "
-                           "(tools/pack_code.py)")
+            raise RunError(
+                f"TARGET_BYTES={cfg.target_bytes}: every +-1 at zero leaves {len(blob) + code_bytes} bytes, "
+                f"{code_bytes} of them the script: lower MATRIX_BITS, or ship the packed script "
+                "(tools/pack_code.py)")
     return fit
 
 
@@ -5036,10 +5085,12 @@ class Pass(NamedTuple):
 
 
 class StepSearch:
-    """QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs fewer.
+    """QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs
+    fewer.
 
-    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes within 0.2 % on
-    both sides of the target end the search: some matrices from the finer pass, the others from the coarser, as many as fit.
+    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes
+    within 0.2 % on both sides of the target end the search: some matrices from the finer pass, the others
+    from the coarser, as many as fit.
     """
 
     def __init__(self, cfg: Config, tensors: Tensors, plan: RateDistortion, code_bytes: int):
@@ -5049,7 +5100,7 @@ class StepSearch:
         self.coarsest = plan.delta(max(100.0, cfg.rd_loss))
         bits = plan.bits(plan.finest)
         others = sum(t.numel() for t in tensors.values()) - plan.weights
-        guess = Point(bits, code_bytes + bits / 8 + 2 * others)  # two bytes for every number outside the matrices
+        guess = Point(bits, code_bytes + bits / 8 + 2 * others)  # two bytes for each number outside the matrices
         self.points = [guess]  # and one for each pass so far
 
     def attempt(self, matrices: Quantized) -> Pass:
@@ -5098,15 +5149,17 @@ class StepSearch:
             if under and over:
                 close |= over.size - under.size < 0.002 * self.target
         if not under:
-            raise RunError(f"TARGET_BYTES={self.target}: the smallest reachable size is {tried.size} bytes, "
-                           f"{self.code_bytes} of them the script; make the model smaller, or ship the packed script "
-                           "(tools/pack_code.py)")
+            raise RunError(
+                f"TARGET_BYTES={self.target}: the smallest reachable size is {tried.size} bytes, "
+                f"{self.code_bytes} of them the script; make the model smaller, or ship the packed script "
+                "(tools/pack_code.py)")
         return over, under
 
     def mix(self, over: Pass, under: Pass) -> Pass:
         """Take as many matrices of the finer pass as fit, by bisection.
 
-        Matrices are of unequal size: another order of them may end closer to the target, so up to eight are tried.
+        Matrices are of unequal size: another order of them may end closer to the target, so up to eight are
+        tried.
         """
         names, coarse = list(under.matrices), under.matrices
         for turn in range(min(8, len(names))):
@@ -5127,18 +5180,24 @@ class StepSearch:
 Fitted = tuple[Quantized, bytes]  # the tensors, and the artifact of them
 
 
-def fit_as_encoded(cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any) -> Fitted:
+def fit_as_encoded(
+    cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any
+) -> Fitted:
     """Take whatever size comes of the scheme's bits and grids."""
     stored = quantize(cfg, state, hessians, log)
     return stored, pack(cfg, stored)
 
 
-def fit_by_pruning(cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any) -> Fitted:
+def fit_by_pruning(
+    cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any
+) -> Fitted:
     """Prune if need be."""
     return prune_to_fit(cfg, quantize(cfg, state, hessians, log), code_bytes, log)
 
 
-def fit_by_steps(cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any) -> Fitted:
+def fit_by_steps(
+    cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any
+) -> Fitted:
     """Search the delta that all steps depend on."""
     tensors = unbank(cfg, state)
     plan = RateDistortion(cfg, tensors, hessians, search)
@@ -5164,7 +5223,8 @@ def forecast_as_encoded(cfg: Config, tensors: Tensors, hessians: Hessians, code_
 
 
 def forecast_steps(cfg: Config, tensors: Tensors, hessians: Hessians, code_bytes: int) -> str:
-    """Forecast the size without the trellis, on steps that err as much, and the loss if that is more than TARGET_BYTES."""
+    """Forecast the size without the trellis, on steps that err as much, and the loss if that is more than
+    TARGET_BYTES."""
     plan = RateDistortion(cfg, tensors, hessians)
     size = size_of(cfg, tensors, plan.encode(plan.finest, scalar_rounding), code_bytes)
     text = f"{size:.0f} bytes with the script for RD_LOSS {cfg.rd_loss:g}"
@@ -5186,9 +5246,11 @@ BUDGETS = {  # how a scheme meets a size, and how it forecasts one
 def quantize_to_fit(
     cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Callable | None = None
 ) -> tuple[Quantized, bytes]:
-    """Quantize and pack, so that artifact and script fit into TARGET_BYTES. Returns the tensors and the artifact.
+    """Quantize and pack, so that artifact and script fit into TARGET_BYTES. Returns the tensors and the
+    artifact.
 
-    code_bytes: of the script; search: `viterbi` or an equal. Raises RunError naming the smallest size when nothing fits.
+    code_bytes: of the script; search: `viterbi` or an equal. Raises RunError naming the smallest size when
+    nothing fits.
     """
     fit, _ = BUDGETS[scheme_of(cfg)]
     return fit(cfg, state, hessians, code_bytes, log, search)
@@ -5199,12 +5261,15 @@ def quantize_to_fit(
 def forecast_size(
     cfg: Config, world: World, model: GPT, state: Tensors, tokens: np.ndarray, code_bytes: int
 ) -> str:
-    """Forecast the size that an artifact of these weights would have, with the script, calibrated on one micro-batch.
+    """Forecast the size that an artifact of these weights would have, with the script, calibrated on one
+    micro-batch.
 
     Changes neither the model nor a random generator.
     """
     live = dict(model.named_parameters())
-    weights = {name: t.detach().to(live[name].dtype).clone().requires_grad_() for name, t in state.items()}
+    weights = {}
+    for name, t in state.items():
+        weights[name] = t.detach().to(live[name].dtype).clone().requires_grad_()
     hessians = Hessians()
     parts = calibration_parts(cfg)
     n = (len(tokens) - 1) // parts

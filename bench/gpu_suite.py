@@ -9,6 +9,7 @@ process. `--table FILE` prints the table of an older run; `--dry-run` goes throu
 
 import argparse
 import ctypes
+import dataclasses
 import gc
 import json
 import lzma
@@ -537,7 +538,8 @@ def gptq():
 
     yield line("Hessians of a micro-batch", milliseconds(collect, 3))
     tensors = tg.unbank(CFG, model.state_dict())
-    solve = partial(tg.run_gptq, CFG, tg.gptq_inputs(CFG, tensors), hessians, tg.clips_by_deviation)
+    plain = dataclasses.replace(CFG, awq_lite_enabled=False, lqer_enabled=False)
+    solve = partial(tg.run_gptq, plain, tg.gptq_inputs(CFG, tensors), hessians, tg.clips_by_deviation)
     yield line("GPTQ of all matrices", milliseconds(solve, 2), target_ms=200.0)
 
 

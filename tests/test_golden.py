@@ -125,10 +125,10 @@ def test_own_value_removal(s05):
 @pytest.mark.parametrize("name, scale", [("", 1.0), ("small_", 1 / 40)])
 def test_gptq(s05, levels, bits, name, scale):
     """Integers and steps exactly as published, one dead column included; small: every row's step is the floor."""
-    cfg, hessians = tiny_config(quant="s05"), tg.Hessians()
+    cfg, hessians = tiny_config(awq_lite_enabled=False, lqer_enabled=False), tg.Hessians()
     hessians.H["site"], hessians.count["site"] = s05["quant/H_raw"].clone(), 1
     matrix = tg.GptqInput("w", s05["quant/W"] * scale, bits, 0.0, "site")
-    parts = tg.run_gptq(cfg, [matrix], hessians, {})["w"].parts
+    parts = tg.run_gptq(cfg, [matrix], hessians, tg.clips_by_percentile, damping=0.01)["w"].parts
     assert torch.equal(parts["gptq", "q"], s05[f"quant/{name}gptq{levels}_q"])
     assert torch.equal(parts["gptq", "scale"], s05[f"quant/{name}gptq{levels}_s"])
 
