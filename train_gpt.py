@@ -3,17 +3,37 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # the S14 recipe on 8 GPUs; no variables needed
     PRESET=demo python train_gpt.py                            # the same pipeline on a laptop CPU, minutes
-    python train_gpt.py --help                                 # every variable; PRESET=demo shows the values of demo
+    python train_gpt.py --help                                 # every variable: value, meaning, range
 
-train -> EMA -> Hessians -> GPTQ -> artifact on disk -> reload from its bytes -> score -> test-time training
--> one JSON line.
+train -> average -> Hessians -> integers -> artifact on disk -> read back -> score -> test-time training.
 
-Reads top to bottom, a name is used below its definition:
-CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING,
-AUDIT, KERNELS, MAIN.
+Reads top to bottom, a name is used below its definition: CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING,
+QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, KERNELS, MAIN.
 Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width,
 V vocabulary, L blocks, S depths (positions in the unrolled layer order), W ranks.
 """
+
+# To read it in thirty minutes:
+#   1. The group "model" of Config: what the network is made of, a line each.
+#   2. tests/spec_model.py: that network in plain loops. Then MODEL: the same, fast, a row for each tensor.
+#   3. `train`: schedules are functions of progress, and the clock decides when it ends.
+#   4. The head of QUANTIZATION: each codec is an encode next to its decode.
+#   5. `score_batch`: score, then learn. What has not been scored cannot be asked for.
+#   6. `main`: the stages, and the artifact's bytes between them. Skip KERNELS until something must be faster.
+#
+# Words:
+#   nats, bpb    -ln p of a token; the same of a text in bits, over its bytes: what is scored
+#   depth        one application of a block; with loops there are more depths than blocks
+#   stream       what blocks read and add to, a vector a token; the last depths have two: attention's, the MLP's
+#   segment      a document, or a piece of it, in a packed row; attention stays inside
+#   bank         one tensor that holds the matrices of one kind of all blocks
+#   codec        how a tensor becomes small integers and scales, and comes back
+#   Hessian      X^T X of a matrix's inputs X: which errors of its weights cost how much
+#   artifact     the file that is scored and counted, with this script
+#   ledger       the chained account of what was scored and learned from
+#   chunk        the tokens that test-time training scores at once and learns from next
+#   adapter      a low-rank change of a matrix, learned for one document
+#   rank         a process of the run, one a GPU; of an adapter, the width between its two factors
 
 from __future__ import annotations
 
@@ -30,7 +50,6 @@ import importlib.util
 import inspect
 import io
 import json
-import linecache
 import math
 import os
 import platform
@@ -46,7 +65,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import pairwise
@@ -61,13 +80,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-try:  # without Triton the definitions run, and no kernel can be asked for
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:
-    triton = None
-
 BOS_ID = 1                                # every document starts with it; there is no end-of-document token
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 ARTIFACT_CAP_BYTES = 16_000_000           # decimal, model file plus shipped code
@@ -75,7 +87,7 @@ CU_SEQLENS_BUCKET = 64                    # cu_seqlens are padded to multiples o
 
 
 class RunError(Exception):
-    """A failure with an explanation for the person at the keyboard: what, where, what was expected, what to do."""
+    """A failure explained for the person at the keyboard: what, where, what was expected, what to do."""
 
 
 # ==================================================================================================
@@ -97,7 +109,7 @@ PRESETS = {  # variables to set together; what is set by hand wins
         TTT_EVAL_SEQ_LEN=2048 TTT_BATCH_SIZE=64 TTT_MASK= TTT_LOCAL_LR_MULT=1.0
         TTT_SHORT_SCORE_FIRST_ENABLED=0 TTT_SHORT_SCORE_FIRST_STEPS= PHASED_TTT_NUM_PHASES=3
     """,
-    # PR #1105 with mixed bits, without its loader, bigram hash, value embeddings, SWA and late fake quantization
+    # PR #1105 with mixed bits, but not its loader, bigram hash, value embeddings, SWA, late fake quantization
     "s05": """
         TRAIN_SEQ_LEN=2048 TRAIN_SEQ_SCHEDULE= SEQ_CHANGE_WARMUP_STEPS=0 ROPE_TRAIN_SEQ_LEN=2048
         WARMDOWN_ITERS=4000 MIN_LR=0.05
@@ -133,9 +145,11 @@ MUON_BETA2 - nothing ever read it; the momentum is MUON_MOMENTUM
 GPTQ_CALIB_BATCHES - nothing ever read it; use GPTQ_CALIBRATION_BATCHES
 GPTQ_CALIBRATION_MODE - GPTQ_CALIBRATION chooses the data of the Hessians
 TARGET_MB - published runs gave it in MiB: their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES
+AUDIT - nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length
 *_NAME_PATTERNS - the table `parameters` says which tensor has which optimizer and codec
 GPTQ_BLOCK_SIZE * blocks of columns bound the memory of GPTQ, not its result
-MATRIX_LR_* * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
+MATRIX_LR_EARLY * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
+MATRIX_LR_LATE * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
 BANK_SPLIT * it divides MATRIX_LR_EARLY from MATRIX_LR_LATE, which do nothing
 ASYM_LOGIT_RESCALE * both caps are LOGIT_SOFTCAP: published code never trains them
 EMBED_LR * the head is the embedding matrix; TIED_EMBED_LR applies
@@ -197,11 +211,12 @@ def knob(
 ) -> Any:
     """Declare one variable: default, meaning, accepted range of a number or a|b|c of a text.
 
-    needs: when it has any effect, see `unmet`; None = while the switch NAME_ENABLED is on, if its name begins so.
+    needs: when it has an effect, see `unmet`; None = while the switch NAME_ENABLED is on, for NAME_REST.
     because: what to say when it has none, where that says more. model: artifact and run must agree on it.
     recipe: it is part of the run's identity, see `config_hash`. group: title of the variables from here on.
     """
-    about = dict(doc=doc, lo=lo, hi=hi, choices=choices, needs=needs, because=because)
+    words = tuple(choices.split("|")) if choices else ()
+    about = dict(doc=doc, lo=lo, hi=hi, choices=words, needs=needs, because=because)
     return field(default=default, metadata=about | dict(model=model, recipe=recipe, group=group))
 
 
@@ -214,7 +229,7 @@ def parse_steps(text: str, separator: str) -> tuple[tuple[float, float], ...]:
 
 
 def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], ...]:
-    """Read '1024@0.1,2048@1' as ((1024, 0.1), (2048, 1.0)): context lengths, each until its fraction of the run.
+    """Read '1024@0.1,2048@1' as ((1024, 0.1), (2048, 1.0)): contexts, each until its fraction of the run.
 
     Blank means one stage of `default_len`. Raises ValueError on a malformed stage.
     """
@@ -340,8 +355,6 @@ class Config:
     seed: int = knob(1337, "seeds weights and adapters; the data order does not depend on it", recipe=False)
     seeds_declared: str = knob("",
         "comma list of the seeds that will be run and averaged, fixed before the first of them", recipe=False)
-    audit: str = knob("sample", "probes of the scored evaluation: none, a few short documents, or many",
-        choices="off|sample|full", recipe=False)
     run_id: str = knob("", "name of the run; blank = date and time", recipe=False)
     artifact_dir: str = knob("", "folder for log, checkpoint and artifact; blank = logs/RUN_ID", recipe=False)
     resume: bool = knob(False, "continue from checkpoint.pt of ARTIFACT_DIR", recipe=False)
@@ -437,7 +450,8 @@ class Config:
     smear_gate_bos_fix: bool = knob(True, "never smear across a document start", model=True)
     tied_embed_init_std: float = knob(0.005, "initial std of the embedding")
 
-    matrix_lr: float = knob(0.026, "Muon, the weight banks", group="optimizers")
+    matrix_optimizer: str = knob("muon", "optimizer of the weight banks", choices="muon", group="optimizers")
+    matrix_lr: float = knob(0.026, "learning rate of the weight banks")
     tied_embed_lr: float = knob(0.03, "AdamW, the tied embedding and the untied head")
     scalar_lr: float = knob(0.02, "AdamW, all small tensors")
     muon_momentum: float = knob(0.97, "Nesterov momentum", hi=0.9999)
@@ -544,7 +558,7 @@ class Config:
         hi=50, needs="ngram_tilt_enabled")
     slot: str = knob(
         "off",
-        "learn a shift of the last states; published = from the targets, not legal; causal = from scored ones",
+        "learn a shift of the states; published = from the targets, not legal; causal = from scored ones",
         choices="off|published|causal")
     slot_lr: float = knob(0.003, "AdamW of that shift", needs="slot!=off")
     slot_steps: int = knob(5, "updates of the shift per batch of windows", lo=1, needs="slot!=off")
@@ -706,7 +720,7 @@ def as_text(value: Any) -> str:
 
 
 def needs_of(name: str) -> str:
-    """Look up the `needs` of a field; one that continues a switch's name needs it unless its knob says else."""
+    """Look up the `needs` of a field; NAME_REST needs NAME_ENABLED unless its knob says else."""
     needs = VARIABLES[name.upper()].metadata["needs"]
     if needs is not None:
         return needs
@@ -717,8 +731,8 @@ def needs_of(name: str) -> str:
 def unmet(c: Config, needs: str) -> str:
     """Say which part of `needs` does not hold in c; '' if all does.
 
-    Comma = and, | = or, x = true, nonzero, not blank, !x = the opposite, x=v, x!=v. x is a field or property; what
-    a field needs itself is needed too.
+    Comma = and, | = or, x = true, nonzero, not blank, !x = the opposite, x=v, x!=v. x is a field or property;
+    what a field needs itself is needed too.
     """
     for clause in filter(None, needs.split(",")):
         reasons = [unmet_need(c, need) for need in clause.split("|")]
@@ -755,9 +769,10 @@ check_needs()
 def accepted(f) -> str:
     """Describe the values a variable takes."""
     lo, hi, choices = map(f.metadata.get, ("lo", "hi", "choices"))
+    if choices:
+        return "one of " + ", ".join(choice or "(blank)" for choice in choices)
     if f.type in ("bool", "str"):
-        words = "0|1" if f.type == "bool" else choices
-        return words.removeprefix("|") + ", blank" * words.startswith("|") if words else "text"
+        return {"bool": "0 or 1", "str": "text"}[f.type]
     kind = "a whole number" if f.type == "int" else "a number"
     if hi < LARGEST:
         return f"{kind} in [{lo}, {hi}]"
@@ -766,15 +781,12 @@ def accepted(f) -> str:
 
 def parse_knob(f, raw: str) -> Any:
     """Turn the text of one variable into its checked value. Raises ValueError that says what is accepted."""
-    about = f.metadata
+    lo, hi, choices = map(f.metadata.get, ("lo", "hi", "choices"))
     try:
         value = {"int": int, "float": float, "bool": ("0", "1").index, "str": str}[f.type](raw)
     except ValueError:
         value = math.nan
-    if f.type == "str":
-        valid = not about["choices"] or raw in about["choices"].split("|")
-    else:
-        valid = about["lo"] <= value <= about["hi"]
+    valid = raw in (choices or (raw,)) if f.type == "str" else lo <= value <= hi
     if not valid:
         raise ValueError(f"expected {accepted(f)}")
     return bool(value) if f.type == "bool" else value
@@ -792,7 +804,7 @@ FAMILIES = frozenset(family(name) for name in VARIABLES if "_" in name)
 def meant(name: str) -> str:
     """Guess which variable an unknown name was meant to be; '' if it looks like another program's."""
     capitals = name.upper()
-    near = difflib.get_close_matches(capitals, VARIABLES, n=1, cutoff=0.85)
+    near = difflib.get_close_matches(capitals, VARIABLES, n=1, cutoff=0.83)
     if near and (near[0] == capitals or "_" in name + near[0] or len(near[0]) > 8):
         return near[0]
     if "_" in name and family(name) in FAMILIES:
@@ -809,7 +821,7 @@ def same_text(a: str, b: str) -> bool:
 
 
 def published(name: str, env) -> tuple[str, str]:
-    """Look up a variable of other scripts: why it is refused, why it changes nothing. '' and '' for any other."""
+    """Look up a variable of other scripts: why it is refused, why it changes nothing; '' and '' if none."""
     for line in PUBLISHED.strip().splitlines():
         pattern, setting, why = line.split(" ", 2)
         if not re.fullmatch(pattern.replace("*", ".*"), name):
@@ -843,8 +855,9 @@ def config_from_env(env) -> Config:
             except ValueError as e:
                 errors.append(f"{name}={env[name]!r}: {e}")
                 continue
-            if given.setdefault(variable, value) != value:
-                errors.append(f"{name}={env[name]!r}: another name of {variable}, which has another value")
+            first, same = given.setdefault(variable, (name, value))
+            if same != value:
+                errors.append(f"{first}={env[first]!r} and {name}={env[name]!r} are two names of one variable")
             values[variable.lower()] = value
         elif refusal:
             errors.append(f"{name}={env[name]!r}: {refusal}")
@@ -902,7 +915,8 @@ def help_text(preset: str) -> str:
         lines.append(textwrap.fill(text, 110, subsequent_indent=" " * 41, break_on_hyphens=False))
 
     lines += ["", "Published variables that are not here, the setting accepted (- = none, * = any), and why:"]
-    lines += ["  " + line for line in PUBLISHED.strip().splitlines()]
+    for line in PUBLISHED.strip().splitlines():
+        lines.append(textwrap.fill("  " + line, 110, subsequent_indent="    ", break_on_hyphens=False))
     return "\n".join(lines)
 
 
@@ -1047,13 +1061,21 @@ def hardware_name(world: World) -> str:
     return f"{world.size}x {world.device.type} ({model}, {os.cpu_count()} cores)"
 
 
+def triton_version() -> str | None:
+    """Look up the version of Triton, by which torch.compile makes its kernels for a GPU; None without it."""
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None
+
+
 def compile_cache(cfg: Config, world: World) -> dict[str, str]:
     """Variables that make torch.compile and Triton keep their work below COMPILE_CACHE_DIR, in a folder of its own for each version
     of this code, torch and Triton, device and choice of kernels; none when it is blank."""
     if not cfg.compile_cache_dir:
         return {}
     flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.endswith(("_kernel", "_backward", "_backend", "_dtype"))}
-    versions = torch.__version__, triton.__version__ if triton else None, hardware_name(world).split("x ", 1)[1]
+    versions = torch.__version__, triton_version(), hardware_name(world).split("x ", 1)[1]
     key = hashlib.sha256(Path(__file__).read_bytes() + json.dumps([flags, versions], sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cfg.compile_cache_dir).resolve() / key
     return dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"))
@@ -1575,31 +1597,39 @@ class ValData:
 # MODEL - one network, one forward: training, scoring, calibration and test-time training differ by its arguments.
 # ==================================================================================================
 
+# The same network in 140 lines of plain loops, with nothing folded or fused: tests/spec_model.py. Read that first.
+
+
 def softcap(logits: Tensor, cap: float) -> Tensor:
     """Compute cap tanh(logits / cap) in fp32."""
     return cap * torch.tanh(logits.float() / cap)
 
 
 def softcapped_ce(logits: Tensor, targets: Tensor, cap: float, round_cap: bool = False) -> Tensor:
-    """Cross-entropy in nats, per token and in fp32, of the capped logits.
+    """Compute the cross-entropy of the capped logits in nats, per token and in fp32.
 
-    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before the
-    cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
+    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before
+    the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
     """
     z = softcap(logits, cap)
-    z = z.to(logits.dtype).float() if round_cap else z
+    if round_cap:
+        z = z.to(logits.dtype).float()
     if targets.ndim == z.ndim:
         return z.logsumexp(-1, keepdim=True) - z.gather(-1, targets)
-    return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    nats = F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="none")
+    return nats.view(targets.shape)
 
 
 def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
-    """leaky_relu(x)^2: homogeneous of degree 2 on each side of zero."""
+    """Compute leaky_relu(x)^2, which is homogeneous of degree 2 on each side of zero."""
     return F.leaky_relu(x, slope).square()
 
 
 def leaky_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, see_hidden=None) -> Tensor:
-    """leaky_relu(x up^T)^2 down^T. x (..., D), up (F, D), down (D, F) -> (..., D). see_hidden(h): sees what `down` reads."""
+    """Compute leaky_relu(x up^T)^2 down^T: x (..., D), up (F, D), down (D, F) -> (..., D).
+
+    see_hidden(h), if given, sees what `down` reads.
+    """
     hidden = leaky_relu_squared(F.linear(x, up), slope)
     if see_hidden is not None:
         see_hidden(hidden)
@@ -1607,87 +1637,104 @@ def leaky_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, see_hidden=None
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last dimension; no weight, eps is that of the dtype."""
+    """Divide x by its root mean square over the last dimension; no weight, eps is that of the dtype."""
     return F.rms_norm(x, (x.shape[-1],))
 
 
 def add_streams(weights: Tensor | None, *streams: Tensor) -> Tensor:
-    """Residual streams (B, T, D), each times its row of weights (n, D) or (n, 1), added up. weights None: a plain sum."""
-    w = weights if weights is None else weights.to(streams[0].dtype)
-    first, *rest = streams if w is None else (factor * x for factor, x in zip(w, streams, strict=True))
-    return sum(rest, first)
+    """Add up streams (B, T, D), each times its row of weights (n, D) or (n, 1); weights None: a plain sum."""
+    if weights is not None:
+        rows = weights.to(streams[0].dtype)
+        streams = tuple(row * x for row, x in zip(rows, streams, strict=True))
+    return sum(streams[1:], streams[0])
 
 
 def add_norm(weights: Tensor | None, *streams: Tensor) -> tuple[Tensor, Tensor]:
-    """Two or three residual streams added up by `add_streams`, and that sum normed."""
+    """Add up two or three streams by `add_streams` -> that sum, and that sum normed."""
     total = add_streams(weights, *streams)
     return total, rms_norm(total)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Partial rotary embedding, half-split: x (B, T, heads, d), the first 2 n of d dimensions turn, n = cos.shape[-1]."""
+    """Turn the first 2 n of d dimensions, half-split (partial rotary embedding): x (B, T, heads, d), n = cos.shape[-1]."""
     n = cos.shape[-1]
-    x1, x2, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+    x1, x2, rest = x.tensor_split((n, 2 * n), dim=-1)
+    turned = (x1 * cos + x2 * sin, x2 * cos - x1 * sin)
+    return torch.cat((*turned, rest), dim=-1)
 
 
-def split_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One merged projection -> queries and keys, normed per head and rotated, queries times their gain, and values.
+def split_heads(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split one merged projection into queries and keys, normed per head and rotated, queries times their gain, and values.
 
     qkv (B, T, (H + 2 G) d), gain (H,), cos and sin (T, 1, n) -> q (B, T, H, d), k and v (B, T, G, d).
     """
     heads = len(gain)
-    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=2)
-    q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
+    merged = qkv.unflatten(-1, (heads + 2 * kv_heads, -1))
+    q, k, v = merged.split((heads, kv_heads, kv_heads), dim=2)
+    q = rotate(rms_norm(q), cos, sin)
+    k = rotate(rms_norm(k), cos, sin)
     return q * gain.to(q.dtype)[:, None], k, v
 
 
 def without_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: y - (y.v / v.v) v for each head of y (B, T, H, d) and its value v (B, T, G, d), computed in fp32."""
-    grouped, own = y.unflatten(2, (v.shape[2], -1)).float(), v.unsqueeze(3).float()  # (B, T, G, H/G, d) and (B, T, G, 1, d)
-    share = (grouped * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    """Compute XSA, y - (y.v / v.v) v, for each head of y (B, T, H, d) and its value v (B, T, G, d), in fp32."""
+    grouped = y.unflatten(2, (v.shape[2], -1)).float()  # (B, T, G, H/G, d)
+    own = v.unsqueeze(3).float()                        # (B, T, G, 1, d)
+    square = own.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    share = (grouped * own).sum(-1, keepdim=True) / square
     return (grouped - share * own).flatten(2, 3).to(y.dtype)
 
 
 def gate_heads(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """XSA and the output gate: drop from each head its part along the token's own value, then scale the head.
+    """Drop from each head its part along the token's own value (XSA), then scale the head by its gate.
 
     y (B, T, H, d), v (B, T, G, d), gate (B, T, H) -> (B, T, H, d).
     """
     return without_own_value(y, v) * gate.unsqueeze(-1)
 
 
-def window_mask(n: int, window: int, like: Tensor, at: Tensor | None = None) -> Tensor | None:
-    """What is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
+def window_mask(n: int, window: int, like: Tensor, positions: Tensor | None = None) -> Tensor | None:
+    """Make what is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
 
-    None where plain causal attention is the same: no window (0), or one that the segment fits into. at (.., m): just the queries at
-    these positions, -> (.., 1, m, n), never None.
+    None where plain causal attention is the same: no window (0), or one that the segment fits into. positions (.., m): just the
+    queries there, -> (.., 1, m, n), never None.
     """
-    if not 0 < window < n and at is None:
+    if positions is None and not 0 < window < n:
         return None
     keys = torch.arange(n, device=like.device)
-    distance = (keys if at is None else at.unsqueeze(-2)).unsqueeze(-1) - keys
-    return torch.zeros_like(distance, dtype=like.dtype).masked_fill_((distance < 0) | (distance >= (window or n)), -math.inf)
+    queries = keys if positions is None else positions.unsqueeze(-2)
+    distance = queries.unsqueeze(-1) - keys
+    hidden = (distance < 0) | (distance >= (window or n))
+    return torch.zeros_like(distance, dtype=like.dtype).masked_fill_(hidden, -math.inf)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, at: Tensor | None = None) -> Tensor:
-    """Causal attention of whole rows, in a window. q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d).
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, positions: Tensor | None = None) -> Tensor:
+    """Attend causally within whole rows, in a window: q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d).
 
-    at (B, n): positions of the queries, q (B, n, H, d); fewer queries than keys are otherwise the last.
+    positions (B, n): of the queries, q (B, n, H, d); fewer queries than keys are otherwise the last.
     """
-    if at is None and q.shape[1] < k.shape[1]:
-        at = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)
-    mask = window_mask(k.shape[1], window, q, at)
+    queries, keys = q.shape[1], k.shape[1]
+    if positions is None and queries < keys:
+        positions = torch.arange(keys - queries, keys, device=q.device)
+    mask = window_mask(keys, window, q, positions)
     heads = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
+    out = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
-def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-    """The definition: causal attention within each segment. q (T, H, d), k and v (T, G, d) -> (T, H, d)."""
-    bounds = cu_seqlens.tolist()
-    return torch.cat([causal_attention(*(t[None, start:end] for t in (q, k, v)), window)[0]
-                      for start, end in pairwise(bounds) if end > start])
+def document_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0
+) -> Tensor:
+    """Attend causally within each segment: the definition. q (T, H, d), k and v (T, G, d) -> (T, H, d)."""
+    parts = []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        if end > start:
+            rows = (t[None, start:end] for t in (q, k, v))
+            parts.append(causal_attention(*rows, window)[0])
+    return torch.cat(parts)
 
 
 class Kernels(NamedTuple):
@@ -1724,22 +1771,30 @@ class Adapters(NamedTuple):
     head: Lora | None = None  # of no depth, reads the final normed hidden state
 
     def by_depth(self, blocks: list[Block]) -> list[Adapters]:
-        """One Adapters per depth, given its block. unbind, not indexing: its backward writes each gradient once."""
-        sites = {site: lora for site, lora in zip(self._fields, self, strict=True) if lora is not None and site != "head"}
-        columns = {site: zip(lora.A.unbind(0), lora.B.unbind(0), strict=True) for site, lora in sites.items()}
-        return [Adapters(**{site: block.fold_adapter(site, Lora(*next(column), sites[site].scale)) for site, column in columns.items()})
-                for block in blocks]
+        """Cut into one Adapters per depth, given its block. unbind, not indexing: its backward writes each gradient once."""
+        found: list[dict[str, Lora]] = [{} for _ in blocks]
+        for site, lora in self._asdict().items():
+            if lora is None or site == "head":
+                continue
+            pairs = zip(lora.A.unbind(0), lora.B.unbind(0), strict=True)
+            for sites, block, (A, B) in zip(found, blocks, pairs, strict=True):
+                sites[site] = block.fold_adapter(site, Lora(A, B, lora.scale))
+        return [Adapters(**sites) for sites in found]
 
     def rows(self, first: int, end: int) -> Adapters:
-        """Views of the adapters of documents [first, end)."""
-        return Adapters(*(lora and Lora(*(t[..., first:end, :, :] for t in lora[:2]), lora.scale) for lora in self))
+        """View the adapters of documents [first, end)."""
+        count, cut = end - first, {}
+        for site, lora in self._asdict().items():
+            if lora is not None:
+                cut[site] = Lora(lora.A.narrow(-3, first, count), lora.B.narrow(-3, first, count), lora.scale)
+        return Adapters(**cut)
 
 
 NO_ADAPTERS = Adapters()
 
 
 class Weights(NamedTuple):
-    """The matrices of one block, (n_out, n_in) each, in the activation dtype, with the block's constant and learned scales folded in."""
+    """The matrices of one block, (n_out, n_in) each, in the activation dtype, its constant and learned scales folded in."""
 
     qkv: Tensor  # Q, K and V below one another
     o: Tensor
@@ -1748,81 +1803,116 @@ class Weights(NamedTuple):
 
 
 class Cache:
-    """What rows (B, T) leave behind: their last token and, by depth, their keys and values. With it a forward goes on where it stopped."""
+    """What rows (B, T) leave behind: their last token and, by depth, their keys and values.
+
+    With it a forward goes on where it stopped.
+    """
 
     def __init__(self, max_len: int):
-        self.max_len, self.length, self.last, self.kv = max_len, 0, None, {}
+        self.max_len = max_len
+        self.length = 0
+        self.last_token: Tensor | None = None  # (B, 1)
+        self.kv: dict[int, Tensor] = {}
 
     def extend(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, T, G, d) of new tokens; returns those of all tokens so far."""
+        """Append keys and values (B, T, G, d) of new tokens; return those of all tokens so far."""
         B, T, G, d = k.shape
         if depth not in self.kv:
-            self.kv[depth] = k.new_empty(2, B, G, self.max_len, d).transpose(2, 3)  # a head's positions lie side by side: half the time
-        held = self.kv[depth][:, :, : self.length + T]
-        held[0, :, self.length :], held[1, :, self.length :] = k, v
-        return held[0], held[1]
+            # A head's positions lie side by side: reading them takes half the time.
+            self.kv[depth] = k.new_empty(2, B, G, self.max_len, d).transpose(2, 3)
+        kept = self.kv[depth][:, :, : self.length + T]
+        kept[0, :, self.length :] = k
+        kept[1, :, self.length :] = v
+        return kept[0], kept[1]
 
 
-def at_positions(x: Tensor, at: Tensor | None) -> Tensor:
-    """x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
-    return x if at is None else x.gather(1, at.view(*at.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
+class Context(NamedTuple):
+    """What all depths of one forward share."""
+
+    rope: tuple[Tensor, Tensor]  # cos and sin (T, 1, rope_dims / 2)
+    segments: Segments | None
+    cache: Cache | None
+    kernels: Kernels
+    tap: Any  # None, or tap(site, x): sees the input of every matrix
 
 
-def add_deltas(y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)) -> Tensor:
-    """y (B, T, width) plus the deltas of adapters that read x, each from its own of the `columns` on: one product by all A, one by all B,
-    added up inside it."""
-    found = [(lora, first) for lora, first in zip(loras, columns, strict=True) if lora is not None]
-    if not found:
+class Streams(NamedTuple):
+    """The residual stream (B, T, D); the two-lane decoder has one for attention and one for the MLP."""
+
+    attn: Tensor
+    mlp: Tensor | None = None
+
+
+def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
+    """Take x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
+    if positions is None:
+        return x
+    trailing = [1] * (x.ndim - 2)
+    return torch.take_along_dim(x, positions.view(*positions.shape, *trailing), dim=1)
+
+
+def add_deltas(
+    y: Tensor, x: Tensor, *loras: Lora | None, columns: tuple[int, ...] = (0,)
+) -> Tensor:
+    """Add to y (B, T, width) the deltas of adapters that read x, each from its own of the `columns` on.
+
+    One product by all A, one by all B, added up inside it.
+    """
+    A, B = [], []
+    for lora, left in zip(loras, columns, strict=True):
+        if lora is not None:
+            right = y.shape[-1] - left - lora.B.shape[1]
+            A.append(lora.A)
+            B.append(F.pad(lora.scale * lora.B, (0, 0, left, right)))
+    if not A:
         return y
-    A = torch.cat([lora.A for lora, _ in found], 1).to(x.dtype)
-    B = torch.cat([F.pad(lora.scale * lora.B, (0, 0, first, y.shape[-1] - first - lora.B.shape[1])) for lora, first in found], 2)
-    return torch.baddbmm(y, x @ A.mT, B.to(x.dtype).mT)
+    down = torch.cat(A, dim=1).to(x.dtype)
+    up = torch.cat(B, dim=2).to(x.dtype)
+    return torch.baddbmm(y, x @ down.mT, up.mT)
 
 
 def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
-    """Blocks in execution order; when looping, the middle segment runs 1 + NUM_LOOPS times."""
+    """List the blocks in execution order; when looping, the middle ones run 1 + NUM_LOOPS times."""
     if not (looping and cfg.num_loops):
         return tuple(range(cfg.num_layers))
-    segment = tuple(range(cfg.loop_start, cfg.loop_end + 1))
-    return (*range(cfg.loop_start), *(segment * (1 + cfg.num_loops)), *range(cfg.loop_end + 1, cfg.num_layers))
+    before = range(cfg.loop_start)
+    middle = range(cfg.loop_start, cfg.loop_end + 1)
+    after = range(cfg.loop_end + 1, cfg.num_layers)
+    return (*before, *[*middle] * (1 + cfg.num_loops), *after)
 
 
 def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, 1, rope_dims / 2) of the row positions: only differences matter, so documents need no reset.
+    """Compute cos and sin (length, 1, rope_dims / 2) of the row positions.
 
-    The frequencies are rounded to bf16 because published checkpoints were trained with rounded ones. With ROPE_YARN the base
-    grows where the attention context exceeds ROPE_TRAIN_SEQ_LEN.
+    Only differences of positions matter, so documents need no reset. The frequencies are rounded to bf16 because published
+    checkpoints were trained with rounded ones. With ROPE_YARN the base grows where `context` exceeds ROPE_TRAIN_SEQ_LEN.
     """
     base = cfg.rope_base
     if cfg.rope_yarn and context > cfg.rope_train_seq_len:
         base *= (context / cfg.rope_train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
-    exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32, device=device) / cfg.rope_dims
-    frequencies = (base**-exponents).bfloat16().float()
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+    exponents = torch.arange(0, cfg.rope_dims, 2, dtype=torch.float32, device=device)
+    frequencies = (base ** -(exponents / cfg.rope_dims)).bfloat16().float()
+    places = torch.arange(length, dtype=torch.float32, device=device)
+    angles = places[:, None] * frequencies
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
 class StoredAs(NamedTuple):
-    """How the artifact keeps a tensor."""
+    """How the artifact keeps a tensor. Knobs and sites are blank where the codec has no use for them."""
 
-    codec: str         # an entry of CODECS
-    bits: str          # gptq: the knob that has its bits,
-    clip_sigmas: str   # the knob that has the end of its grid,
-    site: str          # and the products whose inputs make its Hessian
-    stream: str        # of the artifact, for its integers
-    sort_rows: bool    # by similarity, with COMPRESSOR=pergroup
-
-
-HALF = StoredAs("float16", "", "", "", "rest", False)
-INT8_ROWS = StoredAs("int8_row", "", "", "", "rest", False)
-SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the order of the forward
+    codec: str        # an entry of CODECS
+    bits: str         # the knob that has its bits
+    clip_sigmas: str  # the knob that has the end of its grid, in standard deviations of a row
+    site: str         # the product whose inputs make its Hessian
+    stream: str       # of the artifact, for its integers
+    sort_rows: bool   # by similarity, with COMPRESSOR=pergroup
 
 
 class Role(NamedTuple):
-    """What a tensor, or one of the equal parts of a bank, is for."""
+    """What a tensor, or each of the equal parts of a bank, is for."""
 
-    name: str                # of the matrix in a block, "" for a tensor that is no bank
-    products: str            # "every": multiplied for every token; "scored": not for those that are only context; "": never
+    name: str                # of the matrix in a block; "": the tensor is no bank
+    products: str            # "every": for every token; "scored": not for those that are only context; "": multiplies nothing
     stored: StoredAs | None  # None: for training only, in no artifact
 
 
@@ -1830,11 +1920,17 @@ class Parameter(NamedTuple):
     """One tensor of the network: a row of `parameters`, with no column left out."""
 
     name: str
-    present: bool
     shape: tuple[int, ...]
     init: Callable[[Tensor], Any]
-    optimizer: str  # an entry of OPTIMIZER_GROUPS
+    optimizer: str  # the group it is learned in: "matrices", "scalars" or "embedding", see TrainOptimizer
     roles: tuple[Role, ...]
+    present: bool
+
+
+SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the order of the forward
+HALF = StoredAs("float16", "", "", "", "rest", False)
+INT8_ROWS = HALF._replace(codec="int8_row")
+ELEMENTWISE = (Role("", "", HALF),)
 
 
 def init_orthogonal(p: Tensor) -> None:
@@ -1855,61 +1951,79 @@ def init_resid_mix(p: Tensor) -> None:
     p[1].zero_()
 
 
-def gptq_matrix(name: str, products: str, clip_sigmas: str, site: str, sort_rows: bool = False) -> Role:
+def gptq_matrix(name: str, products: str, clip_sigmas: str, site: str, sort_rows: bool) -> Role:
     """Describe a block's matrix that GPTQ quantizes and that has a stream of its own."""
     return Role(name, products, StoredAs("gptq", "matrix_bits", clip_sigmas, site, name, sort_rows))
 
 
+def bank_parameters(cfg: Config) -> list[Parameter]:
+    """List the banks: the matrices of all blocks, stacked so that the optimizer shards whole matrices over the ranks.
+
+    A bank holds its roles one after another, each with one matrix (n_out, n_in) per block.
+    """
+    L, D = cfg.num_layers, cfg.model_dim
+    attn, mlp = "attn_clip_sigmas", "mlp_clip_sigmas"
+    q = gptq_matrix("attn.c_q", "every", attn, "attn_in", sort_rows=True)
+    k = gptq_matrix("attn.c_k", "every", attn, "attn_in", sort_rows=False)
+    v = gptq_matrix("attn.c_v", "every", attn, "attn_in", sort_rows=False)
+    o = gptq_matrix("attn.proj", "scored", attn, "attn_out", sort_rows=False)
+    up = gptq_matrix("mlp.fc", "scored", mlp, "mlp_in", sort_rows=True)
+    down = gptq_matrix("mlp.proj", "scored", mlp, "mlp_mid", sort_rows=False)
+    return [
+        Parameter("qo_bank", (2 * L, D, D), init_half_orthogonal, "matrices", (q, o), True),
+        Parameter("kv_bank", (2 * L, cfg.kv_dim, D), init_orthogonal, "matrices", (k, v), True),
+        Parameter("mlp_up_bank", (L, cfg.mlp_dim, D), init_orthogonal, "matrices", (up,), True),
+        Parameter("mlp_down_bank", (L, D, cfg.mlp_dim), nn.init.zeros_, "matrices", (down,), True),
+    ]
+
+
+def block_parameters(cfg: Config, block: str) -> list[Parameter]:
+    """List the small tensors of one block."""
+    D, heads = cfg.model_dim, cfg.num_heads
+    dense = cfg.attn_gate == "dense"
+    gain = partial(nn.init.constant_, val=cfg.qk_gain_init)
+    gate_shape = (heads, D if dense else cfg.gate_window)
+    gate_init = partial(nn.init.normal_, std=cfg.gated_attn_init_std if dense else cfg.sparse_attn_gate_init_std)
+    gate = (Role("", "scored", INT8_ROWS if cfg.gated_attn_quant_gate else HALF),)
+    out_gate = (Role("", "scored", HALF),)
+    has_gate = cfg.attn_gate in ("dense", "sparse")
+    return [
+        Parameter(f"{block}.attn_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
+        Parameter(f"{block}.mlp_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
+        Parameter(f"{block}.resid_mix", (2, D), init_resid_mix, "scalars", ELEMENTWISE, True),
+        Parameter(f"{block}.attn.q_gain", (heads,), gain, "scalars", ELEMENTWISE, True),
+        Parameter(f"{block}.attn.attn_gate_w", gate_shape, gate_init, "scalars", gate, has_gate),
+        Parameter(
+            f"{block}.attn.attn_gate_proj.weight", gate_shape, nn.init.zeros_, "scalars", out_gate, cfg.attn_gate == "out"),
+    ]
+
+
 @cache
 def parameters(cfg: Config) -> tuple[Parameter, ...]:
-    """List every tensor of the network, once: presence, shape, initial values, optimizer, FLOPs and stored form are read from here.
+    """List every tensor of the network, once: shape, initial values, optimizer, FLOPs and stored form are read from here.
 
-    The matrices of all blocks are stacked into four banks, so that the optimizer shards whole matrices over the ranks. A bank holds
-    its roles one after another, each with a matrix (n_out, n_in) per block. Names are those of published checkpoints.
+    Names are those of published checkpoints.
     """
-    L, D, heads, rows = cfg.num_layers, cfg.model_dim, cfg.num_heads, []
-    skips = len(layer_order(cfg, looping=True)) // 2
-    lanes = cfg.parallel_start_layer > 0
-    elementwise, gate = (Role("", "", HALF),), (Role("", "scored", HALF),)
-    gate_rows = (Role("", "scored", INT8_ROWS if cfg.gated_attn_quant_gate else HALF),)
-    gate_width = D if cfg.attn_gate == "dense" else cfg.gate_window
-    gate_std = cfg.gated_attn_init_std if cfg.attn_gate == "dense" else cfg.sparse_attn_gate_init_std
-    embedding = StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)
-
-    def constant(value: float) -> Callable[[Tensor], Any]:
-        return partial(nn.init.constant_, val=value)
-
-    def normal(std: float) -> Callable[[Tensor], Any]:
-        return partial(nn.init.normal_, std=std)
-
-    def row(name: str, shape: tuple[int, ...], init, optimizer: str, roles: tuple[Role, ...], present: bool = True) -> None:
-        rows.append(Parameter(name, present, shape, init, optimizer, roles))
-
-    row("qo_bank", (2 * L, D, D), init_half_orthogonal, "matrices", (
-        gptq_matrix("attn.c_q", "every", "attn_clip_sigmas", "attn_in", sort_rows=True),
-        gptq_matrix("attn.proj", "scored", "attn_clip_sigmas", "attn_out")))
-    row("kv_bank", (2 * L, cfg.kv_dim, D), init_orthogonal, "matrices", (
-        gptq_matrix("attn.c_k", "every", "attn_clip_sigmas", "attn_in"),
-        gptq_matrix("attn.c_v", "every", "attn_clip_sigmas", "attn_in")))
-    row("mlp_up_bank", (L, cfg.mlp_dim, D), init_orthogonal, "matrices", (
-        gptq_matrix("mlp.fc", "scored", "mlp_clip_sigmas", "mlp_in", sort_rows=True),))
-    row("mlp_down_bank", (L, D, cfg.mlp_dim), nn.init.zeros_, "matrices", (
-        gptq_matrix("mlp.proj", "scored", "mlp_clip_sigmas", "mlp_mid"),))
-    row("skip_weights", (skips, D), nn.init.ones_, "scalars", elementwise)
-    row("skip_gates", (skips, D), nn.init.zeros_, "scalars", elementwise, cfg.skip_gates_enabled)
-    row("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", elementwise, lanes)  # sublayer that writes, lane that receives
-    row("parallel_resid_lambdas", (L, 2), constant(1.1), "scalars", elementwise, lanes)
-    row("smear_lambda", (1,), nn.init.zeros_, "scalars", elementwise, cfg.smear_gate_enabled)
-    row("tok_emb.weight", (cfg.vocab_size, D), normal(cfg.tied_embed_init_std), "embedding", (Role("", "scored", embedding),))
-    for i in range(L):
-        row(f"blocks.{i}.attn_scale", (D,), nn.init.ones_, "scalars", elementwise)
-        row(f"blocks.{i}.mlp_scale", (D,), nn.init.ones_, "scalars", elementwise)
-        row(f"blocks.{i}.resid_mix", (2, D), init_resid_mix, "scalars", elementwise)
-        row(f"blocks.{i}.attn.q_gain", (heads,), constant(cfg.qk_gain_init), "scalars", elementwise)
-        row(f"blocks.{i}.attn.attn_gate_w", (heads, gate_width), normal(gate_std), "scalars", gate_rows, cfg.attn_gate in ("dense", "sparse"))
-        row(f"blocks.{i}.attn.attn_gate_proj.weight", (heads, gate_width), nn.init.zeros_, "scalars", gate, cfg.attn_gate == "out")
-    row("smear_gate.weight", (1, cfg.gate_window), nn.init.zeros_, "scalars", (Role("", "every", HALF),), cfg.smear_gate_enabled)
-    return tuple(parameter for parameter in rows if parameter.present)
+    L, D = cfg.num_layers, cfg.model_dim
+    skips = (len(layer_order(cfg, looping=True)) // 2, D)
+    lanes, smear = cfg.parallel_start_layer > 0, cfg.smear_gate_enabled
+    head = StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)
+    embedding_init = partial(nn.init.normal_, std=cfg.tied_embed_init_std)
+    stream_share = partial(nn.init.constant_, val=1.1)
+    rows = [
+        *bank_parameters(cfg),
+        Parameter("skip_weights", skips, nn.init.ones_, "scalars", ELEMENTWISE, True),
+        Parameter("skip_gates", skips, nn.init.zeros_, "scalars", ELEMENTWISE, cfg.skip_gates_enabled),
+        Parameter("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", ELEMENTWISE, lanes),  # by sublayer, stream
+        Parameter("parallel_resid_lambdas", (L, 2), stream_share, "scalars", ELEMENTWISE, lanes),
+        Parameter("smear_lambda", (1,), nn.init.zeros_, "scalars", ELEMENTWISE, smear),
+        Parameter("tok_emb.weight", (cfg.vocab_size, D), embedding_init, "embedding", (Role("", "scored", head),), True),
+    ]
+    for layer in range(L):
+        rows += block_parameters(cfg, f"blocks.{layer}")
+    every = (Role("", "every", HALF),)
+    rows.append(Parameter("smear_gate.weight", (1, cfg.gate_window), nn.init.zeros_, "scalars", every, smear))
+    return tuple(row for row in rows if row.present)
 
 
 class Matrix(NamedTuple):
@@ -1920,87 +2034,116 @@ class Matrix(NamedTuple):
     index: int | None  # in its bank; None: the whole parameter
     layer: int | None  # its block; None: it belongs to no block
     shape: tuple[int, ...]
-    products: str
-    stored: StoredAs | None
+    role: Role
 
 
 @cache
 def matrices(cfg: Config) -> tuple[Matrix, ...]:
     """List the tensors as artifacts name and order them: parameters that are no bank, then each block's matrices."""
     whole, parts = [], []
-    for p in parameters(cfg):
-        for k, role in enumerate(p.roles):
+    for row in parameters(cfg):
+        for k, role in enumerate(row.roles):
             if not role.name:
-                words = p.name.split(".")
+                words = row.name.split(".")
                 layer = int(words[1]) if words[0] == "blocks" else None
-                whole.append(Matrix(p.name, p.name, None, layer, p.shape, role.products, role.stored))
+                whole.append(Matrix(row.name, row.name, None, layer, row.shape, role))
                 continue
-            for i in range(cfg.num_layers):
-                name = f"blocks.{i}.{role.name}.weight"
-                parts.append(Matrix(name, p.name, k * cfg.num_layers + i, i, p.shape[1:], role.products, role.stored))
-    parts.sort(key=lambda m: (m.layer, SITES.index(m.stored.site)))
+            for layer in range(cfg.num_layers):
+                name = f"blocks.{layer}.{role.name}.weight"
+                index = k * cfg.num_layers + layer
+                parts.append(Matrix(name, row.name, index, layer, row.shape[1:], role))
+    parts.sort(key=lambda m: (m.layer, SITES.index(m.role.stored.site)))
     return (*whole, *parts)
 
 
+def stored_matrices(cfg: Config) -> dict[str, Matrix]:
+    """Find what an artifact of this configuration holds, by name, in its order there."""
+    return {m.name: m for m in matrices(cfg) if m.role.stored is not None}
+
+
 def unbank(cfg: Config, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut a state dict into the tensors that artifacts name; those of other parameters than are in it are left out."""
-    found = (m for m in matrices(cfg) if m.stored is not None and m.parameter in state)
-    return {m.name: state[m.parameter] if m.index is None else state[m.parameter][m.index] for m in found}
+    """Cut a state dict, or a part of one, into the tensors that artifacts name."""
+    out = {}
+    for name, m in stored_matrices(cfg).items():
+        if m.parameter in state:
+            whole = state[m.parameter]
+            out[name] = whole if m.index is None else whole[m.index]
+    return out
 
 
 def rebank(cfg: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put the tensors that artifacts name together again: the inverse of `unbank`."""
-    parts: dict[str, list[Matrix]] = {}
-    for m in matrices(cfg):
-        parts.setdefault(m.parameter, []).append(m)
-    state = {}
-    for name, found in parts.items():
-        whole = found[0].index is None
-        state[name] = tensors[found[0].name] if whole else torch.stack([tensors[m.name] for m in sorted(found, key=lambda m: m.index)])
-    return state
+    out: dict[str, Tensor] = {}
+    banks: dict[str, list[Tensor]] = {}
+    for m in sorted(matrices(cfg), key=lambda m: m.index or 0):
+        if m.index is None:
+            out[m.parameter] = tensors[m.name]
+        else:
+            banks.setdefault(m.parameter, []).append(tensors[m.name])
+    return out | {name: torch.stack(parts) for name, parts in banks.items()}
 
 
 class Attention(nn.Module):
-    """Small tensors of one attention sublayer; its matrices live in the banks."""
+    """One attention sublayer: its small tensors; its matrices live in the banks."""
 
     def __init__(self, cfg: Config, layer: int, norm_scale: float):
         super().__init__()
-        self.cfg, self.norm_scale, self.window = cfg, norm_scale, cfg.window(layer)
+        self.cfg = cfg
+        self.name = f"blocks.{layer}"
+        self.norm_scale = norm_scale
+        self.window = cfg.window(layer)
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         if cfg.attn_gate == "out":
             self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
 
-    def gate(self, n: Tensor, q_raw: Tensor) -> Tensor:
-        """(B, T, H): how much of each head's output passes. n lacks the norm scale, which the weights take over."""
-        cfg = self.cfg
+    def gate(self, x: Tensor, q_raw: Tensor) -> Tensor:
+        """Compute how much of each head's output passes (B, T, H). x lacks the norm scale, which the weights take over."""
+        cfg, source = self.cfg, x
         if cfg.attn_gate == "dense":
-            return torch.sigmoid(F.linear(n, (self.norm_scale * self.attn_gate_w).to(n.dtype)))
-        if cfg.attn_gate == "sparse":
+            weight = self.norm_scale * self.attn_gate_w
+        elif cfg.attn_gate == "sparse":
             weight = cfg.sparse_attn_gate_scale * self.norm_scale * self.attn_gate_w
-            return torch.sigmoid(F.linear(n[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
-        from_norm = cfg.attn_out_gate_src == "proj"
-        source, weight = (n, self.norm_scale * self.attn_gate_proj.weight) if from_norm else (q_raw, self.attn_gate_proj.weight)
-        return 2 * torch.sigmoid(F.linear(source[..., : cfg.gate_window].contiguous(), weight.to(n.dtype)))
-
-    def qkv(self, n: Tensor, w: Weights, lora: Adapters) -> Tensor:
-        """(B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
-        D, kv = self.cfg.model_dim, self.cfg.kv_dim
-        return add_deltas(F.linear(n, w.qkv), n, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
-
-    def forward(self, n: Tensor, w: Weights, lora: Adapters, rope, kernels: Kernels, segments, past, tap, name: str, at) -> Tensor:
-        """n (B, T, D) normed, without its norm scale -> (B, T, D); at (B, m): (B, m, D), only at these positions."""
-        cfg = self.cfg
-        if tap is not None:
-            tap(f"{name}.attn_in", self.norm_scale * n)
-        qkv = self.qkv(n, w, lora)
-        q, k, v = kernels.split_heads(qkv, self.q_gain, *rope, cfg.num_kv_heads)
-        if segments is None:
-            y = causal_attention(at_positions(q, at), *((k, v) if past is None else past(k, v)), self.window, at)
+        elif cfg.attn_out_gate_src == "proj":
+            weight = self.norm_scale * self.attn_gate_proj.weight
         else:
+            weight, source = self.attn_gate_proj.weight, q_raw
+        if cfg.attn_gate != "dense":
+            source = source[..., : cfg.gate_window].contiguous()
+        gate = torch.sigmoid(F.linear(source, weight.to(x.dtype)))
+        return 2 * gate if cfg.attn_gate == "out" else gate
+
+    def qkv(self, x: Tensor, weights: Weights, lora: Adapters) -> Tensor:
+        """Compute (B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
+        D, kv = self.cfg.model_dim, self.cfg.kv_dim
+        merged = F.linear(x, weights.qkv)
+        return add_deltas(merged, x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor,
+        context: Context, depth: int, positions: Tensor | None,
+    ) -> Tensor:
+        """Attend within segments, to the cache, or within whole rows: -> (B, T, H, d), or only at the positions."""
+        if context.segments is not None:
             rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
-            y = kernels.attend(*rows, segments.cu_seqlens, segments.max_len, self.window)[None]
-        n, qkv, v = (at_positions(t, at) for t in (n, qkv, v))
-        gate = None if cfg.attn_gate == "none" else self.gate(n, qkv)
+            cu_seqlens, max_len = context.segments
+            return context.kernels.attend(*rows, cu_seqlens, max_len, self.window)[None]
+        if context.cache is not None:
+            k, v = context.cache.extend(depth, k, v)
+        return causal_attention(at_positions(q, positions), k, v, self.window, positions)
+
+    def forward(
+        self, x: Tensor, weights: Weights, lora: Adapters,
+        context: Context, depth: int, positions: Tensor | None,
+    ) -> Tensor:
+        """Map x (B, T, D), normed without its norm scale, -> (B, T, D); with positions (B, n): (B, n, D), only there."""
+        cfg, kernels = self.cfg, context.kernels
+        if context.tap is not None:
+            context.tap(f"{self.name}.attn_in", self.norm_scale * x)
+        qkv = self.qkv(x, weights, lora)
+        q, k, v = kernels.split_heads(qkv, self.q_gain, *context.rope, cfg.num_kv_heads)
+        y = self.attend(q, k, v, context, depth, positions)
+        x, qkv, v = (at_positions(t, positions) for t in (x, qkv, v))
+        gate = None if cfg.attn_gate == "none" else self.gate(x, qkv)
         if self.exclusive and gate is not None:
             y = kernels.gate_heads(y, v, gate)
         elif self.exclusive:
@@ -2008,39 +2151,65 @@ class Attention(nn.Module):
         elif gate is not None:
             y = y * gate.unsqueeze(-1)
         y = y.flatten(2)
-        if tap is not None:
-            tap(f"{name}.attn_out", y)
-        return add_deltas(F.linear(y, w.o), n, lora.o)
+        if context.tap is not None:
+            context.tap(f"{self.name}.attn_out", y)
+        return add_deltas(F.linear(y, weights.o), x, lora.o)
 
 
 class Block(nn.Module):
-    """Small tensors of one block and the two sublayers."""
+    """One block: its small tensors and the two sublayers."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.cfg, self.name = cfg, f"blocks.{layer}"
+        self.cfg = cfg
+        self.name = f"blocks.{layer}"
         self.norm_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
         self.attn = Attention(cfg, layer, self.norm_scale)
 
-    def fold(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Weights:
-        """Scales of a sublayer's input and output, moved into its matrices: they cost a pass over weights instead of activations."""
-        qkv, o = self.norm_scale * torch.cat((q, k, v)), self.attn_scale[:, None] * o
-        up, down = self.norm_scale * up, self.mlp_scale[:, None] * down
+    def fold(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, dtype: torch.dtype) -> Weights:
+        """Move the scales of a sublayer's input and output into its matrices: a pass over weights instead of activations."""
+        o, up, down = others
+        qkv = self.norm_scale * torch.cat((q, k, v))
+        o = self.attn_scale[:, None] * o
+        up = self.norm_scale * up
+        down = self.mlp_scale[:, None] * down
         return Weights(*(matrix.to(dtype) for matrix in (qkv, o, up, down)))
 
     def fold_adapter(self, site: str, lora: Lora) -> Lora:
-        """The same for an adapter."""
+        """Do the same for an adapter."""
         learned = dict(o=self.attn_scale, mlp=self.mlp_scale).get(site)
-        return Lora(lora.A, lora.B if learned is None else learned[:, None] * lora.B, lora.scale * self.norm_scale)
+        B = lora.B if learned is None else learned[:, None] * lora.B
+        return Lora(lora.A, B, lora.scale * self.norm_scale)
 
-    def mlp(self, n: Tensor, w: Weights, lora: Adapters, kernels: Kernels, tap) -> Tensor:
-        """What the MLP adds to the residual stream, from that stream normed, n (B, T, D)."""
+    def mlp(self, x: Tensor, weights: Weights, lora: Adapters, context: Context) -> Tensor:
+        """Compute what the MLP adds to the residual stream, from that stream normed, x (B, T, D)."""
+        slope, tap = self.cfg.mlp_slope, context.tap
         if tap is None:
-            out = kernels.mlp(n, w.up, w.down, self.cfg.mlp_slope)
+            out = context.kernels.mlp(x, weights.up, weights.down, slope)
         else:
-            tap(f"{self.name}.mlp_in", self.norm_scale * n)
-            out = leaky_mlp(n, w.up, w.down, self.cfg.mlp_slope, partial(tap, f"{self.name}.mlp_mid"))
-        return add_deltas(out, n, lora.mlp)
+            tap(f"{self.name}.mlp_in", self.norm_scale * x)
+            out = leaky_mlp(x, weights.up, weights.down, slope, partial(tap, f"{self.name}.mlp_mid"))
+        return add_deltas(out, x, lora.mlp)
+
+    def forward(
+        self, streams: Streams, x0: Tensor, weights: Weights, lora: Adapters,
+        context: Context, depth: int, positions: Tensor | None, lane_mix: Tensor | None,
+    ) -> Streams:
+        """Run attention and MLP, one after the other on one stream, or side by side on two.
+
+        x0 (B, T, D): the embedding, of which attention reads a share, per channel. positions (B, n): where alone to compute
+        what follows the keys and values. lane_mix: `GPT.lane_mix`, where there are two streams.
+        """
+        mixed, normed = add_norm(self.resid_mix, streams.attn, x0)
+        attn = self.attn(normed, weights, lora, context, depth, positions)
+        if streams.mlp is None:
+            x, normed = add_norm(None, at_positions(mixed, positions), attn)
+            return Streams(x + self.mlp(normed, weights, lora, context))
+        attn_stream, mlp_stream = (at_positions(x, positions) for x in streams)
+        mlp = self.mlp(rms_norm(mlp_stream), weights, lora, context)
+        return Streams(
+            add_streams(lane_mix[0], attn_stream, attn, mlp),
+            add_streams(lane_mix[1], mlp_stream, attn, mlp))
 
 
 class GPT(nn.Module):
@@ -2048,80 +2217,101 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, kernels: Kernels = DEFINITIONS):
         super().__init__()
-        self.cfg, self.kernels = cfg, kernels
+        self.cfg = cfg
+        self.kernels = kernels
         self.tok_emb = nn.Module()
-        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         if cfg.smear_gate_enabled:
             self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False)
-        for p in parameters(cfg):
-            path, _, leaf = p.name.rpartition(".")
-            owner = self.get_submodule(path)
-            precision = dtype if p.optimizer == "embedding" else torch.float32
-            owner.register_parameter(leaf, nn.Parameter(torch.empty(p.shape, dtype=precision)))
+        for row in parameters(cfg):
+            owner, _, leaf = row.name.rpartition(".")
+            precision = dtype if row.optimizer == "embedding" else torch.float32
+            value = nn.Parameter(torch.empty(row.shape, dtype=precision))
+            self.get_submodule(owner).register_parameter(leaf, value)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, D), each token with a gated share of its predecessor."""
+        """Embed (B, T) int64 -> (B, T, D), each token with a gated share of its predecessor."""
+        cfg = self.cfg
         x = F.embedding(tokens, self.tok_emb.weight)
-        if self.cfg.smear_gate_enabled:
-            weight, strength = self.smear_gate.weight.to(x.dtype), self.smear_lambda.to(x.dtype)
-            gate = strength * torch.sigmoid(F.linear(x[:, 1:, : self.cfg.gate_window].contiguous(), weight))
-            if self.cfg.smear_gate_bos_fix:
+        if cfg.smear_gate_enabled:
+            before, after = x[:, :-1], x[:, 1:]
+            source = after[..., : cfg.gate_window].contiguous()
+            gate = torch.sigmoid(F.linear(source, self.smear_gate.weight.to(x.dtype)))
+            gate = self.smear_lambda.to(x.dtype) * gate
+            if cfg.smear_gate_bos_fix:
                 # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
                 gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
-            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+            x = torch.cat((x[:, :1], after + gate * before), dim=1)
         return rms_norm(x)
 
     def weights(self, dtype: torch.dtype) -> list[Weights]:
-        """The banks cut into blocks. unbind, not indexing: its backward writes each gradient once."""
+        """Cut the banks into blocks. unbind, not indexing: its backward writes each gradient once."""
         L = self.cfg.num_layers
-        qo, kv, up, down = (bank.unbind(0) for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
-        return [b.fold(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i], dtype) for i, b in enumerate(self.blocks)]
+        qo, kv = self.qo_bank.unbind(0), self.kv_bank.unbind(0)
+        up, down = self.mlp_up_bank.unbind(0), self.mlp_down_bank.unbind(0)
+        out = []
+        for i, block in enumerate(self.blocks):
+            q, k, v, o = qo[i], kv[i], kv[L + i], qo[L + i]
+            out.append(block.fold(q, k, v, o, up[i], down[i], dtype=dtype))
+        return out
 
-    def skip(self, x: Tensor, skipped: Tensor, j: int) -> Tensor:
-        """Combine the decoder's x with an encoder output; rows of the weights count decoder positions, not blocks."""
-        skipped = self.skip_weights[j].to(x.dtype) * skipped
+    def skip(self, x: Tensor, skipped: Tensor, index: int) -> Tensor:
+        """Combine the decoder's x with an encoder output; rows of the weights count decoder depths, not blocks."""
+        skipped = self.skip_weights[index].to(x.dtype) * skipped
         if not self.cfg.skip_gates_enabled:
             return x + skipped
-        return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[j]).to(x.dtype))
+        gate = torch.sigmoid(self.skip_gates[index])
+        return torch.lerp(skipped, x, gate.to(x.dtype))
 
-    def hidden(self, tokens: Tensor, segments: Segments | None, layers: tuple[int, ...], adapters: Adapters, positions, cache, tap) -> Tensor:
-        """Tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`, and then the last depth computes the others' keys
-        and values alone. The first half of `layers` pushes skips, the second half pops them.
+    def lane_mix(self, layer: int) -> Tensor:
+        """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what the MLP writes."""
+        own = self.parallel_resid_lambdas[layer, :, None]
+        written = self.parallel_post_lambdas[layer].T  # rows of the parameter are the sublayers that write
+        return torch.cat((own, written), dim=1)[..., None]
 
-        From the first decoder depth with block >= PARALLEL_START_LAYER on there are two lanes: attention reads and skips join
-        the first, the MLP reads the second, and both sublayers write to both.
+    def hidden(
+        self, tokens: Tensor, layers: tuple[int, ...], segments: Segments | None, cache: Cache | None,
+        adapters: Adapters, positions: Tensor | None, tap,
+    ) -> Tensor:
+        """Map tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`.
+
+        With positions the last depth computes of the others only keys and values. The first half of `layers` pushes skips,
+        the second half pops them. From the first decoder depth with block >= PARALLEL_START_LAYER on there are two streams:
+        attention reads and skips join the first, the MLP reads the second, and both sublayers write to both.
         """
-        cfg, T, start = self.cfg, tokens.shape[1], 0 if cache is None else cache.length
-        x0 = lane = self.embed(torch.cat((cache.last, tokens), dim=1))[:, 1:] if start else self.embed(tokens)
-        context = next((c.max_len for c in (segments, cache) if c is not None), T)
-        rope = tuple(table[start:] for table in rotary_tables(cfg, start + T, context, tokens.device))
+        cfg, start = self.cfg, 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        if start:  # the smear gate looks back at the token before
+            x0 = self.embed(torch.cat((cache.last_token, tokens), dim=1))[:, 1:]
+        else:
+            x0 = self.embed(tokens)
+        bounded = segments or cache
+        longest = tokens.shape[1] if bounded is None else bounded.max_len
+        cos, sin = rotary_tables(cfg, end, longest, tokens.device)
+        rope = (cos[start:], sin[start:])
+        context = Context(rope, segments, cache, self.kernels, tap)
+        weights = self.weights(x0.dtype)
         loras = adapters.by_depth([self.blocks[layer] for layer in layers])
-        weights, half, skips, mlp_lane, mlp_in = self.weights(x0.dtype), len(layers) // 2, [], None, None
+        streams, skips, half = Streams(x0), [], len(layers) // 2
         for depth, layer in enumerate(layers):
-            block, w, lora, j = self.blocks[layer], weights[layer], loras[depth], depth - half
-            if j >= 0 and cfg.parallel_start_layer and layer >= cfg.parallel_start_layer and mlp_lane is None:
-                mlp_lane, mlp_in = lane, rms_norm(lane)
-            if j >= 0 and skips:
-                lane = self.skip(lane, skips.pop(), j)
-            past, at = None if cache is None else partial(cache.extend, depth), positions if depth == len(layers) - 1 else None
-            u, n = add_norm(block.resid_mix, lane, x0)  # the stream with its share of the embedding, per channel
-            a = block.attn(n, w, lora, rope, self.kernels, segments, past, tap, block.name, at)
-            u, lane, mlp_lane, mlp_in = (t if t is None else at_positions(t, at) for t in (u, lane, mlp_lane, mlp_in))
-            if mlp_lane is None:
-                lane, n = add_norm(None, u, a)
-                lane = lane + block.mlp(n, w, lora, self.kernels, tap)
-            else:
-                m = block.mlp(mlp_in, w, lora, self.kernels, tap)
-                post, resid = self.parallel_post_lambdas[layer], self.parallel_resid_lambdas[layer, :, None]
-                mixes = torch.cat((resid, post.T), dim=1)[..., None]  # (2 lanes, 3 streams, 1); post: sublayer that writes, lane
-                lane, (mlp_lane, mlp_in) = add_streams(mixes[0], lane, a, m), add_norm(mixes[1], mlp_lane, a, m)
-            if j < 0:
-                skips.append(lane)
+            if depth >= half:
+                if streams.mlp is None and 0 < cfg.parallel_start_layer <= layer:
+                    streams = Streams(streams.attn, streams.attn)
+                if skips:
+                    joined = self.skip(streams.attn, skips.pop(), depth - half)
+                    streams = streams._replace(attn=joined)
+            scored = positions if depth == len(layers) - 1 else None
+            lane_mix = None if streams.mlp is None else self.lane_mix(layer)
+            streams = self.blocks[layer](
+                streams, x0, weights[layer], loras[depth], context, depth, scored, lane_mix)
+            if depth < half:
+                skips.append(streams.attn)
         if cache is not None:
-            cache.last, cache.length = tokens[:, -1:], start + T
-        if mlp_lane is not None:
-            lane = (lane + mlp_lane) / 2
-        return rms_norm(lane)
+            cache.last_token = tokens[:, -1:]
+            cache.length = end
+        if streams.mlp is None:
+            return rms_norm(streams.attn)
+        return rms_norm((streams.attn + streams.mlp) / 2)
 
     def forward(
         self,
@@ -2137,25 +2327,27 @@ class GPT(nn.Module):
         training: bool = False,
         tap=None,
     ) -> Tensor:
-        """Nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
+        """Compute nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
 
         tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
         dimension for several candidates each; None: the capped logits (B, T, V). layers: `layer_order`. segments: of a packed
-        row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1, 1, D):
-        added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
+        row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1,
+        1, D): added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
         FUSED_CE_ENABLED says, not EVAL_SOFTCAP_FP32; without adapters.
         """
-        x = self.hidden(tokens, segments, layers, adapters, positions, cache, tap)
+        cfg, head = self.cfg, self.tok_emb.weight
+        x = self.hidden(tokens, layers, segments, cache, adapters, positions, tap)
         if shift is not None:
             x = (x + shift).to(x.dtype)
         if tap is not None:
             tap("head", x)
-        head, cap = self.tok_emb.weight, self.cfg.logit_softcap
-        round_cap = not (self.cfg.fused_ce_enabled if training else self.cfg.eval_softcap_fp32)
+        round_cap = not (cfg.fused_ce_enabled if training else cfg.eval_softcap_fp32)
         if training and self.kernels.head_ce is not None and not round_cap:
-            return self.kernels.head_ce(x, head, targets, cap)
+            return self.kernels.head_ce(x, head, targets, cfg.logit_softcap)
         logits = add_deltas(F.linear(x, head), x, adapters.head)
-        return softcap(logits, cap) if targets is None else softcapped_ce(logits, targets, cap, round_cap)
+        if targets is None:
+            return softcap(logits, cfg.logit_softcap)
+        return softcapped_ce(logits, targets, cfg.logit_softcap, round_cap)
 
 
 class Flops(NamedTuple):
@@ -2190,9 +2382,9 @@ def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO
     products = 0.0
     for m in matrices(cfg):
         times = 1.0 if m.layer is None else layers.count(m.layer)
-        if m.products == "scored" and m.layer in (None, layers[-1]):
+        if m.role.products == "scored" and m.layer in (None, layers[-1]):
             times -= 1 - scored
-        products += times * math.prod(m.shape) * bool(m.products)
+        products += times * math.prod(m.shape) * bool(m.role.products)
     sites = {site: lora for site, lora in adapters._asdict().items() if lora is not None}
     deltas = sum(adapter_flops(site, lora, len(layers), scored) for site, lora in sites.items())
     n = np.asarray(lengths, dtype=np.float64)
@@ -2201,23 +2393,28 @@ def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO
     return Flops(2 * products, deltas, 4 * cfg.model_dim * pairs / n.sum())
 
 
-PASSES = {  # how often the forward's matrix, adapter and attention FLOPs are done: as the model defines it, and as the hardware runs it
-    "score": ((1, 1, 1), (1, 1, 1)),
-    "train": ((3, 3, 3), (3, 3, 3.5)),  # the backward of flash attention computes the scores again: 5 products instead of 4
-    "adapt": ((2, 3, 3), (2, 3, 3.5)),  # frozen matrices have no gradient of their own
+PASSES = {  # how often a pass does the forward's FLOPs with matrices, adapters and in attention, and the latter again
+    "score": (1, 1, 1, 0.0),
+    "train": (3, 3, 3, 0.5),  # the backward of flash attention repeats one of the forward's two products
+    "adapt": (2, 3, 3, 0.5),  # frozen matrices have no gradient of their own
 }
 
 
 class FlopCount:
-    """FLOPs of one rank: of the model, as the hardware runs it, and the part of the model's that belongs to scored tokens."""
+    """Counts the FLOPs of one rank: of the model, of these those of scored tokens, and all that the hardware ran."""
 
     def __init__(self):
-        self.model = self.hardware = self.useful = 0.0
+        self.model = 0.0
+        self.useful = 0.0
+        self.hardware = 0.0
 
     def add(self, flops: Flops, kind: str, tokens: int, scored: float) -> None:
-        """Passes over `tokens` positions, padding and context included, `scored` of which count for the loss."""
-        model, hardware = (tokens * sum(f * times for f, times in zip(flops, passes, strict=True)) for passes in PASSES[kind])
-        self.model, self.hardware, self.useful = self.model + model, self.hardware + hardware, self.useful + model * scored / tokens
+        """Add one of PASSES over `tokens` positions, padding and context included, `scored` of which count for the loss."""
+        matmul, lora, attention, again = PASSES[kind]
+        per_token = matmul * flops.matmul + lora * flops.lora + attention * flops.attention
+        self.model += tokens * per_token
+        self.useful += scored * per_token
+        self.hardware += tokens * (per_token + again * flops.attention)
 
 
 @torch.no_grad()
@@ -2258,8 +2455,8 @@ def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False
 # OPTIMIZERS - which parameter is learned how, and one step of it on any number of ranks.
 # ==================================================================================================
 
-# Polar Express (arXiv:2505.16932): rows are (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X.
-# Five of them map singular values in [1e-3, 1] into [0.86, 1.14].
+# Polar Express (Amsel et al., arXiv:2505.16932): rows are (a, b, c) of one iteration,
+# X <- a X + b (X X^T) X + c (X X^T)^2 X. Five of them map singular values in [1e-3, 1] into [0.86, 1.14].
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -2270,46 +2467,60 @@ POLAR_EXPRESS = (
 
 
 def polar_express(G: Tensor, steps: int) -> Tensor:
-    """Nearest semi-orthogonal matrix, approximately, of each of G (n, rows, cols). Zero matrices stay zero."""
-    X = G.mT if G.shape[-2] > G.shape[-1] else G
+    """Approximate the semi-orthogonal matrix nearest to each of G (n, rows, cols). Zeros stay zeros."""
+    tall = G.shape[-2] > G.shape[-1]
+    X = G.mT if tall else G
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+
     for a, b, c in POLAR_EXPRESS[:steps]:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if G.shape[-2] > G.shape[-1] else X
+
+    return X.mT if tall else X
 
 
-def muon_direction(G: Tensor, M: Tensor, momentum: float, steps: int, row_normalize: bool) -> tuple[Tensor, Tensor]:
-    """One Muon update for matrices G (n, rows, cols) with momentum buffer M, and the next M.
+MatrixState = dict[str, Tensor]  # what an optimizer remembers of n matrices: tensors (n, ...); {} at first
+
+
+def muon(gradient: Tensor, state: MatrixState, cfg: Config, momentum: float) -> tuple[Tensor, MatrixState]:
+    """Compute the Muon update (Keller Jordan, 2024) of a gradient (n, rows, cols), and the next state.
 
     Nesterov momentum, rows scaled to norm 1 (MuonEq-R), orthogonalised, scaled by sqrt(max(1, rows / cols)).
     """
-    M = torch.add(G, M, alpha=momentum)
-    U = torch.add(G, M, alpha=momentum)
-    if row_normalize:
-        U = U / torch.linalg.vector_norm(U, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-7).to(U.dtype)
-    return polar_express(U, steps) * max(1.0, G.shape[-2] / G.shape[-1]) ** 0.5, M
+    rows, cols = gradient.shape[-2:]
+    average = torch.add(gradient, state.get("momentum", 0.0), alpha=momentum)
+    update = torch.add(gradient, average, alpha=momentum)
+
+    if cfg.muon_row_normalize:
+        norms = torch.linalg.vector_norm(update, dim=-1, keepdim=True, dtype=torch.float32)
+        update = update / norms.clamp_min(1e-7).to(update.dtype)
+
+    orthogonal = polar_express(update, cfg.muon_backend_steps)
+    return orthogonal * max(1.0, rows / cols) ** 0.5, dict(momentum=average)
 
 
-OPTIMIZER_GROUPS = dict(  # knobs of the learning rate and the weight decay; matrices are learned by Muon, the others by AdamW
-    matrices=("matrix_lr", "muon_wd"),
-    embedding=("tied_embed_lr", "embed_wd"),
-    scalars=("scalar_lr", "adam_wd"),
-)
+# (gradient, state, cfg, momentum of this step) -> (update, next state); what was handed in stays as it is.
+# A new optimizer is one function, one entry here, and its name among the choices of MATRIX_OPTIMIZER.
+MATRIX_OPTIMIZERS = dict(muon=muon)
 
 
 class Bank:
-    """A weight bank and this rank's share of it: `per_rank` whole matrices, zero padding behind the last."""
+    """Holds a weight bank (n, rows, cols) and this rank's share: `per_rank` matrices, zeros behind the last.
 
-    def __init__(self, p: nn.Parameter, lr: float, wd: float, world: World):
-        self.p, self.lr, self.wd, self.world = p, lr, wd, world
+    A step is launch_reduce, wait, launch_gather, apply.
+    """
+
+    def __init__(self, p: nn.Parameter, world: World):
+        self.p = p
+        self.world = world
         self.per_rank = -(-len(p) // world.size)
-        self.first = min(world.rank * self.per_rank, len(p))
-        self.momentum = p.new_zeros(self.per_rank, *p.shape[1:], dtype=world.dtype)
-        self.shard = torch.empty_like(self.momentum)
-        padded = (self.per_rank * world.size, *p.shape[1:])
-        self.padded = p.new_zeros(padded, dtype=world.dtype) if world.size > 1 else self.shard
-        self.update = self.pending = None
+        self.state = {}
+
+        # Gradients of all matrices, which the gathered updates replace, and of this rank's.
+        self.padded = p.new_zeros(self.per_rank * world.size, *p.shape[1:], dtype=world.dtype)
+        self.shard = torch.empty_like(self.padded[: self.per_rank]) if world.size > 1 else self.padded
+        self.update = None
+        self.pending = None
 
     def launch_reduce(self) -> None:
         """Start averaging the gradient over the ranks; each receives its share in `shard`."""
@@ -2323,132 +2534,163 @@ class Bank:
         self.update = update
         if self.world.size > 1:
             all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            self.update, self.pending = self.padded, all_gather(self.padded, update.contiguous(), async_op=True)
+            self.update = self.padded
+            self.pending = all_gather(self.padded, update.contiguous(), async_op=True)
 
     def wait(self) -> None:
-        if self.pending is not None:
+        if self.pending:
             self.pending.wait()
             self.pending = None
 
-    def apply(self, lr_scale: float) -> None:
+    def apply(self, lr: float, weight_decay: float) -> None:
         """Decay, then move along the gathered update."""
         self.wait()
-        lr = self.lr * lr_scale
-        self.p.mul_(1 - lr * self.wd).add_(self.update[: len(self.p)], alpha=-lr)
+        self.p.mul_(1 - lr * weight_decay).add_(self.update[: len(self.p)], alpha=-lr)
         self.update = None
 
-    def full_momentum(self) -> Tensor:
-        """Momentum of all matrices, on every rank."""
-        shares = [self.momentum.clone() for _ in range(self.world.size)]
-        if self.world.size > 1:
-            dist.all_gather(shares, self.momentum)
-        return torch.cat(shares)[: len(self.p)]
+    def full_state(self) -> MatrixState:
+        """Collect the state of all matrices, on every rank, in host memory."""
+        full = {}
+        for name, share in self.state.items():
+            shares = [share.clone() for _ in range(self.world.size)]
+            if self.world.size > 1:
+                dist.all_gather(shares, share)
+            full[name] = torch.cat(shares)[: len(self.p)].cpu()
+        return full
 
-    def load_momentum(self, full: Tensor) -> None:
-        mine = full[self.first : self.first + self.per_rank]
-        self.momentum.zero_()[: len(mine)].copy_(mine)
+    def load_state(self, full: MatrixState) -> None:
+        """Take this rank's share of the state of all matrices."""
+        first = self.world.rank * self.per_rank
+        self.state = {}
+        for name, whole in full.items():
+            mine = whole[first : first + self.per_rank]
+            padding = whole.new_zeros(self.per_rank - len(mine), *whole.shape[1:])
+            self.state[name] = torch.cat((mine, padding)).to(self.p.device)
 
 
 class TrainOptimizer:
-    """Muon on the banks, each rank owning whole matrices, and AdamW on everything else, replicated."""
+    """Learns the banks by MATRIX_OPTIMIZER, whole matrices a rank, and the rest by AdamW, replicated."""
 
     def __init__(self, model: GPT, cfg: Config, world: World):
-        self.cfg, self.world, self.banks, groups = cfg, world, [], {}
+        self.cfg = cfg
+        self.world = world
+        self.model = model
+        members = dict(matrices=[], scalars=[], embedding=[])
         for row in parameters(cfg):
-            p, (lr, wd) = model.get_parameter(row.name), OPTIMIZER_GROUPS[row.optimizer]
-            if row.optimizer == "matrices":
-                self.banks.append(Bank(p, getattr(cfg, lr), getattr(cfg, wd), world))
-            else:
-                groups.setdefault((lr, wd), []).append(p)
-        self.banks.sort(key=lambda bank: -bank.p.numel())  # the largest reduction starts first
-        self.replicated = [p for group in groups.values() for p in group]
-        self.adamw = torch.optim.AdamW(
-            [dict(params=ps, base_lr=getattr(cfg, lr), weight_decay=getattr(cfg, wd)) for (lr, wd), ps in groups.items()],
-            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=world.device.type in ("cuda", "cpu"))
+            members[row.optimizer].append(model.get_parameter(row.name))
+
+        banks = [Bank(p, world) for p in members["matrices"]]
+        self.banks = sorted(banks, key=lambda bank: -bank.p.numel())  # the largest reduction starts first
+        self.scalars = members["scalars"]  # fp32
+        self.embedding = members["embedding"]  # of the activations' dtype, as the banks' gradients
+        self.replicated = self.scalars + self.embedding
+        groups = [
+            dict(params=self.scalars, base_lr=cfg.scalar_lr, weight_decay=cfg.adam_wd),
+            dict(params=self.embedding, base_lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
+        ]
+        fused = world.device.type in ("cuda", "cpu")
+        self.adamw = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> float:
-        """Reduce the gradients, clip them, update. Returns the gradient norm before clipping.
+        """Reduce the gradients, clip them, update the weights. Returns the gradient's norm before clipping.
 
-        Raises FloatingPointError, leaving the weights as they were, when the norm is not finite.
+        Raises FloatingPointError, leaving weights and state as they were, when the norm is not finite.
         """
+        cfg = self.cfg
         self.reduce()
-        norm, cfg, wide = self.grad_norm(), self.cfg, self.world.wide
-        told, momenta, clip = Readback(norm), [], cfg.grad_clip_norm or math.inf
-        factor = (clip / (norm.to(wide) + 1e-6)).clamp(max=1.0).float()
-        for bank in self.banks:  # the gather of one bank overlaps the orthogonalisation of the next
-            bank.shard.mul_(factor.expand_as(bank.shard))  # as a scalar it would be rounded to bf16 first
-            update, M = muon_direction(bank.shard, bank.momentum, momentum, cfg.muon_backend_steps, cfg.muon_row_normalize)
+        norm = self.grad_norm()
+        norm_on_host = Readback(norm)
+        allowed = cfg.grad_clip_norm or math.inf
+        shrink = (allowed / (norm.to(self.world.wide) + 1e-6)).clamp(max=1.0).float()
+
+        optimizer = MATRIX_OPTIMIZERS[cfg.matrix_optimizer]
+        states = []  # the banks keep the old ones until the norm is known to be finite
+        for bank in self.banks:  # gathering one bank's update overlaps the next one's products
+            bank.shard.mul_(shrink.expand_as(bank.shard))  # as a scalar it would be rounded to bf16 first
+            update, state = optimizer(bank.shard, bank.state, cfg, momentum)
             bank.launch_gather(update)
-            momenta.append(M)  # a bad norm must leave no trace in the old one
-        value = told.read()  # the host waits for the norm alone: the device has the directions to compute meanwhile
+            states.append(state)
+
+        value = norm_on_host.read()  # of all that was launched, the host waits for the norm alone
         if not math.isfinite(value):
             for bank in self.banks:
                 bank.wait()
             raise FloatingPointError(f"the gradient norm is {value}")
-        grads = [p.grad for p in self.replicated]
-        torch._foreach_mul_([g for g in grads if g.dtype == torch.float32], factor)
-        for g in (g for g in grads if g.dtype != torch.float32):
-            g.mul_(factor.expand_as(g))
-        for group in self.adamw.param_groups:
-            group["lr"] = group["base_lr"] * lr_scale
-        self.adamw.step()
-        for bank, M in zip(self.banks, momenta, strict=True):
-            bank.momentum = M
-            bank.apply(lr_scale)
-        self.zero_grad()
+
+        self.step_replicated(shrink, lr_scale)
+        for bank, state in zip(self.banks, states, strict=True):
+            bank.state = state
+            bank.apply(cfg.matrix_lr * lr_scale, cfg.muon_wd)
+        self.model.zero_grad()
         return value
 
     def reduce(self) -> None:
-        """Average all gradients over the ranks: banks scattered, small tensors in one flat message. Clipping comes after."""
+        """Average all gradients over the ranks: banks scattered, scalars in one flat message."""
         for p in self.replicated:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a tensor this model has no use for, as skips of one block
+            if p.grad is None:  # this model has no use for it, as for the skips of a single block
+                p.grad = torch.zeros_like(p)
         for bank in self.banks:
             bank.launch_reduce()
+
         if self.world.size > 1:
-            large = [p.grad for p in self.replicated if p.numel() > 32768]
-            small = [p.grad for p in self.replicated if p.numel() <= 32768]
-            handles = [dist.all_reduce(g, dist.ReduceOp.AVG, async_op=True) for g in large]
-            self.world.sum_(*small)
-            torch._foreach_div_(small, self.world.size)
-            for handle in handles:
-                handle.wait()
+            pending = [dist.all_reduce(p.grad, dist.ReduceOp.AVG, async_op=True) for p in self.embedding]
+            scalars = [p.grad for p in self.scalars]
+            self.world.sum_(*scalars)
+            torch._foreach_div_(scalars, self.world.size)
+            for message in pending:
+                message.wait()
+
         for bank in self.banks:
             bank.wait()
 
     def grad_norm(self) -> Tensor:
-        """Norm of the averaged gradient, on the device: the same number on every rank."""
+        """Compute the norm of the averaged gradient, on the device: the same number on every rank."""
         parts = [bank.shard for bank in self.banks] + [p.grad for p in self.replicated]
-        groups = ([t for t in parts if (t.dtype == torch.float32) == full] for full in (False, True))  # a kernel for each; banks first
-        squares = torch.stack([n for group in groups if group for n in torch._foreach_norm(group, dtype=torch.float32)]).square()
-        mine = squares[: len(self.banks)].sum()
-        self.world.sum_(mine)
-        return (mine + squares[len(self.banks) :].sum()).sqrt()
+        half = [t for t in parts if t.dtype != torch.float32]
+        full = [t for t in parts if t.dtype == torch.float32]
 
-    def zero_grad(self) -> None:
-        for p in [*self.replicated, *(bank.p for bank in self.banks)]:
-            p.grad = None
+        # One kernel a dtype. The banks, which share one, are the first of the norms in either case.
+        norms = [torch._foreach_norm(group, dtype=torch.float32) for group in (half, full) if group]
+        squares = torch.stack(sum(norms, ())).square()
+        of_banks = squares[: len(self.banks)].sum()
+        self.world.sum_(of_banks)
+        return (of_banks + squares[len(self.banks) :].sum()).sqrt()
+
+    def step_replicated(self, shrink: Tensor, lr_scale: float) -> None:
+        """Clip the gradients of everything but matrices and take a step of AdamW."""
+        torch._foreach_mul_([p.grad for p in self.scalars], shrink)
+        for p in self.embedding:
+            p.grad.mul_(shrink.expand_as(p.grad))
+
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adamw.step()
 
     def state_dict(self) -> dict:
-        return dict(adamw=self.adamw.state_dict(), momentum=[bank.full_momentum().cpu() for bank in self.banks])
+        """Collect the state of all parameters, on every rank."""
+        return dict(adamw=self.adamw.state_dict(), matrices=[bank.full_state() for bank in self.banks])
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was taken."""
         self.adamw.load_state_dict(state["adamw"])
-        for bank, full in zip(self.banks, state["momentum"], strict=True):
-            bank.load_momentum(full.to(self.world.device))
+        for bank, full in zip(self.banks, state["matrices"], strict=True):
+            bank.load_state(full)
 
 
 class Ema:
-    """Moving average of every tensor of the model, in fp32, started at the initial weights, without debiasing."""
+    """Averages every tensor over the steps, in fp32, from the initial weights on, without debiasing."""
 
     def __init__(self, model: GPT, decay: float):
         self.decay = decay
-        self.shadow = {name: t.detach().float().clone() for name, t in model.state_dict().items()}
+        weights = model.state_dict()
+        self.shadow = {name: t.float().clone() for name, t in weights.items()}
 
     @torch.no_grad()
     def update(self, model: GPT) -> None:
         live = model.state_dict()
-        torch._foreach_lerp_(list(self.shadow.values()), [live[name].float() for name in self.shadow], 1 - self.decay)
+        weights = [live[name].float() for name in self.shadow]
+        torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - self.decay)
 
     def copy_to(self, model: GPT) -> None:
         """Replace the weights by their average, each in its own dtype."""
@@ -2460,106 +2702,123 @@ class Ema:
 # ==================================================================================================
 
 def lr_scale(cfg: Config, progress: float, step: int = 0, step_seconds: float = 0.0) -> float:
-    """Share of the peak learning rate: 1, then linear down to MIN_LR over the last WARMDOWN_FRAC; progress runs from 0 to 1.
+    """Compute the share of the peak learning rate: 1, then linear down to MIN_LR over the last WARMDOWN_FRAC.
 
-    With WARMDOWN_ITERS the warmdown lasts that many steps instead: counted back from ITERATIONS, or from the end of the
-    clock at `step_seconds` per step.
+    progress runs from 0 to 1. With WARMDOWN_ITERS the warmdown lasts that many steps instead: counted back
+    from ITERATIONS, or from the end of the clock at `step_seconds` a step.
     """
     if cfg.warmdown_iters:
         budget = cfg.train_budget_seconds
         by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget and step_seconds
-        left = budget * (1 - progress) / step_seconds if by_clock else cfg.iterations - step
-        return max(min(1.0, left / cfg.warmdown_iters), cfg.min_lr)
+        steps_left = budget * (1 - progress) / step_seconds if by_clock else cfg.iterations - step
+        return max(min(1.0, steps_left / cfg.warmdown_iters), cfg.min_lr)
+
     if progress < 1 - cfg.warmdown_frac or not cfg.warmdown_frac:
         return 1.0
     return max((1 - progress) / cfg.warmdown_frac, cfg.min_lr)
 
 
 def context_length(cfg: Config, progress: float) -> int:
-    """Attention context: the first stage whose end fraction has not passed."""
+    """Choose the attention context: that of the first stage whose end has not passed."""
     return next(length for length, end in cfg.seq_schedule if progress <= end)
 
 
 def rewarmup(cfg: Config, steps_since_change: int | None) -> float:
-    """Ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None = no change yet."""
+    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None: no change."""
     if steps_since_change is None or not cfg.seq_change_warmup_steps:
         return 1.0
     return min(1.0, steps_since_change / cfg.seq_change_warmup_steps)
 
 
 def muon_momentum(cfg: Config, step: int) -> float:
-    """Linear warm-up over MUON_MOMENTUM_WARMUP_STEPS, then constant."""
-    share = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
-    return cfg.muon_momentum_warmup_start + share * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
+    """Compute the momentum of a step: linear over MUON_MOMENTUM_WARMUP_STEPS, then constant."""
+    steps = cfg.muon_momentum_warmup_steps
+    share = min(1.0, step / steps) if steps else 1.0
+    start = cfg.muon_momentum_warmup_start
+    return start + share * (cfg.muon_momentum - start)
 
 
 def looping_at(cfg: Config, progress: float) -> bool:
-    """Whether the middle blocks repeat at this point of the run."""
+    """Tell whether the middle blocks repeat at this point of the run."""
     return cfg.num_loops > 0 and progress >= cfg.enable_looping_at
 
 
+def halves(layers: tuple[int, ...]) -> str:
+    """Write an order of layers for the log: those before the skips, and those after."""
+    middle = len(layers) // 2
+    return f"encoder:{list(layers[:middle])} decoder:{list(layers[middle:])}"
+
+
 def warm_shapes(cfg: Config) -> list[tuple[int, bool]]:
-    """(context, looping) combinations the run will meet, in the order it meets them."""
-    if not cfg.compile_shape_warmup:
-        return list(dict.fromkeys([(cfg.train_seq_len, False), (cfg.train_seq_len, cfg.num_loops > 0)]))
-    shapes, start = [], 0.0
-    for length, end in cfg.seq_schedule:
-        plain = not cfg.num_loops or start < cfg.enable_looping_at
-        looped = cfg.num_loops > 0 and end > cfg.enable_looping_at
-        shapes += [(length, looping) for looping, wanted in ((False, plain), (True, looped)) if wanted]
+    """List the (context, looping) combinations that the run will meet, in the order it meets them."""
+    shapes = []
+    start = 0.0
+    for length, end in cfg.seq_schedule if cfg.compile_shape_warmup else [(cfg.train_seq_len, 1.0)]:
+        if not cfg.num_loops or start < cfg.enable_looping_at:
+            shapes.append((length, False))
+        if cfg.num_loops and end > cfg.enable_looping_at:
+            shapes.append((length, True))
         start = end
     return list(dict.fromkeys(shapes))
 
 
 def warm_lengths(tokens: int, context: int) -> list[int]:
-    """Lengths of cu_seqlens to warm for rows of `tokens`: the least there can be, and three more buckets."""
+    """List the lengths of cu_seqlens to warm for rows of `tokens`: the least possible and three more."""
     segments = -(-tokens // context)
     return [CU_SEQLENS_BUCKET * (segments // CU_SEQLENS_BUCKET + k) for k in range(1, 5)]
 
 
 def warm_rows(row: Row, context: int) -> list[Row]:
-    """`row` cut every `context` tokens, once for each of its `warm_lengths`."""
-    n, device = row.targets.numel(), row.inputs.device
-    bounds = (torch.arange(length, dtype=torch.int32).mul(context).clamp(max=n) for length in warm_lengths(n, context))
-    return [row._replace(segments=Segments(cu_seqlens.to(device), context)) for cu_seqlens in bounds]
+    """Cut `row` every `context` tokens, once for each of its `warm_lengths`."""
+    rows = []
+    tokens = row.targets.numel()
+    for length in warm_lengths(tokens, context):
+        bounds = torch.arange(length, dtype=torch.int32).mul(context).clamp(max=tokens)
+        rows.append(row._replace(segments=Segments(bounds.to(row.inputs.device), context)))
+    return rows
 
 
 def nats_of_row(row: Row, forward, graphs: Graphed | None, **options) -> Tensor:
-    """Nats (1, T). A row of more segments than were warmed does without a graph."""
-    few = len(row.segments.cu_seqlens) in warm_lengths(row.targets.numel(), row.segments.max_len)
-    run = graphs if graphs and few else forward
-    return run(row.inputs, row.targets, segments=row.segments, **options)
+    """Compute the nats (1, T) of a row. One of more segments than were warmed does without a graph."""
+    segments = row.segments
+    warmed = len(segments.cu_seqlens) in warm_lengths(row.targets.numel(), segments.max_len)
+    run = graphs if graphs and warmed else forward
+    return run(row.inputs, row.targets, segments=segments, **options)
 
 
 class StepClock:
-    """Seconds of training so far, and a forecast of the next step. Pausing excludes validation and checkpoints."""
+    """Counts the seconds of training, without pauses for validation and checkpoints, and forecasts a step."""
 
     def __init__(self, seconds: float = 0.0, recent: tuple[float, ...] = ()):
-        self.seconds, self.start, self.recent = seconds, None, [*recent]  # start None: paused
+        self.seconds = seconds  # until the last pause
+        self.start = None  # None: paused
+        self.recent = [*recent]  # seconds a block of the last ten steps
 
     def now(self) -> float:
         return self.seconds + (0.0 if self.start is None else time.perf_counter() - self.start)
 
     def pause(self) -> None:
-        self.seconds, self.start = self.now(), None
+        self.seconds = self.now()
+        self.start = None
 
     def go_on(self) -> None:
         self.start = time.perf_counter()
 
     def record(self, seconds: float, applications: int) -> None:
-        """Seconds of one step that ran `applications` blocks."""
+        """Remember the seconds of one step that ran `applications` blocks."""
         self.recent = [*self.recent[-9:], seconds / applications]
 
-    def forecast(self, applications: int) -> float:
-        """Upper estimate of a step: the slowest recent one, per block, plus 10 %."""
-        return 1.1 * max(self.recent, default=0.0) * applications
+    def block_seconds(self) -> float:
+        """Estimate from above what a block of the next step takes: as in the slowest recent, plus 10 %."""
+        return 1.1 * max(self.recent, default=0.0)
 
 
 class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a request that the loop honours between two steps; the second one kills."""
+    """Turns the first Ctrl-C (or SIGTERM) into a request to stop between two steps; the second one kills."""
 
     def __init__(self):
-        self.requested, self.previous = False, {}
+        self.requested = False
+        self.previous = {}  # handlers, by signal
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -2583,107 +2842,154 @@ class Interrupted(RunError):
 
 
 class Utilization:
-    """How busy the device is kept: FLOPs per second as a share of what it could do. seconds: of the work, pauses left out."""
+    """Compares FLOPs per second with the peak of the device.
+
+    work: FLOPs of this rank; seconds: in which it did them, without pauses for validation and checkpoints.
+    """
 
     def __init__(self, world: World, work: FlopCount | None = None, seconds: float = 0.0):
-        name, self.measured = hardware_name(world), measured_peak(world)
+        name = hardware_name(world)
         self.datasheet = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-        self.work, self.seconds, self.marked, self.marked_at = work or FlopCount(), seconds, (FlopCount(), 0.0), time.perf_counter()
+        self.measured = measured_peak(world)
+        self.work = work or FlopCount()
+        self.seconds = seconds
+        self.logged = (time.perf_counter(), 0.0, 0.0, 0.0, 0.0)  # totals at the last `interval`
 
-    def share(self, flops: float, seconds: float) -> dict[str, float | None]:
-        """`flops` in `seconds`, of the datasheet's peak (None where there is none) and of the measured one."""
-        rate = flops / seconds if seconds else 0.0
+    def shares(self, flops: float, seconds: float) -> dict:
+        """Divide FLOPs a second by the datasheet's peak (None: there is none) and by the measured one."""
+        rate = flops / max(seconds, 1e-9)
         return dict(mfu=rate / self.datasheet if self.datasheet else None, of_measured=rate / self.measured)
 
     def interval(self) -> str:
-        """Since the last call, for the log: the model's FLOPs, then, of the datasheet's peak or else of the measured one, those of
-        scored tokens, those the hardware ran, and the model's again with validation and checkpoints in the time."""
-        (old, old_seconds), now = self.marked, time.perf_counter()
-        model, useful, hardware = (getattr(self.work, kind) - getattr(old, kind) for kind in ("model", "useful", "hardware"))
-        seconds, wall = self.seconds - old_seconds, max(now - self.marked_at, self.seconds - old_seconds)
-        shares = self.share(model, seconds)
-        for name, flops, time_of in (("useful", useful, seconds), ("hardware", hardware, seconds), ("with_pauses", model, wall)):
-            of_datasheet, of_measured = self.share(flops, time_of).values()
-            shares[name] = of_measured if of_datasheet is None else of_datasheet
-        self.marked, self.marked_at = (copy.copy(self.work), self.seconds), now
-        return " ".join(f"{name}:{'n/a' if value is None else format(value, '.4f')}" for name, value in shares.items())
+        """Describe the time since the last call, for the log.
+
+        Of the model's FLOPs both shares; then one each, of the datasheet's peak if there is one: that of scored
+        tokens, of all that the hardware ran, and of the model once more, with pauses in the time.
+        """
+        work = self.work
+        totals = np.array([time.perf_counter(), self.seconds, work.model, work.useful, work.hardware])
+        wall, seconds, model, useful, hardware = totals - self.logged
+        self.logged = totals
+
+        peak = self.datasheet or self.measured
+        seconds = max(seconds, 1e-9)
+        mfu = f"{model / seconds / peak:.4f}" if self.datasheet else "n/a"
+        return (
+            f"mfu:{mfu} of_measured:{model / seconds / self.measured:.4f} "
+            f"useful:{useful / seconds / peak:.4f} hardware:{hardware / seconds / peak:.4f} "
+            f"with_pauses:{model / max(wall, seconds) / peak:.4f}")
 
     def result(self, wall_seconds: float) -> dict:
-        """Of all of it: three kinds of FLOPs, each without and with pauses for validation and checkpoints."""
-        kinds = ("model", "useful", "hardware")
-        return dict(
-            **{kind: self.share(getattr(self.work, kind), self.seconds) for kind in kinds},
-            **{f"{kind}_with_pauses": self.share(getattr(self.work, kind), wall_seconds) for kind in kinds},
-            model_flops=self.work.model, peak_flops=dict(datasheet=self.datasheet, measured=self.measured))
+        """Sum up all of it: three kinds of FLOPs, each by the running time and by the time with pauses."""
+        peaks = dict(datasheet=self.datasheet, measured=self.measured)
+        out = dict(model_flops=self.work.model, peak_flops=peaks)
+        for kind, flops in vars(self.work).items():
+            out[kind] = self.shares(flops, self.seconds)
+            out[f"{kind}_with_pauses"] = self.shares(flops, wall_seconds)
+        return out
+
+
+class StepPlan(NamedTuple):
+    """Says how to take a step: context, whether middle blocks repeat, share of the peak learning rate."""
+
+    context: int
+    looping: bool
+    lr_scale: float
 
 
 class Trainer:
-    """Model, optimizer, average and data of one training run, and the state a checkpoint keeps."""
+    """Holds model, optimizer, average and data of one training run, and the state that a checkpoint keeps."""
 
     def __init__(self, cfg: Config, world: World, files: Dataset, kernels: Kernels = DEFINITIONS):
-        self.cfg, self.world, self.files = cfg, world, files
+        self.cfg = cfg
+        self.world = world
+        self.files = files
         self.model = build_model(cfg, world, kernels)
         self.forward = compile_forward(self.model, cfg, world)
-        self.graphs = Graphed(self.forward, (p for p in self.model.parameters() if p.requires_grad)) if cfg.cuda_graphs else None
+        self.graphs = Graphed(self.forward, self.model.parameters()) if cfg.cuda_graphs else None
         self.optimizer = TrainOptimizer(self.model, cfg, world)
         self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
-        self.accumulate = cfg.micro_batches // world.size
+        self.accumulate = cfg.micro_batches // world.size  # micro-batches of this rank in a step
         self.utilization = Utilization(world)
         self.loader = self.open_loader()
-        self.step, self.clock, self.changed_at, self.stage_len = 0, StepClock(), None, cfg.seq_schedule[0][0]
-        self.looping, self.losses = False, []
+
+        self.step = 0
+        self.clock = StepClock()
+        self.losses = []  # (step, seconds, nats)
+        self.looping = False
+        self.stage_len = cfg.seq_schedule[0][0]  # attention context, and the step that changed it
+        self.changed_at = None
 
     def open_loader(self, position: tuple[int, int] | None = None) -> TrainLoader:
         cfg = self.cfg
-        return TrainLoader(self.files.train, cfg.train_microbatch_tokens, cfg.micro_batches, cfg.vocab_size, position)
+        return TrainLoader(
+            self.files.train, cfg.train_microbatch_tokens, cfg.micro_batches, cfg.vocab_size, position)
 
-    def loss(self, row: Row, order: tuple[int, ...]) -> Tensor:
-        """This row's part of the mean loss of the rank's micro-batches."""
+    def loss(self, row: Row, layers: tuple[int, ...]) -> Tensor:
+        """Compute this row's part of the mean loss of the rank's micro-batches."""
         weight = 1 / (row.targets.numel() * self.accumulate)
-        return weight * nats_of_row(row, self.forward, self.graphs, layers=order, training=True).sum()
+        return weight * nats_of_row(row, self.forward, self.graphs, layers=layers, training=True).sum()
 
-    def train_step(self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float) -> float:
-        """One optimizer step on a window (rows, span) of all ranks; returns the mean loss in nats, the same on every rank.
+    def backward(self, row: Row, layers: tuple[int, ...]) -> Tensor:
+        """Add a row's gradient to the step's; returns its loss, detached: see `Graphed` on accumulators."""
+        loss = self.loss(row, layers)
+        loss.backward()
+        return loss.detach()
+
+    def train_step(
+        self, window: np.ndarray, context: int, looping: bool, lr: float, momentum: float
+    ) -> float:
+        """Take a step on a window (rows, span) of all ranks; returns the mean loss in nats of them all.
 
         Raises FloatingPointError before any weight is touched when loss or gradient is not finite.
         """
-        order, total = layer_order(self.cfg, looping), torch.zeros((), device=self.world.device)
-        for tokens in window[self.world.rank * self.accumulate : (self.world.rank + 1) * self.accumulate]:
-            row = packed_row(tokens, context, self.world.device)
-            loss = self.loss(row, order)
-            loss.backward()
-            n = row.targets.numel()
-            self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", n, n)
-            total += (loss := loss.detach())  # its graph goes: see `Graphed` on accumulators
-        self.world.sum_(total)
-        mean = Readback(total / self.world.size)
+        world = self.world
+        layers = layer_order(self.cfg, looping)
+        total = torch.zeros((), device=world.device)
+        first = world.rank * self.accumulate
+        for tokens in window[first : first + self.accumulate]:
+            row = packed_row(tokens, context, world.device)
+            total += self.backward(row, layers)
+            count = row.targets.numel()
+            self.utilization.work.add(flops_per_token(self.cfg, row.lengths, looping), "train", count, count)
+
+        world.sum_(total)
+        mean_on_host = Readback(total / world.size)
         with torch.profiler.record_function("optimizer"):
             self.optimizer.step(lr, momentum)
-        return mean.read()
+        return mean_on_host.read()
 
     def state(self) -> dict:
-        """Everything that decides how the run goes on."""
+        """Collect everything that decides how the run goes on."""
         return dict(
-            config_hash=config_hash(self.cfg), seed=self.cfg.seed, step=self.step, seconds=self.clock.now(), recent=self.clock.recent,
-            position=self.loader.position,
+            config_hash=config_hash(self.cfg), seed=self.cfg.seed,
+            step=self.step, seconds=self.clock.now(), recent=self.clock.recent, position=self.loader.position,
             changed_at=self.changed_at, stage_len=self.stage_len, looping=self.looping, losses=self.losses,
-            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema.shadow if self.ema else {},
+            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+            ema=self.ema.shadow if self.ema else {},
         )
 
     def load_state(self, state: dict) -> None:
         """Go on where `state` was taken. Raises RunError when it belongs to another recipe."""
-        if (state.get("config_hash"), state.get("seed")) != (config_hash(self.cfg), self.cfg.seed):
-            found = f"{state.get('config_hash')}, seed {state.get('seed')}"
-            raise RunError(f"checkpoint.pt was written by another configuration or seed ({found}); "
-                           "resume with the same variables, or start afresh with RESUME=0")
+        found = state.get("config_hash"), state.get("seed")
+        if found != (config_hash(self.cfg), self.cfg.seed):
+            raise RunError(
+                f"checkpoint.pt was written by another configuration or seed ({found[0]}, seed {found[1]}); "
+                "resume with the same variables, or start afresh with RESUME=0")
+
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
-            self.ema.shadow = {name: t.to(self.world.device) for name, t in state["ema"].items()}
+        for name, average in state["ema"].items():
+            self.ema.shadow[name].copy_(average)
         self.loader.close()
         self.loader = self.open_loader(tuple(state["position"]))
-        self.step, self.clock, self.changed_at = state["step"], StepClock(state["seconds"], state["recent"]), state["changed_at"]
-        self.stage_len, self.looping, self.losses = state["stage_len"], state["looping"], state["losses"]
+
+        self.step = state["step"]
+        self.clock = StepClock(state["seconds"], state["recent"])
+        self.losses = state["losses"]
+        self.looping = state["looping"]
+        self.stage_len = state["stage_len"]
+        self.changed_at = state["changed_at"]
 
     def checkpoint(self, path: Path) -> None:
         state = self.state()
@@ -2691,162 +2997,234 @@ class Trainer:
             save_tensors(path, state)
 
     def warm_up(self, log: Log) -> None:
-        """Compile every shape and run WARMUP_STEPS steps per loop mode, then put back weights, moments and data exactly."""
-        cfg = self.cfg
+        """Compile every shape, take WARMUP_STEPS steps per loop mode, then put everything back, data too."""
         compiled = self.graphs or self.forward is not self.model
-        if not compiled and not cfg.warmup_steps:
+        if not compiled and not self.cfg.warmup_steps:
             return
-        model, generator = {name: t.detach().clone() for name, t in self.model.state_dict().items()}, torch.get_rng_state()
-        optimizer = copy.deepcopy(self.optimizer.state_dict())
+
+        before = copy.deepcopy(self.state())
+        generator = torch.get_rng_state()
         window = self.loader.next_step()
+
         if compiled:
             self.warm_shapes(window[0], log)
-        for looping in dict.fromkeys((False, cfg.num_loops > 0)):
-            order = layer_order(cfg, looping)
-            if looping:
-                log(f"loop_warmup:enabled encoder:{list(order[: len(order) // 2])} decoder:{list(order[len(order) // 2 :])}")
-            for k in range(cfg.warmup_steps):
-                try:
-                    self.train_step(window, cfg.seq_schedule[0][0], looping, 1.0, muon_momentum(cfg, k))
-                except FloatingPointError as e:
-                    raise RunError(f"warm-up step {k + 1}: {e}; lower MATRIX_LR or TIED_EMBED_LR, or look at the data") from None
-                if k < 6 or (k + 1) % 10 == 0 or k + 1 == cfg.warmup_steps:
-                    log(f"{'loop_warmup_step' if looping else 'warmup_step'}: {k + 1}/{cfg.warmup_steps}")
-        self.model.load_state_dict(model)
-        self.optimizer.load_state_dict(optimizer)
-        self.optimizer.zero_grad()
-        self.loader.close()
-        self.loader, self.utilization = self.open_loader(), Utilization(self.world)
+        for looping in dict.fromkeys((False, self.cfg.num_loops > 0)):
+            self.warm_steps(window, looping, log)
+
+        self.load_state(before)
+        self.model.zero_grad()
+        self.utilization = Utilization(self.world)
         torch.set_rng_state(generator)
 
     def warm_shapes(self, tokens: np.ndarray, log: Log) -> None:
-        """Forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
-        cfg, shapes, n = self.cfg, warm_shapes(self.cfg), self.cfg.train_microbatch_tokens
-        log("compile_shape_warmup:start " + ",".join(f"{n}x{'loop' if loop else 'plain'}" for n, loop in shapes))
-        row = packed_row(tokens, cfg.train_seq_len, self.world.device)
-        for length, looping in shapes * (1 + bool(self.graphs)):  # graphs are recorded in the second round
-            log(f"compile_shape_warmup:shape seq_len:{length} loop:{int(looping)} "
-                f"warmup_cu_buckets:{','.join(map(str, warm_lengths(n, length)))}")
-            for shaped in warm_rows(row, length):
-                self.loss(shaped, layer_order(cfg, looping)).backward()
-                self.optimizer.zero_grad()
-
-    def plan_step(self, elapsed: float, log: Log) -> tuple[int, bool, float]:
-        """Context, loop mode and learning-rate factor of the step about to run."""
+        """Run forward and backward, without a step, for every context, loop mode and length of cu_seqlens."""
         cfg = self.cfg
+        shapes = warm_shapes(cfg)
+        names = [f"{context}x{'loop' if looping else 'plain'}" for context, looping in shapes]
+        log("compile_shape_warmup:start " + ",".join(names))
+        row = packed_row(tokens, cfg.train_seq_len, self.world.device)
+
+        for context, looping in shapes * (2 if self.graphs else 1):  # graphs are recorded in the second round
+            buckets = ",".join(map(str, warm_lengths(cfg.train_microbatch_tokens, context)))
+            shape = f"seq_len:{context} loop:{int(looping)} warmup_cu_buckets:{buckets}"
+            log(f"compile_shape_warmup:shape {shape}")
+            for shaped in warm_rows(row, context):
+                self.backward(shaped, layer_order(cfg, looping))
+                self.model.zero_grad()
+
+    def warm_steps(self, window: np.ndarray, looping: bool, log: Log) -> None:
+        """Take WARMUP_STEPS steps in one loop mode. Raises RunError when loss or gradient is not finite."""
+        cfg = self.cfg
+        if looping:
+            log(f"loop_warmup:enabled {halves(layer_order(cfg, looping))}")
+
+        for step in range(cfg.warmup_steps):
+            done = step + 1
+            try:
+                self.train_step(window, cfg.seq_schedule[0][0], looping, 1.0, muon_momentum(cfg, step))
+            except FloatingPointError as e:
+                remedy = "lower MATRIX_LR or TIED_EMBED_LR, or look at the data"
+                raise RunError(f"warm-up step {done}: {e}; {remedy}") from None
+            if done <= 6 or done % 10 == 0 or done == cfg.warmup_steps:
+                log(f"{'loop_warmup_step' if looping else 'warmup_step'}: {done}/{cfg.warmup_steps}")
+
+    def plan_step(self, elapsed: float, log: Log) -> StepPlan:
+        """Plan the step about to run, `elapsed` seconds into training; logs what changes with it."""
+        cfg = self.cfg
+        step = self.step
         budget = cfg.train_budget_seconds
         by_clock = cfg.train_seq_schedule_mode == "wallclock" and budget > 0
-        progress = min(1.0, elapsed / budget if by_clock else self.step / max(1, cfg.iterations))
+        progress = min(1.0, elapsed / budget if by_clock else step / max(1, cfg.iterations))
+
         context = context_length(cfg, progress)
         if context != self.stage_len:
-            self.stage_len, self.changed_at = context, self.step
-            log(f"growth_stage:seq_len:{context} progress:{progress:.3f} step:{self.step}")
+            self.stage_len = context
+            self.changed_at = step
+            log(f"growth_stage:seq_len:{context} progress:{progress:.3f} step:{step}")
             if cfg.seq_change_warmup_steps:
-                log(f"growth_stage_rewarmup:start step:{self.step} steps:{cfg.seq_change_warmup_steps} seq_len:{context}")
+                steps = cfg.seq_change_warmup_steps
+                log(f"growth_stage_rewarmup:start step:{step} steps:{steps} seq_len:{context}")
+
         if looping_at(cfg, progress) and not self.looping:
-            self.looping, order = True, layer_order(cfg, True)
-            log(f"layer_loop:enabled step:{self.step} frac:{progress:.3f} encoder:{list(order[: len(order) // 2])} "
-                f"decoder:{list(order[len(order) // 2 :])}")
-        ramp = rewarmup(cfg, None if self.changed_at is None else self.step - self.changed_at + 1)
-        per_step = elapsed / self.step if self.step else 0.0
-        return context, self.looping, lr_scale(cfg, progress, self.step, per_step) * ramp
+            self.looping = True
+            log(f"layer_loop:enabled step:{step} frac:{progress:.3f} {halves(layer_order(cfg, True))}")
+
+        ramp = rewarmup(cfg, None if self.changed_at is None else step - self.changed_at + 1)
+        step_seconds = elapsed / step if step else 0.0
+        return StepPlan(context, self.looping, lr_scale(cfg, progress, step, step_seconds) * ramp)
+
+    def finish_step(self, loss: float, elapsed: float, applications: int) -> float:
+        """Average the weights and account for a step that began at `elapsed`; returns the seconds now."""
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.model)
+
+        now = self.clock.now()
+        self.clock.record(now - elapsed, applications)
+        self.utilization.seconds += now - elapsed
+        self.losses.append((self.step, round(now, 3), round(loss, 5)))
+        return now
 
 
 def log_training_start(cfg: Config, trainer: Trainer, log: Log) -> None:
-    """What is about to be trained, by which schedule, on a device of which speed."""
+    """Log what is about to be trained, by which schedule, on a device of which speed."""
     log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
-    measured, datasheet = trainer.utilization.measured, trainer.utilization.datasheet
-    log(f"peak_tflops: measured:{measured / 1e12:.4g} datasheet:{'n/a' if datasheet is None else format(datasheet / 1e12, '.4g')}")
+    peaks = trainer.utilization
+    datasheet = f"{peaks.datasheet / 1e12:.4g}" if peaks.datasheet else "n/a"
+    log(f"peak_tflops: measured:{peaks.measured / 1e12:.4g} datasheet:{datasheet}")
     log("train_seq_schedule:" + ",".join(f"{n}@{end:.3f}" for n, end in cfg.seq_schedule))
     log(f"local_microbatch_tokens:{cfg.train_microbatch_tokens}")
     log(f"growth_stage:seq_len:{cfg.seq_schedule[0][0]} progress:0.000")
     log(f"gptq:reserving {cfg.reserve_seconds:.0f}s, effective={cfg.train_budget_seconds * 1000:.0f}ms")
 
 
-def step_profiler(cfg: Config, trainer: Trainer, path: Path):
-    """torch's profiler over PROFILE steps after the third, and the speeds they are to be measured by; None without PROFILE."""
-    if not cfg.profile or not trainer.world.main:
+def step_profiler(trainer: Trainer, path: Path):
+    """Build torch's profiler of PROFILE steps after the third, its trace to lie at `path`. None: no PROFILE.
+
+    The speeds that the trace is to be measured by go into profile_speeds.json beside it.
+    """
+    world = trainer.world
+    steps = trainer.cfg.profile
+    if not steps or not world.main:
         return None
-    device = trainer.world.device
-    source = torch.ones(1 << 26, device=device)
-    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=2 * source.nbytes / quickest(trainer.world, source.clone))
+
+    source = torch.ones(1 << 26, device=world.device)
+    bytes_per_second = 2 * source.nbytes / quickest(world, source.clone)
+    speeds = dict(flops_per_second=trainer.utilization.measured, bytes_per_second=bytes_per_second)
     write_atomic(path.with_name("profile_speeds.json"), json.dumps(speeds).encode())
-    kinds = torch.profiler.ProfilerActivity
+
     return torch.profiler.profile(
-        activities=[kinds.CPU, *([kinds.CUDA] if device.type == "cuda" else [])], record_shapes=True,
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=cfg.profile, repeat=1),
+        record_shapes=True,
+        schedule=torch.profiler.schedule(wait=2, warmup=1, active=steps, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
 
 
-def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=None) -> None:
-    """The timed loop. Stops at ITERATIONS, at FORCE_STOP_STEP, or before the step that would overrun the budget.
+def leave_early(trainer: Trainer, path: Path, new_graphs: list[str], interrupted: float) -> None:
+    """Save a checkpoint and raise Interrupted, or RunError for what was compiled in timed code."""
+    trainer.clock.pause()
+    trainer.checkpoint(path)
+    remedy = f"{path} holds it: go on with RESUME=1 and the same variables (ARTIFACT_DIR={path.parent})"
+    if interrupted:
+        raise Interrupted(f"interrupted after step {trainer.step}; {remedy}")
+    remedy = f"COMPILE_SHAPE_WARMUP=1 may avoid it. {remedy}"
+    raise recompile_error(f"step {trainer.step}", new_graphs, remedy)
 
-    validate(): scores the model as it stands, clock stopped. forecast(tokens): what the main rank's log says of the artifact so far,
-    clock running, only where that takes less than 1 % of the time since it last did. Raises Interrupted on Ctrl-C and RunError when
-    loss or gradient is no longer finite; in both cases checkpoint.pt holds the last good state.
+
+def take_step(trainer: Trainer, plan: StepPlan, checkpoint_path: Path) -> tuple[np.ndarray, float]:
+    """Take the planned step; returns its tokens (rows, span) and the loss.
+
+    Raises RunError when loss or gradient is not finite: the checkpoint then stands before this step's data.
     """
-    cfg, world, clock = trainer.cfg, trainer.world, trainer.clock
-    budget, checkpointed, tokens_per_step, compiled = cfg.train_budget_seconds, 0.0, cfg.train_batch_tokens, len(compilations())
-    profiler, asked, cost = step_profiler(cfg, trainer, checkpoint_path.with_name("profile.json.gz")), 0.0, 0.0
+    position = trainer.loader.position
+    window = trainer.loader.next_step()
+    try:
+        return window, trainer.train_step(window, *plan, muon_momentum(trainer.cfg, trainer.step))
+    except FloatingPointError as e:
+        trainer.loader.position = position
+        trainer.model.zero_grad()
+        trainer.checkpoint(checkpoint_path)
+        raise RunError(
+            f"step {trainer.step + 1}: {e}; the weights before it are in {checkpoint_path}. "
+            "Lower MATRIX_LR or TIED_EMBED_LR, or look at the data of this step") from None
+
+
+def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=None) -> None:
+    """Train until ITERATIONS, FORCE_STOP_STEP, or the step that would overrun the budget, which is not begun.
+
+    validate(): scores the model as it stands, clock stopped. forecast(tokens): what the main rank logs of the
+    artifact so far, clock running, only where that takes less than 1 % of the time since it last did. Raises
+    Interrupted on Ctrl-C and RunError when loss or gradient is no longer finite; in both cases checkpoint.pt
+    holds the last good state.
+    """
+    cfg = trainer.cfg
+    world = trainer.world
+    clock = trainer.clock
+    budget = cfg.train_budget_seconds
+    known_graphs = len(compilations())  # what is compiled from here on is compiled in timed code
+    saved_at = 0.0  # seconds of training at the last checkpoint
+    forecast_at = 0.0  # and at the last forecast
+    forecast_seconds = 0.0  # which took these; 0: there was none
+    profiler = step_profiler(trainer, checkpoint_path.with_name("profile.json.gz"))
+
     clock.go_on()
     with StopRequest() as stop, profiler or contextlib.nullcontext():
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
-            made = [] if cfg.compile_allow_recompiles else compilations()[compiled:]
-            elapsed, per_block, requested, recompiled = world.max(clock.now(), clock.forecast(1), float(stop.requested), len(made))
-            context, looping, lr = trainer.plan_step(elapsed, log)
-            applications = len(layer_order(cfg, looping))
-            if requested or recompiled:
-                clock.pause()
-                trainer.checkpoint(checkpoint_path)
-                go_on = f"{checkpoint_path} holds it: go on with RESUME=1 and the same variables (ARTIFACT_DIR={checkpoint_path.parent})"
-                if requested:
-                    raise Interrupted(f"interrupted after step {trainer.step}; {go_on}")
-                raise recompile_error(f"step {trainer.step}", made, f"COMPILE_SHAPE_WARMUP=1 may avoid it. {go_on}")
-            if budget and not cfg.force_stop_step and elapsed + per_block * applications > budget:
-                log(f"stopping_early: wallclock_cap train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}")
+            # The ranks agree on the clock, and on stopping.
+            new_graphs = [] if cfg.compile_allow_recompiles else compilations()[known_graphs:]
+            elapsed, block_seconds, interrupted, recompiled = world.max(
+                clock.now(), clock.block_seconds(), float(stop.requested), len(new_graphs))
+            if interrupted or recompiled:
+                leave_early(trainer, checkpoint_path, new_graphs, interrupted)
+
+            plan = trainer.plan_step(elapsed, log)
+            applications = len(layer_order(cfg, plan.looping))
+            if budget and not cfg.force_stop_step and elapsed + block_seconds * applications > budget:
+                reached = f"train_time: {elapsed * 1000:.0f}ms step: {trainer.step}/{cfg.iterations}"
+                log(f"stopping_early: wallclock_cap {reached}")
                 break
-            position, window = trainer.loader.position, trainer.loader.next_step()
-            try:
-                loss = trainer.train_step(window, context, looping, lr, muon_momentum(cfg, trainer.step))
-            except FloatingPointError as e:
-                trainer.loader.position = position
-                trainer.optimizer.zero_grad()
-                trainer.checkpoint(checkpoint_path)
-                raise RunError(f"step {trainer.step + 1}: {e}; the weights before it are in {checkpoint_path}. Lower MATRIX_LR or "
-                               "TIED_EMBED_LR, or look at the data of this step") from None
-            trainer.step += 1
-            if trainer.ema:
-                trainer.ema.update(trainer.model)
-            now = clock.now()
-            clock.record(now - elapsed, applications)
-            trainer.utilization.seconds += now - elapsed
+
+            window, loss = take_step(trainer, plan, checkpoint_path)
+            now = trainer.finish_step(loss, elapsed, applications)
+            seconds = now - elapsed
             if profiler:
                 profiler.step()
-            trainer.losses.append((trainer.step, round(now, 3), round(loss, 5)))
+
             if trainer.step <= 5 or trainer.step % cfg.train_log_every == 0:
                 log(f"{trainer.step}/{cfg.iterations} train_loss: {loss:.4f} train_time: {now / 60:.1f}m "
-                    f"tok/s: {trainer.step * tokens_per_step / now:.0f} seconds:{now:.2f} lr_scale:{lr:.4f} "
-                    f"tok/s_now:{tokens_per_step / (now - elapsed):.0f} {trainer.utilization.interval()}")
-                price = cost or 3 * (now - elapsed)  # until it is known: as much as three steps
-                if forecast and world.main and now - asked > 100 * price and (not budget or now + 2 * price < budget):
+                    f"tok/s: {trainer.step * cfg.train_batch_tokens / now:.0f} seconds:{now:.2f} "
+                    f"lr_scale:{plan.lr_scale:.4f} tok/s_now:{cfg.train_batch_tokens / seconds:.0f} "
+                    f"{trainer.utilization.interval()}")
+
+                allowance = forecast_seconds or 3 * seconds  # until it is known: as much as three steps
+                fits = not budget or now + 2 * allowance < budget
+                if forecast and world.main and fits and now - forecast_at > 100 * allowance:
                     log(f"{trainer.step}/{cfg.iterations} {forecast(window[0])}")
-                    asked, compiled = clock.now(), len(compilations())
-                    cost = asked - now
+                    forecast_at = clock.now()
+                    forecast_seconds = forecast_at - now
+                    known_graphs = len(compilations())
+
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 clock.pause()
-                score, compiled = validate(), len(compilations())
+                score = validate()
                 log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
+                known_graphs = len(compilations())
                 clock.go_on()
-            if cfg.checkpoint_seconds and (agreed := world.max(now)[0]) - checkpointed >= cfg.checkpoint_seconds:
-                clock.pause()
-                checkpointed = agreed
-                trainer.checkpoint(checkpoint_path)
-                clock.go_on()
+
+            if cfg.checkpoint_seconds:
+                agreed = world.max(now)[0]
+                if agreed - saved_at >= cfg.checkpoint_seconds:
+                    saved_at = agreed
+                    clock.pause()
+                    trainer.checkpoint(checkpoint_path)
+                    clock.go_on()
+
         world.synchronize()
         clock.pause()
+
     trainer.loader.close()
     if not trainer.step:
-        raise RunError(f"no step fits into {budget:g} s of training: raise MAX_WALLCLOCK_SECONDS or lower TRAIN_BATCH_TOKENS")
+        remedy = "raise MAX_WALLCLOCK_SECONDS or lower TRAIN_BATCH_TOKENS"
+        raise RunError(f"no step fits into {budget:g} s of training: {remedy}")
     score = validate()
     log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
 
@@ -2909,7 +3287,7 @@ def calibrate(cfg: Config, world: World, model: GPT, weights: dict[str, Tensor],
     """Add one window to `hessians`, run through the looped network with documents masked as in training; its gradients with QUANT=rd.
     weights: parameters by name, which take the place of the model's own."""
     row = packed_row(tokens, cfg.train_seq_len, world.device)
-    quantized = {m.parameter for m in matrices(cfg) if m.stored is not None and m.stored.codec == "gptq"}
+    quantized = {m.parameter for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq"}
     learned = {name: t for name, t in weights.items() if name in quantized}
     how = dict(layers=layer_order(cfg, looping=True), segments=row.segments, tap=hessians)
     with torch.set_grad_enabled(cfg.quant == "rd"):
@@ -3197,7 +3575,7 @@ PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QU
 
 def stored_as(cfg: Config) -> dict[str, StoredAs]:
     """Codec by tensor, as the rows say; QUANT=s05 has an int8 embedding."""
-    found = {m.name: m.stored for m in matrices(cfg) if m.stored is not None}
+    found = {m.name: m.role.stored for m in matrices(cfg) if m.role.stored is not None}
     embedding = found["tok_emb.weight"]
     return found | {"tok_emb.weight": embedding._replace(codec="int8_row")} if cfg.quant == "s05" else found
 
@@ -3441,7 +3819,7 @@ def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, mat
 
 def dequantized_state(cfg: Config, stored: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
     """What the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are zero."""
-    unstored = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.stored is None}
+    unstored = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.role.stored is None}
     return rebank(cfg, {name: s.decode() for name, s in stored.items()} | unstored)
 
 
@@ -3804,7 +4182,7 @@ def decode_streams(
 @cache
 def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
-    return {m.name: m.shape for m in matrices(cfg) if m.stored is not None}
+    return {m.name: m.shape for m in matrices(cfg) if m.role.stored is not None}
 
 
 def arrays_of(stored: dict[str, QuantizedTensor]) -> dict[str, np.ndarray]:
@@ -3831,7 +4209,7 @@ def pack(cfg: Config, stored: dict[str, QuantizedTensor]) -> bytes:
         raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
     streams = encode_streams(cfg, arrays)
     distinct = [json.loads(text) for text in dict.fromkeys(map(json.dumps, kinds))]
-    header = [cfg.compressor, {f: getattr(cfg, f) for f in MODEL_FIELDS}, [len(data) for data in streams.values()], distinct,
+    header = [cfg.compressor, {f: getattr(cfg, f) for f in sorted(MODEL_FIELDS)}, [len(data) for data in streams.values()], distinct,
               [distinct.index(kind) for kind in kinds]]
     head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
     body = head + b"".join(streams.values())
@@ -3986,18 +4364,6 @@ def load_checkpoint_model(cfg: Config, world: World, path: Path, kernels: Kernel
     return model.to(world.device)
 
 
-def upstream_code_bytes() -> int | None:
-    """Code size by the convention of published records: a minified, compressed, base85 script that is never written. None
-    when python_minifier is not installed. Our own count is the size of the script that runs."""
-    try:
-        import python_minifier
-    except ImportError:
-        return None
-    source = "".join(linecache.getlines(upstream_code_bytes.__code__.co_filename))  # also when the script runs packed
-    small = python_minifier.minify(source, rename_locals=False, hoist_literals=False, remove_literal_statements=True, remove_asserts=True)
-    return len(brotli.compress(small.encode(), quality=11)) * 5 // 4 + 67
-
-
 # ==================================================================================================
 # BUDGET - the searches for a size: as good a model as fits into TARGET_BYTES beside the script.
 # ==================================================================================================
@@ -4142,47 +4508,98 @@ def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor
 # ==================================================================================================
 
 class Ledger:
-    """Append-only account of a run. A line {"n", "prev", "kind", .., "hash"} names the hash of the one before: an edit breaks the chain.
-    A later stage in the same folder goes on behind the last line. Without a path (ranks but the first) nothing is kept."""
+    """Keep the account of a run, line by line: {"n", "prev", "kind", .., "hash"}, where "prev" is the hash of the line before.
+
+    An edit breaks the chain. A later stage in the same folder goes on behind the last line. Without a path, as on all ranks but
+    the first, nothing is kept.
+    """
 
     def __init__(self, path: Path | None):
-        self.path, self.lines, self.last = path, 0, ""
+        self.path = path
+        self.lines = 0
+        self.last = ""  # hash of the last line
+
         if path is not None and path.exists():
             try:
                 entry = json.loads(path.read_text().splitlines()[-1])
-                self.lines, self.last = entry["n"] + 1, entry["hash"]
+                self.lines = entry["n"] + 1
+                self.last = entry["hash"]
             except (OSError, ValueError, LookupError, TypeError):
                 raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose another ARTIFACT_DIR") from None
 
     @staticmethod
     def digest(entry: dict) -> str:
-        """blake2b-128, in hex, of the canonical JSON of a line without its "hash"."""
-        canonical = json.dumps({k: v for k, v in entry.items() if k != "hash"}, sort_keys=True, separators=(",", ":"))
+        """Hash a line without its "hash": blake2b-128, in hex, of the canonical JSON."""
+        content = {key: value for key, value in entry.items() if key != "hash"}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
-    def add(self, kind: str, payload: dict) -> None:
+    def add(self, kind: str, facts: dict) -> None:
         """Append one line, at once. Raises RunError."""
         if self.path is None:
             return
-        entry = dict(n=self.lines, prev=self.last, kind=kind, **payload)
-        self.lines, self.last = self.lines + 1, self.digest(entry)
+        entry = dict(n=self.lines, prev=self.last, kind=kind, **facts)
+        self.lines += 1
+        self.last = entry["hash"] = self.digest(entry)
         try:
             with self.path.open("a") as f:
-                f.write(json.dumps(entry | dict(hash=self.last), separators=(",", ":")) + "\n")
+                f.write(json.dumps(entry, separators=(",", ":")) + "\n")
         except OSError as e:
             raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another ARTIFACT_DIR") from None
 
 
-def state_hash(*states: Any) -> str:
-    """blake2b-128, in hex, of nested states: every tensor's bytes, every other value as text."""
-    h = hashlib.blake2b(digest_size=16)
-    for x in torch.utils._pytree.tree_leaves(states):
-        h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if isinstance(x, Tensor) else repr(x).encode())
-    return h.hexdigest()
+class AccessLog:
+    """Log what Python opens, connects to and starts within `with`, and refuse training data: opening a training shard is a RunError.
+
+    It is an audit hook and cannot be removed, so a process has one: `access_log()`.
+    """
+
+    def __init__(self):
+        self.on = False
+        self.seen: list[tuple[str, Any]] = []
+        sys.addaudithook(self.hook)
+
+    def hook(self, event: str, args: tuple) -> None:
+        """Take down an event. Raises RunError where a training shard is opened."""
+        if not self.on or event not in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+            return
+        what = args[1] if event == "socket.connect" else args[0]
+        self.seen.append((event, what))
+        if event == "open" and not isinstance(what, int) and Path(os.fsdecode(what)).name.startswith("fineweb_train_"):
+            raise RunError(f"{os.fsdecode(what)}: training data was about to be read in an evaluation: a bug, please report it")
+
+    def __enter__(self) -> AccessLog:
+        self.on = True
+        self.seen = []
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.on = False
+
+    def unexpected(self, data: Path, own_files: list[Path]) -> list[list[str]]:
+        """List [event, file, host or program], each once: no file of the run, of Python or of the system, but any other beside the data."""
+        system = (sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
+        own, software = (tuple(str(Path(path).resolve()) for path in paths) for paths in (own_files, (*system, Path(__file__).parent)))
+        beside_the_data = f"{data.resolve()}{os.sep}"
+        found = {}
+        for event, what in self.seen:
+            if event == "open" and isinstance(what, int):
+                continue  # it is open already
+            name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what or "")
+            if event == "open":
+                name = str(Path(name).resolve())
+                known = name.startswith(software) and not name.startswith(beside_the_data)
+                if known or name.startswith(own) or ".cache/" in name:
+                    continue
+            found[event, name] = None
+        return [list(entry) for entry in found]
+
+
+access_log = cache(AccessLog)
 
 
 class Score(NamedTuple):
-    """What an evaluation comes to."""
+    """Hold what an evaluation comes to."""
 
     loss: float  # nats per token
     bpb: float   # bits per byte
@@ -4190,94 +4607,126 @@ class Score(NamedTuple):
     bytes: int
 
 
-def graded(forward, targets: Tensor, hints: Tensor | None, boost: float) -> tuple[Tensor, Tensor]:
-    """Nats of targets, (B, n) or (B, n, K), as the model sees them, for learning, and as they count. forward(targets) -> nats.
+def graded(forward, tokens: Tensor, hints: Tensor | None, boost: float) -> tuple[Tensor, Tensor]:
+    """Grade tokens (B, n) or (B, n, K) twice: nats as the model sees them, to learn from, and nats that count. forward(tokens) -> nats.
 
     The two differ where there is a hint, (B, n), -1 = none: its probability q is multiplied by e^boost and all probabilities are
     divided by their new sum, 1 + q (e^boost - 1), whatever the target is.
     """
     if hints is None:
-        return (nats := forward(targets)), nats
+        nats = forward(tokens)
+        return nats, nats
     hint = hints.unsqueeze(-1)
-    candidates = targets.view(*hints.shape, -1)
+    candidates = tokens.view(*hints.shape, -1)
     nats = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
     nats, hinted = nats[..., :-1], nats[..., -1:]
-    tilted = nats - boost * (candidates == hint) + torch.log1p((-hinted).exp() * math.expm1(boost))
-    return nats.reshape(targets.shape), torch.where(hint < 0, nats, tilted).reshape(targets.shape)
+
+    log_sum = torch.log1p((-hinted).exp() * math.expm1(boost))
+    tilted = nats - boost * (candidates == hint) + log_sum
+    counted = torch.where(hint < 0, nats, tilted)
+    return nats.reshape(tokens.shape), counted.reshape(tokens.shape)
 
 
 class Scorer:
-    """The one way from an evaluation to the validation tokens; target i is token i + 1. `inputs_for` shows what comes before targets, `score`
-    grades them, each once, `targets_to_learn` hands out graded ones to learn from, `sync` merges the ranks and writes the receipts."""
+    """Stand between an evaluation and the validation tokens; target i is token i + 1.
+
+    `inputs_for` shows what comes before targets, `score` grades them, each once, `targets_to_learn` hands out graded ones to
+    learn from, `sync` merges the ranks and writes the receipts.
+    """
 
     def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
-        self._data, self.world, self.name, self.ledger = data, world, name, ledger
-        self.documents, self.total = data.documents, len(data.target_bytes)
-        self.own, self.graded = np.zeros(self.total, np.uint8), np.zeros(self.total, bool)  # by this rank; by any, at the last sync
-        self.nats = torch.zeros(self.total, device=world.device)
-        self.sum = torch.zeros((), dtype=torch.float32 if world.device.type == "mps" else torch.float64, device=world.device)
-        self.tokens, self.bytes, self.steps, self.early, self.work = 0, 0, 0, False, FlopCount()
-        self.hints, self.boost, self.order = None, 0.0, np.arange(self.total)  # see `graded`, `set_hints`
-        self.shown: list[np.ndarray] = []                     # targets whose inputs are out, to be graded next
-        self.unwritten: dict[str, list[np.ndarray]] = {}      # graded and released since the last receipt
-        self.receipts: list[tuple[str, np.ndarray]] = []  # since the last sync
+        self._data = data
+        self.world = world
+        self.name = name
+        self.ledger = ledger
+        self.documents = data.documents
+        self.total = len(data.target_bytes)
 
-    def inputs_for(self, start: int, at: np.ndarray) -> np.ndarray:
-        """Inputs for the targets `at`, -1 = none: tokens from `start` to the one before the last of them. The next `score` must grade
+        self.own = np.zeros(self.total, np.uint8)   # graded by this rank
+        self.graded = np.zeros(self.total, bool)    # by any, at the last sync
+        self.nats = torch.zeros(self.total, device=world.device)
+        self.sum = torch.zeros((), dtype=world.wide, device=world.device)
+        self.tokens = 0
+        self.bytes = 0
+        self.work = FlopCount()
+
+        self.order = np.arange(self.total)  # in which targets are graded, see `announce_order`
+        self.hints: np.ndarray | None = None
+        self.boost = 0.0
+        self.steps = 0.0  # that optimizers may take
+        self.shown: list[np.ndarray] = []  # targets whose inputs are out, to be graded next
+        self.unwritten: dict[tuple[str, bool], list[np.ndarray]] = {}  # targets by (what with, early) since the last receipt
+        self.receipts: list[tuple[str, bool, np.ndarray]] = []  # since the last sync
+
+    def inputs_for(self, start: int, targets: np.ndarray) -> np.ndarray:
+        """Show the inputs of targets, -1 = none: tokens from `start` to the one before the last of them. The next `score` must grade
         them all: nothing is seen that is not scored."""
-        self.shown.append(at[at >= 0])
-        return self._data.tokens[start : self.shown[-1].max(initial=-1) + 1]
+        wanted = targets[targets >= 0]
+        self.shown.append(wanted)
+        return self._data.tokens[start : wanted.max(initial=-1) + 1]
 
     def set_hints(self, order: np.ndarray, guess, boost: float) -> None:
-        """Hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. Nothing else is handed the stream
-        at once, so it is asked again with a forged future, from a drawn target on; RunError where that changes a hint up to there."""
-        tokens, cut = self._data.tokens, int(np.random.default_rng(self.total).integers(self.total))
-        future, forged = order[cut:][tokens[order[cut:] + 1] != BOS_ID] + 1, tokens.copy()  # where documents start is known
+        """Take hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. Nothing else is handed the
+        stream at once, so it is asked again with a forged future, from a drawn target on; RunError where that changes a hint before."""
+        tokens = self._data.tokens
+        cut = int(np.random.default_rng(self.total).integers(self.total))
+        future = order[cut:] + 1
+        future = future[tokens[future] != BOS_ID]  # where documents start is known
+        forged = tokens.copy()
         forged[future] = tokens[future[::-1]]
-        self.hints, self.boost, past = guess(tokens, order), boost, order[: cut + 1]
+
+        self.boost = boost
+        self.hints = guess(tokens, order)
+        past = order[: cut + 1]
         if (self.hints[past] != guess(forged, order)[past]).any():
             raise RunError(f"{self.name}: a hint depends on its target or on what comes after it: a bug, please report it")
 
-    def _targets(self, at: np.ndarray) -> Tensor:
-        return torch.from_numpy(self._data.tokens[at + 1].astype(np.int64)).to(self.world.device, non_blocking=True)
+    def on_device(self, values: np.ndarray) -> Tensor:
+        """Copy whole numbers to the device, as int64."""
+        return torch.from_numpy(values.astype(np.int64)).to(self.world.device, non_blocking=True)
 
-    def _hints(self, at: np.ndarray) -> Tensor | None:
-        return None if self.hints is None else torch.from_numpy(self.hints[at].astype(np.int64)).to(self.world.device, non_blocking=True)
+    def hints_at(self, targets: np.ndarray) -> Tensor | None:
+        """Look up the hints of targets."""
+        return None if self.hints is None else self.on_device(self.hints[targets])
 
-    def score(self, at: np.ndarray, forward) -> Tensor:
-        """Grade. at (B, n): targets, none of them graded before (RunError), -1 = none; forward(targets (B, n) int64) -> nats (B, n),
-        which come back; what counts is what `graded` makes of them."""
-        flat, device = np.flatnonzero(at >= 0), self.world.device
-        index = at.reshape(-1)[flat]
+    def score(self, targets: np.ndarray, forward) -> Tensor:
+        """Grade targets (B, n), -1 = none, none of them graded before (RunError): forward(tokens (B, n) int64) -> nats (B, n), which
+        come back; what counts is what `graded` makes of them."""
+        places = np.flatnonzero(targets >= 0)
+        index = targets.reshape(-1)[places]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
             raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
-        seen, self.shown = np.concatenate([*self.shown, index[:0]]), []
+        seen = np.concatenate([*self.shown, index[:0]])
+        self.shown = []
         if not np.isin(seen, index).all():
             raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are scored: a bug, please report it")
-        self.steps, (nats, counted) = 0, graded(forward, self._targets(at), self._hints(at), self.boost)
-        counted = counted.detach().reshape(-1)[torch.from_numpy(flat).to(device, non_blocking=True)].float()
-        self.nats[torch.from_numpy(index).to(device, non_blocking=True)] = counted
+
+        self.steps = 0
+        tokens = self.on_device(self._data.tokens[targets + 1])
+        nats, counted = graded(forward, tokens, self.hints_at(targets), self.boost)
+        counted = counted.detach().reshape(-1)[self.on_device(places)].float()
+        self.nats[self.on_device(index)] = counted
         self.sum += counted.to(self.sum.dtype).sum()
         self.own[index] = 1
-        self.tokens, self.bytes = self.tokens + len(index), self.bytes + int(self._data.target_bytes[index].sum())
-        self.unwritten.setdefault("score", []).append(index)
+        self.tokens += len(index)
+        self.bytes += int(self._data.target_bytes[index].sum())
+        self.unwritten.setdefault(("score", False), []).append(index)
         return nats
 
-    def targets_to_learn(self, at: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
-        """Targets to learn from, as for `score`; one step of an optimizer may follow, with what = "base" any number until `score`.
+    def targets_to_learn(self, targets: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
+        """Hand out targets to learn from, as for `score`: one step of an optimizer may follow, with what = "base" any number until `score`.
         RunError: one has not been graded; `early`, for methods that break this rule, puts that into the ledger instead."""
-        index = at[at >= 0]
+        index = targets[targets >= 0]
         ready = bool((self.own[index] | self.graded[index]).all())
         if not ready and not early:
             raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
-        self.early |= not ready
         self.steps = 1 if what == "adapters" else math.inf
-        self.unwritten.setdefault(what if ready else f"early {what}", []).append(index)
-        return self._targets(at)
+        self.unwritten.setdefault((what, not ready), []).append(index)
+        return self.on_device(self._data.tokens[targets + 1])
 
     @contextlib.contextmanager
     def only_released_steps(self):
-        """Meanwhile every step of a torch optimizer without a release raises RunError."""
+        """Refuse, meanwhile, every step of a torch optimizer that nothing was handed out for: RunError."""
         def before_step(*_):
             if self.steps < 1:
                 raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: a bug, please report it")
@@ -4287,90 +4736,107 @@ class Scorer:
             yield
 
     def sums(self) -> tuple[float, int, int]:
-        """Nats, tokens and bytes graded by this rank so far."""
+        """Add up nats, tokens and bytes graded by this rank so far."""
         return self.sum.item(), self.tokens, self.bytes
 
     def receipt(self) -> None:
-        """One line for what was scored, and one for what was learned from, since the last receipt."""
-        self.receipts += [(kind, np.unique(np.concatenate(index))) for kind, index in self.unwritten.items()]
+        """Close an entry for what was scored, and for what was learned from, since the last receipt."""
+        for (what, early), parts in self.unwritten.items():
+            self.receipts.append((what, early, np.unique(np.concatenate(parts))))
         self.unwritten = {}
 
-    def ledger_line(self, nats: np.ndarray, kind: str, index: np.ndarray) -> tuple[str, dict]:
-        """Ledger line of a receipt: ranges [a, b) of targets, and for scores nats and bytes of each range."""
-        starts = np.flatnonzero(np.diff(index, prepend=-2) != 1)
-        line = {"pass": self.name, "ranges": np.stack((index[starts], index[np.append(starts[1:], len(index)) - 1] + 1), 1).tolist()}
-        if kind != "score":
-            return "update", line | dict(what=kind.removeprefix("early "), early=kind.startswith("early "))
-        sums = (np.add.reduceat(a[index].astype(t), starts).tolist() for a, t in ((nats, np.float64), (self._data.target_bytes, np.int64)))
-        return "score", line | dict(zip(("nats", "bytes"), sums, strict=True))
+    def ledger_line(self, nats: np.ndarray, what: str, early: bool, index: np.ndarray) -> tuple[str, dict]:
+        """Write a receipt as a line of the ledger: ranges [a, b) of targets, and for scores nats and bytes of each range."""
+        runs = np.split(index, np.flatnonzero(np.diff(index) > 1) + 1)
+        line = {"pass": self.name, "ranges": [[int(run[0]), int(run[-1]) + 1] for run in runs if len(run)]}
+        if what != "score":
+            return "update", line | dict(what=what, early=early)
+        line["nats"] = [float(nats[run].sum(dtype=np.float64)) for run in runs]
+        line["bytes"] = [int(self._data.target_bytes[run].sum()) for run in runs]
+        return "score", line
 
     def sync(self) -> None:
-        """Merge the ranks, all together. Raises RunError when two of them have graded the same target."""
+        """Merge the ranks, all together, and write the receipts. Raises RunError when two ranks have graded the same target."""
         self.receipt()
         counts = torch.tensor(self.own, device=self.world.device)
         self.world.sum_(counts)
-        self.graded = (counts > 0).cpu().numpy()
         if (counts > 1).any():
             raise RunError(f"{self.name}: two ranks scored the same targets: a bug, please report it")
+        self.graded = (counts > 0).cpu().numpy()
+
         nats = self.nats.cpu().numpy()
-        entries, self.receipts = [self.ledger_line(nats, *receipt) for receipt in self.receipts if len(receipt[1])], []
-        for line in (line for lines in self.world.gather(entries) for line in lines) if self.ledger is not None else ():
-            self.ledger.add(*line)
+        if self.ledger is not None:
+            lines = [self.ledger_line(nats, *receipt) for receipt in self.receipts]
+            for of_rank in self.world.gather(lines):
+                for kind, line in of_rank:
+                    self.ledger.add(kind, line)
+        self.receipts = []
 
     def finish(self) -> Score:
         """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target. Raises RunError when one was left out."""
         self.sync()
         self.world.sum_(self.nats)  # zero where another rank has graded
-        nats, size, count = self.nats.cpu().numpy(), int(self._data.target_bytes.sum()), int(self.graded.sum())
+        nats = self.nats.cpu().numpy()
         total = float(nats.sum(dtype=np.float64))
+        count = int(self.graded.sum())
+        size = int(self._data.target_bytes.sum())
         if count != self.total or not math.isfinite(total):
             raise RunError(f"scored {count} targets instead of {self.total}, {total:g} nats: a bug, please report it with the log")
+
         if self.ledger is not None and self.ledger.path is not None:
-            buffer, path = io.BytesIO(), self.ledger.path.with_name(f"token_nats_{self.name}.npy")
+            buffer = io.BytesIO()
             np.save(buffer, nats)
+            path = self.ledger.path.with_name(f"token_nats_{self.name}.npy")
             write_atomic(path, buffer.getvalue())
-            self.ledger.add("tokens", {"pass": self.name, "file": path.name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
+            self.ledger.add("tokens", {"pass": self.name, "file": path.name, "sha256": sha256_file(path)})
         return Score(total / count, total / math.log(2) / size, count, size)
 
 
-def run_starts(x: Tensor) -> Tensor:
-    """(n,) -> for each element, the index at which its run of equal elements starts."""
-    first = torch.ones_like(x, dtype=torch.bool)
-    first[1:] = x[1:] != x[:-1]
-    return torch.where(first, torch.arange(len(x), device=x.device), 0).cummax(0).values
-
-
 def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torch.device | str) -> np.ndarray:
-    """A guess for each target of the stream from those scored before it (the token-only n-gram of PR #2135).
+    """Guess each target of the stream from those scored before it (the token-only n-gram of PR #2135).
 
     tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often followed the same
     TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where its share is below TOKEN_THRESHOLD or
     there is none. Sorts instead of a loop over hash tables; contexts are told apart exactly, from 1 token to 2, 4, 8, ...: they
     are equal if both halves are.
     """
-    stream, order, n = torch.from_numpy(tokens.astype(np.int64)).to(device), torch.from_numpy(order).to(device), cfg.token_order - 1
-    names, length, base = stream[:-1], 1, max(len(stream), 1 << 16)
-    begin = torch.where(names == BOS_ID, torch.arange(len(names), device=device), 0).cummax(0).values
-    order = order[order - begin[order] >= n - 1]
+    n = cfg.token_order - 1
+    stream = torch.from_numpy(tokens.astype(np.int64)).to(device)
+    order = torch.from_numpy(order).to(device)
+    base = max(len(stream), 1 << 16)  # above every token and every name
+
+    context = stream[:-1]
+    positions = torch.arange(len(context), device=device)
+    document_start = torch.where(context == BOS_ID, positions, 0).cummax(0).values
+    order = order[order - document_start[order] >= n - 1]
+
+    length = 1  # of the contexts that have a name: context[i] is that of tokens i to i + length - 1
     while length < n:
         step = min(length, n - length)
-        key, at = (names[step:] * base + names[:-step]).sort()
-        names, length = torch.empty_like(at).scatter_(0, at, run_starts(key)), length + step
-    context, at = names[order - (n - 1)].sort(stable=True)
-    order, place = order[at], torch.arange(len(at), device=device)  # by context, then as they are scored
+        halves = context[step:] * base + context[:-step]
+        context = halves.unique(return_inverse=True)[1]
+        length += step
+
+    context, by_context = context[order - (n - 1)].sort(stable=True)
+    order = order[by_context]  # one context after the other, within each as they are scored
     follows = stream[order + 1]
-    pair, at = (context * base + follows).sort(stable=True)
-    count = torch.empty_like(place).scatter_(0, at, place - run_starts(pair) + 1)
-    leader = run_starts((context * base + count).cummax(0).values)  # where the highest count so far was reached
-    seen, before = place - run_starts(context), leader.roll(1)
+    rank = torch.arange(len(order), device=device)
+    pairs, by_pair = (context * base + follows).sort(stable=True)
+    count = torch.empty_like(rank)
+    count[by_pair] = rank - torch.searchsorted(pairs, pairs) + 1  # how often this token has followed, this time included
+    most = (context * base + count).cummax(0).values
+    leader = torch.searchsorted(most, most)  # where the highest count so far was reached
+
+    seen = rank - torch.searchsorted(context, context)  # how often the context came before
+    before = leader.roll(1)
     sure = (seen > 0) & (count[before].double() / seen >= cfg.token_threshold)
     hints = torch.full((len(stream) - 1,), -1, dtype=torch.int32, device=device)
     hints[order[sure]] = follows[before[sure]].int()
     return hints.cpu().numpy()
 
 
-def prepare(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
-    """Tell the scorer in which order its targets come, and the guesses that NGRAM_TILT_ENABLED asks for. On the evaluation's clock."""
+def announce_order(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
+    """Tell the scorer in which order its targets come, and the hints that NGRAM_TILT_ENABLED asks for; on the evaluation's clock."""
     scorer.order = order
     if cfg.ngram_tilt_enabled:
         device = scorer.world.device if scorer.world.device.type == "cuda" else "cpu"
@@ -4379,12 +4845,13 @@ def prepare(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
 
 
 class EvalBatch(NamedTuple):
-    """Inputs (B, T) int64, the target that each predicts or -1 (B, T), and the packing of a packed row."""
+    """Inputs (B, T) int64 on the device, the target that each predicts or -1 (B, T), and the attention segments of a packed row."""
 
     inputs: Tensor
-    at: np.ndarray
-    segments: Segments | None
-    learn: np.ndarray | None = None  # (B, T) likewise: targets that SLOT learns from
+    targets: np.ndarray
+    lengths: np.ndarray  # of the attention segments
+    segments: Segments | None = None
+    learn: np.ndarray | None = None  # (B, T), as targets: those that SLOT learns from
 
 
 def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int, int]]:
@@ -4399,58 +4866,90 @@ def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int
 
 
 def packed_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
-    """Whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
-    context = cfg.eval_seq_len
-    row_tokens = min(max(cfg.val_batch_tokens // 8, context), -(-scorer.total // context) * context)
+    """Yield whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
+    context, device = cfg.eval_seq_len, scorer.world.device
+    whole_stream = -(-scorer.total // context) * context
+    row_tokens = min(max(cfg.val_batch_tokens // 8, context), whole_stream)
+
     for start, end in packed_rows(scorer, context, row_tokens)[rank::size]:
-        n = end - start
-        inputs, at = np.zeros((1, row_tokens), np.int64), np.full((1, row_tokens), -1)
-        at[0, :n] = np.arange(start, end)
-        inputs[0, :n] = scorer.inputs_for(start, at)
-        starts = np.flatnonzero(inputs[0, :n] == BOS_ID)
-        cu_seqlens = document_cu_seqlens(np.append(starts, n) if n < row_tokens else starts, row_tokens, context)
-        yield EvalBatch(torch.from_numpy(inputs), at, Segments(torch.from_numpy(cu_seqlens), context))
+        targets = np.full((1, row_tokens), -1)
+        targets[0, : end - start] = np.arange(start, end)
+        inputs = np.zeros((1, row_tokens), np.int64)
+        inputs[0, : end - start] = scorer.inputs_for(start, targets)
+
+        starts = np.flatnonzero(inputs[0] == BOS_ID)
+        if end - start < row_tokens:
+            starts = np.append(starts, end - start)  # the padding
+        cuts = document_cu_seqlens(starts, row_tokens, context)
+        segments = Segments(torch.from_numpy(cuts).to(device), context)
+        yield EvalBatch(torch.from_numpy(inputs).to(device), targets, np.diff(cuts), segments)
 
 
 def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
-    """Windows every EVAL_STRIDE tokens, documents not masked; each scores the targets no earlier window has scored.
+    """Yield windows every EVAL_STRIDE tokens, documents not masked; each scores the targets that no earlier window has scored.
 
     Each row walks through a stretch of its own: most of what its window shows has been scored by the same row in earlier batches.
     """
     seq, stride = cfg.eval_seq_len, cfg.eval_stride
     starts = np.arange(0, max(1, scorer.total - (seq - stride)), stride)
-    per_batch = max(1, cfg.val_batch_tokens // 8 // seq)
-    steps = -(-len(starts) // (size * per_batch))
+    first_new = starts + seq - stride  # the first target that a window scores
+    first_new[0] = 0
+    rows = max(1, cfg.val_batch_tokens // 8 // seq)
+    steps = -(-len(starts) // (size * rows))
+    stretches = np.arange(rank * rows, (rank + 1) * rows) * steps
+
     for step in range(steps):
-        window = np.arange(rank * per_batch, (rank + 1) * per_batch) * steps + step
-        window = window[window < len(starts)]
-        if not len(window):
+        first = stretches[stretches + step < len(starts)]
+        if not len(first):
             continue
-        at = starts[window][:, None] + np.arange(seq)
-        at = np.where(at < scorer.total, at, -1)
-        first, fresh = (np.where(starts[w] == 0, 0, starts[w] + seq - stride)[:, None] for w in (window - step, window))
-        learn = at if cfg.slot == "published" else np.where((at >= first) & (at < fresh), at, -1)
-        at, inputs = np.where(at >= fresh, at, -1), np.zeros(at.shape, np.int64)
-        for row, targets in enumerate(at):
-            seen = scorer.inputs_for(starts[window[row]], targets)
-            inputs[row, : len(seen)] = seen
-        yield EvalBatch(torch.from_numpy(inputs), at, None, learn)
+        windows = first + step
+        targets = starts[windows, None] + np.arange(seq)
+        targets = np.where(targets < scorer.total, targets, -1)
+        new = targets >= first_new[windows, None]
+        by_this_row = ~new & (targets >= first_new[first, None])
+        learn = targets if cfg.slot == "published" else np.where(by_this_row, targets, -1)
+        targets = np.where(new, targets, -1)
+
+        inputs = np.zeros(targets.shape, np.int64)
+        for row, window in enumerate(windows):
+            shown = scorer.inputs_for(starts[window], targets[row])
+            inputs[row, : len(shown)] = shown
+        lengths = np.full(len(windows), seq)
+        yield EvalBatch(torch.from_numpy(inputs).to(scorer.world.device), targets, lengths, learn=learn)
+
+
+class Method(NamedTuple):
+    """Say what a way of scoring is, for `evaluate`, and for the probes of tools/probes.py."""
+
+    batches: Any            # (cfg, scorer, rank, size) -> EvalBatch after EvalBatch; None: TttRun deals its own
+    documents_masked: bool  # no document sees another
+    small: dict             # upper limits of variables with which a few short documents go through all of it
+
+
+METHODS = dict(
+    packed=Method(packed_batches, True, {}),
+    sliding=Method(sliding_batches, False, dict(eval_seq_len=64, eval_stride=16, val_batch_tokens=8)),
+    ttt=Method(None, True, dict(phased_ttt_enabled=False)))
 
 
 @torch.enable_grad()
 def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
-    """A shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
+    """Learn a shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
 
     published: one shift for the batch, from all its targets, those about to be scored included, which breaks the rules. causal:
-    one for each window, from targets that its row has scored before. score(targets, shift=...) -> nats. -> (1 or B, 1, D).
+    one for each window, from targets that its row has scored before. score(tokens, shift=...) -> nats. -> (1 or B, 1, D).
     """
-    alone, chosen, device = cfg.slot == "causal", torch.from_numpy(learn >= 0), scorer.world.device
-    targets = scorer.targets_to_learn(learn, "slot", early=not alone)
-    weight = (chosen / chosen.sum(1 if alone else None, keepdim=alone).clamp_min(1)).to(device)
-    shift = torch.zeros(len(learn) if alone else 1, 1, cfg.model_dim, device=device, requires_grad=True)
+    device, causal = scorer.world.device, cfg.slot == "causal"
+    tokens = scorer.targets_to_learn(learn, "slot", early=not causal)
+    chosen = torch.from_numpy(learn >= 0)
+    count = chosen.sum(1 if causal else None, keepdim=causal)
+    weight = (chosen / count.clamp_min(1)).to(device)
+
+    shift = torch.zeros(len(learn) if causal else 1, 1, cfg.model_dim, device=device, requires_grad=True)
     optimizer = torch.optim.AdamW([shift], lr=cfg.slot_lr, eps=1e-5, weight_decay=1e-8)
     for _ in range(cfg.slot_steps):
-        shift.grad = torch.autograd.grad((score(targets, shift=shift) * weight).sum(), shift)[0]
+        loss = (score(tokens, shift=shift) * weight).sum()
+        shift.grad = torch.autograd.grad(loss, shift)[0]
         optimizer.step()
     return shift.detach()
 
@@ -4458,134 +4957,190 @@ def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
 @torch.no_grad()
 def evaluate(cfg: Config, world: World, forward, scorer: Scorer, looping: bool = True) -> Score:
     """Score everything behind the scorer with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
-    order, batches = layer_order(cfg, looping), packed_batches if cfg.eval_method == "packed" else sliding_batches
-    with prepare(cfg, scorer, np.arange(scorer.total)).only_released_steps():
+    layers = layer_order(cfg, looping)
+    batches = METHODS[cfg.eval_method].batches
+    with announce_order(cfg, scorer, scorer.order).only_released_steps():
         for batch in batches(cfg, scorer, world.rank, world.size):
-            segments = batch.segments and Segments(batch.segments.cu_seqlens.to(world.device), batch.segments.max_len)
-            score = partial(forward, batch.inputs.to(world.device), layers=order, segments=segments)
+            score = partial(forward, batch.inputs, layers=layers, segments=batch.segments)
             if cfg.slot != "off":
                 scorer.receipt()  # what is learned now comes after what was scored up to here
                 score = partial(score, shift=slot_shift(cfg, scorer, score, batch.learn))
-            scorer.score(batch.at, score)
-            lengths = np.diff(batch.segments.cu_seqlens.numpy()) if batch.segments else np.full(*batch.at.shape)
-            scorer.work.add(flops_per_token(cfg, lengths, looping), "score", batch.at.size, int((batch.at >= 0).sum()))
+            scorer.score(batch.targets, score)
+            flops = flops_per_token(cfg, batch.lengths, looping)
+            scorer.work.add(flops, "score", batch.targets.size, int((batch.targets >= 0).sum()))
         return scorer.finish()
 
 
 # ==================================================================================================
 # TEST-TIME TRAINING - score a chunk, then learn from it: a prediction never depends on what it predicts.
 # ==================================================================================================
+# Start at `score_batch`, the loop that this is about: what stands above it plans, what stands below runs it.
 
 class Batch(NamedTuple):
-    """Documents side by side. starts and sizes (n,): first input token and number of predictions, sizes ascending."""
+    """Documents side by side, n of them, by ascending length; each is scored `chunk` tokens at a time."""
 
-    number: int  # position in the order of ascending length
-    starts: np.ndarray
-    sizes: np.ndarray
+    number: int         # position in the order of ascending length
+    starts: np.ndarray  # (n,) first input token of a document
+    sizes: np.ndarray   # (n,) predictions of a document
     chunk: int
+
+    @property
+    def chunks(self) -> np.ndarray:
+        """Count the chunks of each document, (n,), the last one often partial."""
+        return -(-self.sizes // self.chunk)
+
+    def targets(self) -> np.ndarray:
+        """List the targets, places in the stream, as they are scored: all chunks 0, then all chunks 1, ..."""
+        offsets = np.concatenate([np.arange(size) for size in self.sizes])
+        targets = np.repeat(self.starts, self.sizes) + offsets
+        return targets[np.argsort(offsets // self.chunk, kind="stable")]
 
 
 def chunk_size(cfg: Config, length: int) -> int:
-    """Tokens scored between two updates, for a batch whose longest document has `length` tokens, its last target included."""
+    """Choose how many tokens are scored between two updates of a batch.
+
+    length: tokens of its longest document, the last target included.
+    """
     if not cfg.ttt_short_score_first_enabled:
         return cfg.ttt_chunk_size
-    if cfg.ttt_short_score_first_steps:
-        steps = parse_steps(cfg.ttt_short_score_first_steps, ":")
-        return next((int(chunk) for limit, chunk in steps if length <= limit), cfg.ttt_chunk_size)
-    return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
+
+    if not cfg.ttt_short_score_first_steps:
+        return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
+
+    for limit, chunk in parse_steps(cfg.ttt_short_score_first_steps, ":"):
+        if length <= limit:
+            return int(chunk)
+    return cfg.ttt_chunk_size
 
 
-def document_batches(cfg: Config, scorer: Scorer) -> list[Batch]:
-    """All documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
-    starts, ends = scorer.documents()
+def document_batches(cfg: Config, data: ValData | Scorer) -> list[Batch]:
+    """Batch all documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
+    starts, ends = data.documents()
     sizes = ends - starts
-    order = np.argsort(sizes, kind="stable")
-    groups = [order[i : i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
-    return [Batch(i, starts[g], sizes[g], chunk_size(cfg, int(sizes[g].max()) + 1)) for i, g in enumerate(groups)]
+    by_length = np.argsort(sizes, kind="stable")
+
+    batches = []
+    for first in range(0, len(sizes), cfg.ttt_batch_size):
+        chosen = by_length[first : first + cfg.ttt_batch_size]
+        longest = int(sizes[chosen[-1]])
+        batches.append(Batch(len(batches), starts[chosen], sizes[chosen], chunk_size(cfg, longest + 1)))
+    return batches
 
 
 def chunk_window(size: int, chunk: int, index: int, context: int) -> tuple[int, int, int]:
-    """(window start, chunk start, end) in inputs of a document with `size` predictions: chunk `index` sees up to `context` tokens.
+    """Locate chunk `index` of a document with `size` predictions -> (window start, chunk start, end).
 
+    A window holds up to `context` input tokens and ends with its chunk.
     Example: size 100, chunk 48, context 3072 -> (0, 0, 48), (0, 48, 96), (0, 96, 100).
     """
-    start, end = index * chunk, min((index + 1) * chunk, size)
+    start = index * chunk
+    end = min(start + chunk, size)
     return max(0, end - context), start, end
 
 
 def window_width(cfg: Config, chunk: int, index: int) -> int:
-    """Tokens of all windows of a batch at its chunk `index`. With CUDA_GRAPHS they are padded to a multiple of TTT_BUCKET, as nothing that
-    is scored looks behind itself; not with ROPE_YARN, whose base follows the width."""
-    bucket = cfg.ttt_bucket if cfg.cuda_graphs and not cfg.rope_yarn else 1
-    return min(-(-(index + 1) * chunk // bucket) * bucket, cfg.ttt_eval_seq_len)
+    """Compute the tokens of all windows of a batch at its chunk `index`.
 
-
-def batch_cost(batch: Batch, context: int) -> float:
-    """Token positions a batch runs through the network, the unit of its duration."""
-    chunks = -(-int(batch.sizes.max()) // batch.chunk)
-    growing = min(chunks, context // batch.chunk)
-    return len(batch.sizes) * (batch.chunk * growing * (growing + 1) / 2 + (chunks - growing) * context)
-
-
-def phase_segments(cfg: Config, batches: list[Batch]) -> list[tuple[list[Batch], int]]:
-    """The scoring order cut at the global phases: [(batches, documents the phase after them learns from; 0 = no phase)].
-
-    Longest first, because they cost most and teach most. A function of the data alone.
+    With CUDA_GRAPHS they are padded to a multiple of TTT_BUCKET, as nothing that is scored looks behind
+    itself; not with ROPE_YARN, whose base follows the width.
     """
-    order = batches[::-1]
-    total = sum(len(b.sizes) for b in batches)
+    bucket = cfg.ttt_bucket if cfg.cuda_graphs and not cfg.rope_yarn else 1
+    padded = -(-(index + 1) * chunk // bucket) * bucket
+    return min(padded, cfg.ttt_eval_seq_len)
+
+
+def batch_cost(cfg: Config, batch: Batch) -> float:
+    """Count the token positions that a batch runs through the network, the unit of its duration."""
+    chunk, context = batch.chunk, cfg.ttt_eval_seq_len
+    chunks = int(batch.chunks.max())
+    growing = min(chunks, context // chunk)  # windows of 1, 2, 3, ... chunks; later ones are full
+    positions = chunk * growing * (growing + 1) / 2 + (chunks - growing) * context
+    return len(batch.sizes) * positions
+
+
+class Part(NamedTuple):
+    """What is scored between two global phases."""
+
+    batches: list[Batch]
+    documents_to_learn: int  # that the phase behind these batches learns from, 0 = no phase
+
+
+def split_at_phases(cfg: Config, batches: list[Batch]) -> list[Part]:
+    """Split the batches at the global phases. A function of the data alone.
+
+    The longest come first, because they cost most and teach most. A batch that passes several boundaries is
+    followed by one phase, over all of their documents. After the last batch no document is left for one.
+    """
+    total = sum(len(batch.sizes) for batch in batches)
     prefix = min(total, cfg.phased_ttt_prefix_docs) if cfg.phased_ttt_enabled else 0
-    boundaries = [prefix * (p + 1) // cfg.phased_ttt_num_phases for p in range(cfg.phased_ttt_num_phases)] if prefix else []
-    segments, current, done = [], [], 0
-    for batch in order:
-        current.append(batch)
-        done += len(batch.sizes)
-        if reached := [b for b in boundaries if b <= done]:  # several at once make one phase, over all of their documents
-            segments.append((current, reached[-1]))
-            boundaries, current = boundaries[len(reached) :], []
-    return [*segments, (current, 0)] if current else [*segments[:-1], (segments[-1][0], 0)]
+    phases = cfg.phased_ttt_num_phases
+    boundaries = [prefix * (phase + 1) // phases for phase in range(phases)]
+
+    parts, waiting = [], []
+    scored, learned = 0, 0
+    for batch in batches[::-1]:
+        waiting.append(batch)
+        scored += len(batch.sizes)
+        reached = max((b for b in boundaries if b <= scored), default=0)
+        if learned < reached and scored < total:
+            parts.append(Part(waiting, reached))
+            waiting, learned = [], reached
+    return [*parts, Part(waiting, 0)]
 
 
-def deal(costs: list[float], lanes: int) -> list[list[int]]:
-    """Items to lanes, in the given order, each to the least loaded lane: balanced when costs fall, and the same on every run."""
-    load, hands = [(0.0, lane) for lane in range(lanes)], [[] for _ in range(lanes)]
-    for i, cost in enumerate(costs):
-        total, lane = heapq.heappop(load)
-        hands[lane].append(i)
-        heapq.heappush(load, (total + cost, lane))
-    return hands
+def assign_to_chains(cfg: Config, batches: list[Batch]) -> list[list[Batch]]:
+    """Assign batches, in the given order, to TTT_LANES chains of adapters, each to the least loaded one.
+
+    That is balanced when costs fall, and the same on every run. The ranks share out the chains.
+    """
+    loads = [(0.0, chain) for chain in range(cfg.ttt_lanes)]
+    assigned = [[] for _ in loads]
+    for batch in batches:
+        load, chain = heapq.heappop(loads)
+        assigned[chain].append(batch)
+        heapq.heappush(loads, (load + batch_cost(cfg, batch), chain))
+    return assigned
 
 
-def scoring_order(cfg: Config, segments: list[tuple[list[Batch], int]]) -> np.ndarray:
-    """All targets in the order in which one rank scores them: (N,) places in the stream."""
-    places = []
-    for batches in (segment for segment, _ in segments):
-        for i in (i for hand in deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in batches], cfg.ttt_lanes) for i in hand):
-            rows = [np.arange(size) for size in batches[i].sizes]
-            chunks = np.concatenate(rows) // batches[i].chunk
-            places.append(np.concatenate([start + row for start, row in zip(batches[i].starts, rows, strict=True)])
-                          [np.argsort(chunks, kind="stable")])
-    return np.concatenate(places)
+def scoring_order(cfg: Config, parts: list[Part]) -> np.ndarray:
+    """List all targets, (N,) places in the stream, in the order in which one rank scores them."""
+    order = []
+    for part in parts:
+        for batches in assign_to_chains(cfg, part.batches):
+            order += [batch.targets() for batch in batches]
+    return np.concatenate(order)
+
+
+def empty_adapters(cfg: Config, rows: int, device: torch.device) -> Adapters:
+    """Allocate fp32 adapters of `rows` documents: A (depths, rows, rank, n_in), not set, and B, zero.
+
+    B is (depths, rows, n_out, rank). Those of the head have no depths.
+    """
+    D, rank = cfg.model_dim, cfg.ttt_lora_rank
+    depths = len(layer_order(cfg, looping=True))
+    n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
+
+    loras = {}
+    for site in (*cfg.lora_sites, "head"):
+        lead = (rows,) if site == "head" else (depths, rows)
+        A = torch.empty(*lead, rank, D, device=device, requires_grad=True)
+        B = torch.zeros(*lead, n_out[site], rank, device=device, requires_grad=True)
+        loras[site] = Lora(A, B, cfg.ttt_lora_alpha / rank)
+    return Adapters(**loras)
 
 
 class AdapterChain:
     """Adapters passed on from batch to batch: B starts at zero every time, A is kept (TTT_WARM_START_A).
 
     What is passed on comes from tokens scored in earlier batches only.
+    adam: optimizer of `Kernels`, None = torch's AdamW.
     """
 
     def __init__(self, cfg: Config, world: World, rows: int, seed: int, adam=None):
-        self.cfg, self.adam, self.generator = cfg, adam, torch.Generator()
-        D, depths, rank = cfg.model_dim, len(layer_order(cfg, looping=True)), cfg.ttt_lora_rank
-        n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
-
-        def lora(site: str) -> Lora:
-            lead = (rows,) if site == "head" else (depths, rows)
-            A = torch.empty(*lead, rank, D, device=world.device, requires_grad=True)
-            B = torch.zeros(*lead, n_out[site], rank, device=world.device, requires_grad=True)
-            return Lora(A, B, cfg.ttt_lora_alpha / rank)
-
-        self.adapters = Adapters(**{site: lora(site) for site in (*cfg.lora_sites, "head")})
+        self.cfg = cfg
+        self.adam = adam
+        self.generator = torch.Generator()
+        self.adapters = empty_adapters(cfg, rows, world.device)
         self.loras = [lora for lora in self.adapters if lora is not None]
         self.restart(seed)
 
@@ -4599,452 +5154,400 @@ class AdapterChain:
         """Draw fresh A, uniform in +-1/sqrt(n_in)."""
         for lora in self.loras:
             bound = lora.A.shape[-1] ** -0.5
-            lora.A.copy_(torch.empty(lora.A.shape).uniform_(-bound, bound, generator=self.generator))
+            fresh = torch.empty(lora.A.shape).uniform_(-bound, bound, generator=self.generator)
+            lora.A.copy_(fresh)
 
     @torch.no_grad()
     def begin(self) -> torch.optim.Optimizer:
-        """Reset for a new batch and return its optimizer."""
+        """Reset the adapters for a new batch and return its optimizer."""
         cfg = self.cfg
         if not cfg.ttt_warm_start_a:
             self.draw()
         for lora in self.loras:
             lora.B.zero_()
+
         parameters = [t for lora in self.loras for t in (lora.A, lora.B)]
         lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+        decay, eps = cfg.ttt_weight_decay, 1e-10
         if self.adam is not None:
-            return self.adam(parameters, lr, cfg.ttt_beta2, 1e-10, cfg.ttt_weight_decay)
-        return torch.optim.AdamW(
-            parameters, lr=lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10, weight_decay=cfg.ttt_weight_decay,
-            fused=parameters[0].device.type in ("cuda", "cpu"))
+            return self.adam(parameters, lr, cfg.ttt_beta2, eps, decay)
+
+        fused = parameters[0].device.type in ("cuda", "cpu")
+        betas = cfg.ttt_beta1, cfg.ttt_beta2
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=fused)
 
 
 class Chunk(NamedTuple):
-    """One step of a batch: windows (B, w), the positions to score in them (B, c), the targets there or -1 (B, c)."""
+    """The next c tokens of B documents of a batch, in windows of w tokens that show what comes before."""
 
-    inputs: Tensor
-    positions: Tensor
-    at: np.ndarray
+    inputs: Tensor       # (B, w) int64
+    positions: Tensor    # (B, c) where in its window a target is predicted
+    targets: np.ndarray  # (B, c) places in the stream, -1 = none
+    learns: np.ndarray   # (B,) the document goes on behind this chunk, so something is left to learn for
 
 
-def build_chunk(scorer: Scorer, batch: Batch, first: int, rows: int, index: int, context: int, width: int = 0) -> Chunk:
-    """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing.
-    width: of the windows; 0 = no padding behind the chunk."""
-    c, width = batch.chunk, width or min((index + 1) * batch.chunk, context)
-    inputs, positions, at = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64), np.full((rows, c), -1)
-    for row, (origin, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
-        window, start, end = chunk_window(size, c, index, context)
+def build_chunk(cfg: Config, scorer: Scorer, batch: Batch, index: int, first: int, rows: int) -> Chunk:
+    """Build chunk `index` of documents first, first + 1, ... of a batch in `rows` rows.
+
+    Rows of documents that have ended, or that are not there, stay empty.
+    """
+    width = window_width(cfg, batch.chunk, index)
+    inputs = np.zeros((rows, width), np.int64)
+    positions = np.zeros((rows, batch.chunk), np.int64)
+    targets = np.full((rows, batch.chunk), -1)
+    learns = np.zeros(rows, bool)
+
+    for row, document in enumerate(range(first, len(batch.sizes))):
+        origin, size = int(batch.starts[document]), int(batch.sizes[document])
+        window, start, end = chunk_window(size, batch.chunk, index, cfg.ttt_eval_seq_len)
         if start >= size:
             continue
-        at[row, : end - start] = np.arange(origin + start, origin + end)
-        inputs[row, : end - window] = scorer.inputs_for(origin + window, at[row])
-        positions[row] = np.minimum(start - window + np.arange(c), width - 1)
-    return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), at)
+        targets[row, : end - start] = np.arange(origin + start, origin + end)
+        inputs[row, : end - window] = scorer.inputs_for(origin + window, targets[row])
+        positions[row] = np.minimum(np.arange(batch.chunk) + start - window, width - 1)
+        learns[row] = end < size
+    return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), targets, learns)
+
+
+def learn_from(scorer: Scorer, chunk: Chunk, nats: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take one step down the mean loss (B, c) of each document that goes on.
+
+    Each has its own adapters and the loss is a sum over documents, so they do not influence each other.
+    """
+    scorer.targets_to_learn(np.where(chunk.learns[:, None], chunk.targets, -1))
+    learns = torch.from_numpy(chunk.learns).float().to(nats.device)
+    (nats.mean(1) * learns).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def score_batch(
-    cfg: Config, world: World, forward, scorer: Scorer, batch: Batch, chain: AdapterChain, static_rows: int = 0
+    cfg: Config, forward, scorer: Scorer, batch: Batch, chain: AdapterChain, static_rows: int = 0
 ) -> None:
-    """Two verbs, in this order: grade a chunk with adapters that have never seen it, then learn from it.
+    """Score each chunk of a batch with adapters that have never seen it, then learn from it.
 
-    Each document has its own adapters and the loss is a sum over documents, so they do not influence each other. A document's
-    last chunk is scored and not learned from. static_rows: a compiled forward wants this many rows at every step; otherwise
-    documents that have ended are left out (sizes ascend, so they are the first).
+    Two verbs, in this order. A document's last chunk is not learned from.
+    static_rows: a compiled forward wants this many rows at every step; otherwise documents that have ended
+    are left out (sizes ascend, so they are the first).
     """
-    optimizer, layers = chain.begin(), layer_order(cfg, looping=True)
-    context, device = cfg.ttt_eval_seq_len, world.device
-    chunks = -(-batch.sizes // batch.chunk)
-    for index in range(int(chunks.max())):
-        first = 0 if static_rows else int(np.searchsorted(chunks, index, side="right"))
-        rows = static_rows or len(chunks) - first
-        chunk = build_chunk(scorer, batch, first, rows, index, context, window_width(cfg, batch.chunk, index))
-        inputs, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.positions))
-        learn = torch.zeros(rows)
-        learn[: len(chunks) - first] = torch.from_numpy((chunks > index + 1)[first:])
+    optimizer = chain.begin()
+    layers = layer_order(cfg, looping=True)
+
+    for index in range(int(batch.chunks.max())):
+        first = 0 if static_rows else int(np.searchsorted(batch.chunks, index, side="right"))
+        rows = static_rows or len(batch.sizes) - first
         adapters = chain.adapters if static_rows else chain.adapters.rows(first, first + rows)
-        score = partial(forward, inputs, layers=layers, adapters=adapters, positions=positions)
-        with torch.set_grad_enabled(bool(learn.any())):
-            nats = scorer.score(chunk.at, score)
-        width, learns = inputs.shape[1], bool(learn.any())
-        flops = flops_per_token(cfg, [width], True, chain.adapters, batch.chunk / width)
-        scorer.work.add(flops, "adapt" if learns else "score", inputs.numel(), int((chunk.at >= 0).sum()))
+        chunk = build_chunk(cfg, scorer, batch, index, first, rows)
+        inputs, positions = (t.to(scorer.world.device, non_blocking=True) for t in chunk[:2])
+        learns = bool(chunk.learns.any())
+
+        with torch.set_grad_enabled(learns):
+            nats_of = partial(forward, inputs, layers=layers, adapters=adapters, positions=positions)
+            nats = scorer.score(chunk.targets, nats_of)
         if learns:
-            scorer.targets_to_learn(np.where(learn.bool()[:, None], chunk.at, -1))
-            loss = (nats.mean(1) * learn.to(device)).sum()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            learn_from(scorer, chunk, nats, optimizer)
+
+        width = inputs.shape[1]
+        flops = flops_per_token(cfg, [width], True, chain.adapters, scored=batch.chunk / width)
+        scored = int((chunk.targets >= 0).sum())
+        scorer.work.add(flops, "adapt" if learns else "score", inputs.numel(), scored)
     scorer.receipt()
 
 
 def base_lr(cfg: Config, chunk: int, chunks: int) -> float:
-    """Learning rate of a global phase: linear warm-up, then a cosine to zero."""
-    warm = cfg.global_ttt_warmup_chunks
+    """Compute the learning rate of a global phase: linear warm-up, then a cosine to zero."""
+    warm, peak = cfg.global_ttt_warmup_chunks, cfg.global_ttt_lr
     if chunk < warm:
-        return cfg.global_ttt_warmup_start_lr + (cfg.global_ttt_lr - cfg.global_ttt_warmup_start_lr) * chunk / warm
-    return cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (chunk - warm) / max(1, chunks - 1 - warm)))
+        lowest = cfg.global_ttt_warmup_start_lr
+        return lowest + (peak - lowest) * chunk / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (chunk - warm) / max(1, chunks - 1 - warm)))
 
 
 class BaseLearner:
     """Global phases: SGD on all weights over scored tokens, all ranks together.
 
-    Every rank joins every collective, with zero gradients when a chunk has fewer sequences than there are ranks, and the mean
-    is over the chunk's tokens: the result does not depend on the ranks (but for the smear gate at a row's first token).
+    Every rank joins every collective, with zero gradients when a chunk has fewer sequences than there are
+    ranks, and the mean is over the chunk's tokens: the result does not depend on the ranks (but for the smear
+    gate at a row's first token).
     """
 
     def __init__(self, cfg: Config, world: World, model: GPT):
-        self.cfg, self.world, self.layers = cfg, world, layer_order(cfg, looping=True)
+        self.cfg = cfg
+        self.world = world
+        self.layers = layer_order(cfg, looping=True)
         self.parameters = [*model.parameters()]
         self.forward = compile_forward(model, cfg, world)
         self.graphs = Graphed(self.forward, self.parameters) if cfg.cuda_graphs else None
-        self.per_chunk, most = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len, cfg.global_ttt_batch_seqs
-        first, end = (self.per_chunk * rank // world.size for rank in (world.rank, world.rank + 1))
-        self.shares = [(s, min(most, end - s)) for s in range(first, end, most)]  # (first sequence of a chunk, how many) of each forward
+
+        # Sequences of a chunk: all, this rank's [first, end), and (first, how many) of each of its forwards.
+        self.per_chunk = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len
+        first = self.per_chunk * world.rank // world.size
+        end = self.per_chunk * (world.rank + 1) // world.size
+        most = cfg.global_ttt_batch_seqs
+        self.shares = [(s, min(most, end - s)) for s in range(first, end, most)]
+
+    def set_trainable(self, on: bool) -> None:
+        """Let gradients flow into all weights or into none, from no gradient on."""
+        for p in self.parameters:
+            p.requires_grad_(on).grad = None
 
     def add_gradient(self, row: Row) -> None:
-        """Of this row's part of the mean loss of a chunk."""
+        """Add the gradient of this row's part of the mean loss of a chunk."""
         seq = self.cfg.eval_seq_len
         if self.cfg.global_ttt_respect_doc_boundaries:
             nats = nats_of_row(row, self.forward, self.graphs, layers=self.layers)
         else:
-            nats = (self.graphs or self.forward)(row.inputs.view(-1, seq), row.targets.view(-1, seq), layers=self.layers)
+            run = self.graphs or self.forward
+            nats = run(row.inputs.view(-1, seq), row.targets.view(-1, seq), layers=self.layers)
         (nats.sum() / (self.per_chunk * seq)).backward()
 
     def warm_up(self) -> None:
         """Compile, and record, what `learn` will run, on random tokens; no weight changes."""
-        seq, rng = self.cfg.eval_seq_len, np.random.default_rng(0)
-        for p in self.parameters:
-            p.requires_grad_(True)
-        for count in [*dict.fromkeys(count for _, count in self.shares)] * (1 + bool(self.graphs)):
+        seq = self.cfg.eval_seq_len
+        rng = np.random.default_rng(0)
+        counts = [*dict.fromkeys(count for _, count in self.shares)]
+
+        self.set_trainable(True)
+        for count in counts * (1 + self.cfg.cuda_graphs):  # graphs are recorded in the second round
             tokens = rng.integers(0, self.cfg.vocab_size, count * seq + 1)
             for row in warm_rows(packed_row(tokens, seq, self.world.device, every=seq), seq):
                 self.add_gradient(row)
+        self.set_trainable(False)
+
+    def step(self, optimizer: torch.optim.Optimizer, tokens: np.ndarray, chunk: int) -> None:
+        """Take one step down the mean loss of a chunk of the phase's tokens."""
+        cfg, seq = self.cfg, self.cfg.eval_seq_len
+        for first, count in self.shares:
+            start = chunk * cfg.global_ttt_chunk_tokens + first * seq
+            # Cut at every sequence: how many share a row depends on the ranks, what a token sees must not.
+            row = packed_row(tokens[start : start + count * seq + 1], seq, self.world.device, every=seq)
+            self.add_gradient(row)
+
         for p in self.parameters:
-            p.requires_grad_(False).grad = None
-
-    def learn(self, tokens: np.ndarray, log: Log) -> None:
-        """One phase; the last, partial chunk is skipped."""
-        cfg, seq, size, parameters = self.cfg, self.cfg.eval_seq_len, self.cfg.global_ttt_chunk_tokens, self.parameters
-        chunks = -(-(len(tokens) - 1) // size)
-        for p in parameters:
-            p.requires_grad_(True)
-        optimizer = torch.optim.SGD(parameters, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-        eta = Eta(cfg.global_ttt_epochs * (chunks - 1))
-        for chunk in (c for _ in range(cfg.global_ttt_epochs) for c in range(chunks - 1)):
-            for first, count in self.shares:
-                at = chunk * size + first * seq
-                # Cut at every sequence: how many of them share a row depends on the ranks, what a token sees must not.
-                self.add_gradient(packed_row(tokens[at : at + count * seq + 1], seq, self.world.device, every=seq))
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.world.sum_(*(p.grad for p in parameters))
-            if cfg.global_ttt_grad_clip:
-                torch.nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = base_lr(cfg, chunk, chunks)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            eta.add(1)
-            if chunk % 50 == 0 or chunk == chunks - 2:
-                log(f"tttg: c{chunk + 1}/{chunks} lr:{base_lr(cfg, chunk, chunks):.6f} t:{eta.elapsed:.1f}s")
-        for p in parameters:
-            p.requires_grad_(False)
-
-
-def warm_up_ttt(cfg: Config, world: World, forward, chain: AdapterChain, shapes: list[tuple[int, int]], log: Log) -> None:
-    """Compile the scoring step for (chunk size, width of windows) on random tokens; model in eval mode, adapters of no use after."""
-    log(f"ttt_lora:warming up compile (random tokens, no val data) shapes:{len(shapes)}")
-    start, layers, generator = time.perf_counter(), layer_order(cfg, looping=True), torch.Generator().manual_seed(0)
-    optimizer, rows = chain.begin(), chain.adapters.head.A.shape[0]
-    for chunk, width in shapes * (1 + cfg.cuda_graphs):  # graphs are recorded in the second round
-        inputs, targets = (torch.randint(0, cfg.vocab_size, (rows, n), generator=generator).to(world.device) for n in (width, chunk))
-        positions = torch.arange(width - chunk, width, device=world.device).expand(rows, -1).contiguous()
-        targets = torch.stack((targets, targets), -1) if cfg.ngram_tilt_enabled else targets
-        for learn in (False, True):
-            with torch.set_grad_enabled(learn):
-                nats = forward(inputs, targets, layers=layers, adapters=chain.adapters, positions=positions)
-        nats.mean().backward()
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.world.sum_(*(p.grad for p in self.parameters))
+        if cfg.global_ttt_grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, cfg.global_ttt_grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    log(f"ttt_lora:compile warmup done ({time.perf_counter() - start:.1f}s)")
+
+    def learn(self, tokens: np.ndarray, log: Log) -> None:
+        """Learn from the (N,) tokens of one phase; the last, partial chunk is skipped."""
+        cfg, start = self.cfg, time.perf_counter()
+        chunks = -(-(len(tokens) - 1) // cfg.global_ttt_chunk_tokens)
+        optimizer = torch.optim.SGD(self.parameters, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+
+        self.set_trainable(True)
+        for chunk in [*range(chunks - 1)] * cfg.global_ttt_epochs:
+            lr = base_lr(cfg, chunk, chunks)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            self.step(optimizer, tokens, chunk)
+            if chunk % 50 == 0 or chunk == chunks - 2:
+                seconds = time.perf_counter() - start
+                log(f"ttt_phase_chunk:{chunk + 1}/{chunks} lr:{lr:.6f} t:{seconds:.1f}s")
+        self.set_trainable(False)
+
+
+class TttEngine:
+    """What runs of test-time training share: compiled forwards, their CUDA graphs, one chain of adapters.
+
+    data: the documents it is built for; a run may score others, in batches of no more rows.
+    """
+
+    def __init__(self, cfg: Config, world: World, model: GPT, data: ValData):
+        self.cfg = cfg
+        self.world = world
+        self.batches = document_batches(cfg, data)
+        self.rows = max(len(batch.sizes) for batch in self.batches)
+
+        self.forward = compile_forward(model, cfg, world, growing=True)
+        if cfg.cuda_graphs:
+            gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
+            self.forward = Graphed(self.forward)
+        self.static_rows = 0 if self.forward is model else self.rows
+        self.base = BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
+        self.chain = AdapterChain(cfg, world, self.rows, cfg.seed, model.kernels.adam)
+
+    def warm_up(self, log: Log) -> None:
+        """Compile what a run will run, if anything is compiled; no weight changes, adapters end as noise."""
+        if not self.static_rows:
+            return
+        self.warm_up_scoring(self.shapes(), log)
+        if self.base:
+            self.base.warm_up()
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """List (chunk size, width of windows): for CUDA graphs all, else those a compiler tells apart."""
+        cfg, found = self.cfg, {}
+        for batch in self.batches:
+            indices = range(int(batch.chunks.max())) if cfg.cuda_graphs else (0, 1, cfg.ttt_eval_seq_len)
+            for index in indices:
+                found[batch.chunk, window_width(cfg, batch.chunk, index)] = None
+        return [*found]
+
+    def warm_up_scoring(self, shapes: list[tuple[int, int]], log: Log) -> None:
+        """Score and learn from random tokens in each of these shapes."""
+        log(f"ttt_lora:warming up compile (random tokens, no val data) shapes:{len(shapes)}")
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(0)
+        optimizer = self.chain.begin()
+
+        for chunk, width in shapes * (1 + self.cfg.cuda_graphs):  # graphs are recorded in the second round
+            nats = self.score_noise(chunk, width, generator)
+            nats.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        log(f"ttt_lora:compile warmup done ({time.perf_counter() - start:.1f}s)")
+
+    def score_noise(self, chunk: int, width: int, generator: torch.Generator) -> Tensor:
+        """Score the last `chunk` of `width` random tokens, without and with gradients -> (rows, chunk)."""
+        cfg, device = self.cfg, self.world.device
+        draw = partial(torch.randint, 0, cfg.vocab_size, generator=generator)
+        inputs = draw((self.rows, width)).to(device)
+        targets = draw((self.rows, chunk)).to(device)
+        if cfg.ngram_tilt_enabled:
+            targets = torch.stack((targets, targets), -1)  # a hint beside each target
+        positions = torch.arange(width - chunk, width, device=device).expand(self.rows, -1).contiguous()
+
+        layers = layer_order(cfg, looping=True)
+        for learn in (False, True):
+            with torch.set_grad_enabled(learn):
+                nats = self.forward(
+                    inputs, targets, layers=layers, adapters=self.chain.adapters, positions=positions)
+        return nats
 
 
 class TttRun:
-    """One scored evaluation with test-time training: its scorer, its clock and its log lines. like: a run whose graphs it can use."""
+    """One scored evaluation with test-time training. Its clock starts when it is made."""
 
-    def __init__(self, cfg: Config, world: World, model: GPT, scorer: Scorer, log: Log, like: TttRun | None = None):
-        self.cfg, self.world, self.model, self.scorer, self.log = cfg, world, model, scorer, log
-        self.forward = like.forward if like else compile_forward(model, cfg, world, growing=True)
-        if cfg.cuda_graphs and not like:
-            gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
-            self.forward = Graphed(self.forward)
+    def __init__(self, cfg: Config, engine: TttEngine, scorer: Scorer, log: Log):
+        self.cfg = cfg
+        self.engine = engine
+        self.scorer = scorer
+        self.log = log
         self.batches = document_batches(cfg, scorer)
-        self.rows = like.rows if like else max(len(b.sizes) for b in self.batches)
-        self.base = like.base if like else BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
-        self.static_rows = 0 if self.forward is model else self.rows
-        self.chain = like.chain if like else AdapterChain(cfg, world, self.rows, cfg.seed, model.kernels.adam)  # all in its place
-        self.phases_done = self.scored_docs = 0
-        self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
+        self.parts = split_at_phases(cfg, self.batches)
+        self.phases = sum(part.documents_to_learn > 0 for part in self.parts)
+        self.phases_done = 0
+        self.scored_docs = 0  # by this rank
 
-    def warm_up(self) -> None:
-        """Compile what the evaluation will run, if anything is compiled; for CUDA graphs every width."""
-        cfg, few = self.cfg, (0, 1, 1 << 30)
-        chunks = ((b.chunk, range(-(-int(b.sizes.max()) // b.chunk)) if cfg.cuda_graphs else few) for b in self.batches)
-        shapes = list(dict.fromkeys((c, window_width(cfg, c, i)) for c, indices in chunks for i in indices))
-        if self.static_rows:
-            warm_up_ttt(cfg, self.world, self.forward, self.chain, shapes, self.log)
-            if self.base:
-                self.base.warm_up()
+        self.graphs_before = len(compilations())
+        self.eta = Eta(sum(batch_cost(cfg, batch) for batch in self.batches) / scorer.world.size)
+
+    def run(self) -> Score:
+        """Score every document. Returns the number that the run is judged by."""
+        self.log_plan()
+        order = scoring_order(self.cfg, self.parts)
+        scored: list[Batch] = []
+        with announce_order(self.cfg, self.scorer, order).only_released_steps():
+            for part in self.parts:
+                self.score_part(part.batches)
+                scored += part.batches
+                if part.documents_to_learn:
+                    self.scorer.sync()
+                    self.learn_base(scored, part.documents_to_learn)
+            return self.scorer.finish()
+
+    def log_plan(self) -> None:
+        """Log how many documents there are and where the phases lie."""
+        total = sum(len(batch.sizes) for batch in self.batches)
+        boundaries = [part.documents_to_learn for part in self.parts[:-1]]
+        prefix = max(boundaries, default=0)
+        self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
+                 f"num_phases:{self.phases} boundaries:{boundaries} target_tokens:{self.scorer.total}")
+
+    def score_part(self, batches: list[Batch]) -> None:
+        """Score all batches between two phases, on this rank those of its chains."""
+        cfg, world, chain = self.cfg, self.scorer.world, self.engine.chain
+        assigned = assign_to_chains(cfg, batches)
+        for number in range(world.rank, cfg.ttt_lanes, world.size):
+            chain.restart(cfg.seed + 1000 * (1 + self.phases_done * cfg.ttt_lanes + number))
+            for batch in assigned[number]:
+                self.check_budget(batch)
+                before = self.scorer.sums()
+                score_batch(cfg, self.engine.forward, self.scorer, batch, chain, self.engine.static_rows)
+                self.scored_docs += len(batch.sizes)
+                self.eta.add(batch_cost(cfg, batch))
+                self.report(batch, before)
+                self.check_compiler(batch)
 
     def check_budget(self, batch: Batch) -> None:
-        """Raises RunError before the batch that would break MAX_EVAL_SECONDS."""
-        budget, cost = self.cfg.max_eval_seconds, batch_cost(batch, self.cfg.ttt_eval_seq_len)
-        forecast = self.eta.elapsed + (self.eta.elapsed / self.eta.done * cost if self.eta.done else 0)
+        """Raise RunError before the batch that would break MAX_EVAL_SECONDS."""
+        eta, budget = self.eta, self.cfg.max_eval_seconds
+        per_position = eta.elapsed / eta.done if eta.done else 0
+        forecast = eta.elapsed + per_position * batch_cost(self.cfg, batch)
         if budget and forecast > budget:
             raise RunError(
-                f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {self.eta.elapsed:.0f} s used, {self.scored_docs} documents scored, "
-                f"about {self.eta.left:.0f} s to go. Use larger TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, "
-                "fewer PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
+                f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {eta.elapsed:.0f} s used, "
+                f"{self.scored_docs} documents scored, about {eta.left:.0f} s to go. Use larger "
+                "TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, fewer "
+                "PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
+
+    def check_compiler(self, batch: Batch) -> None:
+        """Raise RunError behind a batch in which something was compiled or recorded."""
+        new_graphs = compilations()[self.graphs_before :]
+        if new_graphs and not self.cfg.compile_allow_recompiles:
+            remedy = "the artifact exists: go on with STAGE=eval"
+            raise recompile_error(f"evaluation batch {batch.number + 1}", new_graphs, remedy)
 
     def report(self, batch: Batch, before: tuple[float, int, int]) -> None:
         """Log a batch and this rank's running score; before: the sums ahead of the batch."""
-        total = self.scorer.sums()
-        nats, tokens, size = (now - old for now, old in zip(total, before, strict=True))
-        self.log(f"ttp: b{batch.number + 1}/{len(self.batches)} bl:{nats / tokens:.4f} bb:{nats / math.log(2) / max(1, size):.4f} "
-                 f"rl:{total[0] / total[1]:.4f} rb:{total[0] / math.log(2) / max(1, total[2]):.4f} "
-                 f"dl:{batch.sizes.min() + 1}-{batch.sizes.max() + 1} gd:{self.phases_done} "
-                 f"sf:{int(batch.chunk != self.cfg.ttt_chunk_size)} t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")
+        sums = self.scorer.sums()
+        nats, tokens, size = (now - old for now, old in zip(sums, before, strict=True))
+        all_nats, all_tokens, all_size = sums
+        bpb = nats / math.log(2) / max(1, size)
+        running_bpb = all_nats / math.log(2) / max(1, all_size)
+        lengths = f"{batch.sizes.min() + 1}-{batch.sizes.max() + 1}"
+        self.log(
+            f"ttt batch:{batch.number + 1}/{len(self.batches)} bpb:{bpb:.4f} loss:{nats / tokens:.4f} "
+            f"running_bpb:{running_bpb:.4f} running_loss:{all_nats / all_tokens:.4f} "
+            f"docs:{lengths} phases:{self.phases_done} chunk:{batch.chunk} "
+            f"t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")
 
-    def score_segment(self, segment: list[Batch], phase: int) -> None:
-        """Score all batches between two phases: dealt to TTT_LANES adapter chains, which the ranks share out."""
-        cfg, world = self.cfg, self.world
-        hands = deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in segment], cfg.ttt_lanes)
-        for number in range(world.rank, cfg.ttt_lanes, world.size):
-            if not hands[number]:
-                continue
-            self.chain.restart(cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
-            for batch in (segment[i] for i in hands[number]):
-                self.check_budget(batch)
-                before = self.scorer.sums()
-                score_batch(cfg, world, self.forward, self.scorer, batch, self.chain, self.static_rows)
-                self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
-                self.scored_docs += len(batch.sizes)
-                self.report(batch, before)
-                if not cfg.compile_allow_recompiles and (made := compilations()[self.compiled :]):
-                    raise recompile_error(f"evaluation batch {batch.number + 1}", made, "the artifact exists: go on with STAGE=eval")
+    def learn_base(self, scored: list[Batch], documents: int) -> None:
+        """Run a global phase over the first `documents` scored documents in the order of ascending length."""
+        cfg, scorer = self.cfg, self.scorer
+        starts = np.concatenate([batch.starts for batch in scored[::-1]])  # shortest documents first
+        sizes = np.concatenate([batch.sizes for batch in scored[::-1]])
+        name = f"ttt_phase:{self.phases_done + 1}/{self.phases}"
+        self.log(f"{name} start docs:{documents} of:{len(starts)} t:{self.eta.elapsed:.1f}s")
 
-    def learn_base(self, segments: list[Batch], documents: int) -> None:
-        """A global phase over the first `documents` scored documents in the order of ascending length."""
-        records = sorted((b.number, i) for b in segments for i in range(len(b.sizes)))[:documents]
-        by_number = {b.number: b for b in segments}
-        pieces = [(int(by_number[n].starts[i]), int(by_number[n].sizes[i])) for n, i in records]
-        tokens = self.scorer.targets_to_learn(np.concatenate([np.r_[-1, at : at + size] for at, size in pieces]), "base").cpu().numpy()
-        self.log(f"ttpp: phase:{self.phases_done + 1}/{self.cfg.phased_ttt_num_phases} pd:{sum(len(b.sizes) for b in segments)} "
-                 f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
-        self.world.barrier()
-        self.base.learn(tokens, self.log)
-        learned, lengths = self.cfg.global_ttt_epochs * len(tokens) / self.world.size, [min(n, self.cfg.eval_seq_len) for _, n in pieces]
-        self.scorer.work.add(flops_per_token(self.cfg, lengths, True), "train", learned, 0)
+        ranges = zip(starts[:documents], sizes[:documents], strict=True)
+        # Target -1 is the token that starts the stream and, here, every document.
+        targets = np.concatenate([np.r_[-1, start : start + size] for start, size in ranges])
+        tokens = scorer.targets_to_learn(targets, "base").cpu().numpy()
+        scorer.world.barrier()
+        self.engine.base.learn(tokens, self.log)
+
+        lengths = np.minimum(sizes[:documents], cfg.eval_seq_len)
+        flops = flops_per_token(cfg, lengths, True)
+        learned = cfg.global_ttt_epochs * len(tokens) / scorer.world.size
+        scorer.work.add(flops, "train", learned, 0)
         self.phases_done += 1
-        self.log(f"ttpr: phase:{self.phases_done}/{self.cfg.phased_ttt_num_phases} t:{self.eta.elapsed:.1f}s")
-
-    def run(self) -> Score:
-        """Score every document. Returns the number the run is judged by."""
-        cfg = self.cfg
-        segments = phase_segments(cfg, self.batches)
-        boundaries = [documents for _, documents in segments if documents]
-        total = sum(len(b.sizes) for b in self.batches)
-        prefix = max(boundaries, default=0)
-        self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
-                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.scorer.total}")
-        self.eta, self.compiled = Eta(self.eta.total), len(compilations())
-        scored: list[Batch] = []
-        with prepare(cfg, self.scorer, scoring_order(cfg, segments)).only_released_steps():
-            for phase, (segment, documents) in enumerate(segments):
-                self.score_segment(segment, phase)
-                scored += segment
-                if documents:
-                    self.scorer.sync()
-                    self.learn_base(scored, documents)
-            return self.scorer.finish()
+        self.log(f"{name} end t:{self.eta.elapsed:.1f}s")
 
 
 # ==================================================================================================
-# AUDIT - probes of the scored pass, and a verdict for each rule of the contest.
+# KERNELS - faster forms of the definitions, each held to its own by a test; no section but MAIN needs it.
 # ==================================================================================================
 
-class Watch:
-    """What Python opens, connects to and starts within `with`: an audit hook. It cannot be removed, so `open_watch` makes one. Training
-    data that is opened then is a RunError."""
+# An appendix: without it the definitions run, on any device. This cuts it off:
+#     sed '/^# KERNELS - /,/^# MAIN - /{/^# MAIN - /!d;}' train_gpt.py > short.py
+try:  # without Triton no kernel can be asked for
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = None
 
-    def __init__(self):
-        self.on, self.seen = False, []
-        sys.addaudithook(self)
-
-    def __call__(self, event: str, args: tuple) -> None:
-        if self.on and event in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
-            self.seen.append((event, what := args[1] if event == "socket.connect" else args[0]))
-            if event == "open" and not isinstance(what, int) and Path(os.fsdecode(what)).name.startswith("fineweb_train_"):
-                raise RunError(f"{os.fsdecode(what)}: training data was about to be read in an evaluation: a bug, please report it")
-
-    def __enter__(self) -> Watch:
-        self.on, self.seen = True, []
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.on = False
-
-    def strangers(self, data: Path, ours: list[Path]) -> list[str]:
-        """What an evaluation has no business with: data but `ours`, files of neither Python, the system nor the run, other machines."""
-        system = [sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib"]
-        ours, places = (tuple(str(Path(path).resolve()) for path in paths) for paths in (ours, [*system, Path(__file__).parent]))
-        programs, found = ("lrzip", "gcc", "g++", "cc", "c++", "clang", "ptxas", "ldconfig", "python"), {}
-        for event, what in self.seen:
-            path = str(Path(os.fsdecode(what)).resolve()) if isinstance(what, (str, bytes, os.PathLike)) else ""
-            place = (path.startswith(places) and not path.startswith(f"{data.resolve()}{os.sep}")) or ".cache/" in path
-            fine = {"open": not path or path.startswith(ours) or place,
-                    "socket.connect": not isinstance(what, tuple) or what[0] in ("127.0.0.1", "::1", "localhost")}
-            if not fine.get(event, Path(path).name.startswith(programs)):
-                found[f"{event} {path or what}"] = None
-        return list(found)
-
-
-open_watch = cache(Watch)
-Finding = tuple[str, str]  # a verdict, and the evidence in one line
-SEVERITY = ("FAIL", "NEEDS-RULING", "NOT-MEASURED", "PASS")
-RULES = dict(  # rule -> the findings that decide it; tools/validity.md says what each of them asks
-    R1=("bytes",), R2=("P7",), R3=("P9",), R4=("P4", "P5", "P10"), R5=("P2",), R6=("P1", "P3"), R7=("order",), R8=("P6",), R9=("P11",),
-    R10=("P12",), R11=("sum",), R12=("P8",))
-UNRULED = (  # rule, when, what no maintainer has ruled on
-    ("R7", lambda c: c.slot == "causal", "a shift of the hidden states learned from scored targets (SLOT, issue #1336)"),
-    ("R4", lambda c: not c.caseops_enabled, "bytes are those of the normalized pieces, not of a sidecar"),
-)
-
-
-def holds(good: bool, evidence: str, known: bool = True) -> Finding:
-    """PASS or FAIL, or NOT-MEASURED where nobody could know."""
-    return ("PASS" if good else "FAIL") if known else "NOT-MEASURED", evidence
-
-
-def worst(findings: list[Finding]) -> Finding:
-    """The gravest verdict, with the evidence of all that share it."""
-    verdict = min((v for v, _ in findings), key=SEVERITY.index)
-    return verdict, "; ".join(dict.fromkeys(text for v, text in findings if v == verdict))
-
-
-def verdicts(cfg: Config, findings: dict[str, Finding]) -> dict[str, Finding]:
-    """Rule by rule. What nobody looked at is NOT-MEASURED."""
-    missing = ("NOT-MEASURED", "AUDIT=off" if cfg.audit == "off" else "no part of this stage")
-    unruled = {rule: [("NEEDS-RULING", why) for r, applies, why in UNRULED if r == rule and applies(cfg) and findings] for rule in RULES}
-    return {rule: worst([findings.get(name, missing) for name in names] + unruled[rule]) for rule, names in RULES.items()}
-
-
-class ProbeScorer(Scorer):
-    """Where target `watch` is scored, it asks for the nats of the whole vocabulary too: `row` at that target, `excess` anywhere near it."""
-
-    def __init__(self, data: ValData, world: World, watch: int, vocab: int):
-        super().__init__(data, world, "probe")
-        self.watch, self.vocab, self.row, self.excess = watch, vocab, None, math.inf
-
-    def score(self, at: np.ndarray, forward) -> Tensor:
-        if (at == self.watch).any():
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # one shape, once: not worth a graph
-                whole = torch.arange(self.vocab, device=self.world.device).expand(*at.shape, -1)
-                nats = graded(forward, whole, self._hints(at), self.boost)[1].cpu()
-            self.excess = float((nats[torch.from_numpy(at >= 0)].double().neg().exp().sum(-1) - 1).abs().max())
-            self.row = nats[torch.from_numpy(at == self.watch)]
-        return super().score(at, forward)
-
-
-def short_stream(data: ValData, count: int, length: int, generator: np.random.Generator) -> ValData:
-    """The first `length` tokens of `count` random documents that have so many, or of the longest ones."""
-    starts, ends = data.documents()
-    sizes, count = ends - starts, min(count, len(starts))
-    picked = generator.choice(np.argsort(sizes)[-max(count, (sizes >= length).sum()) :], count, replace=False)
-    tokens = np.append(np.concatenate([data.tokens[starts[i] : starts[i] + min(sizes[i], length)] for i in picked]), BOS_ID)
-    return ValData(tokens.astype(np.uint16), np.ones(len(tokens) - 1, np.int32))
-
-
-def probe_scoring(data: ValData, world: World, vocab: int, replay, count: int, length: int, rounds: int, seed: int, isolated: bool = True):
-    """P1 forged future, P2 sum over the vocabulary, P3 neighbours (if isolated): {id: finding}. replay(scorer), the scored pass from
-    a fresh start, scores `count` short documents as they are, and with one forged from a random target on. All before that in
-    the order of scoring, and the other documents, must keep the same bits; so must the distribution at the first forged target."""
-    generator, past, others, row, excess = np.random.Generator(np.random.PCG64(seed)), 0.0, 0.0, 0.0, 0.0
-    for _ in range(rounds):
-        true = short_stream(data, count, length, generator)
-        starts, ends = true.documents()
-        start, end = starts[len(starts) // 2], ends[len(starts) // 2]
-        if end - start < 3:
-            return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", "the documents are too short"))
-        cut = int(generator.integers(start + (end - start) // 3, end - 1))  # token cut + 1 is the first to be forged
-        tokens = true.tokens.astype(np.int64)
-        tokens[cut + 1 : end] = 2 + (tokens[cut + 1 : end] - 1 + generator.integers(0, vocab - 3, end - cut - 1)) % (vocab - 2)
-        scorers = [ProbeScorer(ValData(t, true.target_bytes), world, cut, vocab) for t in (true.tokens, tokens.astype(np.uint16), true.tokens)]
-        for scorer in scorers[:2]:
-            replay(scorer)
-        moved = (scorers[1].nats - scorers[0].nats).abs().cpu().numpy()
-        before = np.concatenate((scorers[0].order[: int(np.flatnonzero(scorers[0].order == cut)[0])], np.arange(start, cut)))
-        past, others = max(past, moved[before].max(initial=0.0)), max(others, np.delete(moved, np.s_[start:end]).max(initial=0.0))
-        row, excess = max(row, float((scorers[1].row - scorers[0].row).abs().max())), max(excess, scorers[0].excess)
-        if max(row, past, others) > 0:
-            replay(scorers[2])
-            if noise := float((scorers[2].nats - scorers[0].nats).abs().max()):
-                return dict.fromkeys(("P1", "P2", "P3"), ("NOT-MEASURED", f"scoring the same text twice differs by {noise:.2g} nats here"))
-    return dict(
-        P1=holds(past == row == 0, f"a forged future moves the scores before it by {past:.3g}, its own distribution by {row:.3g} nats"),
-        P2=holds(excess < 1e-4 and row == 0, f"sums over {vocab} tokens are off by {excess:.2g}"),
-        P3=holds(others == 0, f"a forged document moves scores of its {count - 1} neighbours by {others:.3g} nats", isolated))
-
-
-def document_hashes(tokens: np.ndarray, offset: int, length: int) -> np.ndarray:
-    """64-bit hash of tokens [offset, offset + length) of every document, 0 for those without the first of them."""
-    starts = np.flatnonzero(tokens == BOS_ID)
-    ends, h = np.append(starts[1:], len(tokens)), np.zeros(len(starts), np.uint64)
-    for at in (starts + offset + j for j in range(length)):
-        token = np.where(at < ends, tokens[np.minimum(at, len(tokens) - 1)], 0).astype(np.uint64)
-        h = (h ^ token ^ (h >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
-    return np.where(starts + offset < ends, h, np.uint64(0))
-
-
-def probe_overlap(shards: tuple[Path, ...], val: np.ndarray, seconds: float) -> dict[str, Finding]:
-    """P9: validation documents whose first 64 tokens start a training document; and others that share 32 tokens further in."""
-    spans, deadline, read = ((1, 64), (65, 32), (129, 32), (257, 32)), time.perf_counter() + seconds, 0
-    ours = [document_hashes(val, *span) for span in spans]
-    hits = np.zeros((len(spans), len(ours[0])), bool)
-    while read < len(shards) and time.perf_counter() < deadline:
-        tokens, read = np.array(read_shard(shards[read])), read + 1
-        hits |= [np.isin(hashes, document_hashes(tokens, *span)) & (hashes > 0) for hashes, span in zip(ours, spans, strict=True)]
-    exact, near = int(hits[0].sum()), int((hits[1:].any(0) & ~hits[0]).sum())
-    verdict = "PASS" if not exact else "FAIL" if exact > 0.01 * len(ours[0]) else "NEEDS-RULING"
-    return dict(P9=(verdict, f"{exact} of {len(ours[0])} documents are in {read} of {len(shards)} training shards, {near} more in part"))
-
-
-def probe_round_trip(cfg: Config, data: ValData, count: int, seed: int) -> Finding:
-    """P10: documents decoded to text must have the bytes that were counted for them, and give the same tokens when encoded again."""
-    try:
-        import sentencepiece
-        decode = importlib.import_module("lossless_caps").decode if cfg.caseops_enabled else str
-        model = sentencepiece.SentencePieceProcessor(model_file=str(cfg.tokenizer_file))
-    except (ImportError, OSError, RuntimeError) as e:
-        return "NOT-MEASURED", f"the text cannot be decoded here: {str(e).splitlines()[0]}"
-    starts, broken, lost, total = data.documents()[0], 0, 0, 0
-    ends = np.append(starts[1:], len(data.tokens))
-    picked = np.random.Generator(np.random.PCG64(seed)).choice(len(starts), min(count, len(starts)), replace=False)
-    for start, end in zip(starts[picked].tolist(), ends[picked].tolist(), strict=True):
-        ids, counted = data.tokens[start + 1 : end].tolist(), int(data.target_bytes[start : end - 1].sum())
-        coded = model.decode(ids)
-        missing = abs(counted - len(decode(coded).encode()))
-        broken, lost, total = broken + bool(missing or model.encode(coded) != ids), lost + missing, total + counted
-    return ("NEEDS-RULING" if broken else "PASS"), f"{broken} of {len(picked)} documents and {lost} of {total} bytes do not come back"
-
-
-# ==================================================================================================
-# KERNELS - faster forms of the definitions above, each held to its definition by a test; no section but MAIN needs it.
-# ==================================================================================================
 
 def operator(fake, backward=None):
     """Register a function as one node of compiled graphs: fake(*args) makes tensors of its results' shapes.
 
-    backward(*gradients of the results, *tensors among the arguments) -> gradients of the first arguments; the others have none.
+    backward(*gradients of the results, *tensors among the arguments) -> gradients of the first arguments; the
+    others have none.
     """
 
     def register(body):
@@ -5056,8 +5559,8 @@ def operator(fake, backward=None):
             ctx.inputs = len(inputs)
 
         def differentiate(ctx, *grads):
-            made = backward(*grads, *ctx.saved_tensors)
-            return *made, *[None] * (ctx.inputs - len(made))
+            found = backward(*grads, *ctx.saved_tensors)
+            return *found, *[None] * (ctx.inputs - len(found))
 
         if backward is not None:
             op.register_autograd(differentiate, setup_context=save)
@@ -5067,142 +5570,198 @@ def operator(fake, backward=None):
 
 
 def with_saved_results(op, backward) -> None:
-    """Give op(q, k, v, cu_seqlens, n) -> (out, lse) the gradients that backward(grad, q, k, v, out, lse, cu_seqlens, n) makes."""
+    """Give op(q, k, v, cu_seqlens, n) -> (out, lse) its gradients.
+
+    backward(grad, q, k, v, out, lse, cu_seqlens, n) -> those of q, k and v.
+    """
 
     def save(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:3], *output, inputs[3])
         ctx.n = inputs[4]
 
-    op.register_autograd(lambda ctx, grad, _: (*backward(grad.contiguous(), *ctx.saved_tensors, ctx.n), None, None), setup_context=save)
+    def differentiate(ctx, grad, _):
+        grads = backward(grad.contiguous(), *ctx.saved_tensors, ctx.n)
+        return *grads, None, None
+
+    op.register_autograd(differentiate, setup_context=save)
 
 
-# On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop, whose trip count
-# depends on data, out of the compiler's sight, and its backward reuses the saved log-sum-exp instead of recomputing.
+# Attentions of packed rows: each takes what `document_attention_reference` takes and computes the same.
+# On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop,
+# whose trip count depends on data, out of the compiler's sight, and its backward reuses the saved
+# log-sum-exp.
 def each_segment(cu_seqlens: Tensor, window: int, *tensors: Tensor):
-    """Of each segment: where it lies, its mask, and its part of the tensors (T, heads, d) as (1, heads, n, d)."""
+    """Walk over the segments: where each lies, its mask, its (1, heads, n, d) of tensors (T, heads, d)."""
     for start, end in pairwise(cu_seqlens.tolist()):
         if end > start:
-            yield slice(start, end), window_mask(end - start, window, tensors[0]), [t[start:end].transpose(0, 1)[None] for t in tensors]
+            span = slice(start, end)
+            mask = window_mask(end - start, window, tensors[0])
+            yield span, mask, [t[span].transpose(0, 1)[None] for t in tensors]
 
 
-@operator(lambda q, k, v, cu_seqlens, window: (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
-def _document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    for at, mask, heads in each_segment(cu_seqlens, window, q, k, v):
-        o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, mask is None, attn_mask=mask)
-        out[at], lse[:, at] = o[0].transpose(0, 1), m[0]
+def empty_out_lse(q: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Make the results of a CPU's attention, without their values: outputs (T, H, d), log-sum-exps (H, T)."""
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+def empty_qkv(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the gradients of q, k and v, without their values."""
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@operator(empty_out_lse)
+def _document_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = empty_out_lse(q)
+    for span, mask, heads in each_segment(cu_seqlens, window, q, k, v):
+        part, part_lse = flash(*heads, 0.0, mask is None, attn_mask=mask)
+        out[span] = part[0].transpose(0, 1)
+        lse[:, span] = part_lse[0]
     return out, lse
 
 
-@operator(lambda grad, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+@operator(empty_qkv)
 def _document_attention_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for at, mask, heads in each_segment(cu_seqlens, window, grad, q, k, v, out):
-        m = lse[:, at].contiguous()[None]
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, m, 0.0, mask is None, attn_mask=mask)
+    flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    grads = empty_qkv(grad, q, k, v)
+    for span, mask, heads in each_segment(cu_seqlens, window, grad, q, k, v, out):
+        part_lse = lse[:, span].contiguous()[None]
+        parts = flash_backward(*heads, part_lse, 0.0, mask is None, attn_mask=mask)
         for whole, part in zip(grads, parts, strict=True):
-            whole[at] = part[0].transpose(0, 1)
+            whole[span] = part[0].transpose(0, 1)
     return grads
 
 
 with_saved_results(_document_attention_cpu, _document_attention_cpu_backward)
 
 
-def document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-    """`document_attention_reference` for CPU: one graph node, no recomputation. The kernel wants as many k/v heads as queries."""
+def document_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0
+) -> Tensor:
+    """Attend on a CPU: one graph node, no recomputation. The kernel wants as many k/v heads as queries."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
     return _document_attention_cpu(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, window)[0]
 
 
 def varlen_attention():
-    """`document_attention_reference` by torch's variable-length flash attention (CUDA, half precision).
+    """Make an attention of torch's variable-length flash attention (CUDA, half precision).
 
     What this version of torch accepts is looked up here, once, and not inside the compiled graph.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    options = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # a check, no other kernel
+    options = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True  # a check, no other kernel
 
-    def document_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=(window - 1, 0), **options)
+    def document_attention_varlen(q, k, v, cu_seqlens, max_len, window=0):
+        bounds = (cu_seqlens, cu_seqlens, max_len, max_len)
+        return varlen_attn(q, k, v, *bounds, window_size=(window - 1, 0), **options)
 
     return document_attention_varlen
 
 
-@operator(lambda q, *rest: (torch.empty_like(q), q.new_empty(*q.shape[:2], 1, dtype=torch.float32)))
-def _document_attention_cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
-    made = torch.ops.aten._cudnn_attention_forward(q, k, v, None, cu_seqlens, cu_seqlens, max_len, max_len, True, 0.0, True)
-    return made[0], made[1].view(*q.shape[:2], 1)
+def empty_cudnn(q: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Make the results of cuDNN's attention, without values: outputs (T, H, d) and log-sum-exps (T, H, 1)."""
+    return torch.empty_like(q), q.new_empty(*q.shape[:2], 1, dtype=torch.float32)
 
 
-@operator(lambda grad, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+@operator(empty_cudnn)
+def _document_attention_cudnn(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int
+) -> tuple[Tensor, Tensor]:
+    bounds = (cu_seqlens, cu_seqlens, max_len, max_len)
+    out, lse, *_ = torch.ops.aten._cudnn_attention_forward(q, k, v, None, *bounds, True, 0.0, True)
+    return out, lse.view(*q.shape[:2], 1)
+
+
+@operator(empty_qkv)
 def _document_attention_cudnn_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_len: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     seed = cu_seqlens.new_zeros((), dtype=torch.int64)  # of no dropout
-    return torch.ops.aten._cudnn_attention_backward(
-        grad, q, k, v, out, lse, seed, seed, None, cu_seqlens, cu_seqlens, max_len, max_len, 0.0, True)
+    saved = (q, k, v, out, lse, seed, seed, None)
+    bounds = (cu_seqlens, cu_seqlens, max_len, max_len)
+    return torch.ops.aten._cudnn_attention_backward(grad, *saved, *bounds, 0.0, True)
 
 
 with_saved_results(_document_attention_cudnn, _document_attention_cudnn_backward)
 
 
 def cudnn_attention():
-    """`document_attention_reference` by torch's cuDNN kernels for packed rows; they know no window, so `varlen_attention` does those."""
+    """Make an attention of torch's cuDNN kernels for packed rows.
+
+    They know no window, so `varlen_attention` does those.
+    """
     windowed = varlen_attention()
 
-    def document_attention_cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
+    def document_attention_cudnn(q, k, v, cu_seqlens, max_len, window=0):
         if 0 < window < max_len:
             return windowed(q, k, v, cu_seqlens, max_len, window)
-        return _document_attention_cudnn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_len)[0]
+        heads = (t.contiguous() for t in (q, k, v))
+        return _document_attention_cudnn(*heads, cu_seqlens, max_len)[0]
 
     return document_attention_cudnn
 
 
 def flash_attention(module: str, unlimited: int | None):
-    """`document_attention_reference` by the FlashAttention package that has `module`; unlimited: its word for no window."""
+    """Make an attention of the FlashAttention package with `module`; unlimited: its word for no window."""
     flash = importlib.import_module(module).flash_attn_varlen_func
 
-    def document_attention_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        out = flash(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len, max_seqlen_k=max_len, causal=True,
-                    window_size=(window - 1 if window else unlimited, 0))
+    def document_attention_flash(q, k, v, cu_seqlens, max_len, window=0):
+        bounds = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+        longest = dict(max_seqlen_q=max_len, max_seqlen_k=max_len)
+        before = window - 1 if window else unlimited
+        out = flash(q, k, v, **bounds, **longest, causal=True, window_size=(before, 0))
         return out[0] if isinstance(out, tuple) else out
 
     return document_attention_flash
 
 
-FLEX_TILES = ((), (64, 64), (64, 128), (128, 64), (128, 128))  # queries and keys at a time; the first is torch's own choice
-
-
-def flex_attention(tile: tuple[int, ...] = ()):
-    """`document_attention_reference` by FlexAttention, which compiles a kernel for the mask and passes over blocks it hides.
-
-    What a query sees starts at its document or at its window and ends at itself, and both starts only grow: of the blocks of
-    keys, those from the start of the first query of a block of queries to that block.
-    """
+def flex_attention():
+    """Make an attention of FlexAttention, which compiles a kernel for the mask and skips hidden blocks."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention as flex
 
     flex = torch.compile(flex, dynamic=False)
-    sides = dict(zip("MN", tile, strict=False)) | dict(M1=min(tile), N1=max(tile), M2=max(tile), N2=min(tile)) if tile else {}
-    opts = {f"BLOCK_{side}": size for side, size in sides.items()}
 
-    def document_attention_flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        n, at, side = len(q), torch.arange(len(q), device=q.device), 128
-        first = cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]
-        first = torch.maximum(first, at - window + 1) if window else first
-        lowest, blocks = first[::side] // side, at[: -(-n // side)]
-        kept = torch.minimum(lowest[:, None] + blocks, blocks[-1]).int()  # of each row, the first blocks - lowest + 1 count
-        mask = BlockMask.from_kv_blocks((blocks - lowest + 1).int()[None, None], kept[None, None], BLOCK_SIZE=side, seq_lengths=(n, n),
-                                        mask_mod=lambda b, h, query, key: (key <= query) & (key >= first[query]))
-        return flex(*(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=mask, enable_gqa=True, kernel_options=opts)[0].transpose(0, 1)
+    def block_mask(cu_seqlens, tokens, window):
+        """Find the blocks of keys that each block of queries needs.
+
+        What a query sees starts at its document or at its window and ends at itself, and both starts only
+        grow: a block needs those from the start of its first query to itself.
+        """
+        n = len(tokens)
+        side = 128
+        first = cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1]
+        if window:
+            first = torch.maximum(first, tokens - window + 1)
+
+        blocks = tokens[: -(-n // side)]
+        lowest = first[::side] // side
+        counts = (blocks - lowest + 1).int()  # of each row of `needed`, so many count
+        needed = torch.minimum(lowest[:, None] + blocks, blocks[-1]).int()
+
+        def visible(batch, head, query, key):
+            return (key <= query) & (key >= first[query])
+
+        return BlockMask.from_kv_blocks(
+            counts[None, None], needed[None, None], BLOCK_SIZE=side, mask_mod=visible, seq_lengths=(n, n))
+
+    def document_attention_flex(q, k, v, cu_seqlens, max_len, window=0):
+        mask = block_mask(cu_seqlens, torch.arange(len(q), device=q.device), window)
+        heads = (t.transpose(0, 1)[None] for t in (q, k, v))
+        return flex(*heads, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
     return document_attention_flex
 
 
-ATTENTION_BACKENDS = {  # name: (how to get it, lowest and highest compute capability, module it comes from); half precision only
+# name: (how to get it, lowest and highest compute capability, its module). In half precision only.
+ATTENTION_BACKENDS = {
     "fa3": (partial(flash_attention, "flash_attn_interface", -1), (9, 0), (9, 0), "flash_attn_interface"),
     "fa4": (partial(flash_attention, "flash_attn.cute", None), (9, 0), (12, 9), "flash_attn.cute"),
     "cudnn": (cudnn_attention, (9, 0), (99, 0), "torch.nn.attention.varlen"),
@@ -5212,7 +5771,7 @@ ATTENTION_BACKENDS = {  # name: (how to get it, lowest and highest compute capab
 
 
 def module_exists(name: str) -> bool:
-    """Whether `import name` would find something; importing nothing but its parents."""
+    """Say whether `import name` would find something; importing nothing but its parents."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
@@ -5220,91 +5779,111 @@ def module_exists(name: str) -> bool:
 
 
 def attention_backends(world: World) -> dict[str, Any]:
-    """The attentions this device and installation have, the loop of SDPA that defines it last."""
+    """Collect the attentions of this device and installation, the definition, a loop of SDPA, last."""
     if world.device.type == "cpu":
         return dict(cpu=document_attention_cpu, sdpa=document_attention_reference)
+
     found = {}
     if world.device.type == "cuda" and world.dtype in (torch.bfloat16, torch.float16):
         capability = torch.cuda.get_device_capability(world.device)
-        found = {name: make() for name, (make, low, high, module) in ATTENTION_BACKENDS.items()
-                 if low <= capability <= high and module_exists(module)}
+        for name, (make, low, high, module) in ATTENTION_BACKENDS.items():
+            if low <= capability <= high and module_exists(module):
+                found[name] = make()
+
     return dict(**found, sdpa=document_attention_reference)
 
 
 @torch.enable_grad()
-def attention_trial(attend, world: World, segments: list[int]) -> tuple[float, float]:
-    """(relative error against the definition in fp32, seconds) of forward and backward on random packed documents."""
+def attention_trial(attend, world: World, lengths: list[int]) -> tuple[float, float]:
+    """Run forward and backward on random packed documents of these lengths.
+
+    -> (relative error against the definition in fp32, seconds)
+    """
     generator = torch.Generator().manual_seed(0)
-    q, k, v, direction = (
-        torch.randn(sum(segments), heads, 64, generator=generator).to(world.device, world.dtype) for heads in (8, 4, 4, 8))
-    bounds = torch.tensor([0, *segments]).cumsum(0).int().to(world.device)
+
+    def random_heads(heads: int) -> Tensor:
+        return torch.randn(sum(lengths), heads, 64, generator=generator).to(world.device, world.dtype)
+
+    q, k, v, direction = map(random_heads, (8, 4, 4, 8))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int().to(world.device)
 
     def run(f, dtype: torch.dtype) -> list[Tensor]:
         inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-        out = f(*inputs, bounds, max(segments))
+        out = f(*inputs, bounds, max(lengths))
         return [out, *torch.autograd.grad(out, inputs, direction.to(dtype))]
 
     ours = run(attend, world.dtype)
-    errors = [(a.float() - b).norm() / b.norm() for a, b in zip(ours, run(document_attention_reference, torch.float32), strict=True)]
-    return torch.stack(errors).max().item(), quickest(world, lambda: run(attend, world.dtype), 1)
+    exact = run(document_attention_reference, torch.float32)
+    pairs = zip(ours, exact, strict=True)
+    errors = [(a.float() - b).norm() / b.norm() for a, b in pairs]
+    seconds = quickest(world, partial(run, attend, world.dtype), 1)
+    return torch.stack(errors).max().item(), seconds
 
 
-def best_tile(world: World, segments: list[int], path: Path) -> tuple[int, ...]:
-    """Of FLEX_TILES the fastest that is right on this device. Compiling them takes minutes, so the file keeps what was found."""
-    key, known, trials = f"{hardware_name(world).split('x ', 1)[1]} torch {torch.__version__} {world.dtype}", {}, {}
-    with contextlib.suppress(OSError, ValueError):  # no file yet, or somebody else's
-        known = json.loads(path.read_text())
-    known = world.from_main(known)
-    if key not in known:
-        for tile in FLEX_TILES:
-            with contextlib.suppress(RuntimeError):  # more shared memory than there is
-                error, trials[tile] = attention_trial(flex_attention(tile), world, segments)
-                trials[tile] = trials[tile] if error < 0.02 else math.inf
-        known[key] = world.from_main(min(trials, key=trials.get, default=()))
-        if world.main:
-            write_atomic(path, json.dumps(known).encode())
-    return tuple(known[key])
+def try_attention(attend, world: World) -> tuple[str, float]:
+    """Run `attention_trial` on a row of documents, padded as real ones are.
+
+    -> (what is wrong, blank if nothing; seconds)
+    """
+    lengths = [1500, 800, 2048, 100, 3072, 672] * 4 + [0, 0]
+    if world.device.type == "cpu":
+        lengths = [5, 130, 1, 377, 0]
+
+    try:
+        error, seconds = attention_trial(attend, world, lengths)
+    except (RuntimeError, TypeError, AttributeError) as e:  # not for this device, or torch has changed
+        return f"does not run on this machine: {(str(e) or repr(e)).splitlines()[0]}", math.inf
+
+    right = error < 0.02  # bf16 rounds
+    fault = "" if right else f"is wrong on this machine: relative error {error:.3g} against the definition"
+    return fault, seconds
 
 
 @cache
-def choose_attention(wanted: str, world: World, cache_dir: str = "") -> tuple[str, Any, str]:
-    """(name, function, how the choice was made). auto: the fastest that is right, on a row of documents; rank 0 decides.
-    cache_dir: where FlexAttention's `best_tile` is kept; blank: torch chooses one. Raises RunError when the wanted backend is missing
-    or differs from the definition.
+def choose_attention(wanted: str, world: World) -> tuple[str, Any, str]:
+    """Choose an attention; auto: the fastest that is right, on a row of documents, by rank 0's clock.
+
+    -> (name, function, how the choice was made). Raises RunError when the wanted one is missing or wrong.
     """
     found = attention_backends(world)
-    segments = [5, 130, 1, 377, 0] if world.device.type == "cpu" else [1500, 800, 2048, 100, 3072, 672] * 4 + [0, 0]  # padded as real ones
     if wanted not in ("auto", *found):
-        raise RunError(f"ATTN_BACKEND={wanted} can not be had here: {world.device} in {world.dtype} has {', '.join(found)}; "
-                       "install what is missing, or set ATTN_BACKEND=auto")
-    trials, told = {}, []
+        raise RunError(f"ATTN_BACKEND={wanted} can not be had here: {world.device} in {world.dtype} has "
+                       f"{', '.join(found)}; install what is missing, or set ATTN_BACKEND=auto")
+
+    times, trial_texts = {}, []
     for name in found if wanted == "auto" else (wanted,):
-        if name in ("flex", "sdpa") and trials:
+        if name in ("flex", "sdpa") and times:
             break  # minutes of compiling, a loop on the host: only for want of anything else
-        if name == "flex" and cache_dir:
-            found[name] = flex_attention(best_tile(world, segments, Path(cache_dir) / "flex_tiles.json"))
-        try:
-            error, seconds = attention_trial(found[name], world, segments)
-            wrong = "" if error < 0.02 else f"is wrong on this machine: relative error {error:.3g} against the definition"  # bf16 rounds
-        except (RuntimeError, TypeError, AttributeError) as e:  # not for this device, or torch has changed
-            wrong = f"does not run on this machine: {(str(e) or repr(e)).splitlines()[0]}"
-        if wrong and name in (wanted, "sdpa"):
-            raise RunError(f"ATTN_BACKEND={' '.join([*told, name])} {wrong}; take another")
-        told.append(f"{name} {wrong}," if wrong else f"{name}:{1e3 * seconds:.2f}ms")
-        trials |= {} if wrong else {name: seconds}
-    best = world.from_main(min(trials, key=trials.get))
-    return best, found[best], " ".join(told)
+
+        fault, seconds = try_attention(found[name], world)
+        if not fault:
+            times[name] = seconds
+            trial_texts.append(f"{name}:{1e3 * seconds:.2f}ms")
+        elif name in (wanted, "sdpa"):
+            raise RunError(f"ATTN_BACKEND={' '.join([*trial_texts, name])} {fault}; take another")
+        else:
+            trial_texts.append(f"{name} {fault},")
+
+    best = world.from_main(min(times, key=times.get))
+    return best, found[best], " ".join(trial_texts)
 
 
-# Triton kernels, each behind an operator with the definition's gradients. Tensors are read once and written once; sums are fp32.
-# Under Triton's interpreter they run on a CPU, where products must be widened by hand: it multiplies the bits of bf16.
+# Triton kernels, each behind an operator with the definition's gradients. Tensors are read once and written
+# once; sums are fp32; a store rounds to the type of its tensor. Under Triton's interpreter they run on a CPU,
+# where products must be widened by hand: it multiplies the bits of bf16.
 jit = triton.jit if triton else lambda kernel: kernel  # without Triton no kernel is ever called
 INTERPRETED = bool(triton and triton.knobs.runtime.interpret)
 
 
 @jit
+def load_fp32(pointers, inside):
+    """Read numbers as fp32, and zeros where `inside` is false."""
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
 def sign_in_lsb(post, negative):
-    """The bf16 nearest to post >= 0 among those whose last bit says whether the input of the square was negative; ties go down."""
+    """Round post >= 0 to the nearest bf16 whose last bit says if its input was negative; ties go down."""
     bits = post.to(tl.int32, bitcast=True)
     odd = negative.to(tl.int32) << 16
     nearest = ((tl.maximum(bits - odd + 65535, 0) >> 17) << 17) + odd
@@ -5312,34 +5891,43 @@ def sign_in_lsb(post, negative):
 
 
 @jit
-def mlp_epilogue(acc, out, saved, m, n, slope, FORM: tl.constexpr, BACKWARD: tl.constexpr):
-    """One half of a tile of products: activate and store it, or multiply it by the activation's derivative."""
+def mlp_epilogue(acc, out, saved, m, n, slope, FORM: constexpr, BACKWARD: constexpr):
+    """Finish half a tile of products: activate and store it, or multiply it by the derivative."""
     kept = saved.load([m, n]) if BACKWARD else acc.to(tl.bfloat16)
     pre = kept.to(tl.float32)
     derivative = tl.where(pre > 0, 2 * pre, 2 * slope * slope * pre)
     if BACKWARD:
         if FORM == "lsb":
             root = 2 * tl.sqrt(pre)
-            derivative = tl.where((kept.to(tl.int16, bitcast=True) & 1) == 1, -slope * root, root)
+            negative = (kept.to(tl.int16, bitcast=True) & 1) == 1
+            derivative = tl.where(negative, -slope * root, root)
         elif FORM == "act_grad":
             derivative = pre
         out.store([m, n], (acc * derivative).to(tl.bfloat16))
     else:
         post = 0.5 * derivative * pre
-        out.store([m, n], sign_in_lsb(post, pre <= 0) if FORM == "lsb" else post.to(tl.bfloat16))
-        if FORM != "lsb":
+        if FORM == "lsb":
+            out.store([m, n], sign_in_lsb(post, pre <= 0))
+        else:
+            out.store([m, n], post.to(tl.bfloat16))
             saved.store([m, n], (pre if FORM == "pre_post" else derivative).to(tl.bfloat16))
 
 
 @jit
 def mlp_kernel(
-    a, b, out, saved, M, N, K, slope, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    FORM: tl.constexpr, BACKWARD: tl.constexpr, PROGRAMS: tl.constexpr, WIDEN: tl.constexpr,
+    a, b, out, saved, M, N, K, slope,
+    BM: constexpr, BN: constexpr, BK: constexpr, FORM: constexpr,
+    BACKWARD: constexpr, PROGRAMS: constexpr, WIDEN: constexpr,
 ):
-    """Persistent GEMM over TMA descriptors: a (M, K) times b, (N, K) forward and (K, N) backward, and `mlp_epilogue`."""
+    """Multiply a (M, K) by b, (N, K) forward and (K, N) backward, and end in `mlp_epilogue`.
+
+    A persistent GEMM over TMA descriptors.
+    """
     tiles_n = tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tiles_n, PROGRAMS, flatten=True):
-        m, n = (tile // tiles_n) * BM, (tile % tiles_n) * BN
+    tiles = tl.cdiv(M, BM) * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        m = (tile // tiles_n) * BM
+        n = (tile % tiles_n) * BN
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
             left = a.load([m, k])
@@ -5348,57 +5936,80 @@ def mlp_kernel(
             else:
                 right = b.load([n, k]).T
             if WIDEN:
-                left, right = left.to(tl.float32), right.to(tl.float32)
+                left = left.to(tl.float32)
+                right = right.to(tl.float32)
             acc = tl.dot(left, right, acc)
-        # Halves of the columns one after the other: half the shared memory, and one's arithmetic hides the other's store.
-        first, second = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        # Halves of the columns one after the other: half the shared memory, and the arithmetic of one hides
+        # the store of the other.
+        halves = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
+        first, second = tl.split(halves)
         mlp_epilogue(first, out, saved, m, n, slope, FORM, BACKWARD)
         mlp_epilogue(second, out, saved, m, n + BN // 2, slope, FORM, BACKWARD)
 
 
 # By major compute capability: BM, BN, BK, stages forward and backward. 12 has 99 KB of shared memory.
-MLP_TILES = {9: (256, 128, 64, (4, 3)), 10: (256, 128, 64, (4, 3)), 12: (128, 128, 64, (3, 2))}
+MLP_TILES = {
+    9: (256, 128, 64, (4, 3)),
+    10: (256, 128, 64, (4, 3)),
+    12: (128, 128, 64, (3, 2)),
+}
 
 
 def mlp_tiles(device: torch.device) -> tuple[tuple, int]:
-    """(an entry of MLP_TILES, how many programs run at once) on this device; small ones under the interpreter."""
+    """Look up (an entry of MLP_TILES, how many programs run at once); the interpreter's are small."""
     if device.type != "cuda":
         return (32, 32, 16, (1, 1)), 3
     properties = torch.cuda.get_device_properties(device)
     return MLP_TILES[properties.major], properties.multi_processor_count
 
 
-def launch_mlp(a: Tensor, b: Tensor, slope: float, form: str, saved: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Forward, without `saved`: (leaky_relu(a b^T)^2, what the backward needs). Backward: (a b times the derivative, saved)."""
+def launch_mlp(
+    a: Tensor, b: Tensor, slope: float, form: str, saved: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Launch `mlp_kernel`. Forward, without `saved`: -> (leaky_relu(a b^T)^2, what the backward needs).
+
+    Backward: -> (a b times the derivative, saved).
+    """
     backward = saved is not None
-    a, b, (M, K) = a.contiguous(), b.contiguous(), a.shape
+    a = a.contiguous()
+    b = b.contiguous()
+    M, K = a.shape
     N = b.shape[1] if backward else b.shape[0]
     out = a.new_empty(M, N)
-    kept = saved if backward else out if form == "lsb" else torch.empty_like(out)
+    if saved is None:
+        saved = out if form == "lsb" else torch.empty_like(out)
+
     (BM, BN, BK, stages), programs = mlp_tiles(a.device)
     programs = min(programs, triton.cdiv(M, BM) * triton.cdiv(N, BN))
     describe = TensorDescriptor.from_tensor
-    mlp_kernel[(programs,)](
-        describe(a, [BM, BK]), describe(b, [BK, BN] if backward else [BN, BK]), describe(out, [BM, BN // 2]), describe(kept, [BM, BN // 2]),
-        M, N, K, slope, BM, BN, BK, form, backward, programs, INTERPRETED, num_warps=8, num_stages=stages[backward])
-    return out, kept
+    half_tile = [BM, BN // 2]
+    tensors = (
+        describe(a, [BM, BK]),
+        describe(b, [BK, BN] if backward else [BN, BK]),
+        describe(out, half_tile),
+        describe(saved, half_tile),
+    )
+    constants = (BM, BN, BK, form, backward, programs, INTERPRETED)
+    mlp_kernel[(programs,)](*tensors, M, N, K, slope, *constants, num_warps=8, num_stages=stages[backward])
+    return out, saved
 
 
 def mlp_up_shapes(x: Tensor, up: Tensor, slope: float, form: str) -> tuple[Tensor, Tensor]:
-    """Results of `mlp_up`, without their values."""
+    """Make the results of `mlp_up`, without their values."""
     hidden = x.new_empty(x.shape[0], up.shape[0])
     return hidden, x.new_empty(0) if form == "lsb" else torch.empty_like(hidden)
 
 
 @operator(mlp_up_shapes)
 def mlp_up(x: Tensor, up: Tensor, slope: float, form: str) -> tuple[Tensor, Tensor]:
-    """Hidden layer (R, F) of x (R, D), and what the backward needs besides: nothing in the lsb form."""
+    """Compute the hidden layer (R, F) of x (R, D), and what the backward needs besides: for lsb nothing."""
     hidden, kept = launch_mlp(x, up, slope, form)
     return hidden, x.new_empty(0) if form == "lsb" else kept
 
 
-# The backward of the act_grad form once more, with CUTLASS (PR #1105): a persistent GEMM over TMA and wgmma whose epilogue multiplies
-# fp32 sums by the stored derivative. No torch in it, so that one build serves every version. A C operand is declared, never loaded.
+# The backward of the act_grad form once more, with CUTLASS (PR #1105): a persistent GEMM over TMA and wgmma,
+# its epilogue multiplies fp32 sums by the stored derivative. No torch in it, so that one build serves every
+# version. A C operand is declared, never loaded.
 CUTLASS_SOURCE = r"""
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
@@ -5415,11 +6026,14 @@ using Auto = ep::collective::EpilogueTileAuto;
 using Schedule = ep::TmaWarpSpecializedCooperative;
 using Layout = ep::collective::detail::EpilogueDescriptor<Tile, Auto, bf16, bf16, Schedule>;
 using Aux = ep::collective::detail::AuxLoadDescriptor<Layout, Row, bf16>;
-using Stored = ep::fusion::Sm90AuxLoad<Aux::Stages, Aux::EpilogueTile, bf16, Aux::Stride, Aux::SmemLayoutAtom, Aux::CopyOpS2R>;
-using Multiply = ep::fusion::Sm90Compute<cutlass::multiplies, bf16, float, cutlass::FloatRoundStyle::round_to_nearest>;
+using Stored = ep::fusion::Sm90AuxLoad<
+    Aux::Stages, Aux::EpilogueTile, bf16, Aux::Stride, Aux::SmemLayoutAtom, Aux::CopyOpS2R>;
+using Multiply = ep::fusion::Sm90Compute<
+    cutlass::multiplies, bf16, float, cutlass::FloatRoundStyle::round_to_nearest>;
 using Tree = ep::fusion::Sm90EVT<Multiply, ep::fusion::Sm90AccFetch, Stored>;
 using Epilogue = ep::collective::CollectiveBuilder<
-    cutlass::arch::Sm90, TensorOp, Tile, Cluster, Auto, float, float, bf16, Row, 8, bf16, Row, 8, Schedule, Tree>::CollectiveOp;
+    cutlass::arch::Sm90, TensorOp, Tile, Cluster, Auto, float, float,
+    bf16, Row, 8, bf16, Row, 8, Schedule, Tree>::CollectiveOp;
 using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, TensorOp, bf16, Row, 8, bf16, Row, 8, float, Tile, Cluster,
     cutlass::gemm::collective::StageCountAutoCarveout<sizeof(Epilogue::SharedStorage)>,
@@ -5428,13 +6042,17 @@ using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, i
 using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 extern "C" const int mlp_grad_shared_bytes = Kernel::SharedStorageSize;
 
-// out (m, n) = grad (m, k) down (k, n) * stored (m, n). Null or what went wrong; without `out` only the sizes are looked at.
-extern "C" const char* mlp_grad(bf16* grad, bf16* down, bf16* stored, bf16* out, int m, int n, int k, int device, cudaStream_t stream) {
+// out (m, n) = grad (m, k) down (k, n) * stored (m, n). Null or what went wrong; without `out`, only
+// the sizes are looked at.
+extern "C" const char* mlp_grad(
+    bf16* grad, bf16* down, bf16* stored, bf16* out, int m, int n, int k, int device, cudaStream_t stream) {
   Kernel::StrideD rows{n, _1{}, 0};
-  Gemm::Arguments problem{cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1}, {grad, {k, _1{}, 0}, down, {_1{}, n, 0}},
+  Gemm::Arguments problem{cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1},
+                          {grad, {k, _1{}, 0}, down, {_1{}, n, 0}},
                           {{{}, {stored, bf16(0), rows}, {}}, out, rows, out, rows}, {device}};
   cutlass::Status status = Gemm::can_implement(problem);
-  if ((uintptr_t(grad) | uintptr_t(down) | uintptr_t(stored) | uintptr_t(out)) % 16) status = cutlass::Status::kErrorMisalignedOperand;
+  uintptr_t addresses = uintptr_t(grad) | uintptr_t(down) | uintptr_t(stored) | uintptr_t(out);
+  if (addresses % 16) status = cutlass::Status::kErrorMisalignedOperand;
   if (out && status == cutlass::Status::kSuccess) {
     if (cudaError_t error = cudaSetDevice(device)) return cudaGetErrorString(error);
     status = Gemm()(problem, nullptr, stream);
@@ -5442,87 +6060,138 @@ extern "C" const char* mlp_grad(bf16* grad, bf16* down, bf16* stored, bf16* out,
   return status == cutlass::Status::kSuccess ? nullptr : cutlassGetStatusString(status);
 }
 """
-NVCC_FLAGS = ("-std=c++17", "-O3", "--use_fast_math", "--expt-relaxed-constexpr", "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a",
-              "-shared", "-Xcompiler=-fPIC", "-cudart=static")
+NVCC_FLAGS = (
+    "-std=c++17", "-O3", "--use_fast_math", "--expt-relaxed-constexpr", "-DNDEBUG",
+    "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler=-fPIC", "-cudart=static",
+)
+
+
+def cutlass_version(cfg: Config) -> Path | None:
+    """Find CUTLASS's version.h: in the folder CUTLASS_PATH if that is set, else in the Python package."""
+    package = importlib.util.find_spec("cutlass_library")
+    root = cfg.cutlass_path
+    if package and not root:
+        root = Path(package.origin).parent / "source"
+    version = Path(root, "include", "cutlass", "version.h")
+    return version if root and version.is_file() else None
+
+
+def compile_cutlass(nvcc: str, include: Path) -> bytes:
+    """Compile CUTLASS_SOURCE to a library with the headers in `include`. Raises RunError where nvcc fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "mlp_grad.cu")
+        library = Path(folder, "mlp_grad.so")
+        source.write_text(CUTLASS_SOURCE)
+        command = [nvcc, *NVCC_FLAGS, f"-I{include}", "-o", library, source]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            complaint = (done.stdout + done.stderr)[-2000:].strip()
+            raise RunError(f"MLP_BACKWARD=cutlass: {nvcc} failed with the headers in {include}; take other "
+                           f"versions, or set MLP_BACKWARD=triton. It said:\n{complaint}")
+        return library.read_bytes()
 
 
 def build_cutlass(cfg: Config) -> str:
-    """Path of the compiled CUTLASS_SOURCE below COMPILE_CACHE_DIR or torch's cache folder; made there by nvcc, a minute, if it is missing.
+    """Find the compiled CUTLASS_SOURCE in COMPILE_CACHE_DIR or torch's cache folder, or make it there.
 
-    Where there is no compiler or no CUTLASS, any build of this source will do. Raises RunError.
+    That takes a minute. Where there is no compiler or no CUTLASS, any build of this source will do. -> its
+    path. Raises RunError.
     """
+
     def digest(*parts: str) -> str:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
-    folder = Path(cfg.compile_cache_dir or Path(torch.hub.get_dir()).parent).resolve()
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    package = importlib.util.find_spec("cutlass_library")
-    include = Path(cfg.cutlass_path) / "include" if cfg.cutlass_path else package and Path(package.origin).parent / "source" / "include"
-    version = include and include / "cutlass" / "version.h"
-    missing = ["nvcc (a CUDA toolkit with its bin/ on PATH; 13.0 is known to do)"] * (not nvcc)
-    if not (version and version.is_file()):
-        missing.append(f"CUTLASS (pip install --no-deps nvidia-cutlass==4.2.0.0, or its folder as CUTLASS_PATH, now {cfg.cutlass_path!r})")
-    tools = "*" if missing else digest(subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout, version.read_text())
+    version = cutlass_version(cfg)
+    missing = []
+    if not nvcc:
+        missing.append("nvcc (a CUDA toolkit with its bin/ on PATH; 13.0 is known to do)")
+    if not version:
+        missing.append("CUTLASS (pip install --no-deps nvidia-cutlass==4.2.0.0, or its folder as "
+                       f"CUTLASS_PATH, now {cfg.cutlass_path!r})")
+
+    tools = "*"
+    if not missing:
+        compiler = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        tools = digest(compiler, version.read_text())
     name = f"mlp_grad-{digest(CUTLASS_SOURCE, *NVCC_FLAGS, platform.machine())}-{tools}.so"
-    if made := sorted(folder.glob(name)):
-        return str(made[-1])
+
+    folder = Path(cfg.compile_cache_dir or Path(torch.hub.get_dir()).parent).resolve()
+    builds = sorted(folder.glob(name))
+    if builds:
+        return str(builds[-1])
     if missing:
-        raise RunError(f"MLP_BACKWARD=cutlass compiles a kernel at its first use, and {folder} has no {name}. Missing to make it: "
-                       f"{'; '.join(missing)}. Install that, or set MLP_BACKWARD=triton")
-    with tempfile.TemporaryDirectory() as scratch:
-        source, library = Path(scratch, "mlp_grad.cu"), Path(scratch, "mlp_grad.so")
-        source.write_text(CUTLASS_SOURCE)
-        done = subprocess.run([nvcc, *NVCC_FLAGS, f"-I{include}", "-o", library, source], capture_output=True, text=True)
-        if done.returncode:
-            raise RunError(f"MLP_BACKWARD=cutlass: {nvcc} failed with the headers in {include}; take other versions, or set "
-                           f"MLP_BACKWARD=triton. It said:\n{(done.stdout + done.stderr)[-2000:].strip()}")
-        write_atomic(folder / name, library.read_bytes())
+        raise RunError(f"MLP_BACKWARD=cutlass compiles a kernel at its first use, and {folder} has no "
+                       f"{name}. Missing to make it: {'; '.join(missing)}. Install that, or set "
+                       "MLP_BACKWARD=triton")
+
+    write_atomic(folder / name, compile_cutlass(nvcc, version.parents[1]))
     return str(folder / name)
 
 
 @cache
 def cutlass_library(cfg: Config, world: World) -> str:
-    """`build_cutlass` on the first rank of each machine, then on the others, which find it done. Raises RunError on all if on one."""
-    path, failure = "", ""
-    for turn in (not world.device.index, world.device.index):
+    """Run `build_cutlass` on the first rank of each machine, then on the others, which find it done.
+
+    Raises RunError on all ranks if on one.
+    """
+    path = failure = ""
+    first = not world.device.index
+    for my_turn in (first, not first):
         try:
-            path = build_cutlass(cfg) if turn else path
+            path = build_cutlass(cfg) if my_turn else path
         except RunError as e:
             failure = str(e)
-        if failures := list(filter(None, world.gather(failure))):
+
+        failures = [text for text in world.gather(failure) if text]
+        if failures:
             raise RunError(failures[0])
     return path
 
 
 @cache
 def cutlass_entry(library: str):
-    """The function `mlp_grad` of a library from `build_cutlass`."""
+    """Load the function `mlp_grad` of a library from `build_cutlass`."""
     entry = ctypes.CDLL(library).mlp_grad
-    entry.argtypes, entry.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 4 + [ctypes.c_void_p], ctypes.c_char_p
+    entry.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 4 + [ctypes.c_void_p]
+    entry.restype = ctypes.c_char_p
     return entry
 
 
 def launch_cutlass(grad: Tensor, down: Tensor, stored: Tensor, library: str) -> Tensor:
-    """(grad down) * stored, rounded once. Raises RunError where CUTLASS or CUDA refuses."""
-    grad, down, stored = grad.contiguous(), down.contiguous(), stored.contiguous()
-    out, stream = torch.empty_like(stored), torch.cuda.current_stream(grad.device).cuda_stream
-    pointers = (t.data_ptr() for t in (grad, down, stored, out))
-    if problem := cutlass_entry(library)(*pointers, *out.shape, grad.shape[1], grad.device.index, stream):
-        raise RunError(f"MLP_BACKWARD=cutlass: {tuple(grad.shape)} times {tuple(down.shape)} on {grad.device}: {problem.decode()}")
+    """Compute (grad down) * stored, rounded once. Raises RunError where CUTLASS or CUDA refuses."""
+    grad, down, stored = (t.contiguous() for t in (grad, down, stored))
+    out = torch.empty_like(stored)
+    pointers = [t.data_ptr() for t in (grad, down, stored, out)]
+    stream = torch.cuda.current_stream(grad.device).cuda_stream
+    problem = cutlass_entry(library)(*pointers, *out.shape, grad.shape[1], grad.device.index, stream)
+    if problem:
+        sizes = f"{tuple(grad.shape)} times {tuple(down.shape)} on {grad.device}"
+        raise RunError(f"MLP_BACKWARD=cutlass: {sizes}: {problem.decode()}")
     return out
 
 
-@operator(lambda grad, down, saved, slope, form, library: grad.new_empty(grad.shape[0], down.shape[1]))
+def mlp_up_grad_shape(grad: Tensor, down: Tensor, *rest) -> Tensor:
+    """Make the result of `mlp_up_grad`, without its values."""
+    return grad.new_empty(grad.shape[0], down.shape[1])
+
+
+@operator(mlp_up_grad_shape)
 def mlp_up_grad(grad: Tensor, down: Tensor, saved: Tensor, slope: float, form: str, library: str) -> Tensor:
-    """Gradient (R, F) of the up projection's output from that of the MLP's, grad (R, D); by Triton or a library from `build_cutlass`."""
-    return launch_cutlass(grad, down, saved, library) if library else launch_mlp(grad, down, slope, form, saved)[0]
+    """Compute the gradient (R, F) of the up projection's output from that of the MLP's, grad (R, D).
+
+    By a library from `build_cutlass`, or by Triton where its name is blank.
+    """
+    if library:
+        return launch_cutlass(grad, down, saved, library)
+    return launch_mlp(grad, down, slope, form, saved)[0]
 
 
 class FusedMlp(torch.autograd.Function):
-    """`leaky_mlp` with the activation inside the GEMMs. What is stored for it besides the hidden layer is the form:
+    """Compute `leaky_mlp` with the activation in the GEMMs; the form is what is stored besides its output.
 
     pre_post: the input of the activation (PR #1530); act_grad: its derivative, since f = f' x / 2 (PR #1105);
-    lsb: nothing, the sign goes into the last bit of the hidden layer and the magnitude comes back by a square root.
+    lsb: nothing, the sign goes into the last bit of the output and the magnitude comes back by a square root.
     """
 
     @staticmethod
@@ -5530,227 +6199,310 @@ class FusedMlp(torch.autograd.Function):
         rows = x.flatten(0, -2)
         hidden, kept = mlp_up(rows, up, slope, form)
         ctx.save_for_backward(rows, up, down, hidden, kept)
-        ctx.slope, ctx.form, ctx.library, ctx.shape = slope, form, library, x.shape
+        ctx.options = (slope, form, library)
+        ctx.shape = x.shape
         return F.linear(hidden, down).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, up, down, hidden, kept = ctx.saved_tensors
+        slope, form, library = ctx.options
+        need_x, need_up, need_down, *_ = ctx.needs_input_grad
         grad = grad.reshape(rows.shape)
-        d_up = mlp_up_grad(grad, down, hidden if ctx.form == "lsb" else kept, ctx.slope, ctx.form, ctx.library)
-        need_x, need_up, need_down = ctx.needs_input_grad[:3]
-        return ((d_up @ up).view(ctx.shape) if need_x else None, d_up.T @ rows if need_up else None,
-                grad.T @ hidden if need_down else None, None, None, None)
+        stored = hidden if form == "lsb" else kept
+        d_hidden = mlp_up_grad(grad, down, stored, slope, form, library)
+        dx = (d_hidden @ up).view(ctx.shape) if need_x else None
+        d_up = d_hidden.T @ rows if need_up else None
+        d_down = grad.T @ hidden if need_down else None
+        return dx, d_up, d_down, None, None, None
 
 
 def fused_mlp(form: str, library: str = ""):
-    """`leaky_mlp` by `FusedMlp` in one of its forms; library: see `mlp_up_grad`."""
-    return lambda x, up, down, slope: FusedMlp.apply(x, up, down, slope, form, library)
+    """Make `leaky_mlp` of `FusedMlp` in one of its forms; library: see `mlp_up_grad`."""
+
+    def mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+        return FusedMlp.apply(x, up, down, slope, form, library)
+
+    return mlp
 
 
+# In the kernels on heads a program has BT rows (tokens) and D channels of a head, padded to BD, a power of
+# two.
 @jit
-def rotation(cos, sin, position, c, HALF: tl.constexpr):
-    """Factors of channel c itself and of its partner, and the partner: y[c] = x[c] own + x[partner] other."""
-    turns = (c < 2 * HALF)[None, :]
-    at = position[:, None] * HALF + (c % HALF)[None, :]
-    own = tl.load(cos + at, mask=turns, other=1.0)
-    other = tl.load(sin + at, mask=turns, other=0.0)
-    other = tl.where((c < HALF)[None, :], other, -other)
-    return own, other, tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))
+def rotation(cos, sin, position, channel, HALF: constexpr):
+    """Look up a channel's partner and the factors of both: y[channel] = x[channel] own + x[partner] other."""
+    turns = (channel < 2 * HALF)[None, :]
+    offsets = position[:, None] * HALF + (channel % HALF)[None, :]
+    own = tl.load(cos + offsets, mask=turns, other=1.0)
+    other = tl.load(sin + offsets, mask=turns, other=0.0)
+    other = tl.where((channel < HALF)[None, :], other, -other)
+    below = tl.where(channel < 2 * HALF, channel - HALF, channel)
+    return own, other, tl.where(channel < HALF, channel + HALF, below)
 
 
 @jit
 def split_heads_kernel(
     qkv, gain, cos, sin, q, k, v, rows, length, eps,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    H: constexpr, G: constexpr, D: constexpr, HALF: constexpr, BT: constexpr, BD: constexpr,
 ):
-    """One program: BT rows of a query head, or of a key head and its value."""
-    head, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
-    inside = (t < rows)[:, None] & (c < D)[None, :]
-    t = t.to(tl.int64)
-    own, other, partner = rotation(cos, sin, t % length, c, HALF)
-    source = qkv + t[:, None] * ((H + 2 * G) * D) + head * D
-    x = tl.load(source + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    swapped = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps) * tl.load(gain + head, mask=head < H, other=1.0)
+    """Make BT rows of a query head, or of a key head and its value."""
+    head = tl.program_id(1)
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    channel = tl.arange(0, BD)
+    inside = (row < rows)[:, None] & (channel < D)[None, :]
+    row = row.to(tl.int64)
+    own, other, partner = rotation(cos, sin, row % length, channel, HALF)
+
+    source = qkv + row[:, None] * ((H + 2 * G) * D) + head * D
+    x = load_fp32(source + channel[None, :], inside)
+    swapped = load_fp32(source + partner[None, :], inside)
+    inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    scale = inverse_rms * tl.load(gain + head, mask=head < H, other=1.0)
     turned = scale[:, None] * (x * own + swapped * other)
+
     if head < H:
-        tl.store(q + (t[:, None] * H + head) * D + c[None, :], turned.to(q.dtype.element_ty), mask=inside)
+        tl.store(q + (row[:, None] * H + head) * D + channel[None, :], turned, mask=inside)
     else:
-        at = (t[:, None] * G + head - H) * D + c[None, :]
-        tl.store(k + at, turned.to(k.dtype.element_ty), mask=inside)
-        tl.store(v + at, tl.load(source + G * D + c[None, :], mask=inside, other=0.0), mask=inside)
+        offsets = (row[:, None] * G + head - H) * D + channel[None, :]
+        value = tl.load(source + G * D + channel[None, :], mask=inside, other=0.0)
+        tl.store(k + offsets, turned, mask=inside)
+        tl.store(v + offsets, value, mask=inside)
 
 
 @jit
 def split_heads_grad_kernel(
     dq, dk, dv, qkv, gain, cos, sin, dqkv, dgain, rows, length, eps,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    H: constexpr, G: constexpr, D: constexpr, HALF: constexpr, BT: constexpr, BD: constexpr,
 ):
-    """With y the normed head, d its gradient, turned back, and s = d.y: dx = gain / rms (d - y s / D), dgain = sum of s."""
-    head, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
-    inside = (t < rows)[:, None] & (c < D)[None, :]
-    t = t.to(tl.int64)
-    own, other, partner = rotation(cos, sin, t % length, c, HALF)
-    at = t[:, None] * ((H + 2 * G) * D) + head * D + c[None, :]
+    """Make BT rows of a head's gradient, and their part of its gain's.
+
+    With y the normed head, d its gradient, turned back, and s = d.y: dx = gain / rms (d - y s / D) and
+    dgain = sum of s.
+    """
+    head = tl.program_id(1)
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    channel = tl.arange(0, BD)
+    inside = (row < rows)[:, None] & (channel < D)[None, :]
+    row = row.to(tl.int64)
+    own, other, partner = rotation(cos, sin, row % length, channel, HALF)
+
+    offsets = row[:, None] * ((H + 2 * G) * D) + head * D + channel[None, :]
     if head < H:
-        source = dq + (t[:, None] * H + head) * D
+        source = dq + (row[:, None] * H + head) * D
     else:
-        source = dk + (t[:, None] * G + head - H) * D
-        value = tl.load(dv + (t[:, None] * G + head - H) * D + c[None, :], mask=inside, other=0.0)
-        tl.store(dqkv + at + G * D, value, mask=inside)
-    d = tl.load(source + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    swapped = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+        kv_offsets = (row[:, None] * G + head - H) * D
+        source = dk + kv_offsets
+        value = tl.load(dv + kv_offsets + channel[None, :], mask=inside, other=0.0)
+        tl.store(dqkv + offsets + G * D, value, mask=inside)
+
+    d = load_fp32(source + channel[None, :], inside)
+    swapped = load_fp32(source + partner[None, :], inside)
     d = d * own - swapped * other
-    x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
+    x = load_fp32(qkv + offsets, inside)
     inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
     y = x * inverse_rms
     s = tl.sum(d * y, 1)
-    dx = tl.load(gain + head, mask=head < H, other=1.0) * inverse_rms * (d - y * (s / D)[:, None])
-    tl.store(dqkv + at, dx.to(dqkv.dtype.element_ty), mask=inside)
+    scale = tl.load(gain + head, mask=head < H, other=1.0) * inverse_rms
+    tl.store(dqkv + offsets, scale * (d - y * (s / D)[:, None]), mask=inside)
     tl.store(dgain + tl.program_id(0) * (H + G) + head, tl.sum(s, 0))
 
 
-ROWS_PER_PROGRAM = 32  # of the two kernels on heads
+ROWS_PER_PROGRAM = 32  # BT
 
 
 def split_launch(qkv: Tensor, cos: Tensor, H: int, G: int) -> tuple[tuple[int, int], dict]:
-    """Grid and size arguments of the two kernels above."""
-    rows, D = qkv.shape[:-1].numel(), qkv.shape[-1] // (H + 2 * G)
-    sizes = dict(rows=rows, length=qkv.shape[-2], eps=torch.finfo(qkv.dtype).eps, H=H, G=G, D=D, HALF=cos.shape[-1],
-                 BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
-    return (triton.cdiv(rows, ROWS_PER_PROGRAM), H + G), sizes
+    """Compute the grid and the size arguments of the two kernels above."""
+    rows = qkv.shape[:-1].numel()
+    D = qkv.shape[-1] // (H + 2 * G)
+    grid = (triton.cdiv(rows, ROWS_PER_PROGRAM), H + G)
+    numbers = dict(rows=rows, length=qkv.shape[-2], eps=torch.finfo(qkv.dtype).eps)
+    blocks = dict(BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
+    return grid, dict(**numbers, H=H, G=G, D=D, HALF=cos.shape[-1], **blocks)
 
 
-@operator(lambda dq, dk, dv, qkv, gain, cos, sin: (torch.empty_like(qkv), torch.empty_like(gain)))
+def empty_qkv_gain(dq, dk, dv, qkv: Tensor, gain: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Make the results of `split_heads_grad`, without their values."""
+    return torch.empty_like(qkv), torch.empty_like(gain)
+
+
+@operator(empty_qkv_gain)
 def split_heads_grad(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `split_heads` for qkv and gain."""
-    H, G, qkv = len(gain), dk.shape[-2], qkv.contiguous()
+    """Compute the gradients of `split_heads` for qkv and gain."""
+    H = len(gain)
+    G = dk.shape[-2]
+    dq, dk, dv, qkv = (t.contiguous() for t in (dq, dk, dv, qkv))
     grid, sizes = split_launch(qkv, cos, H, G)
-    dqkv, dgain = torch.empty_like(qkv), gain.new_empty(grid[0], H + G, dtype=torch.float32)
-    split_heads_grad_kernel[grid](dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv, gain.float(), cos, sin, dqkv, dgain, **sizes)
+    dqkv = torch.empty_like(qkv)
+    dgain = gain.new_empty(grid[0], H + G, dtype=torch.float32)
+    split_heads_grad_kernel[grid](dq, dk, dv, qkv, gain.float(), cos, sin, dqkv, dgain, **sizes)
     return dqkv, dgain[:, :H].sum(0).to(gain.dtype)
 
 
-def empty_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Results of `split_heads`, without their values."""
-    D = qkv.shape[-1] // (len(gain) + 2 * kv_heads)
-    return tuple(qkv.new_empty(*qkv.shape[:-1], heads, D) for heads in (len(gain), kv_heads, kv_heads))
+def empty_heads(qkv: Tensor, gain: Tensor, cos, sin, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the results of `split_heads`, without their values."""
+    heads = len(gain)
+    D = qkv.shape[-1] // (heads + 2 * kv_heads)
+    return tuple(qkv.new_empty(*qkv.shape[:-1], n, D) for n in (heads, kv_heads, kv_heads))
 
 
 @operator(empty_heads, split_heads_grad)
-def split_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`split_heads` by one kernel."""
+def split_heads_op(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `split_heads` by one kernel."""
     grid, sizes = split_launch(qkv, cos, len(gain), kv_heads)
-    q, k, v = empty_heads(qkv, gain, cos, sin, kv_heads)
-    split_heads_kernel[grid](qkv.contiguous(), gain.float(), cos, sin, q, k, v, **sizes)
-    return q, k, v
+    heads = empty_heads(qkv, gain, cos, sin, kv_heads)
+    split_heads_kernel[grid](qkv.contiguous(), gain.float(), cos, sin, *heads, **sizes)
+    return heads
 
 
 @jit
 def gate_heads_kernel(
-    y, v, gate, out, rows, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    y, v, gate, out, rows,
+    H: constexpr, G: constexpr, D: constexpr, BT: constexpr, BD: constexpr,
 ):
-    """One program: BT rows of all heads that share a value."""
-    group, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
-    inside = (t < rows)[:, None] & (c < D)[None, :]
-    t64 = t.to(tl.int64)
-    own = tl.load(v + (t64[:, None] * G + group) * D + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    """Make BT rows of all heads that share a value."""
+    group = tl.program_id(1)
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    channel = tl.arange(0, BD)
+    in_rows = row < rows
+    inside = in_rows[:, None] & (channel < D)[None, :]
+    row = row.to(tl.int64)
+
+    own = load_fp32(v + (row[:, None] * G + group) * D + channel[None, :], inside)
     square = tl.maximum(tl.sum(own * own, 1), 1e-24)
     for j in range(H // G):
         head = group * (H // G) + j
-        at = (t64[:, None] * H + head) * D + c[None, :]
-        x = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        passes = tl.load(gate + t64 * H + head, mask=t < rows, other=0.0).to(tl.float32)
-        kept = passes[:, None] * (x - (tl.sum(x * own, 1) / square)[:, None] * own)
-        tl.store(out + at, kept.to(out.dtype.element_ty), mask=inside)
+        offsets = (row[:, None] * H + head) * D + channel[None, :]
+        x = load_fp32(y + offsets, inside)
+        passes = load_fp32(gate + row * H + head, in_rows)
+        share = tl.sum(x * own, 1) / square
+        tl.store(out + offsets, passes[:, None] * (x - share[:, None] * own), mask=inside)
 
 
 @jit
 def gate_heads_grad_kernel(
-    dout, y, v, gate, dy, dv, dgate, rows, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    dout, y, v, gate, dy, dv, dgate, rows,
+    H: constexpr, G: constexpr, D: constexpr, BT: constexpr, BD: constexpr,
 ):
-    """With a = y.v / v.v, e = gate dout and b = e.v / v.v: dy = e - b v, dv = sum over heads of 2 a b v - a e - b y."""
-    group, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
-    inside = (t < rows)[:, None] & (c < D)[None, :]
-    t64 = t.to(tl.int64)
-    at_v = (t64[:, None] * G + group) * D + c[None, :]
-    own = tl.load(v + at_v, mask=inside, other=0.0).to(tl.float32)
+    """Make BT rows of the gradients of all heads that share a value, of that value and of their gates.
+
+    With a = y.v / v.v, e = gate dout, b = e.v / v.v: dy = e - b v and dv = sum over heads of 2 a b v - a e -
+    b y.
+    """
+    group = tl.program_id(1)
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    channel = tl.arange(0, BD)
+    in_rows = row < rows
+    inside = in_rows[:, None] & (channel < D)[None, :]
+    row = row.to(tl.int64)
+
+    v_offsets = (row[:, None] * G + group) * D + channel[None, :]
+    own = load_fp32(v + v_offsets, inside)
     square = tl.maximum(tl.sum(own * own, 1), 1e-24)
     down = tl.zeros((BT, BD), tl.float32)
     for j in range(H // G):
         head = group * (H // G) + j
-        at = (t64[:, None] * H + head) * D + c[None, :]
-        x = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
-        passes = tl.load(gate + t64 * H + head, mask=t < rows, other=0.0).to(tl.float32)
+        offsets = (row[:, None] * H + head) * D + channel[None, :]
+        x = load_fp32(y + offsets, inside)
+        d = load_fp32(dout + offsets, inside)
+        passes = load_fp32(gate + row * H + head, in_rows)
         a = (tl.sum(x * own, 1) / square)[:, None]
-        tl.store(dgate + t64 * H + head, tl.sum(d * (x - a * own), 1).to(dgate.dtype.element_ty), mask=t < rows)
+        tl.store(dgate + row * H + head, tl.sum(d * (x - a * own), 1), mask=in_rows)
         e = passes[:, None] * d
         b = (tl.sum(e * own, 1) / square)[:, None]
-        tl.store(dy + at, (e - b * own).to(dy.dtype.element_ty), mask=inside)
+        tl.store(dy + offsets, e - b * own, mask=inside)
         down += 2 * a * b * own - a * e - b * x
-    tl.store(dv + at_v, down.to(dv.dtype.element_ty), mask=inside)
+    tl.store(dv + v_offsets, down, mask=inside)
 
 
 def gate_launch(y: Tensor, v: Tensor) -> tuple[tuple[int, int], dict]:
-    """Grid and size arguments of the two kernels above."""
-    (H, D), G, rows = y.shape[-2:], v.shape[-2], y.shape[:-2].numel()
-    return (triton.cdiv(rows, ROWS_PER_PROGRAM), G), dict(rows=rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
+    """Compute the grid and the size arguments of the two kernels above."""
+    *batch, H, D = y.shape
+    G = v.shape[-2]
+    rows = math.prod(batch)
+    grid = (triton.cdiv(rows, ROWS_PER_PROGRAM), G)
+    return grid, dict(rows=rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
 
 
-@operator(lambda dout, y, v, gate: tuple(x.new_empty(x.shape) for x in (y, v, gate)))
+def empty_gate_grads(dout: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the results of `gate_heads_grad`, without their values."""
+    return tuple(x.new_empty(x.shape) for x in (y, v, gate))
+
+
+@operator(empty_gate_grads)
 def gate_heads_grad(dout: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `gate_heads` for y, v and gate."""
-    dout, y, v, gate = (x.contiguous() for x in (dout, y, v, gate))
-    (grid, sizes), grads = gate_launch(y, v), tuple(torch.empty_like(x) for x in (y, v, gate))
-    gate_heads_grad_kernel[grid](dout, y, v, gate, *grads, **sizes)
+    """Compute the gradients of `gate_heads` for y, v and gate."""
+    inputs = [x.contiguous() for x in (dout, y, v, gate)]
+    grads = empty_gate_grads(*inputs)
+    grid, sizes = gate_launch(y, v)
+    gate_heads_grad_kernel[grid](*inputs, *grads, **sizes)
     return grads
 
 
-@operator(lambda y, v, gate: y.new_empty(y.shape), gate_heads_grad)
+def empty_gated(y: Tensor, *rest) -> Tensor:
+    """Make the result of `gate_heads`, without its values."""
+    return y.new_empty(y.shape)
+
+
+@operator(empty_gated, gate_heads_grad)
 def gate_heads_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """`gate_heads` by one kernel."""
-    (grid, sizes), out = gate_launch(y, v), y.new_empty(y.shape)
+    """Compute `gate_heads` by one kernel."""
+    grid, sizes = gate_launch(y, v)
+    out = empty_gated(y)
     gate_heads_kernel[grid](y.contiguous(), v.contiguous(), gate.contiguous(), out, **sizes)
     return out
 
 
 @jit
-def ce_kernel(logits, targets, nats, slope, cap, V, BLOCK: tl.constexpr):
-    """One program, one row, all of it in registers: its loss and the gradient of that. tanh(u) = 2 sigmoid(2 u) - 1."""
-    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    x = tl.load(logits + row * V + c, mask=c < V, other=0.0).to(tl.float32)
+def ce_kernel(logits, targets, nats, slope, cap, V, BLOCK: constexpr):
+    """Make one row in registers: its loss and the gradient of that. tanh(u) = 2 sigmoid(2 u) - 1."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    x = load_fp32(logits + row * V + c, c < V)
     s = tl.sigmoid(2 * x / cap)
     z = tl.where(c < V, cap * (2 * s - 1), float("-inf"))
+
     top = tl.max(z, 0)
     e = tl.exp(z - top)
     total = tl.sum(e, 0)
     hit = c == tl.load(targets + row)
-    tl.store(nats + row, top + tl.log(total) - tl.sum(tl.where(hit, z, 0.0), 0))
+    target_z = tl.sum(tl.where(hit, z, 0.0), 0)
+    tl.store(nats + row, top + tl.log(total) - target_z)
+
     grad = (e / total - hit.to(tl.float32)) * 4 * s * (1 - s)
-    tl.store(slope + row * V + c, grad.to(slope.dtype.element_ty), mask=c < V)
+    tl.store(slope + row * V + c, grad, mask=c < V)
 
 
-@operator(lambda logits, targets, *rest: (targets.new_empty(targets.shape, dtype=torch.float32), logits.new_empty(logits.shape)))
+def empty_nats_slope(logits: Tensor, targets: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Make the results of `ce_with_slope`, without their values."""
+    return targets.new_empty(targets.shape, dtype=torch.float32), logits.new_empty(logits.shape)
+
+
+@operator(empty_nats_slope)
 def ce_with_slope(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """`softcapped_ce` of logits (T, V) and, from the same pass, the gradient of each row's result for that row."""
-    logits, V = logits.contiguous(), logits.shape[-1]
-    nats, slope = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(logits)
-    ce_kernel[(targets.numel(),)](logits, targets.contiguous(), nats, slope, cap, V,
-                                  BLOCK=triton.next_power_of_2(V), num_warps=8)
+    """Compute `softcapped_ce` of logits (T, V) and, from the same pass, the gradient of each row's result."""
+    nats, slope = empty_nats_slope(logits, targets)
+    logits = logits.contiguous()
+    rows, V = logits.shape
+    block = triton.next_power_of_2(V)
+    ce_kernel[(rows,)](logits, targets.contiguous(), nats, slope, cap, V, BLOCK=block, num_warps=8)
     return nats, slope
 
 
 class HeadCe(torch.autograd.Function):
-    """`softcapped_ce` of a linear head by one pass over the logits. What comes in backward scales rows of the narrow factors of the two
-    products, not of the wide one. Left out, it would leave AOTAutograd without a backward that depends on the loss."""
+    """Compute `softcapped_ce` of a linear head by one pass over the logits.
+
+    What comes in backward scales rows of the narrow factors of the two products, not of the wide one. Left
+    out, it would leave AOTAutograd without a backward that depends on the loss.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, cap: float) -> Tensor:
-        nats, slope = ce_with_slope(F.linear(x, head).flatten(0, -2), targets.flatten(), cap)
+        logits = F.linear(x, head).flatten(0, -2)
+        nats, slope = ce_with_slope(logits, targets.flatten(), cap)
         ctx.save_for_backward(x, head, slope)
         return nats.view(targets.shape)
 
@@ -5758,22 +6510,30 @@ class HeadCe(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, head, slope = ctx.saved_tensors
         grad = grad.unsqueeze(-1)
-        return (grad * (slope @ head).view(x.shape)).to(x.dtype), slope.T @ (grad * x).to(x.dtype).flatten(0, -2), None, None
+        dx = grad * (slope @ head).view(x.shape)
+        scaled = (grad * x).to(x.dtype).flatten(0, -2)
+        return dx.to(x.dtype), slope.T @ scaled, None, None
 
 
 @jit
-def adam_kernel(p, g, v, lr, keep, beta2, correction, eps, n, BLOCK: tl.constexpr):
-    """One program, BLOCK numbers: weight decay (keep), second moment, step; in place."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    grad = tl.load(g + at, mask=at < n, other=0.0)
-    second = beta2 * tl.load(v + at, mask=at < n, other=0.0) + (1 - beta2) * grad * grad
-    tl.store(v + at, second, mask=at < n)
+def adam_kernel(p, g, v, lr, keep, beta2, correction, eps, n, BLOCK: constexpr):
+    """Step BLOCK numbers in place: weight decay (keep), second moment, step."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < n
+    grad = tl.load(g + offsets, mask=inside, other=0.0)
+    before = tl.load(v + offsets, mask=inside, other=0.0)
+    second = beta2 * before + (1 - beta2) * grad * grad
+    tl.store(v + offsets, second, mask=inside)
     step = lr * grad / (correction * tl.sqrt(second) + eps)
-    tl.store(p + at, keep * tl.load(p + at, mask=at < n, other=0.0) - step, mask=at < n)
+    weight = tl.load(p + offsets, mask=inside, other=0.0)
+    tl.store(p + offsets, keep * weight - step, mask=inside)
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """torch.optim.AdamW with beta1 = 0, its parameters contiguous fp32: the gradient is its own first moment, so none is kept or read."""
+    """Step as torch.optim.AdamW with beta1 = 0, for contiguous fp32 parameters.
+
+    The gradient is its own first moment, so none is kept or read.
+    """
 
     def __init__(self, parameters, lr: float, beta2: float, eps: float, weight_decay: float):
         super().__init__(parameters, dict(lr=lr, beta2=beta2, eps=eps, weight_decay=weight_decay))
@@ -5781,18 +6541,28 @@ class FusedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            lr, beta2, group["step"] = group["lr"], group["beta2"], group.get("step", 0) + 1
-            for p in (p for p in group["params"] if p.grad is not None):
-                v = self.state[p].setdefault("second", torch.zeros_like(p))
-                adam_kernel[(triton.cdiv(p.numel(), 1024),)](
-                    p, p.grad.contiguous(), v, lr, 1 - lr * group["weight_decay"], beta2, (1 - beta2 ** group["step"]) ** -0.5,
-                    group["eps"], p.numel(), BLOCK=1024)
+            lr = group["lr"]
+            beta2 = group["beta2"]
+            group["step"] = group.get("step", 0) + 1
+            keep = 1 - lr * group["weight_decay"]
+            correction = (1 - beta2 ** group["step"]) ** -0.5
+
+            for p in group["params"]:
+                if p.grad is not None:
+                    second = self.state[p].setdefault("second", torch.zeros_like(p))
+                    n = p.numel()
+                    numbers = (lr, keep, beta2, correction, group["eps"], n)
+                    adam_kernel[(triton.cdiv(n, 1024),)](p, p.grad.contiguous(), second, *numbers, BLOCK=1024)
 
 
 @jit
 def nearest_on_way(a, way):
-    """The integer k >= 0 nearest to a >= 0 on a way, 2 * state + parity, and its value, both fp32. 1.5 * 2^23 rounds to even."""
-    odd, other = way % 2, way // 2 % 2
+    """Find the integer k >= 0 nearest to a >= 0 on a way, 2 * state + parity, and its value, both fp32.
+
+    Adding 1.5 * 2^23 rounds to even.
+    """
+    odd = way % 2
+    other = way // 2 % 2
     r = (tl.minimum(a, 1e4) + (other - 2 * odd)) / 4 + 12582912.0 - 12582912.0
     k = 2 * tl.minimum(tl.maximum(r, 0.0), 63.0) + odd
     k = tl.where((other > odd) & (a < 1.5), 0.0, k)
@@ -5800,189 +6570,333 @@ def nearest_on_way(a, way):
 
 
 @jit
-def viterbi_kernel(x, into, second, best_k, best_value, lanes, HEIGHT: tl.constexpr, L: tl.constexpr):
-    """One program: L segments of x (HEIGHT, lanes), a thread for each of their states if L is 4. second (HEIGHT, lanes) uint8: which of
-    the two ways led into each state, a bit for each."""
-    lane, s = tl.program_id(0) * L + tl.arange(0, L), tl.arange(0, 8)
-    inside = lane < lanes
-    one, two = tl.load(into + 2 * s)[:, None] + tl.zeros((8, L), tl.int32), tl.load(into + 2 * s + 1)[:, None] + tl.zeros((8, L), tl.int32)
-    cost = tl.where(s == 0, 0.0, float("inf"))[:, None] + tl.zeros((8, L), tl.float32)
+def cost_by(way, cost, a):
+    """Add to the cost of the states that the ways come from what the next number misses by on each."""
+    miss = nearest_on_way(a, way)[1] - a
+    return tl.gather(cost, way // 2, 0) + miss * miss
+
+
+@jit
+def viterbi_kernel(x, into, second, best_k, best_value, count, HEIGHT: constexpr, L: constexpr):
+    """Find the paths of L segments of x (HEIGHT, count), a thread for each of their states if L is 4.
+
+    second (HEIGHT, count) uint8: which of the two ways led into each state, a bit for each.
+    """
+    segment = tl.program_id(0) * L + tl.arange(0, L)
+    inside = segment < count
+    s = tl.arange(0, 8)
+    zeros = tl.zeros((8, L), tl.int32)
+    one = tl.load(into + 2 * s)[:, None] + zeros
+    two = tl.load(into + 2 * s + 1)[:, None] + zeros
+    start = tl.where(s == 0, 0.0, float("inf"))
+    cost = start[:, None] + tl.zeros((8, L), tl.float32)
+
     for t in range(HEIGHT):
-        a = tl.abs(tl.load(x + t * lanes + lane, mask=inside, other=0.0))[None, :]
-        miss, miss_two = nearest_on_way(a, one)[1] - a, nearest_on_way(a, two)[1] - a
-        first_cost, second_cost = tl.gather(cost, one // 2, 0) + miss * miss, tl.gather(cost, two // 2, 0) + miss_two * miss_two
+        a = tl.abs(tl.load(x + t * count + segment, mask=inside, other=0.0))[None, :]
+        first_cost = cost_by(one, cost, a)
+        second_cost = cost_by(two, cost, a)
         bits = tl.sum((second_cost < first_cost).to(tl.int32) << s[:, None], 0)
-        tl.store(second + t * lanes + lane, bits.to(tl.uint8), mask=inside)
+        tl.store(second + t * count + segment, bits.to(tl.uint8), mask=inside)
         cost = tl.minimum(first_cost, second_cost)
+
     state = tl.argmin(cost, 0)
     tl.debug_barrier()  # what other threads stored is read below
     for step in range(HEIGHT):
-        at = (HEIGHT - 1 - step) * lanes + lane
-        taken = tl.load(second + at, mask=inside, other=0).to(tl.int32) >> state & 1
-        way, here = tl.load(into + 2 * state + taken), tl.load(x + at, mask=inside, other=0.0)
+        offsets = (HEIGHT - 1 - step) * count + segment
+        taken = tl.load(second + offsets, mask=inside, other=0).to(tl.int32) >> state & 1
+        way = tl.load(into + 2 * state + taken)
+        here = tl.load(x + offsets, mask=inside, other=0.0)
         k, value = nearest_on_way(tl.abs(here), way)
-        tl.store(best_k + at, tl.where(here < 0, -k, k), mask=inside)
-        tl.store(best_value + at, tl.where(here < 0, -value, value), mask=inside)
+        tl.store(best_k + offsets, tl.where(here < 0, -k, k), mask=inside)
+        tl.store(best_value + offsets, tl.where(here < 0, -value, value), mask=inside)
         state = way // 2
 
 
-def fused_viterbi(lanes: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
-    """`viterbi` by one kernel instead of about 950, to the bit. into: TRELLIS_INTO, int32."""
-    second, (height, count) = torch.empty_like(lanes, dtype=torch.uint8), lanes.shape
-    k, value = torch.empty_like(lanes), torch.empty_like(lanes)
-    viterbi_kernel[(triton.cdiv(count, 4),)](lanes, into, second, k, value, count, height, 4, num_warps=1, enable_fp_fusion=False)
+def fused_viterbi(x: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `viterbi` by one kernel instead of about 950, to the bit. into: TRELLIS_INTO, int32."""
+    height, count = x.shape
+    second = torch.empty_like(x, dtype=torch.uint8)
+    k = torch.empty_like(x)
+    value = torch.empty_like(x)
+    grid = (triton.cdiv(count, 4),)
+    viterbi_kernel[grid](x, into, second, k, value, count, height, 4, num_warps=1, enable_fp_fusion=False)
     return k, value
 
 
 @cache
 def choose_viterbi(device: torch.device):
-    """On a GPU the kernel, if it finds there what the definition finds; else the definition."""
+    """Choose on a GPU the kernel, if it finds there what the definition finds; else the definition."""
     if not triton or device.type != "cuda":
         return viterbi
     x = 20 * torch.randn(TRELLIS_SEGMENT, 100, generator=torch.Generator().manual_seed(0)).to(device)
     fused = partial(fused_viterbi, into=TRELLIS_INTO.to(device, torch.int32))
-    return fused if all(torch.equal(a, b) for a, b in zip(fused(x), viterbi(x), strict=True)) else viterbi
+    same = all(torch.equal(a, b) for a, b in zip(fused(x), viterbi(x), strict=True))
+    return fused if same else viterbi
+
+
+def checked_viterbi(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `viterbi` by what `choose_viterbi` takes for this device, looked up at the first call."""
+    return choose_viterbi(x.device)(x)
+
+
+# The variable that asks for it: what takes the place of a definition. MLP_KERNEL, which has forms, is no row.
+TRITON_KERNELS = {
+    "qk_kernel": dict(split_heads=split_heads_op),
+    "xsa_kernel": dict(gate_heads=gate_heads_op),
+    "fused_ce_kernel": dict(head_ce=HeadCe.apply),
+    "ttt_adam_kernel": dict(adam=FusedAdam),
+}
+
+
+def require_triton(cfg: Config, world: World) -> None:
+    """Raise RunError where variables ask for kernels that this machine can not run."""
+    knobs = ("mlp_kernel", *TRITON_KERNELS)
+    wanted = [f"{name.upper()}={getattr(cfg, name)}" for name in knobs if getattr(cfg, name) != "eager"]
+    on_gpu = world.device.type == "cuda"
+    if wanted and not (triton and (on_gpu or INTERPRETED)):
+        need = "needs" if len(wanted) == 1 else "need"
+        raise RunError(f"{' '.join(wanted)} {need} Triton and an NVIDIA GPU, this is {world.device}; "
+                       "set them to eager")
+
+
+def choose_mlp(cfg: Config, world: World):
+    """Make the MLP that MLP_KERNEL and MLP_BACKWARD ask for. Raises RunError where it can not run."""
+    capability = None  # the interpreter's: it runs everything but CUTLASS
+    if world.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(world.device)
+
+    if world.dtype != torch.bfloat16 or (capability and capability[0] not in MLP_TILES):
+        majors = ", ".join(map(str, MLP_TILES))
+        raise RunError(f"MLP_KERNEL={cfg.mlp_kernel} needs bf16 activations and compute capability "
+                       f"{majors}.x (TMA), not {world.dtype} on {capability}; set MLP_KERNEL=eager")
+    if cfg.mlp_backward != "cutlass":
+        return fused_mlp(cfg.mlp_kernel)
+
+    if not capability or capability[0] != 9:
+        raise RunError("MLP_BACKWARD=cutlass is made for compute capability 9.0 (Hopper), "
+                       f"not {capability}; set MLP_BACKWARD=triton")
+    library = cutlass_library(cfg, world)
+    no_pointers = [None] * 4  # only the sizes are looked at
+    problem = cutlass_entry(library)(*no_pointers, 1, cfg.mlp_dim, cfg.model_dim, 0, None)
+    if problem:
+        raise RunError(f"MLP_BACKWARD=cutlass needs multiples of 8, not {cfg.model_dim} (MODEL_DIM), "
+                       f"{cfg.mlp_dim}: {problem.decode()}")
+    return fused_mlp(cfg.mlp_kernel, library)
 
 
 def choose_kernels(cfg: Config, world: World) -> Kernels:
-    """The attention this device has, and the kernels that *_KERNEL ask for. Raises RunError where they can not run."""
-    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel", "ttt_adam_kernel")}
-    asked = " ".join(f"{name.upper()}={value}" for name, value in knobs.items() if value != "eager")
-    on_gpu = world.device.type == "cuda"
-    if asked and not (triton and (on_gpu or INTERPRETED)):
-        raise RunError(f"{asked} need{'' if ' ' in asked else 's'} Triton and an NVIDIA GPU, this is {world.device}; set them to eager")
+    """Choose the attention of this device, and the kernels that *_KERNEL ask for.
+
+    Raises RunError where they can not run.
+    """
+    require_triton(cfg, world)
+    fused = dict(viterbi=checked_viterbi)
     if cfg.mlp_kernel != "eager":
-        capability = torch.cuda.get_device_capability(world.device) if on_gpu else None
-        if world.dtype != torch.bfloat16 or (capability and capability[0] not in MLP_TILES):
-            raise RunError(f"MLP_KERNEL={cfg.mlp_kernel} needs bf16 activations and compute capability {', '.join(map(str, MLP_TILES))}.x "
-                           f"(TMA), not {world.dtype} on {capability}; set MLP_KERNEL=eager")
-    library = ""
-    if cfg.mlp_backward == "cutlass":
-        if not capability or capability[0] != 9:
-            raise RunError(f"MLP_BACKWARD=cutlass is made for compute capability 9.0 (Hopper), not {capability}; set MLP_BACKWARD=triton")
-        library = cutlass_library(cfg, world)
-        if problem := cutlass_entry(library)(None, None, None, None, 1, cfg.mlp_dim, cfg.model_dim, 0, None):
-            raise RunError(f"MLP_BACKWARD=cutlass needs multiples of 8, not {cfg.model_dim} (MODEL_DIM), {cfg.mlp_dim}: {problem.decode()}")
-    name, attention, _ = choose_attention(cfg.attn_backend, world, cfg.compile_cache_dir)
+        fused["mlp"] = choose_mlp(cfg, world)
+    for knob, kernel in TRITON_KERNELS.items():
+        if getattr(cfg, knob) != "eager":
+            fused |= kernel
+
+    name, attend, _ = choose_attention(cfg.attn_backend, world)
     if cfg.cuda_graphs and name == "sdpa":
-        raise RunError("CUDA_GRAPHS=1 needs an attention that does not loop on the host, and here is only sdpa; set CUDA_GRAPHS=0")
-    return Kernels(
-        attention,
-        leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel, library),
-        split_heads if cfg.qk_kernel == "eager" else split_heads_op,
-        gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
-        None if cfg.fused_ce_kernel == "eager" else HeadCe.apply,
-        choose_viterbi(world.device),
-        None if cfg.ttt_adam_kernel == "eager" else FusedAdam)
+        raise RunError("CUDA_GRAPHS=1 needs an attention that does not loop on the host, and here is only "
+                       "sdpa; set CUDA_GRAPHS=0")
+    return DEFINITIONS._replace(attend=attend, **fused)
 
 
 # ==================================================================================================
 # MAIN - the stages of a run. The artifact's bytes on disk are the only bridge from training to scoring.
 # ==================================================================================================
 
+def pick_kernels(cfg: Config, world: World) -> tuple[Kernels, str]:
+    """Choose the kernels of this run; a script without KERNELS has the definitions.
+
+    -> (kernels, the attention's name and how it was chosen). Raises RunError where a variable asks such a script
+    for a kernel.
+    """
+    if "choose_kernels" in globals():
+        kernels = choose_kernels(cfg, world)
+        name, _, trials = choose_attention(cfg.attn_backend, world)
+        return kernels, f"{name} ({trials})"
+
+    knobs = [f.name for f in fields(cfg) if f.name.endswith("_kernel") or f.name == "attn_backend"]
+    values = {name.upper(): getattr(cfg, name) for name in knobs}
+    wanted = [f"{name}={value}" for name, value in values.items() if value not in ("eager", "auto", "sdpa")]
+    if cfg.cuda_graphs:
+        wanted.append("CUDA_GRAPHS=1")
+    if wanted:
+        raise RunError(f"{' '.join(wanted)}: no kernels in this script, its section KERNELS was cut off; take the "
+                       "whole script, or set *_KERNEL to eager, ATTN_BACKEND to auto and CUDA_GRAPHS to 0")
+    return DEFINITIONS, "sdpa (KERNELS was cut off)"
+
+
+class Note(NamedTuple):
+    """Say where facts of one kind are kept."""
+
+    log: str              # lines, formatted with the facts
+    result: dict          # key of result.json, formatted with the facts -> fact
+    ledger: bool = False  # whether all of them stand in a line of their kind
+
+
+NOTES = dict(
+    data=Note("train_shards: {train_shards}\nval_tokens: {val_tokens}", dict(val_tokens="val_tokens", docs_val="docs_val")),
+    trained=Note(
+        "peak memory allocated: {allocated} MiB reserved: {reserved} MiB",
+        {name: name for name in ("steps", "train_seconds", "train_tokens", "step_avg_ms", "loss_curve", "mfu")}),
+    calibrated=Note("GPTQ:collected {count} Hessians in {seconds:.1f}s", dict(calib_seconds="budgeted")),
+    scored=Note(
+        "{name} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{milliseconds:.0f}ms",
+        {"{key}_val_loss": "loss", "{key}_val_bpb": "bpb", "{key}_mfu": "mfu", "val_loss": "loss", "val_bpb": "bpb",
+         "target_tokens": "tokens", "val_bytes": "bytes"}),
+    artifact=Note(
+        "Code size (uncompressed): {code_bytes} bytes\n"
+        "Serialized model {form}: {bytes} bytes\n"
+        "Total submission size {form}: {total} bytes",
+        dict(artifact_file="file", artifact_bytes="bytes", artifact_sha256="sha256", bytes_by_part="parts", code_bytes="code_bytes",
+             code_sha256="code_sha256", bytes_total="total", over_cap="over_cap"),
+        ledger=True),
+)
+
+
+def state_hash(*states: Any) -> str:
+    """Hash nested states, blake2b-128 in hex: every tensor's bytes, every other value as text."""
+    h = hashlib.blake2b(digest_size=16)
+    for x in torch.utils._pytree.tree_leaves(states):
+        if isinstance(x, Tensor):
+            h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            h.update(repr(x).encode())
+    return h.hexdigest()
+
+
 class Run:
-    """What all stages of one run share: configuration, ranks, files, log, clock and the numbers collected so far."""
+    """Hold what all stages of a run share: configuration, ranks, files, log, ledger, clock, and the numbers collected so far."""
 
     def __init__(self, cfg: Config, world: World, out: Path):
-        self.cfg, self.world, self.out = cfg, world, out
-        self.log = Log(out / f"{out.name if not cfg.run_id else cfg.run_id}.txt" if world.main else None)
+        self.cfg = cfg
+        self.world = world
+        self.out = out
+        self.id = cfg.run_id or out.name
+        self.checkpoint = out / "checkpoint.pt"
+        self.weights = out / "final_model.pt"
+        self.artifact = out / "final_model.int6.ptz"
+        self.log = Log(out / f"{self.id}.txt" if world.main else None)
         self.ledger = Ledger(out / "ledger.jsonl" if world.main else None)
         self.clock = Clock(world, lambda name, seconds: self.ledger.add("phase", dict(name=name, seconds=seconds)))
-        self.checkpoint, self.weights, self.artifact = out / "checkpoint.pt", out / "final_model.pt", out / "final_model.int6.ptz"
         if cfg.stage not in ("train", "warm"):
             {"pergroup": need_lrzip, "range": need_constriction}.get(cfg.compressor, str)()  # before an hour of training, not after
+
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
-        self.data, self.train_shards = ValData.load(cfg, self.files), len(self.files.train)
-        self.kernels = choose_kernels(cfg, world)
+        self.data = ValData.load(cfg, self.files)
+        self.kernels, self.attention = pick_kernels(cfg, world)
         self.result: dict[str, Any] = {}
-        self.findings, self.warm_ups, self.weight_hashes, self.scored_pass = {}, [], [], ""
+        self.last_pass = ""  # over the validation tokens
 
-    def scorer(self, name: str) -> Scorer:
-        """A pass over the validation tokens that the ledger keeps account of."""
-        self.scored_pass, self.scored = name, Scorer(self.data, self.world, name, self.ledger)
-        return self.scored
+    def note(self, kind: str, **facts: Any) -> None:
+        """Write facts to the log, the result and the ledger, as NOTES says for their kind."""
+        note = NOTES[kind]
+        self.log(note.log.format(**facts))
+        for key, fact in note.result.items():
+            self.result[key.format(**facts)] = facts[fact]
+        if note.ledger:
+            self.ledger.add(kind, facts)
 
-    def probe(self, check, *args) -> None:
-        """check(*args) -> {id: finding}, by rank 0, into the ledger with its cost. Nothing where AUDIT=off."""
-        if self.cfg.audit != "off" and self.world.main:
-            start, found = time.perf_counter(), check(*args)
-            seconds = (time.perf_counter() - start) / len(found)
-            for name, (verdict, evidence) in found.items():
-                self.ledger.add("probe", dict(id=name, verdict=verdict, evidence=evidence, seconds=seconds))
-            self.findings |= found
+    def note_weights(self, model: GPT, when: str) -> None:
+        """Keep the hash of all parameters: what was loaded must be what scores the first target."""
+        self.ledger.add("weights", dict(when=when, sha256=state_hash(model.state_dict())))
 
     @contextlib.contextmanager
     def unchanged(self, state):
-        """Around a warm-up, after which what state() returns and the random generators must be what they were (P6)."""
-        before = state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
-        yield
-        after = state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
-        self.warm_ups.append((before[:8], after[:8]))
-        self.ledger.add("warmup", dict(before=before, after=after))
+        """Keep the hash of what state() returns and of the random generators, before a warm-up and after it."""
+        def look() -> str:
+            return state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
 
-    def diagnostic(self, name: str, key: str, forward) -> Score:
-        """Score with fixed weights and log it."""
-        self.clock.phase("diagnostic eval")
-        start, scorer = time.perf_counter(), self.scorer(key)
-        score = evaluate(self.cfg, self.world, forward, scorer)
+        before = look()
+        yield
+        self.ledger.add("warmup", dict(before=before, after=look()))
+
+    def scorer(self, name: str) -> Scorer:
+        """Begin a pass over the validation tokens that the ledger keeps account of."""
+        self.last_pass = name
+        return Scorer(self.data, self.world, name, self.ledger)
+
+    def score(self, name: str, scorer: Scorer, method) -> float:
+        """Time method(scorer) -> Score, note what it comes to and return the seconds. name: in the log."""
+        start = time.perf_counter()
+        score = method(scorer)
         seconds = time.perf_counter() - start
-        self.log(f"{name} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
-        self.result[f"{key}_mfu"] = Utilization(self.world, scorer.work, seconds).result(seconds)
-        self.result |= {f"{key}_val_loss": score.loss, f"{key}_val_bpb": score.bpb, "val_loss": score.loss, "val_bpb": score.bpb,
-                        "target_tokens": score.tokens, "val_bytes": score.bytes}
-        return score
+        mfu = Utilization(self.world, scorer.work, seconds).result(seconds)
+        self.note("scored", name=name, key=scorer.name, milliseconds=1000 * seconds, mfu=mfu, **score._asdict())
+        return seconds
+
+    def diagnostic(self, name: str, key: str, forward) -> float:
+        """Score with fixed weights."""
+        self.clock.phase("diagnostic eval")
+        return self.score(name, self.scorer(key), partial(evaluate, self.cfg, self.world, forward))
 
 
 def environment(world: World) -> dict:
-    """Versions and machine."""
+    """List versions and machine."""
     return dict(hardware=hardware_name(world), python_version=platform.python_version(), torch_version=torch.__version__,
-                triton_version=triton.__version__ if triton else None, world_size=world.size)
+                triton_version=triton_version(), world_size=world.size)
 
 
 def log_start(run: Run, env) -> None:
-    """Overrides, variables without effect, the whole configuration and the source: a log is a complete account of its run."""
-    cfg, log, files = run.cfg, run.log, run.files
-    script, tokenizer = Path(__file__), cfg.tokenizer_file
-    run.ledger.add("start", dict(
-        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage, code_sha256=sha256_file(script),
-        config_hash=config_hash(cfg), overrides=overrides(cfg), seed=cfg.seed, seeds_declared=cfg.seeds_declared, audit=cfg.audit,
-        manifest_sha256=files.manifest_sha256, shards=files.hashes,
-        tokenizer_sha256=sha256_file(tokenizer) if tokenizer.exists() else files.manifest.get("tokenizer_sha256"),
-        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()), environment=environment(run.world)))
+    """Log overrides, variables without effect, the whole configuration and the source: a log is a complete account of its run."""
+    cfg, log = run.cfg, run.log
+    script = Path(__file__)
+    changed = " ".join(f"{name}={value}" for name, value in overrides(cfg).items())
     log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, torch {torch.__version__}, "
         f"python {platform.python_version()}")
-    log("overrides: " + (" ".join(f"{k}={v}" for k, v in overrides(cfg).items()) or "none"))
+    log(f"overrides: {changed or 'none'}")
     for note in without_effect(cfg, env):
         log(f"no effect: {note}")
     log("Hyperparameters:", console=False)
-    for f in sorted(fields(cfg), key=lambda f: f.name):
-        log(f"  {f.name}: {getattr(cfg, f.name)}", console=False)
+    for name in sorted(f.name for f in fields(cfg)):
+        log(f"  {name}: {getattr(cfg, name)}", console=False)
     log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
-    log(f"train_shards: {run.train_shards}")
-    log(f"val_tokens: {len(run.data.target_bytes)}")
-    weights = sum(math.prod(m.shape) for m in matrices(cfg) if m.stored is not None and m.stored.codec == "gptq")
-    bits, code = 8 * (cfg.target_bytes - script.stat().st_size) / weights, script.stat().st_size
+    run.note("data", train_shards=len(run.files.train), val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]))
     if cfg.quant == "rd" and cfg.target_bytes and cfg.stage != "eval":
-        verdict = "CANNOT FIT" if bits < 0.2 else "fits, at a loss: 3 are usual" if bits < 2 else "fits"
-        log(f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code}, {bits:.2f} bits each: {verdict}")
+        log(bits_available(cfg, script.stat().st_size))
+
     kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel, adam=cfg.ttt_adam_kernel)
-    attention, _, trials = choose_attention(cfg.attn_backend, run.world, cfg.compile_cache_dir)
-    log(f"kernels: attention:{attention} ({trials}) " + " ".join(f"{name}:{kind}" for name, kind in kernels.items()))
+    chosen = " ".join(f"{name}:{kind}" for name, kind in kernels.items())
+    log(f"kernels: attention:{run.attention} {chosen}")
+
+
+def bits_available(cfg: Config, code_bytes: int) -> str:
+    """Say how many bits TARGET_BYTES leaves for a weight, and what that means."""
+    weights = sum(math.prod(m.shape) for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq")
+    bits = 8 * (cfg.target_bytes - code_bytes) / weights
+    verdicts = ((0.2, "CANNOT FIT"), (2, "fits, at a loss: 3 are usual"), (math.inf, "fits"))
+    verdict = next(verdict for limit, verdict in verdicts if bits < limit)
+    return f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code_bytes}, {bits:.2f} bits each: {verdict}"
+
+
+def open_account(run: Run) -> None:
+    """Begin the ledger's account of this process: who ran what on which data."""
+    cfg, files = run.cfg, run.files
+    tokenizer = files.manifest.get("tokenizer_sha256")
+    if cfg.tokenizer_file.exists():
+        tokenizer = sha256_file(cfg.tokenizer_file)
+    run.ledger.add("start", dict(
+        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage, code_sha256=sha256_file(Path(__file__)),
+        config_hash=config_hash(cfg), overrides=overrides(cfg), seed=cfg.seed, seeds_declared=cfg.seeds_declared,
+        manifest_sha256=files.manifest_sha256, shards=files.hashes, tokenizer_sha256=tokenizer,
+        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()), environment=environment(run.world)))
 
 
 def train_stage(run: Run) -> GPT:
     """Train within the budget, average, score, and leave final_model.pt. Returns the averaged model."""
-    cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
+    cfg, world = run.cfg, run.world
+    log, clock = run.log, run.clock
     trainer = Trainer(cfg, world, run.files, run.kernels)
     log_training_start(cfg, trainer, log)
     clock.phase("compile")
     with run.unchanged(trainer.state):
         trainer.warm_up(log)
     if cfg.resume:
-        if not run.checkpoint.exists():
-            raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
-        trainer.load_state(load_tensors(run.checkpoint, world.device))
-        log(f"resumed after step {trainer.step}")
+        resume(run, trainer)
 
     def validate() -> Score:
         clock.phase("diagnostic eval")
@@ -5997,20 +6911,35 @@ def train_stage(run: Run) -> GPT:
     clock.phase("train")
     start = time.perf_counter()
     train(trainer, validate, log, run.checkpoint, forecast)
-    run.result["mfu"] = trainer.utilization.result(time.perf_counter() - start)
-    peak = max(peak_memory_mib(world.device), clock.peak_mib.get("train", 0))
-    reserved = torch.cuda.max_memory_reserved() >> 20 if world.device.type == "cuda" else peak
-    log(f"peak memory allocated: {peak} MiB reserved: {reserved} MiB")
+    note_training(run, trainer, time.perf_counter() - start)
+
     if trainer.ema:
         log("ema:applying EMA weights")
         trainer.ema.copy_to(trainer.model)
-    run.result |= dict(steps=trainer.step, train_seconds=trainer.clock.seconds, train_tokens=trainer.step * cfg.train_batch_tokens,
-                       step_avg_ms=1000 * trainer.clock.seconds / trainer.step, loss_curve=trainer.losses)
     if world.main:
         save_tensors(run.weights, dict(format=CHECKPOINT_FORMAT, model=trainer.model.state_dict()))
         run.checkpoint.unlink(missing_ok=True)
     run.diagnostic("diagnostic pre-quantization post-ema", "pre_quant", trainer.forward)
     return trainer.model
+
+
+def resume(run: Run, trainer: Trainer) -> None:
+    """Go on where an interrupted run left its checkpoint. Raises RunError without one."""
+    if not run.checkpoint.exists():
+        raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
+    trainer.load_state(load_tensors(run.checkpoint, run.world.device))
+    run.log(f"resumed after step {trainer.step}")
+
+
+def note_training(run: Run, trainer: Trainer, wall_seconds: float) -> None:
+    """Note what the training took."""
+    device, seconds = run.world.device, trainer.clock.seconds
+    allocated = max(peak_memory_mib(device), run.clock.peak_mib.get("train", 0))
+    reserved = torch.cuda.max_memory_reserved() >> 20 if device.type == "cuda" else allocated
+    run.note(
+        "trained", allocated=allocated, reserved=reserved, steps=trainer.step, train_seconds=seconds,
+        train_tokens=trainer.step * run.cfg.train_batch_tokens, step_avg_ms=1000 * seconds / trainer.step,
+        loss_curve=trainer.losses, mfu=trainer.utilization.result(wall_seconds))
 
 
 def warm_stage(run: Run) -> None:
@@ -6022,36 +6951,37 @@ def warm_stage(run: Run) -> None:
     trainer.loader.close()
     trainer.graphs = None
     if cfg.ttt_enabled:
-        TttRun(cfg, world, trainer.model.requires_grad_(False), Scorer(run.data, world), run.log).warm_up()
+        TttEngine(cfg, world, trainer.model.requires_grad_(False), run.data).warm_up(run.log)
     folder = compile_cache(cfg, world).get("TORCHINDUCTOR_CACHE_DIR", "torch's default folder")
     run.log(f"warm: {len(compilations())} graphs, kept in {folder}")
 
 
 def quantize_stage(run: Run, model: GPT | None) -> None:
-    """Hessians, GPTQ, packing; the artifact is read back and compared before the stage is done."""
-    cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
+    """Collect Hessians, quantize and pack; the artifact is read back and compared before the stage is done."""
+    cfg, world, log = run.cfg, run.world, run.log
     if model is None:
         model = load_checkpoint_model(cfg, world, run.weights, run.kernels)
         run.diagnostic("diagnostic pre-quantization post-ema", "pre_quant", model)
     if world.main:
         log(f"Serialized model: {run.weights.stat().st_size} bytes")
+
     trains = cfg.gptq_calibration == "train"  # on training data it is part of the training budget
-    clock.phase("calibrate" if trains else "self-calibrate")
+    run.clock.phase("calibrate" if trains else "self-calibrate")
     start = time.perf_counter()
     log("GPTQ:collecting Hessians from calibration data...")
     hessians = collect_hessians(cfg, world, model, run.files, log)
     world.synchronize()
     seconds = time.perf_counter() - start
-    run.result["calib_seconds"] = seconds if trains else 0.0
-    log(f"GPTQ:collected {len(hessians.H)} Hessians in {seconds:.1f}s")
-    clock.phase("quantize")
+    run.note("calibrated", count=len(hessians.H), seconds=seconds, budgeted=seconds if trains else 0.0)
+
+    run.clock.phase("quantize")
     if world.main:
         start = time.perf_counter()
         stored, blob = quantize_to_fit(
             cfg, model.state_dict(), hessians, Path(__file__).stat().st_size, log, model.kernels.viterbi)
         log(f"Serialize: {cfg.quant} quantization and {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
         write_atomic(run.artifact, blob)
-        clock.phase("unpack")
+        run.clock.phase("unpack")
         back = unpack(cfg, run.artifact.read_bytes())
         for name, s in stored.items():
             if not torch.equal(s.decode(), back[name].decode()):
@@ -6060,180 +6990,135 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
 
 
 def count_bytes(run: Run) -> None:
-    """Sizes of the files that a submission ships: the artifact and the script that is running."""
-    log, script, artifact = run.log, Path(__file__), run.artifact
-    code, model, kind = script.stat().st_size, artifact.stat().st_size, f"quantized+{run.cfg.compressor}"
-    upstream, total = upstream_code_bytes(), script.stat().st_size + artifact.stat().st_size
-    log(f"Code size (uncompressed): {code} bytes")
-    if upstream is not None:
-        log(f"Code size (compressed): {upstream} bytes (upstream's convention, a file that is never written)")
-    log(f"Serialized model {kind}: {model} bytes")
-    log(f"Total submission size {kind}: {total} bytes")
-    if total > ARTIFACT_CAP_BYTES:
-        log(f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; nothing is deleted, the run is "
-            "marked. Ship the packed script (tools/pack_code.py), or set QUANT=rd TARGET_BYTES, or raise *_CLIP_SIGMAS")
-    run.result |= dict(
-        artifact_file=artifact.name, artifact_bytes=model, artifact_sha256=sha256_file(artifact),
-        bytes_by_part=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script),
-        code_bytes_upstream_convention=upstream, bytes_total=total,
+    """Note the sizes of the files that a submission ships: the artifact and the script that is running."""
+    script, artifact = Path(__file__), run.artifact
+    code, model = script.stat().st_size, artifact.stat().st_size
+    total = code + model
+    run.note(
+        "artifact", form=f"quantized+{run.cfg.compressor}", file=artifact.name, bytes=model, sha256=sha256_file(artifact),
+        parts=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script), total=total,
         over_cap=total > ARTIFACT_CAP_BYTES)
-    run.ledger.add("artifact", dict(file=artifact.name, sha256=run.result["artifact_sha256"], bytes=model, code_bytes=code))
+    if total > ARTIFACT_CAP_BYTES:
+        run.log(
+            f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; nothing is deleted, the run is "
+            "marked. Ship the packed script (tools/pack_code.py), or set QUANT=rd TARGET_BYTES, or raise *_CLIP_SIGMAS")
 
 
-def note_weights(run: Run, model: GPT, when: str) -> None:
-    """The hash of all parameters: what was loaded must be what scores the first target."""
-    run.weight_hashes.append(state_hash(model.state_dict()))
-    run.ledger.add("weights", dict(when=when, sha256=run.weight_hashes[-1]))
-
-
-def score_artifact(run: Run) -> tuple[GPT, Any, TttRun | None, Score]:
-    """Load the artifact from its bytes, score it as it is, then with test-time training. -> model, its forward, the run that adapted it
-    and the score that counts."""
-    cfg, world, log, clock = run.cfg, run.world, run.log, run.clock
-    clock.phase("unpack")
+def score_artifact(run: Run) -> None:
+    """Load the artifact from its bytes, score it as it is, and then, with TTT_ENABLED, as it adapts to what it has scored."""
+    cfg = run.cfg
+    run.clock.phase("unpack")
     start = time.perf_counter()
-    model = load_artifact(cfg, world, run.artifact, run.kernels)
-    log(f"Deserialize: decompression and dequantization done in {time.perf_counter() - start:.1f}s")
-    note_weights(run, model, "loaded")
+    model = load_artifact(cfg, run.world, run.artifact, run.kernels)
+    run.log(f"Deserialize: decompression and dequantization done in {time.perf_counter() - start:.1f}s")
+    run.note_weights(model, "loaded")
     run.result["model_params"] = sum(p.numel() for p in model.parameters())
     count_bytes(run)
-    forward = compile_forward(model, cfg, world)
+
+    forward = compile_forward(model, cfg, run.world)
     if not cfg.ttt_enabled:
-        note_weights(run, model, "first_score")
-    start = time.perf_counter()
-    score, ttt = run.diagnostic("diagnostic quantized", "quantized", forward), None
-    run.result |= dict(eval_seconds=time.perf_counter() - start, ttt_val_loss=None, ttt_val_bpb=None)
+        run.note_weights(model, "first_score")
+    run.result["eval_seconds"] = run.diagnostic("diagnostic quantized", "quantized", forward)
     if cfg.ttt_enabled:
-        ttt = TttRun(cfg, world, model, run.scorer("ttt"), log)
-        if ttt.static_rows:
-            clock.phase("compile")
-            with run.unchanged(model.state_dict):
-                ttt.warm_up()
-        note_weights(run, model, "first_score")
-        clock.phase("eval")
-        log("beginning TTT eval timer")
-        start = time.perf_counter()
-        score = ttt.run()
-        world.synchronize()
-        seconds = time.perf_counter() - start
-        log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
-        log(f"total_eval_time:{seconds:.1f}s")
-        utilization = Utilization(world, ttt.scorer.work, seconds)
-        log(f"ttt_utilization: {utilization.interval()}")
-        run.result["ttt_mfu"] = utilization.result(seconds)
-        run.result |= dict(ttt_val_loss=score.loss, ttt_val_bpb=score.bpb, val_loss=score.loss, val_bpb=score.bpb,
-                           target_tokens=score.tokens, val_bytes=score.bytes, eval_seconds=seconds)
-    return model, forward, ttt, score
+        run.result["eval_seconds"] = adapt_and_score(run, model)
+
+
+def adapt_and_score(run: Run, model: GPT) -> float:
+    """Score with test-time training, and return the seconds that it took."""
+    cfg = run.cfg
+    scorer = run.scorer("ttt")
+    engine = TttEngine(cfg, run.world, model, run.data)
+    if engine.static_rows:
+        run.clock.phase("compile")
+        with run.unchanged(model.state_dict):
+            engine.warm_up(run.log)
+    run.note_weights(model, "first_score")
+
+    run.clock.phase("eval")
+    run.log("beginning TTT eval timer")
+    seconds = run.score("quantized_ttt_phased", scorer, lambda scorer: TttRun(cfg, engine, scorer, run.log).run())
+    run.log(f"total_eval_time:{seconds:.1f}s")
+    run.log(f"ttt_utilization: {Utilization(run.world, scorer.work, seconds).interval()}")
+    return seconds
 
 
 def eval_stage(run: Run) -> None:
-    """Score the artifact, watched, and look at how that was done."""
-    cfg, world, run.files = run.cfg, run.world, replace(run.files, train=())
-    with open_watch() as watch:
-        model, forward, ttt, score = score_artifact(run)
-    run.clock.phase("audit")
-    alone = World(0, 1, world.device, world.dtype)
-    mini = replace(cfg, phased_ttt_enabled=False, max_eval_seconds=0.0, compile_allow_recompiles=True)
-
-    def replay(scorer: Scorer) -> Score:
-        return TttRun(mini, alone, model, scorer, Log(None), ttt).run() if ttt else evaluate(mini, alone, forward, scorer)
-
-    if cfg.eval_method == "sliding":  # windows that a short stream fills
-        mini = replace(mini, eval_seq_len=min(cfg.eval_seq_len, 64), eval_stride=min(cfg.eval_stride, 16), val_batch_tokens=8)
-    count, length, rounds = *((min(3, cfg.ttt_batch_size), 3 * chunk_size(cfg, 2)) if ttt else (3, 128)), 16 if cfg.audit == "full" else 1
-    isolated = (bool(ttt) or cfg.eval_method == "packed") and not cfg.ngram_tilt_enabled
-    run.probe(probe_scoring, run.data, alone, cfg.vocab_size, replay, count, length, rounds, cfg.seed, isolated)
-    ours = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *run.files.val, *run.files.sidecar]
-    strangers = sorted(set().union(*world.gather(watch.strangers(cfg.shards_path, ours))))
-    run.probe(score_findings, run, score, run.scored.early, strangers)
-    world.barrier()
+    """Score the artifact, and keep account of what was opened meanwhile."""
+    cfg, files = run.cfg, run.files
+    with access_log() as log:
+        score_artifact(run)
+    own_files = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *files.val, *files.sidecar]
+    of_ranks = run.world.gather(log.unexpected(cfg.shards_path, own_files))
+    run.ledger.add("access", dict(seen=sorted(entry for seen in of_ranks for entry in seen)))
 
 
-def score_findings(run: Run, score: Score, early: bool, strangers: list[str]) -> dict[str, Finding]:
-    """Findings from what lies on the table: sizes, clocks, hashes, coverage, and the score computed again from its file."""
-    cfg, result, seconds, weights = run.cfg, run.result, run.clock.seconds, [digest[:8] for digest in run.weight_hashes]
-    total, said = sum(len(read_shard(p)) for p in run.files.val) - 1, run.files.manifest.get("splits", {}).get("val", {}).get("bytes")
-    good, lossy = score.tokens == total and score.bytes == said, said is not None and score.tokens == total and score.bytes < said
-    covered = holds(good, f"{score.tokens} of {total} targets, {score.bytes} of {said or '?'} bytes", bool(said) or score.tokens != total)
-    trained = (result.get("train_seconds") or math.nan) + result.get("calib_seconds", 0)
-    clocks = ((trained, cfg.max_wallclock_seconds, ("train", "calibrate", "quantize")),
-              (result["eval_seconds"], cfg.max_eval_seconds, ("unpack", "diagnostic eval", "eval")))
-    late = any(budget and spent > budget for spent, budget, _ in clocks)
-    times = [f"{spent:.1f} of {budget:g} s (strict {sum(seconds.get(p, 0) for p in phases):.1f})" for spent, budget, phases in clocks]
-    nats = np.load(run.out / f"token_nats_{run.scored_pass}.npy").sum(dtype=np.float64)
-    off = abs(float(nats) / math.log(2) / int(run.data.target_bytes.sum()) - score.bpb)
-    declared = [int(seed) for seed in filter(None, cfg.seeds_declared.split(","))]
+def documents_of(manifest: dict, split: str) -> int | None:
+    """Count the documents of a split by the manifest; None where it does not say."""
+    first, end = manifest.get("splits", {}).get(split, {}).get("documents", [0, 0])
+    return end - first or None
+
+
+def complete_result(run: Run) -> dict:
+    """Put the numbers collected so far among what says which run they are of; what no stage has measured is None."""
+    cfg, files = run.cfg, run.files
+    phases = run.clock.table()
+    scores = [f"{stage}val_{unit}" for stage in ("", "pre_quant_", "quantized_", "ttt_") for unit in ("loss", "bpb")]
+    unmeasured = dict.fromkeys((*scores, "steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds"))
+    data = dict(
+        manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents_of(files.manifest, "train"),
+        train_tokens=files.manifest.get("splits", {}).get("train", {}).get("tokens"), docs_val=documents_of(files.manifest, "val"),
+        tokenizer_sha256=files.manifest.get("tokenizer_sha256"))
     return dict(
-        bytes=holds(not result["over_cap"], f"{result['bytes_total']:,} of {ARTIFACT_CAP_BYTES:,} bytes, packed by {cfg.compressor}"),
-        order=holds(weights[0] == weights[1] and not early, f"weights {weights[0]} when loaded, {weights[1]} at the first score; learned "
-                    f"from {'unscored' if early else 'scored'} targets"),
-        P4=("NEEDS-RULING", covered[1]) if lossy else covered, P5=holds(True, f"{score.tokens:,} targets, each once, by the scorer"),
-        P6=holds(all(a == b for a, b in run.warm_ups), f"hashes of the state before and after: {run.warm_ups}", bool(run.warm_ups)),
-        P7=holds(not late, f"train {times[0]}, eval {times[1]}", late or all(budget and spent == spent for spent, budget, _ in clocks)),
-        P8=("NOT-MEASURED", "tools/audit.py rescore does it"),
-        P10=probe_round_trip(cfg, run.data, 1 << 30 if cfg.audit == "full" else 8, cfg.seed),
-        P11=holds(not strangers, f"strange among the files, sockets and programs: {', '.join(strangers[:3]) or 'none'}"),
-        P12=holds(cfg.seed in declared, f"seed {cfg.seed}, declared: {declared}", bool(declared)),
-        sum=holds(off <= 1e-9, f"bits per byte from token_nats_{run.scored_pass}.npy differ by {off:.1g}"))
+        schema_version=1, run_id=run.id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage, overrides=overrides(cfg),
+        config_hash=config_hash(cfg), **unmeasured | run.result, phases=phases, wall_seconds=sum(p["seconds"] for p in phases),
+        compilations=run.clock.compiled, peak_mem_mib=max(p["peak_mib"] for p in phases), **environment(run.world), data=data,
+        train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)
 
 
 def finish(run: Run) -> None:
-    """Complete the result, judge it, write result.json, print the tables and the one JSON line."""
-    cfg, world, files, manifest = run.cfg, run.world, run.files, run.files.manifest.get("splits", {})
-    phases = run.clock.table()
-    documents = {split: (lambda d: d[1] - d[0])(manifest.get(split, {}).get("documents", [0, 0])) or None for split in ("train", "val")}
-    scores = [f"{stage}val_{unit}" for stage in ("", "pre_quant_", "quantized_", "ttt_") for unit in ("loss", "bpb")]
-    keys = (*scores, "steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds")
-    result = dict(
-        schema_version=1, run_id=run.out.name if not cfg.run_id else cfg.run_id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
-        overrides=overrides(cfg), config_hash=config_hash(cfg), **dict.fromkeys(keys)) | run.result | dict(
-        val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]), wall_seconds=sum(p["seconds"] for p in phases),
-        phases=phases, compilations=run.clock.compiled, peak_mem_mib=max(p["peak_mib"] for p in phases), **environment(world),
-        data=dict(manifest_sha256=files.manifest_sha256, train_shards=run.train_shards, docs_train=documents["train"],
-                  train_tokens=manifest.get("train", {}).get("tokens"), docs_val=documents["val"],
-                  tokenizer_sha256=files.manifest.get("tokenizer_sha256")),
-        train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)
-    judged = verdicts(cfg, run.findings)
-    run.ledger.add("verdicts", judged)
-    run.ledger.add("end", dict(val_loss=result["val_loss"], val_bpb=result["val_bpb"], tokens=result.get("target_tokens"),
-                               bytes=result.get("val_bytes"), **{"pass": run.scored_pass}))
-    result["audit"] = dict(mode=cfg.audit, verdicts=judged, findings=run.findings, lines=run.ledger.lines, last_hash=run.ledger.last)
-    if world.main:
-        curve = result.pop("loss_curve", None)
+    """Close the account, write result.json, print the tables, how the run is judged, and the result as one line of JSON."""
+    result = complete_result(run)
+    times = ("train_seconds", "calib_seconds", "eval_seconds", "train_budget_seconds", "eval_budget_seconds")
+    run.ledger.add("end", dict(
+        val_loss=result["val_loss"], val_bpb=result["val_bpb"], tokens=result.get("target_tokens"), bytes=result.get("val_bytes"),
+        **{name: result[name] for name in times}, **{"pass": run.last_pass}))
+    result["ledger"] = dict(lines=run.ledger.lines, last_hash=run.ledger.last)
+
+    curve = result.pop("loss_curve", None)
+    if run.world.main:
         if curve:
             write_atomic(run.out / "loss_curve.json", json.dumps(curve).encode())
         write_atomic(run.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     for line in summary_table(result):
         run.log(line)
+    run.log(f"judge this run: python tools/audit.py run {run.out}")
     run.log(f"result: {json.dumps(result)}")
 
 
 def summary_table(result: dict) -> list[str]:
-    """The numbers a person wants first."""
+    """Write out the numbers that a person wants first."""
     lines = ["", f"{'stage':<28}{'val_bpb':>10}{'val_loss':>10}"]
     for name, key in (("trained (EMA)", "pre_quant"), ("quantized", "quantized"), ("test-time trained", "ttt")):
-        if result.get(f"{key}_val_bpb") is not None:
+        if result[f"{key}_val_bpb"] is not None:
             lines.append(f"{name:<28}{result[f'{key}_val_bpb']:>10.5f}{result[f'{key}_val_loss']:>10.5f}")
     if "artifact_bytes" in result:
         lines += ["", f"{'bytes':<28}{'':>10}{'':>10}"]
         lines += [f"  {name:<26}{size:>10,}" for name, size in result["bytes_by_part"].items() if size]
-        lines += [f"  {'code':<26}{result['code_bytes']:>10,}", f"{'total':<28}{result['bytes_total']:>10,}  of {ARTIFACT_CAP_BYTES:,}"]
+        lines.append(f"  {'code':<26}{result['code_bytes']:>10,}")
+        lines.append(f"{'total':<28}{result['bytes_total']:>10,}  of {ARTIFACT_CAP_BYTES:,}")
     lines += ["", f"{'phase':<28}{'seconds':>10}{'peak MiB':>10}"]
     lines += [f"  {p['name']:<26}{p['seconds']:>10.1f}{p['peak_mib']:>10}" for p in result["phases"]]
-    lines += [f"{'wall':<28}{result['wall_seconds']:>10.1f}{result['peak_mem_mib']:>10}", ""]
-    return [*lines, *(f"{rule:<4}{verdict:<14}{evidence}" for rule, (verdict, evidence) in result["audit"]["verdicts"].items()), ""]
+    return [*lines, f"{'wall':<28}{result['wall_seconds']:>10.1f}{result['peak_mem_mib']:>10}", ""]
 
 
 def run_stages(cfg: Config, world: World, env) -> None:
-    """The stages that STAGE asks for, in order, and the result."""
+    """Run the stages that STAGE asks for, in order, and write the result."""
     run_id = cfg.run_id or world.from_main(datetime.now(UTC).strftime("%Y%m%d_%H%M%S"))
     run = Run(cfg, world, Path(cfg.artifact_dir or f"logs/{run_id}"))
+    open_account(run)
     log_start(run, env)
     if cfg.stage == "warm":
         warm_stage(run)
-    if run.files.train and cfg.stage != "warm":
-        run.clock.phase("audit")
-        run.probe(probe_overlap, run.files.train, run.data.tokens, math.inf if cfg.audit == "full" else 6.0)
     model = train_stage(run) if cfg.stage in ("all", "train") else None
     if cfg.stage in ("all", "quantize"):
         quantize_stage(run, model)
@@ -6243,7 +7128,7 @@ def run_stages(cfg: Config, world: World, env) -> None:
 
 
 def main() -> int:
-    """Exit codes: 0 done, 1 the run failed with an explanation, 2 bad configuration, 130 interrupted."""
+    """Run from the command line. Exit codes: 0 done, 1 the run failed with an explanation, 2 bad configuration, 130 interrupted."""
     if set(sys.argv[1:]) & {"-h", "--help"}:
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly

@@ -155,7 +155,7 @@ def bench_pack() -> list[dict]:
     counts = torch.bincount(torch.from_numpy(symbols).int() + 31).double()
     share = counts[counts > 0] / counts.sum()
     entropy, raw, rows = -(share * share.log2()).sum().item(), symbols.tobytes(), []
-    for coder in ("brotli", "lzma"):
+    for coder in ("brotli",):
         encode, decode = tg.CODERS[coder]
         packed = encode(raw)
         assert decode(packed, len(raw)) == raw

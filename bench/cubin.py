@@ -95,8 +95,8 @@ def launches(rows: int, cfg: tg.Config):
     gate = torch.empty(1, rows, H, dtype=torch.bfloat16)
     yield "gate_heads", "gate_heads_kernel", lambda: tg.gate_heads_op(q, v, gate)
     yield "gate_heads_grad", "gate_heads_grad_kernel", lambda: tg.gate_heads_grad(q, q, v, gate)
-    logits, targets, cap = torch.empty(rows, V, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.int64), torch.tensor(30.0)
-    yield "head_ce", "ce_kernel", lambda: tg.ce_with_slope(logits, targets, cap, cap)
+    logits, targets = torch.empty(rows, V, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.int64)
+    yield "head_ce", "ce_kernel", lambda: tg.ce_with_slope(logits, targets, cfg.logit_softcap)
     p = torch.nn.Parameter(torch.empty(17, 24, 80, D))
     p.grad = torch.empty_like(p)
     yield "fused_adam", "adam_kernel", tg.FusedAdam([p], 1e-4, 0.99, 1e-10, 0.5).step

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.attention.flex_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_gpt as tg
@@ -39,8 +40,10 @@ N = 256 if DRY else 98_304  # tokens of a micro-batch of S14
 DEVICE = "cpu" if DRY else "cuda"
 BUILD = Path(__file__).parents[1] / "build"  # where the CUTLASS kernel is looked for, and made
 D, H, G, HEAD, HIDDEN, V = CFG.model_dim, CFG.num_heads, CFG.num_kv_heads, CFG.head_dim, CFG.mlp_dim, CFG.vocab_size
+CAP = CFG.logit_softcap
 ALL_KERNELS = dict(mlp_kernel="lsb", qk_kernel="triton", xsa_kernel="triton", fused_ce_kernel="triton")
 # Document lengths in tokens of FineWeb's validation part at these percentiles (50,000 documents, CaseOps, 8,192 pieces).
+FLEX_TILES = ((), (64, 64), (64, 128), (128, 64), (128, 128))  # queries and keys at a time; () is torch's own choice
 PERCENTILES = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.9, 100)
 LENGTHS = (26, 104, 142, 179, 251, 334, 440, 566, 722, 936, 1259, 1873, 2769, 4618, 6625, 9624, 22379, 93646)
 
@@ -125,14 +128,13 @@ def gate_inputs(grad: bool = False):
 
 
 def head_inputs(rows: int, scale: float = 1.0):
-    """Hidden states and head of `rows` tokens, targets, caps."""
-    cap = torch.tensor(30.0, device=DEVICE)
+    """Draw hidden states (1, rows, D), a head (V, D) and targets (1, rows)."""
     x, head = randn(1, rows, D, grad=True), randn(V, D, grad=True, scale=scale * D**-0.5)
-    return x, head, torch.randint(0, V, (1, rows), device=DEVICE), (cap, cap)
+    return x, head, torch.randint(0, V, (1, rows), device=DEVICE)
 
 
-def defined_head_ce(x, head, targets, *caps):
-    return tg.softcapped_ce(torch.nn.functional.linear(x, head), targets, *caps)
+def defined_head_ce(x, head, targets):
+    return tg.softcapped_ce(torch.nn.functional.linear(x, head), targets, CAP)
 
 
 def mlp_inputs(grad: bool = False):
@@ -190,11 +192,11 @@ def correctness():
         reference = forward_backward(definition, wide, [d.bfloat16().float() for d in directions])
         error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
         yield dict(name=f"check {name}", error=error, tolerance=tolerance, reached=error < tolerance)
-    x, head, targets, caps = head_inputs(N // 4, scale=8.0)
+    x, head, targets = head_inputs(N // 4, scale=8.0)
     wide = [t.detach().float().requires_grad_() for t in (x, head)]
     direction = [torch.rand(targets.shape, device=DEVICE)]
-    ours = forward_backward(lambda *args: tg.HeadCe.apply(*args, targets, *caps), (x, head), direction)
-    reference = forward_backward(lambda *args: defined_head_ce(*args, targets, *caps), wide, direction)
+    ours = forward_backward(lambda *args: tg.HeadCe.apply(*args, targets, CAP), (x, head), direction)
+    reference = forward_backward(lambda *args: defined_head_ce(*args, targets), wide, direction)
     error = max(relative_error(a, b) for a, b in zip(ours, reference, strict=True))
     yield dict(name="check head_ce", error=error, tolerance=0.01, reached=error < 0.01)
     x = 20 * torch.randn(tg.TRELLIS_SEGMENT, 33, device=DEVICE)
@@ -292,10 +294,10 @@ def heads():
 
 def cross_entropy():
     """B7: head, loss and gradients, one pass over the logits against two."""
-    x, head, targets, caps = head_inputs(N)
-    reference = compiled(lambda x, head: defined_head_ce(x, head, targets, *caps).sum())
+    x, head, targets = head_inputs(N)
+    reference = compiled(lambda x, head: defined_head_ce(x, head, targets).sum())
     yield line("head and softcapped CE forward+backward", milliseconds(lambda: forward_backward(
-        compiled(lambda x, head: tg.HeadCe.apply(x, head, targets, *caps).sum()), (x, head))), "compiled definition",
+        compiled(lambda x, head: tg.HeadCe.apply(x, head, targets, CAP).sum()), (x, head))), "compiled definition",
         milliseconds(lambda: forward_backward(reference, (x, head))), gb=4 * N * V * 2 / 1e9, tf=6 * N * V * D / 1e12, target_ms=4.6)
 
 
@@ -352,11 +354,42 @@ def fa3():
         yield from time_attention("fa3 of xformers", tg.varlen_attention(), (1024, 2048, 3072))
 
 
+def tiled_flex_attention(tile: tuple[int, ...]):
+    """Make `tg.flex_attention` with this tile, in which its backward's blocks divide each other as torch asks."""
+    queries, keys = tile
+    short, long = sorted(tile)
+    options = dict(
+        BLOCK_M=queries, BLOCK_N=keys, BLOCK_M1=short, BLOCK_N1=long, BLOCK_M2=long, BLOCK_N2=short)
+    untiled = torch.nn.attention.flex_attention.flex_attention
+
+    def flex(*args, **rest):
+        return untiled(*args, kernel_options=options, **rest)
+
+    with unittest.mock.patch.object(torch.nn.attention.flex_attention, "flex_attention", flex):
+        return tg.flex_attention()
+
+
 def flex_tiles():
-    """B6: FlexAttention by tile; the CPU has only its forward, uncompiled, so a dry run takes the definition's place."""
-    for tile in tg.FLEX_TILES:
-        attend = tg.document_attention_reference if DRY else tg.flex_attention(tile)
-        yield from time_attention(f"flex {'x'.join(map(str, tile)) or 'as torch chooses'}", attend, (1024, 3072))
+    """B6: FlexAttention by tile, checked and timed, and the fastest right one.
+
+    The CPU has only its forward, uncompiled, so a dry run takes the definition's place.
+    """
+    times = {}
+    for tile in FLEX_TILES:
+        attend = tiled_flex_attention(tile) if tile else tg.flex_attention()
+        attend = tg.document_attention_reference if DRY else attend
+        name = f"flex {'x'.join(map(str, tile)) or 'as torch chooses'}"
+        checks = list(check_attention(name, attend))
+        timings = list(time_attention(name, attend, (1024, 3072)))
+        yield from checks + timings
+        if all(check["reached"] for check in checks) and all("ms" in timing for timing in timings):
+            times[name] = sum(timing["ms"] for timing in timings)
+
+    if times:
+        best = min(times, key=times.get)
+        yield dict(name=f"best tile: {best}", ms=round(times[best], 4))
+    else:
+        yield dict(name="best tile", error="no tile of FlexAttention is right here")
 
 
 def muon():
@@ -440,10 +473,13 @@ def evaluation():
 
 
 def learning_step(cfg, world, forward, rows: int, width: int, chunk: int, padded: int):
-    """A function that scores a chunk of `rows` documents, learns from it and returns the nats. padded: width of the windows."""
+    """Make a function that scores a chunk of `rows` documents, learns from it and returns the nats.
+
+    padded: width of the windows.
+    """
     order, generator = tg.layer_order(cfg, True), torch.Generator(DEVICE).manual_seed(0)
-    chain = tg.AdapterChain(cfg, world, rows, cfg.ttt_lora_rank, cfg.ttt_lora_lr, cfg.ttt_weight_decay, cfg.ttt_beta2, seed=0)
-    optimizer = chain.begin(False)
+    chain = tg.AdapterChain(cfg, world, rows, cfg.seed, tg.choose_kernels(cfg, world).adam)
+    optimizer = chain.begin()
     inputs, targets = (torch.randint(8, V, (rows, n), device=DEVICE, generator=generator) for n in (width, chunk))
     inputs = torch.nn.functional.pad(inputs, (0, padded - width))
     positions = torch.arange(width - chunk, width, device=DEVICE).expand(rows, -1).contiguous()
@@ -527,7 +563,7 @@ SECTIONS = dict(  # name: (what runs, its limit in seconds); those that may be c
     ceilings=(ceilings, 40), correctness=(correctness, 90), attention_correctness=(attention_correctness, 90), gemms=(gemms, 30),
     mlp=(mlp, 60), heads=(heads, 60), cross_entropy=(cross_entropy, 40), attention=(attention, 60),
     muon=(muon, 40), train_step=(train_step, 300), evaluation=(evaluation, 90), gptq=(gptq, 60), quantization=(quantization, 60),
-    ttt=(ttt, 180), fa3=(fa3, 60), cutlass=(cutlass, 180), flex_tiles=(flex_tiles, 120))
+    ttt=(ttt, 180), fa3=(fa3, 60), cutlass=(cutlass, 180), flex_tiles=(flex_tiles, 150))
 
 
 def table(lines: list[dict]) -> str:
@@ -592,7 +628,7 @@ def main() -> int:
               file=sys.stderr)
         return 1
     lines = [dict(section="machine", name="dry run" if DRY else torch.cuda.get_device_name(0), torch=torch.__version__,
-                  triton=tg.triton.__version__ if tg.triton else None)]
+                  triton=tg.triton_version())]
     start = time.perf_counter()
     for name in args.sections or SECTIONS:
         made = section_lines(name, math.inf if DRY else args.seconds - (time.perf_counter() - start))

@@ -119,9 +119,8 @@ class Checkpoint:
         """tr(E H E^T) / tr(W H W^T), the share of the output's energy that is error: mean over the matrices. Every method with one H."""
         shares, cfg = [], dataclasses.replace(cfg, quant="s14")
         for task in tg.gptq_inputs(cfg, tg.unbank(cfg, self.state)):
-            if task.site is not None:
-                H, E = self.calibration(cfg).H[task.site], task.W - stored[task.name].decode()
-                shares.append(float(((E @ H) * E).sum() / ((task.W @ H) * task.W).sum()))
+            H, E = self.calibration(cfg).H[task.site], task.W - stored[task.name].decode()
+            shares.append(float(((E @ H) * E).sum() / ((task.W @ H) * task.W).sum()))
         return float(np.mean(shares))
 
 

@@ -1,14 +1,12 @@
 """MODEL: one forward, held to a second implementation that was written from the specification with plain loops."""
 
-import dataclasses
-import io
 import itertools
-import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from spec_model import PlainNetwork, layer_order
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
@@ -17,139 +15,9 @@ import train_gpt as tg
 CLOSE = dict(rtol=0, atol=2e-5)
 
 
-def norm(x):
-    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
-
-
-def spec_order(cfg, looping):
-    order = list(range(cfg.num_layers))
-    if looping and cfg.num_loops:
-        order[cfg.loop_start : cfg.loop_end + 1] = list(range(cfg.loop_start, cfg.loop_end + 1)) * (cfg.num_loops + 1)
-    return order
-
-
-def spec_nats(model, cfg, tokens, targets, segments, looping, lora=None, see=lambda site, x: None, context=0):
-    """One row. tokens, targets (T,); segments: list of (start, end) that attention stays in, or None; lora(site, slot) -> (A, B, scale);
-    context: what YaRN stretches to."""
-    p, T, D, H, G = model.state_dict(), len(tokens), cfg.model_dim, cfg.num_heads, cfg.num_kv_heads
-    d, L = D // H, cfg.num_layers
-    lora = lora or (lambda site, slot: None)
-
-    def delta(x, site, slot):
-        found = lora(site, slot)
-        return 0 if found is None else found[2] * x @ found[0].double().T @ found[1].double().T
-
-    # 3.2 smear, x0
-    raw = p["tok_emb.weight"][tokens]
-    x = raw.clone()
-    if cfg.smear_gate_enabled:
-        for t in range(1, T):
-            g = p["smear_lambda"] * torch.sigmoid(p["smear_gate.weight"][0] @ raw[t, : cfg.gate_window])
-            x[t] = raw[t] + g * raw[t - 1] * (0 if cfg.smear_gate_bos_fix and tokens[t] == 1 else 1)
-    x = x0 = norm(x)
-
-    # 3.3 rotary angles: frequencies rounded to bf16
-    base, R = cfg.rope_base, cfg.rope_dims
-    if cfg.rope_yarn and context > cfg.rope_train_seq_len:
-        base *= (context / cfg.rope_train_seq_len) ** (R / (R - 2))
-    frequency = torch.tensor([base ** (-2 * i / R) for i in range(R // 2)]).bfloat16().double()
-
-    def turn(head):  # (T, d)
-        out = head.clone()
-        for i in range(R // 2):
-            angle = torch.arange(T).double() * frequency[i]
-            a, b = head[:, i], head[:, i + R // 2]
-            out[:, i], out[:, i + R // 2] = a * angle.cos() + b * angle.sin(), -a * angle.sin() + b * angle.cos()
-        return out
-
-    allowed = torch.zeros(T, T, dtype=torch.bool)
-    for start, end in segments or [(0, T)]:
-        allowed[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
-
-    def attention(u, i, slot):
-        n = norm(u) * (1 / math.sqrt(i + 1) if cfg.ln_scale else 1)
-        see(f"blocks.{i}.attn_in", n)
-        raw_q = n @ p["qo_bank"][i].T + delta(n, "q", slot)
-        k = n @ p["kv_bank"][i].T + delta(n, "k", slot)
-        v = n @ p["kv_bank"][L + i].T + delta(n, "v", slot)
-        short = cfg.window_pattern[i % len(cfg.window_pattern)] == "S"
-        near = torch.ones(T, T, dtype=torch.bool).triu(1 - cfg.window_size) if short else torch.ones(T, T, dtype=torch.bool)
-        heads = []
-        for h in range(H):
-            g = h * G // H
-            qh = turn(norm(raw_q[:, h * d : (h + 1) * d])) * p[f"blocks.{i}.attn.q_gain"][h]
-            kh, vh = turn(norm(k[:, g * d : (g + 1) * d])), v[:, g * d : (g + 1) * d]
-            y = (qh @ kh.T / math.sqrt(d)).masked_fill(~(allowed & near), -math.inf).softmax(-1) @ vh
-            if i >= L - cfg.xsa_last_n:
-                unit = vh / vh.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-                y = y - (y * unit).sum(-1, keepdim=True) * unit
-            W = cfg.gate_window
-            if cfg.sparse_attn_gate_enabled:
-                y = y * torch.sigmoid(cfg.sparse_attn_gate_scale * n[:, :W] @ p[f"blocks.{i}.attn.attn_gate_w"][h])[:, None]
-            if cfg.gated_attn_enabled:
-                y = y * torch.sigmoid(n @ p[f"blocks.{i}.attn.attn_gate_w"][h])[:, None]
-            if cfg.attn_out_gate_enabled:
-                source = n if cfg.attn_out_gate_src == "proj" else raw_q
-                y = y * 2 * torch.sigmoid(source[:, :W] @ p[f"blocks.{i}.attn.attn_gate_proj.weight"][h])[:, None]
-            heads.append(y)
-        y = torch.cat(heads, 1)
-        see(f"blocks.{i}.attn_out", y)
-        return p[f"blocks.{i}.attn_scale"] * (y @ p["qo_bank"][L + i].T + delta(n, "o", slot))
-
-    def mlp(z, i, slot):
-        n = norm(z) * (1 / math.sqrt(i + 1) if cfg.ln_scale else 1)
-        h = n @ p["mlp_up_bank"][i].T
-        h = torch.where(h > 0, h, cfg.mlp_slope * h) ** 2
-        see(f"blocks.{i}.mlp_in", n)
-        see(f"blocks.{i}.mlp_mid", h)
-        return p[f"blocks.{i}.mlp_scale"] * (h @ p["mlp_down_bank"][i].T + delta(n, "mlp", slot))
-
-    # 3.4 and 3.5
-    order = spec_order(cfg, looping)
-    encoder, decoder = order[: len(order) // 2], order[len(order) // 2 :]
-    stack, lanes = [], None
-
-    def mixed(x, i):
-        m = p[f"blocks.{i}.resid_mix"]
-        return m[0] * x + m[1] * x0
-
-    for slot, i in enumerate(encoder):
-        u = mixed(x, i)
-        x = u + attention(u, i, slot)
-        x = x + mlp(x, i, slot)
-        stack.append(x)
-    for j, i in enumerate(decoder):
-        slot = len(encoder) + j
-        if lanes is None and cfg.parallel_start_layer and i >= cfg.parallel_start_layer:
-            lanes = [x, x]
-        if stack:
-            e = p["skip_weights"][j] * stack.pop()
-            old = x if lanes is None else lanes[0]
-            if cfg.skip_gates_enabled:
-                new = e + torch.sigmoid(p["skip_gates"][j]) * (old - e)
-            else:
-                new = old + e
-            if lanes is None:
-                x = new
-            else:
-                lanes[0] = new
-        if lanes is None:
-            u = mixed(x, i)
-            x = u + attention(u, i, slot)
-            x = x + mlp(x, i, slot)
-        else:
-            A, M = attention(mixed(lanes[0], i), i, slot), mlp(lanes[1], i, slot)
-            r, post = p["parallel_resid_lambdas"][i], p["parallel_post_lambdas"][i]
-            lanes = [r[0] * lanes[0] + post[0, 0] * A + post[0, 1] * M, r[1] * lanes[1] + post[1, 0] * A + post[1, 1] * M]
-    if lanes is not None:
-        x = dict(mean=(lanes[0] + lanes[1]) / 2, mlp=lanes[1], attn=lanes[0])[cfg.parallel_final_lane]
-    x = norm(x)
-    see("head", x)
-
-    # 3.6
-    z = x @ (p["tok_emb.weight"] if cfg.tie_embeddings else p["lm_head.weight"]).T + delta(x, "head", None)
-    z = cfg.logit_softcap * torch.tanh(z / cfg.logit_softcap)
-    return torch.logsumexp(z, -1) - z[torch.arange(T), targets]
+def spec_nats(model, cfg, tokens, targets, segments, looping, adapter=None, see=None, context=0):
+    """Score one row by tests/spec_model.py: tokens and targets (T,) -> nats (T,)."""
+    return PlainNetwork(model.state_dict(), cfg, adapter, see).nats(tokens, targets, segments, looping, context)
 
 
 def sample(T=50, seed=0, bos=(0, 11, 12, 30)):
@@ -195,15 +63,12 @@ VARIANTS = {
     "plain skips": dict(skip_gates_enabled=False),
     "one lane": dict(parallel_start_layer=0),
     "two lanes from the start of the decoder": dict(parallel_start_layer=1, num_layers=5, loop_start=2, loop_end=3),
-    "mlp lane": dict(parallel_final_lane="mlp"),
-    "attn lane": dict(parallel_final_lane="attn"),
-    "untied": dict(tie_embeddings=False),
     "no smear": dict(smear_gate_enabled=False),
     "smear leaks": dict(smear_gate_bos_fix=False),
     "no ln scale": dict(ln_scale=False),
     "yarn": dict(rope_yarn=True, rope_train_seq_len=16),
     "no group": dict(num_kv_heads=4),
-    "one cap": dict(asym_logit_rescale=False, logit_softcap=8.0),
+    "lower cap": dict(logit_softcap=8.0),
     "slope": dict(mlp_slope=0.3, mlp_mult=3.0),
     "windows": dict(window_pattern="SSL", window_size=5),
     "two loops, odd": dict(num_loops=2, loop_start=1, loop_end=1, num_layers=5),
@@ -241,7 +106,7 @@ def test_rows_in_pieces_with_a_cache_equal_whole_rows(name, random_model):
 
 
 def test_without_targets_the_forward_gives_the_logits_behind_the_loss(random_model):
-    for changes in ({}, dict(asym_logit_rescale=False, logit_softcap=8.0)):
+    for changes in ({}, dict(logit_softcap=8.0)):
         model, tokens = random_model(tiny_config(**changes)).double(), sample()
         window = torch.from_numpy(tokens.astype(np.int64))[None]
         with torch.no_grad():
@@ -284,7 +149,7 @@ def test_tap_sees_the_input_of_every_matrix(random_model):
     spec_nats(model, cfg, window[:-1], window[1:], segments_of(tokens, 17), True, see=lambda site, x: spec.append((site, x)))
     sites = {f"blocks.{i}.{s}" for i in range(4) for s in ("attn_in", "attn_out", "mlp_in", "mlp_mid")} | {"head"}
     assert {site for site, _ in ours} == sites
-    assert sorted(s for s, _ in ours) == sorted(s for s, _ in spec) and len(ours) == 4 * len(spec_order(cfg, True)) + 1
+    assert sorted(s for s, _ in ours) == sorted(s for s, _ in spec) and len(ours) == 4 * len(layer_order(cfg, True)) + 1
     for site in sites:  # in the order of passes
         for (_, x), (_, expected) in zip([t for t in ours if t[0] == site], [t for t in spec if t[0] == site], strict=True):
             torch.testing.assert_close(x, expected, **CLOSE)
@@ -302,7 +167,7 @@ def test_layer_orders_of_the_record():
     assert tg.layer_order(tiny_config(num_loops=0), True) == (0, 1, 2, 3)
     for layers, start, end, loops in [(5, 0, 4, 3), (4, 2, 2, 1), (6, 1, 3, 2)]:
         c = tiny_config(num_layers=layers, loop_start=start, loop_end=end, num_loops=loops)
-        assert tg.layer_order(c, True) == tuple(spec_order(c, True))
+        assert tg.layer_order(c, True) == tuple(layer_order(c, True))
 
 
 def expected_shapes(L=11, D=512, H=8, kv=256, ff=2048, V=8192, skips=8) -> dict[str, tuple[int, ...]]:
@@ -311,7 +176,7 @@ def expected_shapes(L=11, D=512, H=8, kv=256, ff=2048, V=8192, skips=8) -> dict[
         "tok_emb.weight": (V, D), "qo_bank": (2 * L, D, D), "kv_bank": (2 * L, kv, D), "mlp_up_bank": (L, ff, D),
         "mlp_down_bank": (L, D, ff), "skip_weights": (skips, D), "skip_gates": (skips, D),
         "parallel_post_lambdas": (L, 2, 2), "parallel_resid_lambdas": (L, 2),
-        "smear_gate.weight": (1, 12), "smear_lambda": (1,), "softcap_pos": (), "softcap_neg": (),
+        "smear_gate.weight": (1, 12), "smear_lambda": (1,),
     }
     for i in range(L):
         shapes |= {f"blocks.{i}.attn.q_gain": (H,), f"blocks.{i}.attn.attn_gate_w": (H, 12), f"blocks.{i}.attn_scale": (D,)}
@@ -320,31 +185,32 @@ def expected_shapes(L=11, D=512, H=8, kv=256, ff=2048, V=8192, skips=8) -> dict[
 
 
 def test_names_shapes_and_size_of_the_record():
-    """Golden test C.3: 35,945,671 and the two caps."""
+    """Golden test C.3: 35,945,671, all of them trained."""
     with torch.device("meta"):
         model = tg.GPT(tg.Config(), torch.bfloat16)
     tensors = model.state_dict()
     assert {name: tuple(t.shape) for name, t in tensors.items()} == expected_shapes()
     assert [name for name, t in tensors.items() if t.dtype != torch.float32] == ["tok_emb.weight"]
-    assert sum(t.numel() for t in tensors.values()) == 35_945_671 + 2
+    assert sum(t.numel() for t in tensors.values()) == 35_945_671
     assert sum(t.numel() for name, t in tensors.items() if name.endswith("_bank")) == 31_719_424
-    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"softcap_pos", "softcap_neg"}
+    assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_published_checkpoint_loads(world):
-    """A dict with upstream's names, through torch.save and weights_only, strictly: in the preset S55 as well, which has no caps."""
+def test_a_published_checkpoint_loads(world, tmp_path):
+    """A dict with upstream's names, strictly: with the two caps of S14, or without, as S55 has it. Other caps are refused."""
     cfg = tiny_config(gate_window=12)
     shapes = expected_shapes(L=4, D=32, H=4, kv=16, ff=128, V=64, skips=3)
     g = torch.Generator().manual_seed(3)
     state = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    model = tg.build_model(cfg, world)
-    model.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
-    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
-    older = tg.build_model(dataclasses.replace(cfg, asym_logit_rescale=False), world)
-    older.load_state_dict({name: t for name, t in state.items() if not name.startswith("softcap_")}, strict=True)
+    file = tmp_path / "final_model.pt"
+    for caps in ({}, dict(softcap_pos=torch.tensor(30.0), softcap_neg=torch.tensor(30.0))):
+        torch.save(state | caps, file)
+        model = tg.load_checkpoint_model(cfg, world, file)
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    torch.save(state | dict(softcap_pos=torch.tensor(30.0), softcap_neg=torch.tensor(20.0)), file)
+    with pytest.raises(tg.RunError, match=r"has the caps \[30.0, 20.0\], this run LOGIT_SOFTCAP=30"):
+        tg.load_checkpoint_model(cfg, world, file)
 
 
 def test_packed_documents_are_separate_documents(random_model):
@@ -399,7 +265,7 @@ def test_other_documents_are_invisible_thanks_to_the_smear_mask(random_model):
 
 def make_adapters(cfg, rows, sites, zero_b=False, rank=3, seed=0):
     g = torch.Generator().manual_seed(seed)
-    D, slots = cfg.model_dim, len(spec_order(cfg, True))
+    D, slots = cfg.model_dim, len(layer_order(cfg, True))
     n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
 
     def lora(site):
@@ -518,7 +384,7 @@ def test_adapters_of_a_row_are_private(random_model):
 
 @pytest.mark.parametrize("changes", [
     {}, dict(parallel_start_layer=0), dict(window_pattern="S", window_size=5), dict(num_layers=1, num_loops=0, parallel_start_layer=0),
-    dict(parallel_final_lane="mlp"), dict(sparse_attn_gate_enabled=False, attn_out_gate_enabled=True, attn_out_gate_src="q"),
+    dict(sparse_attn_gate_enabled=False, attn_out_gate_enabled=True, attn_out_gate_src="q"),
     dict(sparse_attn_gate_enabled=False, xsa_last_n=0)], ids=str)  # fmt: skip
 def test_positions_equal_slicing(random_model, changes):
     """Behind its attention the last slot computes nothing but these positions, and they see what they saw."""
@@ -556,7 +422,7 @@ def test_initial_values(world):
     assert not torch.equal(p["qo_bank"][0], p["qo_bank"][1])
     assert (p["qo_bank"][L:] == 0).all() and (p["mlp_down_bank"] == 0).all()
     values = dict(
-        skip_weights=1, skip_gates=0, parallel_post_lambdas=1, parallel_resid_lambdas=1.1, smear_lambda=0, softcap_pos=30, softcap_neg=30
+        skip_weights=1, skip_gates=0, parallel_post_lambdas=1, parallel_resid_lambdas=1.1, smear_lambda=0
     )
     for name, value in values.items():
         assert (p[name] == torch.tensor(float(value))).all(), name
@@ -565,9 +431,8 @@ def test_initial_values(world):
     assert (
         emb.std().item() == pytest.approx(0.005, rel=0.1) and abs(emb.mean().item()) < 0.0005
     )  # 2,048 draws: 1.6 % and 1e-4 are one sigma
-    untied = tg.build_model(tiny_config(tie_embeddings=False, sparse_attn_gate_enabled=False, gated_attn_enabled=True), world)
-    assert (untied.lm_head.weight == 0).all()
-    assert untied.blocks[0].attn.attn_gate_w.std().item() == pytest.approx(0.01, rel=0.4)
+    dense = tg.build_model(tiny_config(sparse_attn_gate_enabled=False, gated_attn_enabled=True), world)
+    assert dense.blocks[0].attn.attn_gate_w.std().item() == pytest.approx(0.01, rel=0.4)
     out = tg.build_model(tiny_config(sparse_attn_gate_enabled=False, attn_out_gate_enabled=True), world)
     assert (out.blocks[0].attn.attn_gate_proj.weight == 0).all()
 
@@ -578,16 +443,58 @@ def test_every_parameter_has_an_initial_value(name):
     cfg = tiny_config(**VARIANTS[name])
     model = tg.GPT(cfg)
     with torch.no_grad():
-        for parameter, p in model.named_parameters():
-            p.fill_(float("nan"))
-            tg.first_match(tg.init_rules(cfg), parameter)[0](p)
-            assert p.isfinite().all(), parameter
+        for row in tg.parameters(cfg):
+            p = model.get_parameter(row.name).fill_(float("nan"))
+            row.init(p)
+            assert p.isfinite().all(), row.name
 
 
-def test_an_unknown_parameter_is_an_error():
-    for rules in (tg.init_rules(tg.Config()), tg.PARAM_RULES):
-        with pytest.raises(LookupError, match="nobody"):
-            tg.first_match(rules, "nobody_knows_me")
+ROW = dict(
+    name="value_embed", shape=(8, 4), init=torch.nn.init.zeros_, optimizer="scalars", roles=tg.ELEMENTWISE, present=True)
+
+
+@pytest.mark.parametrize("column", [name for name in ROW if name != "name"])
+def test_a_tensor_that_leaves_out_a_column_is_an_error(column):
+    with pytest.raises(TypeError, match=column):
+        tg.Parameter(**{name: value for name, value in ROW.items() if name != column})
+
+
+@pytest.mark.parametrize("column", ["codec", "bits", "clip_sigmas", "site", "stream", "sort_rows"])
+def test_a_stored_form_that_leaves_out_a_column_is_an_error(column):
+    with pytest.raises(TypeError, match=column):
+        tg.StoredAs(**{name: value for name, value in tg.HALF._asdict().items() if name != column})
+    with pytest.raises(TypeError, match="stored"):
+        tg.Role("", "")
+
+
+def test_a_new_row_reaches_model_optimizer_artifact_and_size(world, monkeypatch):
+    """One row, nothing else: the tensor is made, initialised, learned, stored, read back and counted."""
+    cfg, rows = tiny_config(), tg.parameters
+    new = (tg.Parameter(**ROW), tg.Parameter(**ROW | dict(name="for_training", roles=(tg.Role("", "", None),))))
+    monkeypatch.setattr(tg, "parameters", lambda cfg: (*rows(cfg), *new))
+    tg.matrices.cache_clear()
+    try:
+        model = tg.build_model(cfg, world)
+        assert (model.value_embed == 0).all() and (model.for_training == 0).all()
+        optimizer = tg.TrainOptimizer(model, cfg, world)
+        assert any(p is model.value_embed for p in optimizer.replicated)
+        assert tg.tensor_shapes(cfg)["value_embed"] == (8, 4) and "for_training" not in tg.tensor_shapes(cfg)
+        tensors = tg.unbank(cfg, model.state_dict())
+        stored = {name: tg.QuantizedTensor({("float16", "w"): t.half()}) for name, t in tensors.items()}
+        back = tg.unpack(cfg, tg.pack(cfg, stored))
+        model.load_state_dict(tg.dequantized_state(cfg, back))
+    finally:
+        tg.matrices.cache_clear()
+
+
+def test_rows_name_what_there_is():
+    for name in VARIANTS:
+        cfg = tiny_config(**VARIANTS[name])
+        for row in tg.parameters(cfg):
+            assert row.optimizer in tg.OPTIMIZER_GROUPS
+            for role in row.roles:
+                assert role.products in ("", "scored", "every") and role.stored.codec in tg.CODECS
+                assert role.stored.stream in tg.STREAMS
 
 
 def test_weights_depend_on_the_seed_alone(world):

@@ -29,6 +29,12 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {name: t.clone() for name, t in model.state_dict().items()}
 
 
+def assert_same_matrices(ours: dict, theirs: dict):
+    """Bit for bit what two state dicts remember of the banks."""
+    for a, b in zip(ours["matrices"], theirs["matrices"], strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
+
+
 def slow_polar(G):
     """Section 4.1 for one matrix, on its singular values: X = U f(S) V^T."""
     U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
@@ -85,15 +91,19 @@ def test_polar_express_details():
 @pytest.mark.parametrize("shape", [(4, 24, 8), (4, 8, 24), (2, 16, 16)])
 def test_muon_equals_the_slow_reference(shape, row_normalize):
     g = torch.Generator().manual_seed(2)
-    M = torch.zeros(shape)
+    cfg = tiny_config(muon_row_normalize=row_normalize)
+    state = {}
     expected_M = torch.zeros(shape, dtype=torch.float64)
     for momentum in (0.92, 0.95, 0.97):
         G = torch.randn(shape, generator=g)
-        update, M = tg.muon_direction(G, M, momentum, 5, row_normalize)
+        before = copy.deepcopy(state)
+        update, after = tg.muon(G, state, cfg, momentum)
+        assert all(torch.equal(t, before[name]) for name, t in state.items())  # a new state, the old one untouched
+        state = after
         for i in range(shape[0]):
             expected, expected_M[i] = slow_muon(G[i].double(), expected_M[i], momentum, row_normalize)
             torch.testing.assert_close(update[i].double(), expected, rtol=0, atol=5e-4)  # fp32 against fp64 through degree 5^5
-    torch.testing.assert_close(M.double(), expected_M, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state["momentum"].double(), expected_M, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(24, 12), (12, 24), (12, 12)])
@@ -104,21 +114,22 @@ def test_one_iteration_equals_torch_muon(shape):
     theirs = torch.optim.Muon(
         [p], lr=1.0, momentum=0.9, nesterov=True, weight_decay=0.0, ns_steps=1, ns_coefficients=tg.POLAR_EXPRESS[0], adjust_lr_fn="original"
     )
-    M = torch.zeros(1, *shape)
+    cfg, state = tiny_config(muon_backend_steps=1, muon_row_normalize=False), {}
     for _ in range(4):
         p.grad = torch.randn(shape, generator=g)
         before = p.detach().clone()
-        ours, M = tg.muon_direction(p.grad.clone()[None], M, 0.9, 1, row_normalize=False)
+        ours, state = tg.muon(p.grad.clone()[None], state, cfg, 0.9)
         theirs.step()
         update = before - p.detach()
         assert (ours[0] - update).norm() / update.norm() < 0.01  # theirs iterates in bf16: 8 bits
-    torch.testing.assert_close(theirs.state[p]["momentum_buffer"], 0.1 * M[0], rtol=1e-4, atol=1e-6)  # they average, we add up
+    buffer = theirs.state[p]["momentum_buffer"]
+    torch.testing.assert_close(buffer, 0.1 * state["momentum"][0], rtol=1e-4, atol=1e-6)  # they average, we add up
 
 
 CONFIGS = [
-    {}, dict(tie_embeddings=False), dict(sparse_attn_gate_enabled=False, attn_out_gate_enabled=True), dict(parallel_start_layer=0),
-    dict(sparse_attn_gate_enabled=False, gated_attn_enabled=True), dict(skip_gates_enabled=False, smear_gate_enabled=False),
-    dict(asym_logit_rescale=False), dict(num_loops=0),
+    {}, dict(sparse_attn_gate_enabled=False, attn_out_gate_enabled=True), dict(parallel_start_layer=0),
+    dict(sparse_attn_gate_enabled=False, gated_attn_enabled=True),
+    dict(skip_gates_enabled=False, smear_gate_enabled=False), dict(num_loops=0),
 ]
 
 
@@ -133,20 +144,11 @@ def test_every_parameter_is_owned_once(changes, world):
     assert [p.numel() for p in (b.p for b in optimizer.banks)] == sorted((b.p.numel() for b in optimizer.banks), reverse=True)
     assert {id(bank.p) for bank in optimizer.banks} == {id(p) for name, p in model.named_parameters() if name.endswith("_bank")}
     settings = {id(p): (group["base_lr"], group["weight_decay"]) for group in optimizer.adamw.param_groups for p in group["params"]}
-    tied = cfg.tie_embeddings
     for name, p in model.named_parameters():
-        if name.endswith("_bank") or name.startswith("softcap_"):
-            continue
-        lr = (
-            cfg.scalar_lr
-            if name not in ("tok_emb.weight", "lm_head.weight")
-            else cfg.tied_embed_lr
-            if tied or name[0] == "l"
-            else cfg.embed_lr
-        )
-        assert settings[id(p)] == (lr, cfg.adam_wd if lr == cfg.scalar_lr else cfg.embed_wd), name
-    for bank in optimizer.banks:
-        assert (bank.lr, bank.wd) == (cfg.matrix_lr, cfg.muon_wd)
+        if not name.endswith("_bank"):
+            embedding = (cfg.tied_embed_lr, cfg.embed_wd)
+            expected = embedding if name == "tok_emb.weight" else (cfg.scalar_lr, cfg.adam_wd)
+            assert settings[id(p)] == expected, name
 
 
 def test_one_step_equals_the_definitions(random_model, world):
@@ -198,8 +200,7 @@ def test_weight_decay_is_decoupled(random_model, world):
     optimizer.step(0.5, 0.95)
     for name, t in model.state_dict().items():
         lr_wd = 0.026 * 0.095 if name.endswith("_bank") else 0.03 * 0.085 if name == "tok_emb.weight" else 0.02 * 0.02
-        factor = 1.0 if name.startswith("softcap_") else 1 - 0.5 * lr_wd
-        torch.testing.assert_close(t, before[name] * factor, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(t, before[name] * (1 - 0.5 * lr_wd), rtol=1e-6, atol=1e-9)
 
 
 def test_no_clip_when_off(random_model, world):
@@ -209,7 +210,7 @@ def test_no_clip_when_off(random_model, world):
     grads = with_gradients(model)
     optimizer.step(1.0, 0.9)
     for bank, name in ((b, n) for b in optimizer.banks for n, p in model.named_parameters() if p is b.p):
-        assert torch.equal(bank.full_momentum(), grads[name])
+        assert torch.equal(bank.full_state()["momentum"], grads[name])
 
 
 @pytest.mark.parametrize("poison", ["qo_bank", "tok_emb.weight", "blocks.1.attn.q_gain"])
@@ -227,10 +228,10 @@ def test_a_bad_gradient_touches_nothing(poison, value, random_model, world):
         optimizer.step(1.0, 0.9)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     after = optimizer.state_dict()
-    assert all(torch.equal(a, b) for a, b in zip(after["momentum"], state["momentum"], strict=True))
+    assert_same_matrices(after, state)
     for key, moments in state["adamw"]["state"].items():
         assert all(torch.equal(t, after["adamw"]["state"][key][name]) for name, t in moments.items())
-    optimizer.zero_grad()  # and training can go on
+    model.zero_grad()  # and training can go on
     with_gradients(model, 2)
     assert np.isfinite(optimizer.step(1.0, 0.9))
 
@@ -253,7 +254,7 @@ def test_clipping_on_the_device_equals_clipping_on_the_host_to_the_bit(random_mo
         factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         with torch.no_grad():
             for bank in host.banks:
-                update, bank.momentum = tg.muon_direction(bank.shard.mul_(factor), bank.momentum, 0.9, 5, True)
+                update, bank.state = tg.muon(bank.shard.mul_(factor), bank.state, cfg, 0.9)
                 bank.launch_gather(update)
             for p in host.replicated:
                 p.grad.mul_(factor)
@@ -261,11 +262,11 @@ def test_clipping_on_the_device_equals_clipping_on_the_host_to_the_bit(random_mo
                 group["lr"] = group["base_lr"] * 0.7
             host.adamw.step()
             for bank in host.banks:
-                bank.apply(0.7)
-        host.zero_grad()
+                bank.apply(cfg.matrix_lr * 0.7, cfg.muon_wd)
+        host.model.zero_grad()
         for (name, a), b in zip(twins[0].state_dict().items(), twins[1].state_dict().values(), strict=True):
             assert torch.equal(a, b), name
-        assert all(torch.equal(a.momentum, b.momentum) for a, b in zip(ours.banks, host.banks, strict=True))
+        assert_same_matrices(ours.state_dict(), host.state_dict())
 
 
 def test_the_host_reads_one_number_and_only_after_the_directions(random_model, world, monkeypatch):
@@ -290,8 +291,41 @@ def test_the_host_reads_one_number_and_only_after_the_directions(random_model, w
     assert torch.ops.aten._fused_adamw_ in order[reads[0] :] and torch.ops.aten._fused_adamw_ not in order[: reads[0]]
 
 
-def test_state_round_trip_continues_to_the_bit(random_model, world, tmp_path):
+def normalized_momentum(gradient, state, cfg, momentum):
+    """Another optimizer, with two tensors of state, one of them no matrix: momentum over the mean square of each row."""
+    average = torch.add(gradient, state.get("momentum", 0.0), alpha=momentum)
+    squares = 0.1 * gradient.square().mean(-1) + 0.9 * state.get("squares", 0.0)
+    return average / squares.sqrt().add(1e-6).unsqueeze(-1), dict(momentum=average, squares=squares)
+
+
+OPTIMIZERS = dict(muon=tg.muon, another=normalized_momentum)
+
+
+def test_the_registry_is_the_knob():
+    assert tg.Config.__dataclass_fields__["matrix_optimizer"].metadata["choices"] == tuple(tg.MATRIX_OPTIMIZERS)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_matrices_are_stored_whole_for_any_number_of_ranks(size, random_model):
+    """Every rank takes its share of them; the last one's is padded."""
+    g, n = torch.Generator().manual_seed(0), 5
+    full = dict(momentum=torch.randn(n, 4, 6, generator=g), squares=torch.randn(n, 4, generator=g))
+    shares = []
+    for rank in range(size):
+        bank = tg.Bank(torch.nn.Parameter(torch.zeros(n, 4, 6)), tg.World(rank, size, torch.device("cpu"), torch.float32))
+        bank.load_state(full)
+        shares.append(bank.state)
+    for name, whole in full.items():
+        together = torch.cat([share[name] for share in shares])
+        assert torch.equal(together[:n], whole) and not together[n:].any()
+        assert {len(share[name]) for share in shares} == {-(-n // size)}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_state_round_trip_continues_to_the_bit(optimizer, random_model, world, tmp_path, monkeypatch):
+    """Also that of an optimizer that is one more function and one more entry."""
     cfg = tiny_config()
+    monkeypatch.setitem(tg.MATRIX_OPTIMIZERS, cfg.matrix_optimizer, OPTIMIZERS[optimizer])
     model = random_model(cfg)
     optimizer = tg.TrainOptimizer(model, cfg, world)
     for step in range(3):
@@ -351,18 +385,19 @@ def train_and_score(cfg: tg.Config, world: tg.World) -> dict:
     optimizer_state = trainer.optimizer.state_dict()
     trainer.optimizer.load_state_dict(copy.deepcopy(optimizer_state))
     again = trainer.optimizer.state_dict()
-    assert all(torch.equal(a, b) for a, b in zip(again["momentum"], optimizer_state["momentum"], strict=True))
+    assert_same_matrices(again, optimizer_state)
     out = dict(
         losses=losses,
         norms=norms,
         model={n: t.clone() for n, t in trainer.model.state_dict().items()},
-        momentum=optimizer_state["momentum"],
+        matrices=optimizer_state["matrices"],
     )
     data = tg.ValData.load(cfg, files)
     model = trainer.model.requires_grad_(False).eval()
     sliding = dataclasses.replace(cfg, eval_method="sliding")
     out["scores"] = [tg.evaluate(c, world, model, tg.Scorer(data, world)) for c in (cfg, sliding)]
-    out["scores"].append(tg.TttRun(cfg, world, model, tg.Scorer(data, world), lambda line: None).run())
+    engine = tg.TttEngine(cfg, world, model, data)
+    out["scores"].append(tg.TttRun(cfg, engine, tg.Scorer(data, world), lambda line: None).run())
     out["after"] = {n: t.clone() for n, t in model.state_dict().items()}
     return out
 
@@ -395,7 +430,7 @@ def test_two_ranks_equal_one(dataset, tmp_path):
         for n, t in alone[key].items():
             torch.testing.assert_close(first[key][n], t, rtol=0, atol=1e-5, msg=n)
     assert first["losses"] == pytest.approx(alone["losses"], abs=1e-5) and first["norms"] == pytest.approx(alone["norms"], rel=1e-5)
-    for a, b in zip(first["momentum"], alone["momentum"], strict=True):
+    for a, b in zip(first["matrices"], alone["matrices"], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     for ours, single in zip(first["scores"], alone["scores"], strict=True):
         assert (ours.tokens, ours.bytes) == (single.tokens, single.bytes)

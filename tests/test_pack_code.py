@@ -2,16 +2,20 @@
 
 import importlib.util
 import inspect
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import tiny_env
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import pack_code
 
 ROOT = Path(__file__).resolve().parent.parent
+RULE = "# " + "=" * 98
 TOY = '''\
 """A toy trainer."""
 from __future__ import annotations
@@ -155,3 +159,105 @@ def test_the_trainer_packs():
     packed = pack_code.pack(code.decode())
     expected = pack_code.help_output(code, script.name, ROOT)
     assert expected.strip() and pack_code.help_output(packed, script.name, ROOT) == expected
+
+
+# ---- parts that are left out
+
+
+PARTS = f"""\
+{RULE}
+# BASE - what the others need.
+{RULE}
+LIMIT = 3
+
+
+def knob(default, doc, lo=0):
+    return default, doc, lo
+
+
+class Config:
+    width: int = knob(4, "numbers in a row, as wide as "
+                         "they are", lo=1)  # kept
+    height: int = knob(5, "é, and ünder"), knob(6, "two in a line", 2)
+
+
+{RULE}
+# EXTRA - what nobody needs.
+{RULE}
+def extra():
+    return LIMIT
+
+
+{RULE}
+# MAIN - the rest.
+{RULE}
+def main():
+    EXTRA, extra = 1, 2  # a local of the same name is no need
+    print(LIMIT + extra, Config.width, Config.height)
+
+
+{RULE}
+# END - where it begins.
+{RULE}
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_section_that_nobody_needs_can_be_dropped(tmp_path):
+    smaller = pack_code.drop(PARTS, ["EXTRA"])
+    assert "def extra" not in smaller and smaller.count(RULE) == 6
+    packed = tmp_path / "packed.py"
+    packed.write_bytes(pack_code.pack(PARTS, ["EXTRA"]))
+    process = run(packed)
+    assert process.stdout.startswith("5 (4, 'numbers in a row") and not process.stderr
+    assert "def extra" not in pack_code.unpack(packed.read_bytes())
+
+
+def test_help_can_be_dropped_and_nothing_else_changes():
+    smaller = pack_code.drop(PARTS, ["help"])
+    assert 'width: int = knob(4, "", lo=1)  # kept' in smaller
+    assert 'height: int = knob(5, ""), knob(6, "", 2)' in smaller
+    assert smaller.partition("class Config")[0] == PARTS.partition("class Config")[0]
+    assert smaller.partition(RULE + "\n# EXTRA")[2] == PARTS.partition(RULE + "\n# EXTRA")[2]
+
+
+@pytest.mark.parametrize(("part", "message"), [
+    ("BASE", "cannot leave out BASE: the rest of the script needs Config, LIMIT"),
+    ("MAIN", "cannot leave out MAIN: the rest of the script needs main"),
+    ("NOTHING", "no section 'NOTHING'; there are BASE, EXTRA, MAIN, END")])  # fmt: skip
+def test_what_the_script_needs_cannot_be_dropped(part, message, tmp_path, capsys):
+    script, out = tmp_path / "script.py", tmp_path / "out.py"
+    script.write_text(PARTS)
+    assert pack_code.main([str(script), str(out), "--drop", f"help,{part}"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}") and not out.exists()
+
+
+def test_a_packed_script_says_what_it_lacks():
+    packed = pack_code.pack(PARTS, ["EXTRA", "help"])
+    assert packed.startswith(b"# without EXTRA,help\nimport") and pack_code.dropped_parts(packed) == ["EXTRA", "help"]
+    assert pack_code.pack(PARTS, pack_code.dropped_parts(packed)) == packed
+    assert pack_code.unpack(packed) == pack_code.minify(pack_code.drop(PARTS, ["EXTRA", "help"]))
+    assert pack_code.dropped_parts(pack_code.pack(PARTS)) == []
+
+
+@pytest.fixture(scope="module")
+def lean(tmp_path_factory) -> Path:
+    """The trainer, packed without what a run on a CPU does not use, by the command line, which compares the helps."""
+    out = tmp_path_factory.mktemp("lean") / "train_gpt.py"
+    assert pack_code.main([str(ROOT / "train_gpt.py"), str(out), "--check", "--drop", "KERNELS,help"]) == 0
+    return out
+
+
+def test_the_trainer_without_kernels_trains_and_scores(lean, dataset, tmp_path):
+    source = pack_code.unpack(lean.read_bytes())
+    assert "def fused_mlp" not in source and "width of the residual stream" not in source
+    assert len(lean.read_bytes()) < len(pack_code.pack((ROOT / "train_gpt.py").read_text())) - 12_000
+    settings = tiny_env(data_path=dataset, artifact_dir=tmp_path / "run", iterations=2, val_doc_fraction=0.3)
+    env = {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, str(lean)], env=env, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["code_bytes"] == lean.stat().st_size and result["val_bpb"] > 0
+    asking = subprocess.run([sys.executable, str(lean)], env=env | {"QK_KERNEL": "triton"}, capture_output=True, text=True, timeout=300)
+    assert asking.returncode == 1 and "QK_KERNEL=triton needs KERNELS, which this script was packed without" in asking.stderr

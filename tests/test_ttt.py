@@ -59,17 +59,18 @@ class Ledger(tg.Scorer):
 def run_ttt(cfg, world, model, data) -> Ledger:
     ledger = Ledger(data, world)
     ledger.model = ready(model)
-    ledger.result = tg.TttRun(cfg, world, ledger.model, ledger, ledger.lines.append).run()
+    engine = tg.TttEngine(cfg, world, ledger.model, data)
+    ledger.result = tg.TttRun(cfg, engine, ledger, ledger.lines.append).run()
     ledger.nats = ledger.nats.numpy()
     return ledger
 
 
-def run_batch(cfg, world, model, data, batch=None, chain=None, static_rows=0, from_mean=False):
+def run_batch(cfg, world, model, data, batch=None, chain=None, static_rows=0):
     """One batch alone. Returns its ledger and its chain."""
     batch, adam = batch or tg.document_batches(cfg, data)[0], tg.choose_kernels(cfg, world).adam
     chain = chain or tg.AdapterChain(cfg, world, max(static_rows, len(batch.sizes)), seed=3, adam=adam)
     ledger = Ledger(data, world)
-    tg.score_batch(cfg, world, model, ledger, batch, chain, from_mean, static_rows)
+    tg.score_batch(cfg, model, ledger, batch, chain, static_rows)
     ledger.nats = ledger.nats.numpy()
     return ledger, chain
 
@@ -132,9 +133,9 @@ def test_the_plan_of_the_record():
     tokens[starts] = tg.BOS_ID
     batches = tg.document_batches(tg.Config(), tg.ValData(tokens, np.ones(150_000, np.int32)))
     assert (len(batches), len(batches[-1].sizes)) == (2084, 8)
-    segments = tg.phase_segments(tg.Config(), batches)
-    assert [(len(s), n) for s, n in segments] == [(105, 2500), (1979, 0)] and segments[0][0][0].number == 2083
-    three = tg.phase_segments(tg.Config(phased_ttt_num_phases=3), batches)
+    parts = tg.split_at_phases(tg.Config(), batches)
+    assert [(len(part), n) for part, n in parts] == [(105, 2500), (1979, 0)] and parts[0].batches[0].number == 2083
+    three = tg.split_at_phases(tg.Config(phased_ttt_num_phases=3), batches)
     assert [n for _, n in three] == [833, 1666, 2500, 0]
     done = list(itertools.accumulate(sum(len(b.sizes) for b in s) for s, _ in three))
     assert done == [848, 1688, 2504, 50000]
@@ -143,12 +144,11 @@ def test_the_plan_of_the_record():
 def plan(prefix: int, phases: int, sizes=(4, 4, 4, 3), **changes):
     cfg = tiny_config(phased_ttt_prefix_docs=prefix, phased_ttt_num_phases=phases, **changes)
     batches = [tg.Batch(i, np.arange(n), np.full(n, 5 + i), 8) for i, n in enumerate(sizes)]
-    return [([b.number for b in s], n) for s, n in tg.phase_segments(cfg, batches)]
+    return [([b.number for b in s], n) for s, n in tg.split_at_phases(cfg, batches)]
 
 
-def test_phases_cut_the_order():
+def test_phases_split_the_batches():
     assert plan(6, 1) == [([3, 2], 6), ([1, 0], 0)]
-    assert plan(6, 1, ttt_eval_batches="2") == [([0, 1], 6), ([2, 3], 0)], "TTT_EVAL_BATCHES: shortest first"
     assert plan(3, 1) == [([3], 3), ([2, 1, 0], 0)]
     assert plan(11, 2) == [([3, 2], 5), ([1], 11), ([0], 0)]
     assert plan(9, 3) == [([3], 3), ([2], 6), ([1], 9), ([0], 0)]
@@ -160,15 +160,17 @@ def test_phases_cut_the_order():
     assert plan(0, 1) == plan(0, 3) == plan(6, 1, phased_ttt_enabled=False) == nothing
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 8, 50])
-def test_deal_gives_every_item_to_one_lane_and_balances(lanes):
-    costs = sorted(np.random.default_rng(lanes).lognormal(size=200).tolist(), reverse=True)
-    hands = tg.deal(costs, lanes)
-    assert sorted(i for hand in hands for i in hand) == list(range(200)) and len(hands) == lanes
-    assert all(hand == sorted(hand) for hand in hands), "the order of the items is kept"
-    loads = [sum(costs[i] for i in hand) for hand in hands]
-    assert max(loads) - min(loads) <= max(costs), "the last item of the fullest lane went to what was then the emptiest"
-    assert tg.deal(costs, lanes) == hands
+@pytest.mark.parametrize("chains", [1, 2, 8, 50])
+def test_every_batch_is_assigned_to_one_chain_and_they_balance(chains, monkeypatch):
+    costs = sorted(np.random.default_rng(chains).lognormal(size=200).tolist(), reverse=True)
+    monkeypatch.setattr(tg, "batch_cost", lambda cfg, number: costs[number])
+    cfg, numbers = tiny_config(ttt_lanes=chains), list(range(200))
+    assigned = tg.assign_to_chains(cfg, numbers)
+    assert sorted(itertools.chain(*assigned)) == numbers and len(assigned) == chains
+    assert all(own == sorted(own) for own in assigned), "the order of the batches is kept"
+    loads = [sum(costs[i] for i in own) for own in assigned]
+    assert max(loads) - min(loads) <= max(costs), "the last batch of the fullest chain went to what was then the emptiest"
+    assert tg.assign_to_chains(cfg, numbers) == assigned
 
 
 def test_batch_cost_counts_the_positions_that_are_run(world):
@@ -178,8 +180,9 @@ def test_batch_cost_counts_the_positions_that_are_run(world):
         cfg = tiny_config(ttt_eval_seq_len=context)
         for batch in tg.document_batches(cfg, data):
             n, chunks = len(batch.sizes), -(-int(batch.sizes.max()) // batch.chunk)
-            run = sum(tg.build_chunk(scorer, batch, 0, n, i, context).inputs.numel() for i in range(chunks))
-            assert tg.batch_cost(batch, context) == run
+            assert int(batch.chunks.max()) == chunks
+            run = sum(tg.build_chunk(cfg, scorer, batch, i, 0, n).inputs.numel() for i in range(chunks))
+            assert tg.batch_cost(cfg, batch) == run
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -187,13 +190,14 @@ def test_a_chunk_holds_the_window_the_positions_and_the_targets(first, world):
     data, cfg = of_sizes(5, 30, 100), tiny_config(ttt_short_score_first_steps="", ttt_short_chunk_size=16)
     batch, context = tg.document_batches(cfg, data)[0], 64
     for index in range(7):
-        chunk = tg.build_chunk(tg.Scorer(data, world), batch, first, 4, index, context)
+        chunk = tg.build_chunk(cfg, tg.Scorer(data, world), batch, index, first, 4)
         for row in range(4):
             size = int(batch.sizes[first + row]) if first + row < 3 else 0
             at = list(range(index * 16, min((index + 1) * 16, size)))
             start = int(batch.starts[first + row]) if size else 0
-            mask = torch.from_numpy(chunk.at[row] >= 0)
-            assert chunk.at[row][mask].tolist() == [start + i for i in at]
+            mask = torch.from_numpy(chunk.targets[row] >= 0)
+            assert chunk.learns[row] == (size > (index + 1) * 16), "a last chunk is not learned from"
+            assert chunk.targets[row][mask].tolist() == [start + i for i in at]
             assert chunk.inputs[row].gather(0, chunk.positions[row])[mask].tolist() == data.tokens[[start + i for i in at]].tolist()
             if at:  # the tokens before the chunk, as many as fit
                 seen = int(chunk.positions[row, len(at) - 1]) + 1
@@ -207,7 +211,7 @@ def test_a_chunk_holds_the_window_the_positions_and_the_targets(first, world):
 
 def test_shapes_and_scale_of_the_adapters(world):
     cfg = tiny_config(ttt_mask="")
-    chain = tg.AdapterChain(cfg, world, 3, 4, 1e-3, 0.5, 0.99, seed=0)
+    chain = tg.AdapterChain(cfg, world, 3, seed=0)
     slots, D = len(tg.layer_order(cfg, looping=True)), cfg.model_dim
     n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D)
     for site, n in n_out.items():
@@ -224,11 +228,11 @@ def test_shapes_and_scale_of_the_adapters(world):
     expected = torch.stack([2.0 * (B[b] @ (A[b] @ x[b].T)).T for b in range(2)])
     y = torch.zeros(2, 5, 9)
     torch.testing.assert_close(tg.add_deltas(y, x, None, tg.Lora(A, B, 2.0), columns=(0, 2))[..., 2:], expected, rtol=1e-4, atol=1e-4)
-    default = tg.AdapterChain(tiny_config(), world, 3, 4, 1e-3, 0.5, 0.99, seed=0).adapters
+    default = tg.AdapterChain(tiny_config(), world, 3, seed=0).adapters
     assert default.q is None and default.v is None and default.k is not None and default.o is not None and default.mlp is not None
 
 
-def test_seeds_of_lanes_differ_and_repeat(world):
+def test_seeds_of_chains_differ_and_repeat(world):
     cfg = tiny_config()
     first, second, again = (tg.AdapterChain(cfg, world, 2, seed).adapters.head.A for seed in (0, 1, 0))
     assert torch.equal(first, again) and not torch.equal(first, second)
@@ -251,7 +255,7 @@ def test_without_learning_it_is_the_plain_score_of_each_document(world, random_m
 
 
 @pytest.mark.parametrize("changes", [
-    {}, QUIET, dict(ttt_batch_size=5, ttt_lanes=3), dict(phased_ttt_num_phases=3), dict(ttt_eval_batches="1,2"),
+    {}, QUIET, dict(ttt_batch_size=5, ttt_lanes=3), dict(phased_ttt_num_phases=3),
 ])  # fmt: skip
 def test_every_target_and_every_byte_once(changes, world, random_model):
     cfg, data = tiny_config(**changes), some(13)
@@ -260,8 +264,8 @@ def test_every_target_and_every_byte_once(changes, world, random_model):
     assert ledger.result.tokens == len(data.target_bytes) and ledger.result.bytes == data.target_bytes.sum()
     assert ledger.result.loss == pytest.approx(ledger.nats.astype(float).mean(), rel=1e-12)
     assert ledger.result.bpb == pytest.approx(ledger.nats.astype(float).sum() / math.log(2) / data.target_bytes.sum(), rel=1e-12)
-    reports = [line for line in ledger.lines if line.startswith("ttp:")]
-    assert len(reports) == (2 if "ttt_eval_batches" in changes else len(tg.document_batches(cfg, data)))
+    reports = [line for line in ledger.lines if line.startswith("ttt batch:")]
+    assert len(reports) == len(tg.document_batches(cfg, data))
 
 
 # ---------------------------------------------------------------------------------------------------- legality
@@ -269,9 +273,8 @@ def test_every_target_and_every_byte_once(changes, world, random_model):
 
 @pytest.fixture(scope="module")
 def whole(random_model, world):
-    """A run with everything on: warm-started A, two lanes, a moving mean, a global phase of several chunks."""
-    cfg = tiny_config(ttt_warm_start_mean_enabled=True, ttt_short_lora_enabled=True, ttt_short_doc_len=40, ttt_short_lora_rank=3,
-                      ttt_short_lora_lr=5e-3)  # fmt: skip
+    """A run with everything on: warm-started A, two chains, a global phase of several chunks."""
+    cfg = tiny_config()
     model, data = random_model(cfg), some(16)
     return cfg, model, data, run_ttt(cfg, world, model, data)
 
@@ -300,10 +303,10 @@ def test_the_future_never_reaches_a_score(nth, share, whole, world):
 
 
 def test_the_past_does_reach_the_scores(whole, world):
-    """The previous test would see a leak: forging a document of the first batch changes the next of its lane, and all after the phase."""
+    """The previous test would see a leak: forging a document of the first batch changes the next of its chain, and all after the phase."""
     cfg, model, data, ledger = whole
     batches = tg.document_batches(cfg, data)
-    assert [line for line in ledger.lines if line.startswith("ttpr:")], "there was a global phase"
+    assert "ttt_phase:1/1 end" in "\n".join(ledger.lines), "there was a global phase"
     last = batches[-1]
     other = run_ttt(cfg, world, model, forged(data, int(last.starts[0]) + 1, int(last.starts[0] + last.sizes[0])))
     for batch in batches[:2]:
@@ -363,7 +366,7 @@ def test_a_phase_learns_from_scored_documents_alone(world, random_model, monkeyp
     cfg, data = tiny_config(phased_ttt_num_phases=2, phased_ttt_prefix_docs=9), some(16)
     ledger, seen = Ledger(data, world), []
     monkeypatch.setattr(tg.BaseLearner, "learn", lambda self, tokens, log: seen.append((tokens, ledger.when.copy())))
-    tg.TttRun(cfg, world, ready(random_model(cfg)), ledger, lambda line: None).run()
+    tg.TttRun(cfg, tg.TttEngine(cfg, world, ready(random_model(cfg)), data), ledger, lambda line: None).run()
     starts, ends = data.documents()
     assert len(seen) == 2
     for (tokens, when), count, scored in zip(seen, (4, 9), (4, 12), strict=True):
@@ -466,7 +469,7 @@ def test_a_global_phase_equals_the_slow_loop(changes, world, random_model):
     for name, t in got.state_dict().items():
         moved = (expected[name] - model.state_dict()[name]).norm()
         assert (t - expected[name]).norm() <= 1e-3 * moved + 1e-6, name  # gradients summed in another order, fp32
-    assert lines and lines[0].startswith("tttg: c1/")
+    assert lines and lines[0].startswith("ttt_phase_chunk:1/")
 
 
 def test_the_last_chunk_of_a_phase_and_the_remainder_of_a_chunk_are_skipped(world, random_model):
@@ -546,11 +549,11 @@ def test_what_padding_holds_reaches_no_score(world, random_model, monkeypatch):
     model, real, padding = ready(random_model(cfg)), tg.build_chunk, []
     expected, chain = run_batch(cfg, world, model, data)
 
-    def build_chunk(scorer, batch, first, rows, index, context, width):
-        chunk = real(scorer, batch, first, rows, index, context, width)
-        seen = torch.from_numpy((chunk.at >= 0).sum(1)) - 1
+    def build_chunk(cfg, scorer, batch, index, first, rows):
+        chunk = real(cfg, scorer, batch, index, first, rows)
+        seen = torch.from_numpy((chunk.targets >= 0).sum(1)) - 1
         last = chunk.positions.gather(1, seen.clamp_min(0)[:, None])
-        behind = (torch.arange(width) > last) & (seen >= 0)[:, None]
+        behind = (torch.arange(chunk.inputs.shape[1]) > last) & (seen >= 0)[:, None]
         padding.append(int(behind.sum()))
         assert not chunk.inputs[behind].any()
         noise = torch.randint(0, 64, chunk.inputs.shape, generator=torch.Generator().manual_seed(index))
@@ -565,36 +568,34 @@ def test_what_padding_holds_reaches_no_score(world, random_model, monkeypatch):
 
 
 def graphed_run(cfg, world, model, data):
-    """A run after its warm-up, and its ledger."""
+    """A warmed engine, a run of it and the run's ledger."""
     ledger = Ledger(data, world)
     ledger.model = ready(model)
-    ttt = tg.TttRun(cfg, world, ledger.model, ledger, ledger.lines.append)
-    ttt.warm_up()
-    return ttt, ledger
+    engine = tg.TttEngine(cfg, world, ledger.model, data)
+    engine.warm_up(ledger.lines.append)
+    return engine, tg.TttRun(cfg, engine, ledger, ledger.lines.append), ledger
 
 
-@pytest.mark.parametrize("changes", [
-    {}, dict(ttt_short_lora_enabled=True, ttt_short_doc_len=40, ttt_short_lora_rank=3, ttt_warm_start_mean_enabled=True),
-    dict(ngram_tilt_enabled=True, token_order=3), dict(ttt_grad_steps=2, **QUIET),
-])  # fmt: skip
+@pytest.mark.parametrize("changes", [{}, dict(ngram_tilt_enabled=True, token_order=3), QUIET])
 def test_a_run_in_graphs_is_a_run(changes, world, random_model, recordings, monkeypatch):
     """Bit for bit what the same padded rows give without graphs, phases included; every graph is recorded in the warm-up."""
     cfg, data = tiny_config(cuda_graphs=True, ttt_bucket=32, **changes), some(10, longest=80)
     model = random_model(cfg)
-    ttt, ledger = graphed_run(cfg, world, model, data)
+    engine, ttt, ledger = graphed_run(cfg, world, model, data)
     batches = tg.document_batches(cfg, data)
     shapes = {(b.chunk, tg.window_width(cfg, b.chunk, i)) for b in batches for i in range(-(-int(b.sizes.max()) // b.chunk))}
-    graphs = len(shapes) * (1 + cfg.ttt_short_lora_enabled)
-    phases = len({count for _, count in ttt.base.shares}) * 4 if ttt.base else 0
-    assert len(ttt.forward.recorded) == graphs >= 3 and len(ttt.base.graphs.recorded if ttt.base else ()) == phases
+    graphs = len(shapes)
+    base = engine.base
+    phases = len({count for _, count in base.shares}) * 4 if base else 0
+    assert len(engine.forward.recorded) == graphs >= 3 and len(base.graphs.recorded if base else ()) == phases
     assert len(tg.Graphed.made) == graphs + phases == len(recordings) / 2
     replays = sum(recording.replays for recording in recordings)
     score = ttt.run()  # an error if anything were recorded here
     assert len(tg.Graphed.made) == graphs + phases and sum(recording.replays for recording in recordings) > replays
-    assert not ttt.base or min(recording.replays for recording in recordings[2 * graphs : 2 * graphs + 2]) > 0, "phases are replayed"
+    assert not base or min(recording.replays for recording in recordings[2 * graphs : 2 * graphs + 2]) > 0, "phases are replayed"
     monkeypatch.setattr(tg.Graphed, "__call__", lambda self, *args, **kwargs: self.forward(*args, **kwargs))
-    plain, expected = graphed_run(cfg, world, model, data)
-    assert plain.static_rows == ttt.static_rows > 0
+    unrecorded, plain, expected = graphed_run(cfg, world, model, data)
+    assert unrecorded.static_rows == engine.static_rows > 0
     assert plain.run() == score and np.array_equal(expected.nats.numpy(), ledger.nats.numpy())
 
 
@@ -608,119 +609,49 @@ def test_the_adam_kernel_gives_the_scores_of_adamw(world, random_model):
 def test_a_graph_recorded_in_the_scored_evaluation_is_an_error(world, random_model, recordings):
     cfg, data = tiny_config(cuda_graphs=True, **QUIET), some(14)
     model = random_model(cfg)
-    run = lambda cfg: tg.TttRun(cfg, world, ready(model), tg.Scorer(data, world), lambda line: None).run()  # noqa: E731
+
+    def run(cfg):
+        engine = tg.TttEngine(cfg, world, ready(model), data)
+        return tg.TttRun(cfg, engine, tg.Scorer(data, world), lambda line: None).run()
+
     with pytest.raises(tg.RunError, match=r"evaluation batch \d+: the compiler was at work in timed code \(CUDA graph of .*STAGE=eval"):
         run(cfg)
     assert run(dataclasses.replace(cfg, compile_allow_recompiles=True)).tokens == len(data.target_bytes)
 
 
-def test_lanes_follow_one_another_in_the_same_place(world, random_model):
-    """As if each had been made anew: nothing is left of the one before, not even the mean."""
-    cfg, data = tiny_config(ttt_warm_start_mean_enabled=True, ttt_short_lora_enabled=True, ttt_short_doc_len=60), of_sizes(50, 60, 70, 80)
-    model, lane = ready(random_model(cfg)), tg.Lane(cfg, world, 4, seed=3)
-    places = [t.data_ptr() for chain in (lane.normal, lane.short) for lora in chain.loras for t in lora[:2]]
-    first = run_batch(cfg, world, model, data, chain=lane.normal)[0]
-    run_batch(cfg, world, model, data, chain=lane.short)
-    fresh, again = tg.Lane(cfg, world, 4, seed=9), lane.restart(9)
-    assert again is lane and places == [t.data_ptr() for chain in (lane.normal, lane.short) for lora in chain.loras for t in lora[:2]]
-    for name in ("normal", "short"):
-        a, b = (run_batch(cfg, world, model, data, chain=getattr(x, name), from_mean=True) for x in (fresh, again))
-        assert np.array_equal(a[0].nats, b[0].nats) and not np.array_equal(a[0].nats, first.nats)
-        assert all(torch.equal(x.A, y.A) and torch.equal(x.B, y.B) for x, y in zip(a[1].loras, b[1].loras, strict=True))
+def test_chains_follow_one_another_in_the_same_place(world, random_model):
+    """As if each had been made anew: nothing is left of the one before."""
+    cfg, data = tiny_config(), of_sizes(50, 60, 70, 80)
+    model, chain = ready(random_model(cfg)), tg.AdapterChain(cfg, world, 4, seed=3)
+    places = [t.data_ptr() for lora in chain.loras for t in lora[:2]]
+    first = run_batch(cfg, world, model, data, chain=chain)[0]
+    fresh = tg.AdapterChain(cfg, world, 4, seed=9)
+    chain.restart(9)
+    assert places == [t.data_ptr() for lora in chain.loras for t in lora[:2]]
+    a, b = (run_batch(cfg, world, model, data, chain=x) for x in (fresh, chain))
+    assert np.array_equal(a[0].nats, b[0].nats) and not np.array_equal(a[0].nats, first.nats)
+    assert all(torch.equal(x.A, y.A) and torch.equal(x.B, y.B) for x, y in zip(a[1].loras, b[1].loras, strict=True))
 
 
 def nats_of(cfg, world, model, data, **changes) -> np.ndarray:
     return run_batch(dataclasses.replace(cfg, **changes), world, model, data)[0].nats
 
 
-def test_more_steps_and_other_optimizers_change_what_follows_the_first_chunk(world, random_model, monkeypatch):
+def test_options_change_what_follows_the_first_chunk(world, random_model):
     cfg, data = tiny_config(), of_sizes(60, 60)
     model = ready(random_model(cfg))
     base, first = nats_of(cfg, world, model, data), np.r_[0:16, 60:76]
-    for change in (dict(ttt_grad_steps=2), dict(ttt_optimizer="sgd"), dict(ttt_local_lr_mult=0.5), dict(ttt_lora_alpha=2.0),
-                   dict(ttt_o_lora=False), dict(ttt_mlp_lora=False), dict(ttt_k_lora=False), dict(ttt_v_lora="1")):  # fmt: skip
+    for change in (dict(ttt_local_lr_mult=0.5), dict(ttt_lora_alpha=2.0), dict(ttt_o_lora=False),
+                   dict(ttt_mlp_lora=False), dict(ttt_k_lora=False), dict(ttt_v_lora="1")):  # fmt: skip
         other = nats_of(cfg, world, model, data, **change)
         assert np.allclose(other[first], base[first], atol=1e-5), change  # B is zero: fresh adapters change nothing
         assert not np.allclose(np.delete(other, first), np.delete(base, first), atol=1e-5), change
-    steps, real = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (steps.append(1), real(self, *a))[1])
-    nats_of(cfg, world, model, data, ttt_grad_steps=3)
-    assert len(steps) == 3 * 3  # four chunks, the last not learned from
 
 
-def test_sgd_is_one_gradient_step(world, random_model):
-    cfg, data = tiny_config(ttt_optimizer="sgd", ttt_lora_lr=0.1, ttt_local_lr_mult=0.5), of_sizes(60)
-    cfg = dataclasses.replace(cfg, ttt_chunk_size=32)
-    model, batch = ready(random_model(cfg)), tg.document_batches(cfg, data)[0]
-    chain = tg.AdapterChain(cfg, world, 1, seed=3)
-    x = torch.from_numpy(data.tokens[:33].astype(np.int64))[None]
-    loss = model(x[:, :-1], x[:, 1:], layers=tg.layer_order(cfg, True), adapters=chain.adapters).mean()
-    head = torch.autograd.grad(loss, chain.adapters.head.B)[0]
-    _, chain = run_batch(cfg, world, model, data, batch, chain)
-    torch.testing.assert_close(chain.adapters.head.B.detach(), -0.05 * head, rtol=1e-3, atol=1e-6)  # fp32
-
-
-def test_documents_outside_the_length_limits_are_scored_without_learning(world, random_model):
-    data = of_sizes(50, 70, 90)
-    for change, learning in ((dict(ttt_train_min_doc_len=71), [1, 2]), (dict(ttt_train_max_doc_len=71), [0, 1]),
-                             (dict(ttt_train_min_doc_len=71, ttt_train_max_doc_len=71), [1])):  # fmt: skip
-        cfg = tiny_config(**change)
-        model = ready(random_model(cfg))
-        ledger, chain = run_batch(cfg, world, model, data)
-        still = nats_of(cfg, world, model, data, ttt_lora_lr=0.0)
-        learned = nats_of(cfg, world, model, data, ttt_train_min_doc_len=0, ttt_train_max_doc_len=0)
-        moved = [i for i in range(3) if any(lora.B[..., i, :, :].any() for lora in chain.loras)]
-        assert moved == learning
-        for i, (a, b) in enumerate(((0, 50), (50, 120), (120, 210))):
-            assert np.allclose(ledger.nats[a:b], (learned if i in learning else still)[a:b], atol=1e-3)  # fp32
-
-
-def test_short_documents_get_their_own_adapters(world):
-    cfg = tiny_config(ttt_short_lora_enabled=True, ttt_short_doc_len=41, ttt_short_lora_rank=2, ttt_short_lora_lr=0.25,
-                      ttt_short_lora_weight_decay=0.125, ttt_short_lora_beta2=0.75)  # fmt: skip
-    lane = tg.Lane(cfg, world, 3, seed=0)
-    short, long = (tg.document_batches(cfg, of_sizes(20, n))[0] for n in (40, 41))
-    assert lane.chain(short) is lane.short is not lane.chain(long) is lane.normal
-    assert lane.short.adapters.head.A.shape[1] == 2 and lane.short.adapters.head.scale == cfg.ttt_lora_alpha / 2
-    group = lane.short.begin(False).param_groups[0]
-    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.25 * 0.75, 0.125, (0.0, 0.75))
-    group = lane.normal.begin(False).param_groups[0]
+def test_the_optimizer_of_the_adapters(world):
+    chain = tg.AdapterChain(tiny_config(), world, 3, seed=0)
+    group = chain.begin().param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (5e-3 * 0.75, 0.5, (0.0, 0.99), 1e-10)
-    off = tg.Lane(dataclasses.replace(cfg, ttt_short_lora_enabled=False), world, 3, seed=0)
-    assert off.chain(short) is off.normal is off.chain(long)
-
-
-def test_the_moving_mean_of_finished_adapters(world, random_model):
-    cfg, data = tiny_config(ttt_warm_start_mean_enabled=True, ttt_warm_start_mean_momentum=0.75), of_sizes(50, 60)
-    model = ready(random_model(cfg))
-    chain = tg.AdapterChain(cfg, world, 4, seed=3)  # two rows more than documents: they are no part of the mean
-    run_batch(cfg, world, model, data, chain=chain)
-    first = [[t.detach()[..., :2, :, :].mean(-3) for t in lora[:2]] for lora in chain.loras]
-    chain.begin(from_mean=True)
-    for lora, means in zip(chain.loras, first, strict=True):
-        for t, mean in zip(lora[:2], means, strict=True):
-            assert all(torch.allclose(t[..., row, :, :], mean) for row in range(4))
-        assert lora.B.any()
-    run_batch(cfg, world, model, data, chain=chain, from_mean=True)
-    second = [[t.detach()[..., :2, :, :].mean(-3) for t in lora[:2]] for lora in chain.loras]
-    chain.begin(from_mean=True)
-    for lora, old, new in zip(chain.loras, first, second, strict=True):
-        for t, a, b in zip(lora[:2], old, new, strict=True):
-            torch.testing.assert_close(t.detach()[..., 0, :, :], 0.75 * a + 0.25 * b)
-    chain.begin(from_mean=False)
-    assert not any(lora.B.any() for lora in chain.loras)
-
-
-def test_the_mean_starts_short_documents_only(world, random_model):
-    asked = []
-    real = tg.score_batch
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg, "score_batch", lambda *a: (asked.append((int(a[4].sizes.max()) + 1, a[6])), real(*a))[1])
-        for enabled in (True, False):
-            cfg = tiny_config(ttt_warm_start_mean_enabled=enabled, ttt_warm_start_mean_doc_len=70, **QUIET)
-            run_ttt(cfg, world, random_model(cfg), some())
-            assert asked and all(from_mean == (enabled and length <= 70) for length, from_mean in asked)
-            asked.clear()
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -787,7 +718,8 @@ def run_ranks(cfg, model, data, size: int) -> Result:
         try:
             own, world = ready(model), Rank(rank, size, torch.device("cpu"), torch.float32)
             scorer = Door(data, world)
-            out[rank] = tg.TttRun(cfg, world, own, scorer, lambda line: None).run(), own, scorer
+            engine = tg.TttEngine(cfg, world, own, data)
+            out[rank] = tg.TttRun(cfg, engine, scorer, lambda line: None).run(), own, scorer
         except BaseException as e:
             errors.append(e)
             meeting.abort()
@@ -804,7 +736,7 @@ def run_ranks(cfg, model, data, size: int) -> Result:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_score_does_not_depend_on_the_ranks(size, random_model):
-    """Three lanes and chunks of four sequences: uneven on 2 and on 3 ranks. Smear off: a row's first token has no predecessor."""
+    """Three chains and chunks of four sequences: uneven on 2 and on 3 ranks. Smear off: a row's first token has no predecessor."""
     cfg = tiny_config(ttt_lanes=3, global_ttt_chunk_tokens=256, global_ttt_lr=0.01, global_ttt_batch_seqs=3, smear_gate_enabled=False)
     model, data = random_model(cfg), some(14)
     one, many = run_ranks(cfg, model, data, 1), run_ranks(cfg, model, data, size)
@@ -817,7 +749,7 @@ def test_the_score_does_not_depend_on_the_ranks(size, random_model):
     assert one.score[2:] == many.score[2:]
 
 
-def test_more_ranks_than_sequences_or_lanes(random_model):
+def test_more_ranks_than_sequences_or_chains(random_model):
     cfg = tiny_config(ttt_lanes=1, global_ttt_chunk_tokens=64)
     model, data = random_model(cfg), some(8)
     assert run_ranks(cfg, model, data, 3).score.loss == pytest.approx(run_ranks(cfg, model, data, 1).score.loss, abs=1e-4)
@@ -831,10 +763,12 @@ def test_learning_pays_on_repetitive_text(world):
 
 
 def test_compile_warm_up_touches_neither_weights_nor_randomness(world, random_model):
-    cfg = tiny_config(ttt_short_lora_enabled=True, ttt_short_lora_rank=2)
+    cfg = tiny_config()
     model = ready(random_model(cfg))
     before, state = digest(model), torch.get_rng_state()
-    tg.warm_up_ttt(cfg, world, model, tg.Lane(cfg, world, 2, 0), [(8, 8), (8, 16), (16, 64)], lambda line: None)
+    engine = tg.TttEngine(cfg, world, model, of_sizes(5, 8))
+    engine.warm_up_scoring([(8, 8), (8, 16), (16, 64)], lambda line: None)
+    assert engine.chain.adapters.head.B.any(), "it has learned"
     assert digest(model) == before and torch.equal(torch.get_rng_state(), state)
 
 
@@ -853,16 +787,17 @@ class Products(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])
-def test_the_work_of_a_batch_equals_torchs_counter(steps, world, random_model, monkeypatch):
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_work_of_a_batch_equals_torchs_counter(learns, world, random_model, monkeypatch):
     """Forward and backward of every chunk, adapters included; the first slot's merged projection hands no gradient on. The zeros that B of
-    q, k and v are padded with are no work."""
-    cfg, zeros = tiny_config(ttt_grad_steps=max(1, steps), ttt_train_max_doc_len=0 if steps else 1, ttt_mask=""), []
-    data, model = some(4), ready(random_model(cfg))
+    q, k and v are padded with are no work. Documents of a single chunk are scored alone."""
+    chunks = {} if learns else dict(ttt_short_score_first_steps="", ttt_short_chunk_size=60, ttt_chunk_size=60)
+    cfg, zeros = tiny_config(ttt_mask="", **chunks), []
+    data, model = some(4) if learns else of_sizes(40, 50, 55, 60), ready(random_model(cfg))
     (batch,) = tg.document_batches(cfg, data)[:1]
-    chain = tg.AdapterChain(cfg, world, len(batch.sizes), 4, 0.01, 0.0, 0.99, seed=0)
+    chain = tg.AdapterChain(cfg, world, len(batch.sizes), seed=0)
     scorer = tg.Scorer(data, world)
-    matrices = {kind: tuple((*p[:2], 0) for p in passes) for kind, passes in tg.PASSES.items()}
+    matrices = {kind: (matmul, lora, 0, 0) for kind, (matmul, lora, *_) in tg.PASSES.items()}
     monkeypatch.setattr(tg, "PASSES", matrices)  # the counter sees no attention here
 
     def forward(inputs, targets, **how):
@@ -871,16 +806,14 @@ def test_the_work_of_a_batch_equals_torchs_counter(steps, world, random_model, m
         return model(inputs, targets, **how)
 
     with Products() as counter:
-        tg.score_batch(cfg, world, forward, scorer, batch, chain, False)
-    assert scorer.work.model == pytest.approx(counter.total - sum(zeros), rel=0.02 if steps else 0.002)
-    assert scorer.work.useful < 0.7 * scorer.work.model and scorer.work.hardware == scorer.work.model
+        tg.score_batch(cfg, forward, scorer, batch, chain)
+    assert scorer.work.model == pytest.approx(counter.total - sum(zeros), rel=0.02 if learns else 0.002)
+    useful = scorer.work.useful / scorer.work.model
+    assert useful < 0.7 if learns else useful == pytest.approx(batch.sizes.sum() / (len(batch.sizes) * batch.chunk))
+    assert scorer.work.hardware == scorer.work.model
 
 
 def test_a_global_phase_is_work_that_scores_nothing(world, random_model):
     cfg, data = tiny_config(phased_ttt_num_phases=1, phased_ttt_prefix_docs=9), some(16)
-    runs = [tg.TttRun(c, world, ready(random_model(c)), tg.Scorer(data, world), lambda line: None)
-            for c in (cfg, dataclasses.replace(cfg, phased_ttt_enabled=False))]
-    for run in runs:
-        run.run()
-    phased, plain = (run.scorer.work for run in runs)
+    phased, plain = (run_ttt(c, world, random_model(c), data).work for c in (cfg, dataclasses.replace(cfg, **QUIET)))
     assert phased.model > 1.01 * plain.model and phased.useful == pytest.approx(plain.useful, rel=0.05)

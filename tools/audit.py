@@ -1,6 +1,7 @@
-"""Audit a record: a verdict for each rule, from its files alone or by scoring it again.
+"""Audit a run or a record: a verdict for each rule, by probing it, from its files alone, or by scoring it again.
 
-    python tools/audit.py RECORD                                     # rules R1 to R12 of a folder, ours or foreign
+    python tools/audit.py run RUN_FOLDER                             # probe a run of our own script; keeps audit.json beside it
+    python tools/audit.py RECORD                                     # rules R1 to R12 of a folder, ours or foreign, from its files
     python tools/audit.py RECORD --data DATA                         # and the clean room for R12
     python tools/audit.py rescore RECORD --data DATA --all           # the clean room alone
     python tools/audit.py verify ARTIFACT_DIR/ledger.jsonl           # was the ledger edited, does the score follow from it
@@ -27,15 +28,24 @@ from pathlib import Path
 import brotli
 from clean_room import TOLERANCE, overall, rescore
 from foreign import Log, named, read_json, read_logs, seed_tables
-from ledger import FAIL, PASS, RULING, UNKNOWN, Finding, accounts, read_chain, verify, worst
-from record import BUDGET_SECONDS, CAP_BYTES, Broken, spread, table
+from ledger import Account, accounts, probed, read_audit, read_chain, verify
+from probes import judge, stored_audit
+from record import spread
+from rules import (
+    BUDGET_SECONDS,
+    CAP_BYTES,
+    FAIL,
+    PASS,
+    RULES,
+    RULING,
+    UNKNOWN,
+    Broken,
+    Finding,
+    table,
+    verdict_lines,
+    worst,
+)
 
-RULES = {
-    "R1": "files under the cap", "R2": "time within the budgets", "R3": "no training on validation text",
-    "R4": "every target and byte once", "R5": "probabilities sum to one", "R6": "no look at the future",
-    "R7": "scored before learned from", "R8": "warm-up changes nothing", "R9": "no forbidden data is read",
-    "R10": "seeds and statistics", "R11": "score follows from receipts", "R12": "clean room gives the same",
-}
 VALIDATION_TOKENS, VALIDATION_BYTES = 47_853_343, 151_080_645  # targets and bytes of the published CaseOps set, 50,000 documents
 WRONG_SETS = {  # targets -> what they are
     9_662_464: "the first 10,000 documents only, the preparation's default",
@@ -126,17 +136,26 @@ class Case:
                 for file, findings in self.ledgers.items() for f in findings
                 if f.name in names or (f.name == "chain" and f.verdict == FAIL)]
 
+    @cached_property
+    def whole(self) -> list[Account]:
+        """The last process of every ledger whose chain is whole."""
+        files = [file for file, findings in self.ledgers.items() if findings[0].verdict == PASS]
+        return [accounts(read_chain(self.folder / file))[-1] for file in files]
+
     def probed(self, *ids: str) -> list[tuple[str, str]]:
-        """What the probes with these ids said, in ledgers whose chain is whole."""
-        whole = [self.folder / file for file, findings in self.ledgers.items() if findings[0].verdict == PASS]
-        probes = [accounts(read_chain(path))[-1].probes() for path in whole]
-        return [(p[i]["verdict"], f"{i}: {p[i]['evidence']}") for p in probes for i in ids if i in p]
+        """What the probes with these ids found."""
+        probes = [probed(account, self.folder) for account in self.whole]
+        return [(p[i][0], f"{i}: {p[i][1]}") for p in probes for i in ids if i in p]
 
     def judged(self, rule: str) -> list[tuple[str, str]]:
-        """What a trainer itself found against this rule."""
-        whole = [self.folder / file for file, findings in self.ledgers.items() if findings[0].verdict == PASS]
-        lines = [e for path in whole for e in accounts(read_chain(path))[-1].of("verdicts")]
-        return [(e[rule][0], f"the run itself: {e[rule][1]}") for e in lines if rule in e and e[rule][0] in (FAIL, RULING)]
+        """What was found against this rule by a trainer itself, or by the audit beside its ledger."""
+        found = []
+        for account in self.whole:
+            audit = read_audit(self.folder, account.entries[-1]["hash"])
+            sources = [("the run itself", line) for line in account.of("verdicts")]
+            sources += [("its audit", audit["verdicts"])] if audit else []
+            found += [(*judged[rule], name) for name, judged in sources if rule in judged]
+        return [(verdict, f"{name}: {evidence}") for verdict, evidence, name in found if verdict in (FAIL, RULING)]
 
     def numbers(self, name: str) -> dict[str, float]:
         """Seed -> what its log prints."""
@@ -345,9 +364,9 @@ def audit(folder: Path, clean_room: tuple[str, str] = (UNKNOWN, "not run: give -
         raise Broken(f"{folder} holds neither a submission.json nor a log with a score")
     seen = [(rule, verdict, f"{what}, in {log.path.name}") for log in case.logs for rule, verdict, shows, what in METHODS if shows(log)]
     found = {rule: check(case) + case.judged(rule) + [(v, text) for r, v, text in seen if r == rule] for rule, check in CHECKS.items()}
-    outcomes = {rule: worst(join_seeds(findings)) for rule, findings in found.items()}
+    outcomes = {rule: worst(join_seeds(findings), all_evidence=True) for rule, findings in found.items()}
     outcomes["R12"] = clean_room
-    return [Finding(f"{rule} {RULES[rule]}", *outcome) for rule, outcome in outcomes.items()]
+    return [Finding(f"{rule} {RULES[rule].name}", *outcome) for rule, outcome in outcomes.items()]
 
 
 # -- MAIN --------------------------------------------------------------------------------------------------------------
@@ -364,6 +383,18 @@ def run_rescore(args: argparse.Namespace) -> list[Finding]:
     return rescore(args.record, args.data, args.seed, fraction, args.sample_seed, args.script, args.tolerance, args.timeout)
 
 
+def run_probes(args: argparse.Namespace) -> list[Finding]:
+    """Judge a finished run, or show the audit that stands beside it."""
+    audit = None if args.again else stored_audit(args.folder, args.full)
+    shown = "" if audit is None else ", as judged before (--again judges it anew)"
+    audit = audit or judge(args.folder, args.script, args.data, args.full)
+    if not args.json:
+        print("\n".join(verdict_lines(audit["verdicts"])))
+    print(f"audit: {sum(audit['seconds'].values()):.1f} s, apart from the evaluation's clock{shown}: {args.folder / 'audit.json'}",
+          file=sys.stderr)
+    return [Finding(f"{rule} {RULES[rule].name}", *outcome) for rule, outcome in audit["verdicts"].items()]
+
+
 def run_audit(args: argparse.Namespace) -> list[Finding]:
     if args.data is None:
         return audit(args.record)
@@ -372,10 +403,17 @@ def run_audit(args: argparse.Namespace) -> list[Finding]:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] not in ("verify", "rescore", "record", "-h", "--help"):
+    if argv and argv[0] not in ("run", "verify", "rescore", "record", "-h", "--help"):
         argv.insert(0, "record")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
+    probe = commands.add_parser("run", help="probe a finished run and judge it by every rule")
+    probe.set_defaults(command=run_probes)
+    probe.add_argument("folder", type=Path, metavar="RUN_FOLDER")
+    probe.add_argument("--script", type=Path, help="the script that ran, where it is not the working copy or build/train_gpt.py")
+    probe.add_argument("--data", type=Path, help="folder with the data (default: the run's own DATA_PATH)")
+    probe.add_argument("--full", action="store_true", help="all training shards, all documents, 16 rounds of replays")
+    probe.add_argument("--again", action="store_true", help="judge anew where an audit.json is there")
     check = commands.add_parser("verify", help="the hash chain of a ledger, and the score from its receipts")
     check.add_argument("ledger", type=Path)
     check.add_argument("--anchor", help="hash of the last line, kept elsewhere (default: from the result beside the ledger)")
@@ -402,7 +440,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps([f._asdict() for f in findings], indent=1) if args.json else render(findings))
+    if args.json:
+        print(json.dumps([f._asdict() for f in findings], indent=1))
+    elif args.command is not run_probes:
+        print(render(findings))
     return int(any(f.verdict == FAIL for f in findings))
 
 

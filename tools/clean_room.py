@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from foreign import Log, read_json
-from ledger import FAIL, PASS, UNKNOWN, Finding, accounts, find_by_hash, read_chain
-from record import NOT_SETTINGS, STAGES, Broken, sha256
+from ledger import accounts, find_by_hash, read_chain
+from record import NOT_SETTINGS, STAGES
+from rules import FAIL, PASS, UNKNOWN, Broken, Finding, sha256
 
 TOLERANCE = 1e-3    # nats per target, across back ends; 0 is expected on the machine that made the record
 BOS = 1

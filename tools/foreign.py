@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from record import EARLY_STOP, RESULT_LINE, STAGES, TOTAL_EVAL_TIME, Broken
+from ledger import RESULT_LINE
+from record import EARLY_STOP, STAGES, TOTAL_EVAL_TIME
+from rules import Broken
 
 NAMES = {  # one quantity and what public submissions call it
     "val_bpb": ("val_bpb", "mean_val_bpb", "val_bpb_mean", "val_bpb_exact"),

@@ -6,49 +6,20 @@ leaves a whole chain: only a hash kept elsewhere (the log's result line, a submi
 compared with it.
 """
 
-import hashlib
 import json
 import math
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+from rules import BUDGET_SECONDS, FAIL, PASS, UNKNOWN, Broken, Finding, digest, sha256, worst
 
-BUDGET_SECONDS = 600  # of the ten-minute track, for training and for evaluation each
 RESULT_LINE = re.compile(r"^result: (.+)$", re.M)
-PASS, FAIL, RULING, UNKNOWN = "PASS", "FAIL", "NEEDS-RULING", "NOT-MEASURED"
-
-
-class Broken(ValueError):
-    """A run, a ledger or a record that contradicts itself. The message is for the user."""
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-class Finding(NamedTuple):
-    name: str
-    verdict: str
-    evidence: str
-
-
-def worst(findings: list[tuple[str, str]]) -> tuple[str, str]:
-    """One verdict for several (verdict, evidence): FAIL, else NEEDS-RULING, else NOT-MEASURED, else PASS; its evidence comes first."""
-    order = [FAIL, RULING, UNKNOWN, PASS]
-    ranked = sorted(findings, key=lambda f: order.index(f[0]))
-    return ranked[0][0] if ranked else UNKNOWN, "; ".join(dict.fromkeys(text for _, text in ranked if text))
 
 
 # -- THE CHAIN ---------------------------------------------------------------------------------------------------------
-
-def digest(entry: dict) -> str:
-    canonical = json.dumps({k: v for k, v in entry.items() if k != "hash"}, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
-
 
 def read_chain(path: Path) -> list[dict]:
     """Every line of a whole chain. Raises Broken at the first line that was edited, lost, added or moved."""
@@ -108,7 +79,7 @@ class Account:
         return total + self.before.seconds(name) if interrupted or not total else total
 
     def probes(self) -> dict[str, dict]:
-        """Probe -> its last line, in this run or one before it: only a run that trains can look at the training data."""
+        """Probe -> its last line, in this run or one before it, of scripts that audited themselves; later ones leave that to probes.py."""
         return (self.before.probes() if self.before else {}) | {e["id"]: e for e in self.of("probe")}
 
 
@@ -256,12 +227,13 @@ def check_seed(run: Account, folder: Path) -> str | tuple[str, str]:
 
 
 def check_probes(run: Account, folder: Path) -> tuple[str, str]:
-    lines = list(run.probes().values())
-    if not lines:
-        return UNKNOWN, "no probe ran (AUDIT=off?)"
-    verdict, _ = worst([(e["verdict"], "") for e in lines])
-    rest = "; ".join(f"{e['id']} {e['verdict']}: {e['evidence']}" for e in lines if e["verdict"] != PASS)
-    return verdict, f"{sum(e['verdict'] == PASS for e in lines)} of {len(lines)} pass" + (f"; {rest}" if rest else "")
+    """What the run's own probes found, or those of an audit that stands beside the ledger."""
+    found = probed(run, folder)
+    if not found:
+        return UNKNOWN, "nobody has probed this run: python tools/audit.py run RUN_FOLDER"
+    verdict, _ = worst([(verdict, "") for verdict, _ in found.values()])
+    rest = "; ".join(f"{name} {v}: {evidence}" for name, (v, evidence) in found.items() if v != PASS)
+    return verdict, f"{sum(v == PASS for v, _ in found.values())} of {len(found)} pass" + (f"; {rest}" if rest else "")
 
 
 CHECKS = {"coverage": check_coverage, "score": check_score, "score before update": check_order, "weights": check_weights,
@@ -274,13 +246,38 @@ def find_by_hash(folder: Path, digest: str, suffix: str) -> Path | None:
     return next((p for p in sorted(folder.glob(f"*{suffix}")) if p.is_file() and sha256(p.read_bytes()) == digest), None)
 
 
+def read_audit(folder: Path, head: str) -> dict | None:
+    """The audit of a run, as probes.py left it beside the ledger with this head: {mode, verdicts, findings, lines, last_hash}."""
+    for path in sorted(folder.glob("audit*.json")):
+        try:
+            audit = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise Broken(f"{path} cannot be read as JSON: {error}") from None
+        if isinstance(audit, dict) and audit.get("last_hash") == head:
+            return audit
+    return None
+
+
+def probed(run: Account, folder: Path) -> dict[str, tuple[str, str]]:
+    """Finding -> outcome: from the audit beside the ledger, or from the lines of a script that audited itself."""
+    audit = read_audit(folder, run.entries[-1]["hash"])
+    if audit is not None:
+        return {name: tuple(outcome) for name, outcome in audit["findings"].items()}
+    return {name: (line["verdict"], line["evidence"]) for name, line in run.probes().items()}
+
+
+def head_of(result: dict) -> str | None:
+    """The head of the ledger that a result keeps: under `ledger`, or under `audit` where the script audited itself."""
+    return (result.get("ledger") or result.get("audit") or {}).get("last_hash")
+
+
 def anchors(folder: Path) -> dict[str, str]:
     """Where -> the head of a ledger, as results, submissions and logs beside it keep it."""
     found = {}
     for path in [*folder.glob("result.json"), *folder.glob("*.log"), *folder.glob("*.txt")]:
         text = path.read_text(errors="replace")
         lines = [text] if path.suffix == ".json" else RESULT_LINE.findall(text)[-1:]
-        kept = [(json.loads(line).get("audit") or {}).get("last_hash") for line in lines]
+        kept = [head_of(json.loads(line)) for line in lines]
         found |= {path.name: kept[0]} if kept and kept[0] else {}
     submission = folder / "submission.json"
     if submission.exists():

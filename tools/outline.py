@@ -1,6 +1,6 @@
 """Print the sections of the script: where each begins, its code tokens, tokens a line and packed bytes.
 
-    python tools/outline.py [train_gpt.py]
+    python tools/outline.py [train_gpt.py] [--packed]
 
 Code tokens are those of Python's tokenizer without comments, docstrings, newlines and indents. Packed bytes are what the section
 adds to the compressed script: the difference between packing with it and without it.
@@ -43,8 +43,12 @@ class Section(NamedTuple):
 def docstring_lines(tree: ast.Module) -> set[int]:
     """Collect the line numbers of all docstrings."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [node.body[0] for node in ast.walk(tree) if isinstance(node, documented) and ast.get_docstring(node) is not None]
-    return {line for node in found for line in range(node.lineno, node.end_lineno + 1)}
+    owners = [node for node in ast.walk(tree) if isinstance(node, documented) and ast.get_docstring(node) is not None]
+    lines: set[int] = set()
+    for owner in owners:
+        docstring = owner.body[0]
+        lines.update(range(docstring.lineno, docstring.end_lineno + 1))
+    return lines
 
 
 def tokens_by_line(source: str) -> dict[int, int]:
@@ -76,14 +80,26 @@ def outline(source: str) -> list[Section]:
     ]
 
 
+def cut_section(source: str, name: str) -> tuple[str, str, str]:
+    """Cut a script into what stands above a section, the section from its first rule on, and what stands below.
+
+    Raises ValueError when there is no section of that name.
+    """
+    found = titles(source)
+    names = [title for _, title, _ in found]
+    if name not in names:
+        raise ValueError(f"no section {name!r}; there are {', '.join(names) or 'none'}")
+    lines = source.splitlines(keepends=True)
+    marks = [start - 2 for start, *_ in found] + [len(lines)]
+    index = names.index(name)
+    first, end = marks[index : index + 2]
+    return "".join(lines[:first]), "".join(lines[first:end]), "".join(lines[end:])
+
+
 def without_section(source: str, name: str) -> str:
-    """Cut one section off, from its first rule to that of the next section. Raises ValueError when there is none of that name."""
-    marks = [start - 2 for start, *_ in titles(source)] + [source.count("\n") + 1]
-    for (_, title, _), first, end in zip(titles(source), marks, marks[1:], strict=False):
-        if title == name:
-            lines = source.splitlines(keepends=True)
-            return "".join(lines[:first] + lines[end:])
-    raise ValueError(f"no section {name!r}; there are {', '.join(title for _, title, _ in titles(source))}")
+    """Leave one section out of a script. Raises ValueError when there is none of that name."""
+    above, _, below = cut_section(source, name)
+    return above + below
 
 
 def packed_bytes(source: str) -> dict[str, int]:
@@ -100,22 +116,24 @@ def packed_bytes(source: str) -> dict[str, int]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path, nargs="?", default=Path(__file__).parents[1] / "train_gpt.py")
+    parser.add_argument("--packed", action="store_true", help="measure packed bytes too; a minute")
     args = parser.parse_args(argv)
     try:
         source = args.script.read_text()
         sections = outline(source)
-        packed = packed_bytes(source)
+        packed = packed_bytes(source) if args.packed else {}
     except (OSError, SyntaxError) as e:
         print(f"error: cannot read {args.script}: {e}", file=sys.stderr)
         return 1
     print(f"{'section':<20}{'line':>6}{'code lines':>12}{'tokens':>8}{'a line':>8}{'heavy':>7}{'packed':>9}")
     for s in sections:
         heavy = sum(n >= HEAVY for n in s.lines.values())
-        print(f"{s.name:<20}{s.start:>6}{len(s.lines):>12}{s.tokens:>8}{s.tokens_per_line:>8.1f}{heavy:>7}{packed.get(s.name, 0):>9}")
+        size = packed.get(s.name, 0)
+        print(f"{s.name:<20}{s.start:>6}{len(s.lines):>12}{s.tokens:>8}{s.tokens_per_line:>8.1f}{heavy:>7}{size:>9}")
     lines = [n for s in sections for n in s.lines.values()]
     wide = sum(len(line) > 110 for line in source.splitlines())
     print(f"{'file':<20}{'':>6}{len(lines):>12}{sum(lines):>8}{sum(lines) / len(lines):>8.1f}"
-          f"{sum(n >= HEAVY for n in lines):>7}{packed['total']:>9}")
+          f"{sum(n >= HEAVY for n in lines):>7}{packed.get('total', 0):>9}")
     print(f"{wide} lines over 110 columns")
     return 0
 

@@ -1,10 +1,14 @@
 """Write the script that is shipped: minified, compressed, self-extracting.
 
     python tools/pack_code.py train_gpt.py build/train_gpt.py --check
+    python tools/pack_code.py train_gpt.py build/train_gpt.py --check --drop KERNELS,help
 
 The packed file is what runs and what is counted; the readable script is its twin. Only names, spelling and layout
 change: every statement, assertion and check survives, so both behave alike. `--check` writes nothing unless the packed
 script answers `--help` exactly like the readable one.
+
+`--drop` leaves out what a configuration does not use: KERNELS (it then runs on the definitions, on a CPU), any section
+that no other one reads, and `help`, what every variable means. The packed script names what it lacks in its first line.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import base64
 import os
 import re
 import subprocess
+import symtable
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +25,7 @@ from unittest import mock
 
 import brotli
 import python_minifier
+from outline import cut_section
 from python_minifier.f_string import OuterFString
 
 # The source is compiled under a name that no file has and registered in linecache under that name: there tracebacks,
@@ -34,7 +40,25 @@ if __name__=="__main__":sys.excepthook=traceback.print_exception
 exec(compile(_s,_f,"exec"))
 """
 PAYLOAD = re.compile(rb'b85decode\("([^"]+)"\)')
+LACKS = re.compile(rb"\A# without ([^\n]+)\n")
 HELP_SECONDS = 120
+STAND_INS = {  # section: what answers in its place, where the rest of the script asks it for something
+    "KERNELS": '''
+def choose_attention(wanted, world, cache_dir=""):
+    return "definition", document_attention_reference, ""
+
+
+def choose_kernels(cfg, world):
+    knobs = ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel", "ttt_adam_kernel")
+    asked = [f"{name.upper()}={getattr(cfg, name)}" for name in knobs if getattr(cfg, name) != "eager"]
+    if asked or world.device.type == "cuda":
+        raise RunError(f"{' '.join(asked) or world.device} needs KERNELS, which this script was packed without: "
+                       "pack it without --drop KERNELS")
+    return DEFINITIONS
+
+
+''',
+}
 
 
 def names_to_keep(tree: ast.Module) -> set[str]:
@@ -59,6 +83,49 @@ class InlineDocstring(ast.NodeTransformer):
         return ast.Constant(self.text) if node.id == "__doc__" and isinstance(node.ctx, ast.Load) else node
 
 
+def bound_names(section: str) -> set[str]:
+    """Collect the names that the top level of a piece of script binds."""
+    top = symtable.symtable(section, "section", "exec")
+    return {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned()}
+
+
+def global_names(table: symtable.SymbolTable) -> set[str]:
+    """Collect the global names that a scope and those inside it read."""
+    own = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced() and symbol.is_global()}
+    return own.union(*(global_names(child) for child in table.get_children()))
+
+
+def without_help(source: str) -> str:
+    """Empty the second argument of every `knob(default, "what it means", ..)`."""
+    lines = source.encode().splitlines(keepends=True)
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    knobs = [call for call in calls if getattr(call.func, "id", "") == "knob" and len(call.args) > 1]
+    if not knobs:
+        raise ValueError("there is no help to leave out: the script declares no knob(default, meaning)")
+    texts = {(call.args[1].lineno, call.args[1].col_offset): call.args[1] for call in knobs}
+    for _, text in sorted(texts.items(), reverse=True):  # from below, so that the lines above keep their places
+        first, last = text.lineno - 1, text.end_lineno - 1
+        head, tail = lines[first][: text.col_offset], lines[last][text.end_col_offset :]
+        lines[first : last + 1] = [head + b'""' + tail]
+    return b"".join(lines).decode()
+
+
+def drop(source: str, parts: list[str]) -> str:
+    """Leave sections, or "help", out of a readable script. Raises ValueError naming what the rest needs of a section."""
+    for part in parts:
+        if part == "help":
+            source = without_help(source)
+            continue
+        above, section, below = cut_section(source, part)
+        missing = bound_names(section) & global_names(symtable.symtable(above + below, "rest", "exec"))
+        stand_in = STAND_INS.get(part, "") if missing else ""
+        missing -= bound_names(stand_in) | bound_names(above + below)
+        if missing:
+            raise ValueError(f"cannot leave out {part}: the rest of the script needs {', '.join(sorted(missing))}")
+        source = above + stand_in + below
+    return source
+
+
 print_f_string = OuterFString.__init__  # (self, node, pep701): from Python 3.12 on with the same quotes inside as outside
 
 
@@ -77,10 +144,18 @@ def minify(source: str) -> str:
             remove_asserts=False, remove_debug=False, preserve_shebang=False)
 
 
-def pack(source: str) -> bytes:
-    """The self-extracting script. Equal sources give equal bytes."""
-    compressed = brotli.compress(minify(source).encode(), quality=11, lgwin=24)
-    return STUB.format(payload=base64.b85encode(compressed).decode()).encode()
+def pack(source: str, parts: list[str] | None = None) -> bytes:
+    """Make the self-extracting script, without the `parts` that `drop` names. Equal sources give equal bytes."""
+    parts = parts or []
+    compressed = brotli.compress(minify(drop(source, parts)).encode(), quality=11, lgwin=24)
+    title = f"# without {','.join(parts)}\n" if parts else ""
+    return (title + STUB.format(payload=base64.b85encode(compressed).decode())).encode()
+
+
+def dropped_parts(packed: bytes) -> list[str]:
+    """Read what a packed script was packed without."""
+    title = LACKS.match(packed)
+    return title[1].decode().split(",") if title else []
 
 
 def unpack(packed: bytes) -> str:
@@ -103,6 +178,14 @@ def help_output(code: bytes, name: str, library: Path) -> str:
     return process.stdout
 
 
+def check_help(packed: bytes, readable: bytes, script: Path) -> None:
+    """Raise ValueError unless a packed script prints the --help of its readable twin, less what it was packed without."""
+    twin = drop(readable.decode(), dropped_parts(packed)).encode()
+    outputs = [help_output(code, script.name, script.parent) for code in (packed, twin)]
+    if outputs[0] != outputs[1]:
+        raise ValueError("the packed script prints another --help than the readable one")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -115,14 +198,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("script", type=Path, help="the readable script")
     parser.add_argument("out", type=Path, help="the packed script to write")
     parser.add_argument("--check", action="store_true", help="compare what both print for --help before writing")
+    parser.add_argument("--drop", default="", metavar="SECTION,..", help="leave these sections out, and/or help")
     args = parser.parse_args(argv)
-    readable = args.script.read_bytes()
-    packed = pack(readable.decode())
-    if args.check:
-        name, library = args.script.name, args.script.parent
-        if help_output(packed, name, library) != help_output(readable, name, library):
-            print("error: the packed script prints another --help than the readable one", file=sys.stderr)
-            return 1
+    parts = [part.strip() for part in args.drop.split(",") if part.strip()]
+    try:
+        readable = args.script.read_bytes()
+        packed = pack(readable.decode(), parts)
+        if args.check:
+            check_help(packed, readable, args.script)
+    except (OSError, SyntaxError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
     write_atomically(args.out, packed)
     print(f"readable:{len(readable)} minified:{len(unpack(packed).encode())} packed:{len(packed)} bytes")
     return 0

@@ -23,11 +23,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import brotli
 import jsonschema
 import pack_code
-from ledger import BUDGET_SECONDS, RESULT_LINE, Broken, read_chain, sha256
+import python_minifier
+from ledger import RESULT_LINE, read_chain
+from probes import judge, stored_audit
+from rules import BUDGET_SECONDS, CAP_BYTES, PASS, Broken, finding, severity, sha256, table, verdict_lines
 
-CAP_BYTES = 16_000_000  # decimal, model file plus code
 TOKEN_NATS_BYTES = 4_000_000  # larger files of nats per token stay with the run; the ledger has their sums and hash
 SCHEMA = json.loads(Path(__file__).with_name("record_schema.json").read_text())
 
@@ -68,6 +71,20 @@ class Run:
     log: Path
     text: str
     result: dict
+
+    @functools.cached_property
+    def audit(self) -> dict | None:
+        """What an audit found: the run's own, or the one that stands beside the log. Raises Broken where that is of another ledger."""
+        if "audit" in self.result or "ledger" not in self.result:
+            return self.result.get("audit")
+        names = (f"audit_seed{self.result['seed']}.json", "audit.json")
+        path = next((self.log.with_name(name) for name in names if self.log.with_name(name).exists()), None)
+        if path is None:
+            return None
+        audit = parse_json(path.read_text(), "audit")
+        if audit["last_hash"] != self.result["ledger"]["last_hash"]:
+            raise Broken(f"{path.name} is not the audit of the run with seed {self.result['seed']}")
+        return audit
 
     @property
     def settings(self) -> dict[str, str]:
@@ -112,7 +129,8 @@ def check_ledger(ledger: Path, result: dict) -> None:
     except Broken as e:
         raise Broken(f"{ledger.name}: {e}") from None
     found = (len(lines), lines[-1]["hash"], lines[-1].get("val_bpb"))
-    if found != (result["audit"]["lines"], result["audit"]["last_hash"], result["val_bpb"]):
+    kept = result.get("ledger") or result["audit"]
+    if found != (kept["lines"], kept["last_hash"], result["val_bpb"]):
         raise Broken(f"{ledger.name} is not the ledger of the run with seed {result['seed']}: it ends with {found}")
 
 
@@ -167,7 +185,7 @@ def check_same_experiment(runs: list[Run]) -> None:
 # -- SUBMISSION: submission.json as a function of the logs and files --------------------------------------------------
 
 TYPED_BY_HAND = ("name", "author", "github_id", "date", "track", "blurb")
-OWN_FILES = re.compile(r"ledger_seed\d+\.jsonl|token_nats_\w+_seed\d+\.npy|"
+OWN_FILES = re.compile(r"(ledger|audit)_seed\d+\.jsonl?|token_nats_\w+_seed\d+\.npy|"
                        r"train_seed\d+\.log|artifact_seed\d+\S*|train_gpt(_readable)?\.py|requirements\.txt|run\.sh|\w+\.png")
 
 
@@ -196,6 +214,20 @@ def seed_result(run: Run, files: dict) -> dict:
     }
 
 
+def upstream_code_bytes(source: str) -> int:
+    """Count code by the convention of published records: minified, compressed, in base85 with a stub, in a file that is never written."""
+    small = python_minifier.minify(
+        source, rename_locals=False, hoist_literals=False, remove_literal_statements=True, remove_asserts=True)
+    return len(brotli.compress(small.encode(), quality=11)) * 5 // 4 + 67
+
+
+def upstream_convention(run: Run) -> dict:
+    """{"bytes_code_upstream_convention": n} of the readable script in a record; nothing where the run itself counted that."""
+    if "code_bytes_upstream_convention" in run.result:
+        return {}
+    return {"bytes_code_upstream_convention": upstream_code_bytes((run.log.parent / "train_gpt_readable.py").read_text())}
+
+
 def summarise(runs: list[Run], files: dict, typed: dict) -> dict:
     rows = {str(run.result["seed"]): seed_result(run, files) for run in runs}
     column = {key: [row[key] for row in rows.values()] for key in next(iter(rows.values()))}
@@ -207,7 +239,7 @@ def summarise(runs: list[Run], files: dict, typed: dict) -> dict:
         "technique_summary": " ".join(f"{k}={v}" for k, v in runs[0].settings.items()) or "defaults",
         "val_bpb": bpb, "val_bpb_std": bpb_std, "val_loss": loss, "val_loss_std": loss_std,
         "seeds": [run.result["seed"] for run in runs], "seed_results": rows,
-        "bytes_total": largest, "bytes_code": files["train_gpt.py"]["bytes"],
+        "bytes_total": largest, "bytes_code": files["train_gpt.py"]["bytes"], **upstream_convention(runs[0]),
         "bytes_uncounted": {name: file["bytes"] for name, file in files.items() if not OWN_FILES.fullmatch(name)},
         "artifact_bytes_mean": statistics.fmean(column["artifact_bytes"]), "artifact_bytes_max": largest,
         "over_cap": largest > CAP_BYTES,
@@ -225,24 +257,22 @@ def summarise(runs: list[Run], files: dict, typed: dict) -> dict:
     }
 
 
-SEVERITY = ("FAIL", "NEEDS-RULING", "NOT-MEASURED", "PASS")
-
-
 def judgement(runs: list[Run]) -> dict:
     """{"audit": the gravest verdict of all seeds, by rule, and the end of each seed's ledger}; nothing for runs that were not audited."""
-    seeds = {run.result["seed"]: run.result.get("audit") for run in runs}
+    seeds = {run.result["seed"]: run.audit for run in runs}
     if not all(seeds.values()):
         return {}
     verdicts = {}
     for rule in next(iter(seeds.values()))["verdicts"]:
-        of_seed = {seed: block["verdicts"][rule] for seed, block in seeds.items()}
-        worst = min(of_seed, key=lambda seed: SEVERITY.index(of_seed[seed][0]))
-        verdicts[rule] = [of_seed[worst][0], f"seed {worst}: {of_seed[worst][1]}"]
+        of_seed = {seed: audit["verdicts"][rule] for seed, audit in seeds.items()}
+        gravest = min(of_seed, key=lambda seed: severity(of_seed[seed][0]))
+        verdicts[rule] = [of_seed[gravest][0], f"seed {gravest}: {of_seed[gravest][1]}"]
     declared = sorted(int(seed) for seed in filter(None, runs[0].result["overrides"].get("SEEDS_DECLARED", "").split(",")))
-    if declared and verdicts["R10"][0] == "PASS":
-        verdicts["R10"] = ["PASS" if declared == sorted(seeds) else "FAIL", f"declared: {declared}, in this record: {sorted(seeds)}"]
-    return {"audit": {"modes": sorted({block["mode"] for block in seeds.values()}), "verdicts": verdicts,
-                      "ledgers": {str(seed): block["last_hash"] for seed, block in seeds.items()}}}
+    if declared and verdicts["R10"][0] == PASS:
+        text = f"declared: {declared}, in this record: {sorted(seeds)}"
+        verdicts["R10"] = list(finding(declared == sorted(seeds), text))
+    return {"audit": {"modes": sorted({audit["mode"] for audit in seeds.values()}), "verdicts": verdicts,
+                      "ledgers": {str(seed): audit["last_hash"] for seed, audit in seeds.items()}}}
 
 
 def verdict_of(runs: list[Run], rule: str) -> tuple[str, bool | None]:
@@ -285,12 +315,6 @@ def audit(runs: list[Run]) -> list[tuple[str, str, str, bool | None]]:
 
 def cell(value: float | None, decimals: int = 0) -> str:
     return "-" if value is None else f"{value:,.{decimals}f}"
-
-
-def table(head: list[str], rows: list[list[str]], align: str = "--:") -> str:
-    """A Markdown table; `align` is for every column but the first."""
-    rule = [":--"] + [align] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
 
 def mean_std(mean: float, std: float | None) -> str:
@@ -374,7 +398,7 @@ def render_readme(submission: dict, runs: list[Run]) -> str:
         "## Coverage", table(["data", "value"], [[key, value] for key, value in data.items()], ":--"),
         "## Size", size_table(s, runs), "## Time and memory", phase_table(runs),
         "## Compliance", table(["rule", "measured", "holds"], [[asks, m, words[v]] for _, asks, m, v in rules], ":--"),
-        *["## Audit", "What the runs found out about themselves, the gravest of all seeds; tools/validity.md says what each rule asks.",
+        *["## Audit", "What the audits of the runs found, the gravest of all seeds; tools/validity.md says what each rule asks.",
           judged][: 3 * ("audit" in s)],
         "## Caveats", "\n".join(caveats) or "None of the rules above fails.",
     ]) + "\n"
@@ -411,6 +435,9 @@ def new(args: argparse.Namespace) -> int:
         raise Broken(f"{target} exists already")
     loaded = [load_run(folder) for folder in args.run_dirs]
     check_same_experiment([run for run, _ in loaded])
+    for folder, (run, _) in zip(args.run_dirs, loaded, strict=True):
+        if "ledger" in run.result:
+            show_audit(folder, args)
     places = {f"{name}={value}" for run, _ in loaded for name, value in run.result["overrides"].items() if Path(value).is_absolute()}
     if places:
         print("warning: logs and ledgers are handed in as they are, and these say where files lie on this machine: "
@@ -433,6 +460,15 @@ def new(args: argparse.Namespace) -> int:
     return 0
 
 
+def show_audit(folder: Path, args: argparse.Namespace) -> None:
+    """Print the verdicts on a run, judging it first where nobody has: audit.json stands beside it then. Raises Broken."""
+    script = args.script
+    if script is None and sha256(args.readable.read_bytes()) == json.loads((folder / "result.json").read_text())["code_sha256"]:
+        script = args.readable
+    audit = stored_audit(folder) or judge(folder, script, args.data)
+    print(f"{folder}:", *verdict_lines(audit["verdicts"]), sep="\n", file=sys.stderr)
+
+
 def fill(folder: Path, loaded: list[tuple[Run, Path]], args: argparse.Namespace) -> None:
     root = args.readable.parent
     helpers = [root / name for name in ("lossless_caps.py", "prepare_caseops_data.py", "requirements.txt")]
@@ -443,9 +479,9 @@ def fill(folder: Path, loaded: list[tuple[Run, Path]], args: argparse.Namespace)
         seed = run.result["seed"]
         shutil.copyfile(run.log, folder / f"train_seed{seed}.log")
         runs.append(read_log(folder / f"train_seed{seed}.log"))
-        kept = ["ledger.jsonl", *(f"token_nats_{stage}.npy" for stage in STAGES if stage != "pre_quant")]  # what the artifact can repeat
+        kept = ["ledger.jsonl", "audit.json", *(f"token_nats_{stage}.npy" for stage in STAGES if stage != "pre_quant")]
         for source, name in ((run.log.parent / file, f"{Path(file).stem}_seed{seed}{Path(file).suffix}") for file in kept):
-            if "audit" in run.result and source.exists() and (source.suffix == ".jsonl" or source.stat().st_size <= TOKEN_NATS_BYTES):
+            if run.audit and source.exists() and (source.suffix != ".npy" or source.stat().st_size <= TOKEN_NATS_BYTES):
                 shutil.copyfile(source, folder / name)
         if index == 0 or args.artifacts == "all":
             shutil.copyfile(artifact, folder / f"artifact_seed{seed}{''.join(artifact.suffixes)}")
@@ -489,10 +525,10 @@ def check_logs(record: Record) -> str:
 
 
 def check_ledgers(record: Record) -> str:
-    audited = [run for run in record.runs if "audit" in run.result]
-    for run in audited:
+    kept = [run for run in record.runs if "audit" in run.result or "ledger" in run.result]
+    for run in kept:
         check_ledger(record.folder / f"ledger_seed{run.result['seed']}.jsonl", run.result)
-    return f"{len(audited)} of {len(record.runs)} runs have one, whole and of that run"
+    return f"{len(kept)} of {len(record.runs)} runs have one, whole and of that run"
 
 
 def check_numbers(record: Record) -> str:
@@ -515,7 +551,8 @@ def check_scripts(record: Record) -> str:
     for run in record.runs:
         if (sha256(code), len(code)) != (run.result["code_sha256"], run.result["code_bytes"]):
             raise Broken(f"train_gpt.py is not the script that seed {run.result['seed']} ran")
-    if pack_code.pack((record.folder / "train_gpt_readable.py").read_text()) != code:
+    readable = (record.folder / "train_gpt_readable.py").read_text()
+    if pack_code.pack(readable, pack_code.dropped_parts(code)) != code:
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("python-minifier", "brotli"))
         raise Broken(f"train_gpt_readable.py does not pack to train_gpt.py (with {versions})")
     return f"train_gpt.py is the script that ran, {len(code):,} bytes, and its readable twin packs to it"
@@ -556,10 +593,8 @@ def check_readme(record: Record) -> str:
 
 
 def check_help(record: Record) -> str:
-    packed, readable = (pack_code.help_output((record.folder / name).read_bytes(), "train_gpt.py", record.folder)
-                        for name in ("train_gpt.py", "train_gpt_readable.py"))
-    if packed != readable:
-        raise Broken("train_gpt.py --help and train_gpt_readable.py --help differ")
+    packed, readable = ((record.folder / name).read_bytes() for name in ("train_gpt.py", "train_gpt_readable.py"))
+    pack_code.check_help(packed, readable, record.folder / "train_gpt.py")
     return "train_gpt.py --help runs and prints what the readable twin prints"
 
 
@@ -606,13 +641,33 @@ def render_index(records_dir: Path) -> str:
     return table(["date", "track", "name", "bpb", "seeds", "bytes", "hardware", "link"], sorted(rows, reverse=True), ":--")
 
 
-def index(args: argparse.Namespace) -> int:
-    readme = args.records_dir / "README.md"
-    old = readme.read_text()
+def render_front(records_dir: Path) -> str:
+    """Render the table of the front page: what was reached, with how many bytes and seeds, on what."""
+    rows = []
+    for path in records_dir.glob("*/[!.]*/submission.json"):
+        s = parse_json(path.read_text())
+        link = f"[{s['name']}]({path.parent.relative_to(records_dir.parent).as_posix()}), {s['track']}"
+        bpb = mean_std(s["val_bpb"], s["val_bpb_std"])
+        row = [link, bpb, cell(s["bytes_total"]), str(len(s["seeds"])), s["hardware"]]
+        rows.append((s["date"], s["track"], row))
+    head = ["record", "bits per byte", "bytes", "seeds", "hardware"]
+    return table(head, [row for *_, row in sorted(rows, reverse=True)], ":--")
+
+
+def rewrite_block(page: Path, text: str) -> None:
+    """Put a text between the index markers of a page. Raises Broken where there are none."""
+    old = page.read_text()
     if not INDEX.search(old):
-        raise Broken(f"{readme} has no index markers")
-    table_text = render_index(args.records_dir)
-    pack_code.write_atomically(readme, INDEX.sub(lambda m: f"{m[1]}{table_text}\n{m[2]}", old).encode())
+        raise Broken(f"{page} has no index markers")
+    pack_code.write_atomically(page, INDEX.sub(lambda m: f"{m[1]}{text}\n{m[2]}", old).encode())
+
+
+def index(args: argparse.Namespace) -> int:
+    """Rewrite the table of all records, and that of the front page beside the records folder, if it has one."""
+    rewrite_block(args.records_dir / "README.md", render_index(args.records_dir))
+    front = args.records_dir.parent / "README.md"
+    if front.exists() and INDEX.search(front.read_text()):
+        rewrite_block(front, render_front(args.records_dir))
     return 0
 
 
@@ -635,6 +690,7 @@ def main(argv: list[str] | None = None) -> int:
     make.add_argument("--records-dir", type=Path, default=Path("records"))
     make.add_argument("--script", type=Path, help="the packed script that ran (default: pack --readable again)")
     make.add_argument("--readable", type=Path, default=Path("train_gpt.py"))
+    make.add_argument("--data", type=Path, help="data of the runs, to judge them (default: their own DATA_PATH)")
     make.add_argument("--author", default="anonymous")
     make.add_argument("--github-id", default="anonymous")
     make.add_argument("--blurb", help="the claim in one sentence (default: the name)")
@@ -648,7 +704,7 @@ def main(argv: list[str] | None = None) -> int:
     check.set_defaults(command=validate)
     check.add_argument("folder", type=Path)
     check.add_argument("--allow-over-cap", action="store_true")
-    history = commands.add_parser("index", help="rewrite the table in the records directory's README.md")
+    history = commands.add_parser("index", help="rewrite the tables in the README.md of the records and beside them")
     history.set_defaults(command=index)
     history.add_argument("--records-dir", type=Path, default=Path("records"))
     args = parser.parse_args(argv)

@@ -27,9 +27,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_gpt as tg
 
 KINDS = {  # kind: (tensors, colour of its tiles); first match wins, in the order of the tables
-    "embedding": (r"tok_emb\.", "#7a5195"), "head": (r"lm_head\.", "#9a6fb5"), "attn q": (r"attn\.c_q\.", "#2f6690"),
-    "attn k": (r"attn\.c_k\.", "#4a8fbd"), "attn v": (r"attn\.c_v\.", "#3aa6a6"), "attn o": (r"attn\.proj\.", "#2b7f86"),
-    "mlp up": (r"mlp\.fc\.", "#d9822b"), "mlp down": (r"mlp\.proj\.", "#c4562e"), "small": ("", "#8a8f98"),
+    "embedding": (r"tok_emb\.", "#7a5195"),
+    "attn q": (r"attn\.c_q\.", "#2f6690"),
+    "attn k": (r"attn\.c_k\.", "#4a8fbd"),
+    "attn v": (r"attn\.c_v\.", "#3aa6a6"),
+    "attn o": (r"attn\.proj\.", "#2b7f86"),
+    "mlp up": (r"mlp\.fc\.", "#d9822b"),
+    "mlp down": (r"mlp\.proj\.", "#c4562e"),
+    "small": ("", "#8a8f98"),
 }
 PARTS = ("weights", "scales", "low-rank", "header", "code")
 
@@ -71,6 +76,12 @@ def run_result(folder: Path) -> dict:
     return result and result | dict(overrides={"PRESET": result["preset"]} | result["overrides"] | here)
 
 
+def config_of(header: tg.Header) -> tg.Config:
+    """Make the configuration of an artifact without a run: the model's variables, as far as this script has them."""
+    known = {name: value for name, value in header.model.items() if name in tg.MODEL_FIELDS}
+    return tg.Config(**known, lqer_enabled=False)
+
+
 def open_run(path: Path) -> tuple[tg.Config, Path, dict]:
     """Configuration, artifact and result of a run folder, or of an artifact, whose own header then has to do. Raises SystemExit."""
     folder = path if path.is_dir() else path.parent
@@ -78,7 +89,7 @@ def open_run(path: Path) -> tuple[tg.Config, Path, dict]:
         result = run_result(folder)
         artifact = path if path.is_file() else folder / result.get("artifact_file", "final_model.int6.ptz")
         header = tg.read_header(artifact.read_bytes())
-        cfg = tg.config_from_env(result["overrides"]) if result else tg.Config(**header.model, lqer_enabled=False)
+        cfg = tg.config_from_env(result["overrides"]) if result else config_of(header)
         tg.check_model_fields(cfg, header.model)
     except (OSError, ValueError, KeyError, TypeError, tg.RunError) as e:
         raise SystemExit(f"error: {path} is neither a run with an artifact nor an artifact: {e}") from None
