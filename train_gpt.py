@@ -3,9 +3,9 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # the S14 recipe on 8 GPUs; no variables needed
     PRESET=demo python train_gpt.py                            # the same pipeline on a laptop CPU, minutes
-    python train_gpt.py --help                                 # every variable; PRESET=demo shows the values of demo
+    python train_gpt.py --help                                 # every variable: value, meaning, range
 
-train -> average -> Hessians -> integers -> artifact on disk -> read back from it -> score -> test-time training.
+train -> average -> Hessians -> integers -> artifact on disk -> read back -> score -> test-time training.
 
 Reads top to bottom, a name is used below its definition: CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING,
 QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, KERNELS, MAIN.
@@ -88,7 +88,7 @@ CU_SEQLENS_BUCKET = 64                    # cu_seqlens are padded to multiples o
 
 
 class RunError(Exception):
-    """A failure with an explanation for the person at the keyboard: what, where, what was expected, what to do."""
+    """A failure explained for the person at the keyboard: what, where, what was expected, what to do."""
 
 
 # ==================================================================================================
@@ -110,7 +110,7 @@ PRESETS = {  # variables to set together; what is set by hand wins
         TTT_EVAL_SEQ_LEN=2048 TTT_BATCH_SIZE=64 TTT_MASK= TTT_LOCAL_LR_MULT=1.0
         TTT_SHORT_SCORE_FIRST_ENABLED=0 TTT_SHORT_SCORE_FIRST_STEPS= PHASED_TTT_NUM_PHASES=3
     """,
-    # PR #1105 with mixed bits, without its loader, bigram hash, value embeddings, SWA and late fake quantization
+    # PR #1105 with mixed bits, but not its loader, bigram hash, value embeddings, SWA, late fake quantization
     "s05": """
         TRAIN_SEQ_LEN=2048 TRAIN_SEQ_SCHEDULE= SEQ_CHANGE_WARMUP_STEPS=0 ROPE_TRAIN_SEQ_LEN=2048
         WARMDOWN_ITERS=4000 MIN_LR=0.05
@@ -145,11 +145,12 @@ TTT_NO_QV_MASK - nothing ever read it; use TTT_MASK=no_qv
 MUON_BETA2 - nothing ever read it; the momentum is MUON_MOMENTUM
 GPTQ_CALIB_BATCHES - nothing ever read it; use GPTQ_CALIBRATION_BATCHES
 GPTQ_CALIBRATION_MODE - GPTQ_CALIBRATION chooses the data of the Hessians
-AUDIT - nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length
 TARGET_MB - published runs gave it in MiB: their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES
+AUDIT - nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length
 *_NAME_PATTERNS - the table `parameters` says which tensor has which optimizer and codec
 GPTQ_BLOCK_SIZE * blocks of columns bound the memory of GPTQ, not its result
-MATRIX_LR_* * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
+MATRIX_LR_EARLY * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
+MATRIX_LR_LATE * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
 BANK_SPLIT * it divides MATRIX_LR_EARLY from MATRIX_LR_LATE, which do nothing
 ASYM_LOGIT_RESCALE * both caps are LOGIT_SOFTCAP: published code never trains them
 EMBED_LR * the head is the embedding matrix; TIED_EMBED_LR applies
@@ -211,11 +212,12 @@ def knob(
 ) -> Any:
     """Declare one variable: default, meaning, accepted range of a number or a|b|c of a text.
 
-    needs: when it has any effect, see `unmet`; None = while the switch NAME_ENABLED is on, if its name begins so.
+    needs: when it has an effect, see `unmet`; None = while the switch NAME_ENABLED is on, for NAME_REST.
     because: what to say when it has none, where that says more. model: artifact and run must agree on it.
     recipe: it is part of the run's identity, see `config_hash`. group: title of the variables from here on.
     """
-    about = dict(doc=doc, lo=lo, hi=hi, choices=choices, needs=needs, because=because)
+    words = tuple(choices.split("|")) if choices else ()
+    about = dict(doc=doc, lo=lo, hi=hi, choices=words, needs=needs, because=because)
     return field(default=default, metadata=about | dict(model=model, recipe=recipe, group=group))
 
 
@@ -228,7 +230,7 @@ def parse_steps(text: str, separator: str) -> tuple[tuple[float, float], ...]:
 
 
 def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], ...]:
-    """Read '1024@0.1,2048@1' as ((1024, 0.1), (2048, 1.0)): context lengths, each until its fraction of the run.
+    """Read '1024@0.1,2048@1' as ((1024, 0.1), (2048, 1.0)): contexts, each until its fraction of the run.
 
     Blank means one stage of `default_len`. Raises ValueError on a malformed stage.
     """
@@ -557,7 +559,7 @@ class Config:
         hi=50, needs="ngram_tilt_enabled")
     slot: str = knob(
         "off",
-        "learn a shift of the last states; published = from the targets, not legal; causal = from scored ones",
+        "learn a shift of the states; published = from the targets, not legal; causal = from scored ones",
         choices="off|published|causal")
     slot_lr: float = knob(0.003, "AdamW of that shift", needs="slot!=off")
     slot_steps: int = knob(5, "updates of the shift per batch of windows", lo=1, needs="slot!=off")
@@ -719,7 +721,7 @@ def as_text(value: Any) -> str:
 
 
 def needs_of(name: str) -> str:
-    """Look up the `needs` of a field; one that continues a switch's name needs it unless its knob says else."""
+    """Look up the `needs` of a field; NAME_REST needs NAME_ENABLED unless its knob says else."""
     needs = VARIABLES[name.upper()].metadata["needs"]
     if needs is not None:
         return needs
@@ -730,8 +732,8 @@ def needs_of(name: str) -> str:
 def unmet(c: Config, needs: str) -> str:
     """Say which part of `needs` does not hold in c; '' if all does.
 
-    Comma = and, | = or, x = true, nonzero, not blank, !x = the opposite, x=v, x!=v. x is a field or property; what
-    a field needs itself is needed too.
+    Comma = and, | = or, x = true, nonzero, not blank, !x = the opposite, x=v, x!=v. x is a field or property;
+    what a field needs itself is needed too.
     """
     for clause in filter(None, needs.split(",")):
         reasons = [unmet_need(c, need) for need in clause.split("|")]
@@ -768,9 +770,10 @@ check_needs()
 def accepted(f) -> str:
     """Describe the values a variable takes."""
     lo, hi, choices = map(f.metadata.get, ("lo", "hi", "choices"))
+    if choices:
+        return "one of " + ", ".join(choice or "(blank)" for choice in choices)
     if f.type in ("bool", "str"):
-        words = "0|1" if f.type == "bool" else choices
-        return words.removeprefix("|") + ", blank" * words.startswith("|") if words else "text"
+        return {"bool": "0 or 1", "str": "text"}[f.type]
     kind = "a whole number" if f.type == "int" else "a number"
     if hi < LARGEST:
         return f"{kind} in [{lo}, {hi}]"
@@ -779,15 +782,12 @@ def accepted(f) -> str:
 
 def parse_knob(f, raw: str) -> Any:
     """Turn the text of one variable into its checked value. Raises ValueError that says what is accepted."""
-    about = f.metadata
+    lo, hi, choices = map(f.metadata.get, ("lo", "hi", "choices"))
     try:
         value = {"int": int, "float": float, "bool": ("0", "1").index, "str": str}[f.type](raw)
     except ValueError:
         value = math.nan
-    if f.type == "str":
-        valid = not about["choices"] or raw in about["choices"].split("|")
-    else:
-        valid = about["lo"] <= value <= about["hi"]
+    valid = raw in (choices or (raw,)) if f.type == "str" else lo <= value <= hi
     if not valid:
         raise ValueError(f"expected {accepted(f)}")
     return bool(value) if f.type == "bool" else value
@@ -805,7 +805,7 @@ FAMILIES = frozenset(family(name) for name in VARIABLES if "_" in name)
 def meant(name: str) -> str:
     """Guess which variable an unknown name was meant to be; '' if it looks like another program's."""
     capitals = name.upper()
-    near = difflib.get_close_matches(capitals, VARIABLES, n=1, cutoff=0.85)
+    near = difflib.get_close_matches(capitals, VARIABLES, n=1, cutoff=0.83)
     if near and (near[0] == capitals or "_" in name + near[0] or len(near[0]) > 8):
         return near[0]
     if "_" in name and family(name) in FAMILIES:
@@ -822,7 +822,7 @@ def same_text(a: str, b: str) -> bool:
 
 
 def published(name: str, env) -> tuple[str, str]:
-    """Look up a variable of other scripts: why it is refused, why it changes nothing. '' and '' for any other."""
+    """Look up a variable of other scripts: why it is refused, why it changes nothing; '' and '' if none."""
     for line in PUBLISHED.strip().splitlines():
         pattern, setting, why = line.split(" ", 2)
         if not re.fullmatch(pattern.replace("*", ".*"), name):
@@ -856,8 +856,9 @@ def config_from_env(env) -> Config:
             except ValueError as e:
                 errors.append(f"{name}={env[name]!r}: {e}")
                 continue
-            if given.setdefault(variable, value) != value:
-                errors.append(f"{name}={env[name]!r}: another name of {variable}, which has another value")
+            first, same = given.setdefault(variable, (name, value))
+            if same != value:
+                errors.append(f"{first}={env[first]!r} and {name}={env[name]!r} are two names of one variable")
             values[variable.lower()] = value
         elif refusal:
             errors.append(f"{name}={env[name]!r}: {refusal}")
@@ -915,7 +916,8 @@ def help_text(preset: str) -> str:
         lines.append(textwrap.fill(text, 110, subsequent_indent=" " * 41, break_on_hyphens=False))
 
     lines += ["", "Published variables that are not here, the setting accepted (- = none, * = any), and why:"]
-    lines += ["  " + line for line in PUBLISHED.strip().splitlines()]
+    for line in PUBLISHED.strip().splitlines():
+        lines.append(textwrap.fill("  " + line, 110, subsequent_indent="    ", break_on_hyphens=False))
     return "\n".join(lines)
 
 
