@@ -24,7 +24,7 @@ V vocabulary, L blocks, S depths (positions in the unrolled layer order), W rank
 # Words:
 #   nats, bpb    -ln p of a token; the same of a text in bits, over its bytes: what is scored
 #   depth        one application of a block; with loops there are more depths than blocks
-#   stream       what blocks read and add to, a vector a token; the last depths have two: attention's, the MLP's
+#   stream       what blocks read and add to, a vector a token; the last depths have two, of attention and MLP
 #   segment      a document, or a piece of it, in a packed row; attention stays inside
 #   bank         one tensor that holds the matrices of one kind of all blocks
 #   codec        how a tensor becomes small integers and scales, and comes back
@@ -84,7 +84,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 BOS_ID = 1                                # every document starts with it; there is no end-of-document token
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 ARTIFACT_CAP_BYTES = 16_000_000           # decimal, model file plus shipped code
-CU_SEQLENS_BUCKET = 64                    # cu_seqlens are padded to multiples of this: few shapes for the compiler
+CU_SEQLENS_BUCKET = 64                    # cu_seqlens are padded to multiples of this: few shapes to compile
 
 
 class RunError(Exception):
@@ -1683,7 +1683,7 @@ def split_heads(
 
 
 def without_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Compute XSA, y - (y.v / v.v) v, in fp32 for each head of y (B, T, H, d) and its value v (B, T, G, d)."""
+    """Compute XSA, y - (y.v / v.v) v, in fp32 for heads y (B, T, H, d) and their values v (B, T, G, d)."""
     grouped = y.unflatten(2, (v.shape[2], -1)).float()  # (B, T, G, H/G, d)
     own = v.unsqueeze(3).float()                        # (B, T, G, 1, d)
     square = own.square().sum(-1, keepdim=True).clamp_min(1e-24)
@@ -1933,7 +1933,7 @@ class Parameter(NamedTuple):
     present: bool
 
 
-SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, as the forward meets them
+SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the forward's order
 HALF = StoredAs("float16", "", "", "", "rest", False)
 INT8_ROWS = HALF._replace(codec="int8_row")
 ELEMENTWISE = (Role("", "", HALF),)
@@ -2123,7 +2123,7 @@ class Attention(nn.Module):
         return 2 * gate if cfg.attn_gate == "out" else gate
 
     def qkv(self, x: Tensor, weights: Weights, lora: Adapters) -> Tensor:
-        """Compute the merged projection and the deltas of whichever adapters there are: (B, T, (H + 2 G) d)."""
+        """Compute the merged projection and the deltas of the adapters there are: (B, T, (H + 2 G) d)."""
         D, kv = self.cfg.model_dim, self.cfg.kv_dim
         merged = F.linear(x, weights.qkv)
         return add_deltas(merged, x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
@@ -2372,7 +2372,7 @@ class GPT(nn.Module):
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of a forward pass, two a multiplication and addition; elementwise ones are none."""
+    """Floating-point operations of a forward's products: two a multiplication and addition."""
 
     matmul: float     # with the model's own matrices
     lora: float       # with those of adapters
@@ -2386,7 +2386,7 @@ def causal_pairs(lengths: np.ndarray, window: int) -> float:
 
 
 def adapter_flops(site: str, lora: Lora, depths: int, scored: float) -> float:
-    """Count the FLOPs of one site's adapters for a token; at the last depth some are only for scored tokens."""
+    """Count the FLOPs of a site's adapters for a token; at the last depth some are for scored tokens only."""
     spared = dict(o=1 / depths, mlp=1 / depths, head=1.0).get(site, 0.0) * (1 - scored)
     per_document = (lora.A.numel() + lora.B.numel()) / lora.A.shape[-3]
     return 2 * per_document * (1 - spared)
@@ -2397,8 +2397,8 @@ def flops_per_token(
 ) -> Flops:
     """Count the forward FLOPs of a token, averaged over segments of these lengths.
 
-    Counted are the matrices of every layer application, logits and adapters, and attention by the causal pairs
-    there really are.
+    Counted are the matrices of every layer application, logits and adapters, and attention by its causal
+    pairs.
     scored: share of the tokens, at the end of the segments, that are scored; the last depth computes keys and
     values of the others, but not what follows. Zeros that adapters are padded with do not count.
     """
@@ -2434,7 +2434,7 @@ class FlopCount:
         self.hardware = 0.0
 
     def add(self, flops: Flops, kind: str, tokens: int, scored: float) -> None:
-        """Add one of PASSES over `tokens` positions, padding included, `scored` of which count for the loss."""
+        """Add one of PASSES over `tokens` positions, padding included; the loss counts `scored` of them."""
         matmul, lora, attention, again = PASSES[kind]
         per_token = matmul * flops.matmul + lora * flops.lora + attention * flops.attention
         self.model += tokens * per_token
@@ -2453,7 +2453,7 @@ def build_model(cfg: Config, world: World, kernels: Kernels = DEFINITIONS) -> GP
 
 
 def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False):
-    """Return the forward that everything calls: compiled where COMPILE_BACKEND says so, else the model itself.
+    """Return the forward that everything calls: compiled if COMPILE_BACKEND says so, else the model itself.
 
     The same code serves packed rows of any number of segments and, if `growing`, rows of any width.
     """
@@ -2751,7 +2751,7 @@ def context_length(cfg: Config, progress: float) -> int:
 
 
 def rewarmup(cfg: Config, steps_since_change: int | None) -> float:
-    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None: no change."""
+    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step; None: 1."""
     if steps_since_change is None or not cfg.seq_change_warmup_steps:
         return 1.0
     return min(1.0, steps_since_change / cfg.seq_change_warmup_steps)
@@ -2890,7 +2890,7 @@ class Utilization:
     def interval(self) -> str:
         """Describe the time since the last call, for the log.
 
-        Of the model's FLOPs both shares; then one each, of the datasheet's peak if there is one: that of scored
+        Of the model's FLOPs both shares; then one each, of the datasheet's peak where known: that of scored
         tokens, of all that the hardware ran, and of the model once more, with pauses in the time.
         """
         work = self.work
@@ -4621,7 +4621,8 @@ def code_arrays(cfg: Config, arrays: Arrays, coders: dict[str, RangeCoder]) -> A
         else:
             counts = start + (counts - start) // 8
             similar = stream == TOKEN_STREAM
-            coded = code_matrices(coders[stream], counts, np.stack(given), owners, ":trellis." in kind, similar)
+            trellis = ":trellis." in kind
+            coded = code_matrices(coders[stream], counts, np.stack(given), owners, trellis, similar)
         out |= zip(names, coded, strict=True)
     return out
 
@@ -5121,7 +5122,7 @@ class StepSearch:
         self.coarsest = plan.delta(max(100.0, cfg.rd_loss))
         bits = plan.bits(plan.finest)
         others = sum(t.numel() for t in tensors.values()) - plan.weights
-        guess = Point(bits, code_bytes + bits / 8 + 2 * others)  # two bytes for each number outside the matrices
+        guess = Point(bits, code_bytes + bits / 8 + 2 * others)  # two bytes a number outside the matrices
         self.points = [guess]  # and one for each pass so far
 
     def attempt(self, matrices: Quantized) -> Pass:
@@ -5706,7 +5707,7 @@ def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
 class Method(NamedTuple):
     """Say what a way of scoring is, for `evaluate`, and for the probes of tools/probes.py."""
 
-    batches: Any            # (cfg, scorer, rank, size) -> EvalBatch after EvalBatch; None: TttRun makes its own
+    batches: Any            # (cfg, scorer, rank, size) -> EvalBatches; None: TttRun makes its own
     documents_masked: bool  # no document sees another
     small: dict             # upper limits of variables with which a few short documents go through all of it
 
