@@ -4192,7 +4192,7 @@ HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becom
 )
 
 
-# ---- coders: bytes <-> fewer bytes
+# Coders: bytes <-> fewer bytes
 
 
 class Brotli:
@@ -4266,7 +4266,7 @@ class Lrzip:
             return result.read_bytes()
 
 
-# ---- COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine,
+# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine,
 # and no table is sent: encoder and decoder count what they have seen. All of it, up to `code_arrays`, is
 # written once for both: an encoder leaves the values it is given as they are, a decoder fills them in, a
 # counter of bits adds up what they would cost.
@@ -4576,7 +4576,7 @@ def code_matrices(
     return x.transpose(2, 1, 0, 3).reshape(n, -1, cols)[:, :rows]
 
 
-# ---- arrays "tensor:codec.part" <-> streams
+# Arrays "tensor:codec.part" <-> streams
 
 
 def layout(cfg: Config, arrays: Arrays) -> dict[str, StoredAs]:
@@ -4733,7 +4733,7 @@ def decode_streams(cfg: Config, compressor: str, arrays: Arrays, coded: dict[str
     return arrays
 
 
-# ---- the artifact: a header and the streams
+# The artifact: a header and the streams
 
 
 @cache
@@ -4963,7 +4963,7 @@ def load_artifact(cfg: Config, world: World, path: Path, kernels: Kernels = DEFI
     return model.to(world.device).requires_grad_(False)
 
 
-# ---- final_model.pt
+# Final_model.pt
 
 
 def checkpoint_state(cfg: Config, path: Path, saved: Any) -> dict[str, Tensor]:
