@@ -1852,8 +1852,9 @@ def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
     """Take x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
     if positions is None:
         return x
-    trailing = [1] * (x.ndim - 2)
-    return torch.take_along_dim(x, positions.view(*positions.shape, *trailing), dim=1)
+    trailing = x.shape[2:]
+    index = positions.view(*positions.shape, *[1] * len(trailing))
+    return x.gather(1, index.expand(-1, -1, *trailing))  # take_along_dim would compile a graph for every width
 
 
 def add_deltas(
