@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on a laptop CPU: data, training, quantization, artifact, score
+# make demo   the whole pipeline on a laptop CPU: data, training, quantization, artifact, score, and the audit of that run
 # make test   all tests;  make bench   the CPU benchmarks;  make clean   forget everything that was made
 
 PYTHON ?= python3
@@ -37,6 +37,8 @@ logs/demo/result.json: train_gpt.py data/demo/manifest.json
 
 demo: logs/demo/result.json
 	@sed -n '/^stage /,/^wall /p' logs/demo/demo.txt | tail -n 30
+	@echo
+	@$(PY) tools/audit.py run logs/demo
 
 lint: .venv/installed
 	.venv/bin/ruff check .

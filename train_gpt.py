@@ -3,15 +3,37 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # the S14 recipe on 8 GPUs; no variables needed
     PRESET=demo python train_gpt.py                            # the same pipeline on a laptop CPU, minutes
-    python train_gpt.py --help                                 # every variable: type, default, range, meaning
+    python train_gpt.py --help                                 # every variable: value, meaning, range
 
-train -> EMA -> Hessians -> GPTQ -> artifact on disk -> reload from its bytes -> score -> test-time training -> one JSON line.
+train -> average -> Hessians -> integers -> artifact on disk -> read back -> score -> test-time training.
 
-Reads top to bottom, a name is used below its definition:
-CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING, QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, KERNELS, MAIN.
-Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width, V vocabulary,
-L blocks, S depths (positions in the unrolled layer order), W ranks.
+Reads top to bottom, a name is used below its definition: CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING,
+QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, KERNELS, MAIN.
+Shapes in comments: B rows, T tokens, D model_dim, H query heads, G key/value heads, d head_dim, F MLP width,
+V vocabulary, L blocks, S depths (positions in the unrolled layer order), W ranks.
 """
+
+# To read it in thirty minutes:
+#   1. The group "model" of Config: what the network is made of, a line each.
+#   2. tests/spec_model.py: that network in plain loops. Then MODEL: the same, fast, a row for each tensor.
+#   3. `train`: schedules are functions of progress, and the clock decides when it ends.
+#   4. The head of QUANTIZATION: each codec is an encode next to its decode.
+#   5. `score_batch`: score, then learn. What has not been scored cannot be asked for.
+#   6. `main`: the stages, and the artifact's bytes between them. Skip KERNELS until something must be faster.
+#
+# Words:
+#   nats, bpb    -ln p of a token; the same of a text in bits, over its bytes: what is scored
+#   depth        one application of a block; with loops there are more depths than blocks
+#   stream       what blocks read and add to, a vector a token; the last depths have two, of attention and MLP
+#   segment      a document, or a piece of it, in a packed row; attention stays inside
+#   bank         one tensor that holds the matrices of one kind of all blocks
+#   codec        how a tensor becomes small integers and scales, and comes back
+#   Hessian      X^T X of a matrix's inputs X: which errors of its weights cost how much
+#   artifact     the file that is scored and counted, with this script
+#   ledger       the chained account of what was scored and learned from
+#   chunk        the tokens that test-time training scores at once and learns from next
+#   adapter      a low-rank change of a matrix, learned for one document
+#   rank         a process of the run, one a GPU; of an adapter, the width between its two factors
 
 from __future__ import annotations
 
@@ -28,9 +50,11 @@ import importlib.util
 import inspect
 import io
 import json
+import linecache
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -38,6 +62,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,21 +81,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-try:  # without Triton the definitions run, and no kernel can be asked for
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:
-    triton = None
-
 BOS_ID = 1                                # every document starts with it; there is no end-of-document token
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 ARTIFACT_CAP_BYTES = 16_000_000           # decimal, model file plus shipped code
-CU_SEQLENS_BUCKET = 64                    # cu_seqlens are padded to multiples of this: few shapes for the compiler
+CU_SEQLENS_BUCKET = 64                    # cu_seqlens are padded to multiples of this: few shapes to compile
 
 
 class RunError(Exception):
-    """A failure with an explanation for the person at the keyboard: what, where, what was expected, what to do."""
+    """A failure explained for the person at the keyboard: what, where, what was expected, what to do."""
 
 
 # ==================================================================================================
@@ -78,99 +96,141 @@ class RunError(Exception):
 # ==================================================================================================
 
 S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
-COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
-ATTN_BACKENDS = ("auto", "fa3", "fa4", "cudnn", "varlen", "flex", "cpu", "sdpa")
 MLP_KERNELS = ("eager", "pre_post", "act_grad", "lsb")
 COMPRESSORS = ("range", "pergroup", "brotli")
+STAGE_FLAGS = dict(prequant_only="train", quantize_only="quantize", ttt_eval_only="eval")  # published names
+LARGEST = sys.float_info.max
 
-PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable set by hand wins
-    "s14": {},
-    "s55": dict(
-        train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, eval_seq_len=2048, qk_gain_init=5.0,
-        awq_lite_enabled=False, gptq_reserve_seconds=0.5, quant="s14", eval_include_tail=False, rope_train_seq_len=2048,
-        ttt_eval_seq_len=2048, ttt_batch_size=64, ttt_mask="", ttt_local_lr_mult=1.0, ttt_short_score_first_enabled=False,
-        ttt_short_score_first_steps="", phased_ttt_num_phases=3,
-    ),
-    "s05": dict(  # PR #1105 with mixed bits; not here: its loader, bigram hash and value embeddings, SWA, late fake quantization
-        train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, rope_train_seq_len=2048, warmdown_iters=4000, min_lr=0.05,
-        mlp_mult=3.5, num_loops=0, parallel_start_layer=0, smear_gate_enabled=False, sparse_attn_gate_enabled=False,
-        quant="s05", gptq_calibration="self", awq_lite_enabled=False, lqer_enabled=False, compressor="brotli",
-        eval_method="sliding", eval_seq_len=2048, eval_stride=64, ttt_enabled=False,
-    ),
-    "demo": dict(
-        data_path="data/demo", vocab_size=1024, num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=6, rope_dims=8,
-        loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096,
-        train_seq_len=512, train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
-        eval_seq_len=512, ttt_eval_seq_len=512, rope_train_seq_len=512, eval_stride=256, val_batch_tokens=65536,
-        max_wallclock_seconds=80.0, gptq_reserve_seconds=24.0, rd_reserve_seconds=0.0, gptq_calibration_batches=8, max_eval_seconds=0.0,
-        train_log_every=20, muon_momentum_warmup_steps=100, ema_decay=0.95, ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
-        ttt_batch_size=16, ttt_chunk_size=128, ttt_short_score_first_steps="256:32,512:64", ttt_lanes=1, phased_ttt_prefix_docs=40,
-        global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
-    ),
+PRESETS = {  # variables to set together; what is set by hand wins
+    "s14": "",
+    "s55": """
+        TRAIN_SEQ_LEN=2048 TRAIN_SEQ_SCHEDULE= SEQ_CHANGE_WARMUP_STEPS=0 ROPE_TRAIN_SEQ_LEN=2048
+        EVAL_SEQ_LEN=2048 EVAL_INCLUDE_TAIL=0 QK_GAIN_INIT=5.0
+        QUANT=s14 AWQ_LITE_ENABLED=0 GPTQ_RESERVE_SECONDS=0.5
+        TTT_EVAL_SEQ_LEN=2048 TTT_BATCH_SIZE=64 TTT_MASK= TTT_LOCAL_LR_MULT=1.0
+        TTT_SHORT_SCORE_FIRST_ENABLED=0 TTT_SHORT_SCORE_FIRST_STEPS= PHASED_TTT_NUM_PHASES=3
+    """,
+    # PR #1105 with mixed bits, but not its loader, bigram hash, value embeddings, SWA, late fake quantization
+    "s05": """
+        TRAIN_SEQ_LEN=2048 TRAIN_SEQ_SCHEDULE= SEQ_CHANGE_WARMUP_STEPS=0 ROPE_TRAIN_SEQ_LEN=2048
+        WARMDOWN_ITERS=4000 MIN_LR=0.05
+        MLP_MULT=3.5 NUM_LOOPS=0 PARALLEL_START_LAYER=0 SMEAR_GATE_ENABLED=0 SPARSE_ATTN_GATE_ENABLED=0
+        QUANT=s05 GPTQ_CALIBRATION=self AWQ_LITE_ENABLED=0 LQER_ENABLED=0 COMPRESSOR=brotli
+        EVAL_METHOD=sliding EVAL_SEQ_LEN=2048 EVAL_STRIDE=64 TTT_ENABLED=0
+    """,
+    "demo": """
+        DATA_PATH=data/demo VOCAB_SIZE=1024 VAL_BATCH_TOKENS=65536 TRAIN_LOG_EVERY=20
+        NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 XSA_LAST_N=6 ROPE_DIMS=8
+        LOOP_START=2 LOOP_END=3 NUM_LOOPS=1 PARALLEL_START_LAYER=4
+        TRAIN_BATCH_TOKENS=4096 TRAIN_MICROBATCH_TOKENS=4096 TRAIN_SEQ_LEN=512
+        TRAIN_SEQ_SCHEDULE=256@0.5,512@1.0 SEQ_CHANGE_WARMUP_STEPS=8 COMPILE_SHAPE_WARMUP=0 WARMUP_STEPS=0
+        EVAL_SEQ_LEN=512 TTT_EVAL_SEQ_LEN=512 ROPE_TRAIN_SEQ_LEN=512 EVAL_STRIDE=256
+        MAX_WALLCLOCK_SECONDS=80 GPTQ_RESERVE_SECONDS=24 RD_RESERVE_SECONDS=0 MAX_EVAL_SECONDS=0
+        MUON_MOMENTUM_WARMUP_STEPS=100 EMA_DECAY=0.95
+        GPTQ_CALIBRATION_BATCHES=8 AWQ_LITE_GROUP_SIZE=32 LQER_ASYM_GROUP=32
+        TTT_LORA_RANK=8 TTT_LORA_ALPHA=14 TTT_LORA_LR=1e-2 TTT_BATCH_SIZE=16 TTT_CHUNK_SIZE=128
+        TTT_SHORT_SCORE_FIRST_STEPS=256:32,512:64 TTT_LANES=1
+        PHASED_TTT_PREFIX_DOCS=40 GLOBAL_TTT_CHUNK_TOKENS=4096 GLOBAL_TTT_BATCH_SEQS=8
+    """,
 }
 
-REFUSED = {  # names that appear in published commands but never did anything, and names whose meaning is gone
-    "LQER_GROUP_SIZE": "nothing ever read it; the group size of the asymmetric factors is LQER_ASYM_GROUP",
-    "TTT_LR": "nothing ever read it; the learning rate of the adapters is TTT_LORA_LR times TTT_LOCAL_LR_MULT",
-    "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
-    "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are computed inside the evaluation's clock",
-    "TARGET_MB": "published runs gave it in MiB, and their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES",
-    "AUDIT": "nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length",
-    "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; `parameters` says which optimizer owns which tensor",
-}
+ALIASES = {"VAL_BATCH_SIZE": "VAL_BATCH_TOKENS", "LR_FLOOR": "MIN_LR"}  # published names of our variables
 
-GONE = {  # published names that are accepted with one value, or with any (None), and then do nothing
-    "ASYM_LOGIT_RESCALE": (None, "both caps are LOGIT_SOFTCAP: published code never trains them"),
-    "TIE_EMBEDDINGS": ("1", "the head is the embedding matrix"),
-    "EMBED_LR": (None, "the head is the embedding matrix; TIED_EMBED_LR applies"),
-    "MATRIX_CLIP_SIGMAS": (None, "it matches no tensor of a model with a tied head"),
-    "PARALLEL_FINAL_LANE": ("mean", "the head reads the mean of both lanes"),
-    "LQER_SCOPE": ("all", "every quantized matrix may be corrected"),
-    "LQER_GAIN_SELECT": ("0", "the tensors with the largest residual are corrected"),
-    "TTT_OPTIMIZER": ("adam", "adapters are trained by AdamW"),
-    "TTT_GRAD_STEPS": ("1", "one update a scored chunk"),
-    "MIDRUN_CAP_SCHEDULE": ("", "TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate"),
-    "MIDRUN_CAP_LOG_UPDATES": ("0", "there is no MIDRUN_CAP_SCHEDULE"),
-    "COMPILE_SHAPE_WARMUP_ITERS": ("1", "one pass a shape compiles it"),
-    "COMPILE_SHAPE_WARMUP_LOOP_MODES": ("auto", "the loop modes that the run will meet are warmed"),
-    "TTT_EVAL_BATCHES": ("", "every batch is reported, and the order of scoring is fixed"),
-    "TTT_TRAIN_MIN_DOC_LEN": ("0", "every document is learned from"),
-    "TTT_TRAIN_MAX_DOC_LEN": ("0", "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases"),
-    "TTT_SHORT_LORA_ENABLED": ("0", "short documents have the adapters of all"),
-    "TTT_SHORT_LORA_RANK": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_SHORT_LORA_LR": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_SHORT_LORA_WEIGHT_DECAY": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_SHORT_LORA_BETA2": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_WARM_START_MEAN_ENABLED": ("0", "adapters start from those of the batch before"),
-    "TTT_WARM_START_MEAN_DOC_LEN": (None, "TTT_WARM_START_MEAN_ENABLED is 0"),
-    "TTT_WARM_START_MEAN_MOMENTUM": (None, "TTT_WARM_START_MEAN_ENABLED is 0"),
-}
+# Variables of published commands and scripts that are not ours: pattern of the name, setting with which it is
+# accepted and changes nothing (- = with none, * = with any), and why. The first pattern that fits decides.
+PUBLISHED = """
+LQER_GROUP_SIZE - nothing ever read it; the group size of the asymmetric factors is LQER_ASYM_GROUP
+TTT_LR - nothing ever read it; the adapters' learning rate is TTT_LORA_LR times TTT_LOCAL_LR_MULT
+TTT_NO_QV_MASK - nothing ever read it; use TTT_MASK=no_qv
+MUON_BETA2 - nothing ever read it; the momentum is MUON_MOMENTUM
+GPTQ_CALIB_BATCHES - nothing ever read it; use GPTQ_CALIBRATION_BATCHES
+GPTQ_CALIBRATION_MODE - GPTQ_CALIBRATION chooses the data of the Hessians
+TARGET_MB - published runs gave it in MiB: their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES
+AUDIT - nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length
+*_NAME_PATTERNS - the table `parameters` says which tensor has which optimizer and codec
+GPTQ_BLOCK_SIZE * blocks of columns bound the memory of GPTQ, not its result
+MATRIX_LR_EARLY * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
+MATRIX_LR_LATE * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
+BANK_SPLIT * it divides MATRIX_LR_EARLY from MATRIX_LR_LATE, which do nothing
+ASYM_LOGIT_RESCALE * both caps are LOGIT_SOFTCAP: published code never trains them
+EMBED_LR * the head is the embedding matrix; TIED_EMBED_LR applies
+HEAD_LR * the head is the embedding matrix; TIED_EMBED_LR applies
+MATRIX_CLIP_SIGMAS * it matches no tensor of a model with a tied head
+TIE_EMBEDDINGS TIE_EMBEDDINGS=1 the head is the embedding matrix
+PARALLEL_FINAL_LANE PARALLEL_FINAL_LANE=mean the head reads the mean of both lanes
+LQER_SCOPE LQER_SCOPE=all every quantized matrix may be corrected
+LQER_GAIN_SELECT LQER_GAIN_SELECT=0 the tensors with the largest residual are corrected
+COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_ITERS=1 one pass a shape compiles it
+COMPILE_SHAPE_WARMUP_LOOP_MODES COMPILE_SHAPE_WARMUP_LOOP_MODES=auto the modes the run meets are warmed
+MIDRUN_CAP_* MIDRUN_CAP_SCHEDULE= TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate
+TRAIN_BATCH_TOKENS_SCHEDULE TRAIN_BATCH_TOKENS_SCHEDULE= every step has TRAIN_BATCH_TOKENS tokens
+TTT_OPTIMIZER TTT_OPTIMIZER=adam adapters are trained by AdamW
+TTT_GRAD_STEPS TTT_GRAD_STEPS=1 one update a scored chunk
+TTT_UPDATE_EVERY TTT_UPDATE_EVERY=1 one update a scored chunk
+TTT_LORA_EMA_DECAY TTT_LORA_EMA_DECAY=0 chunks are scored by the adapters themselves, not by an average
+TTT_EVAL_BATCHES TTT_EVAL_BATCHES= every batch is reported, and the order of scoring is fixed
+TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MIN_DOC_LEN=0 every document is learned from
+TTT_TRAIN_MAX_DOC_LEN TTT_TRAIN_MAX_DOC_LEN=0 every document is learned from
+TTT_SHORT_LORA_* TTT_SHORT_LORA_ENABLED=0 short documents have the adapters of all
+TTT_WARM_START_MEAN_* TTT_WARM_START_MEAN_ENABLED=0 adapters start from those of the batch before
+SLOT_ENABLED SLOT_ENABLED=0 SLOT says which kind: published or causal
+NGRAM_HINT_PRECOMPUTE_OUTSIDE NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 hints are made inside the evaluation's clock
+WITHIN_TAU WITHIN_BOOST=0 experts for tokens within a word read the target: not legal
+WITHIN_BOOST WITHIN_BOOST=0 experts for tokens within a word read the target: not legal
+WORD_TAU WORD_BOOST=0 experts for the start of a word read the target: not legal
+WORD_BOOST WORD_BOOST=0 experts for the start of a word read the target: not legal
+AGREE_ADD_BOOST AGREE_ADD_BOOST=0 there is one expert, so none to agree with
+FUSED_NGRAM_* FUSED_NGRAM_EVAL=0 its experts read the target: not legal; NGRAM_TILT_ENABLED=1 is legal
+ENGRAM ENGRAM=0 there is no n-gram embedding
+NGRAM_[BHOD]* ENGRAM=0 there is no n-gram embedding
+TRIGRAM TRIGRAM=0 there is no n-gram embedding
+BIGRAM_* BIGRAM_VOCAB_SIZE=0 there is no bigram hash embedding
+VE_* VE_ENABLED=0 there are no value embeddings
+VALUE_RESIDUAL VALUE_RESIDUAL=0 the values of the first block are not added to later ones
+GATED_ATTENTION GATED_ATTENTION=0 its gate starts open; GATED_ATTN_ENABLED=1 is the nearest
+GATED_XSA* GATED_XSA=0 XSA has no gate of its own
+DTG_* DTG_ENABLED=0 blocks have no gate over the token
+MTP_* MTP_NUM_HEADS=0 only the next token is predicted
+SWA_* SWA_ENABLED=0 no snapshots are averaged; EMA_DECAY averages the weights of every step
+LAWA_* LAWA_ENABLED=0 no snapshots are averaged; EMA_DECAY averages the weights of every step
+QAT_* QAT_ENABLED=0 nothing is quantized while training
+LATE_QAT_* LATE_QAT_THRESHOLD=0 nothing is quantized while training
+MIXED_QUANT MIXED_QUANT=0 QUANT=s05 has its mixed bits
+SKYLIGHT_* SKYLIGHT_MUON=0 there is one Muon
+"""
 
-FAMILIES = (  # an unknown variable that starts like this is a typo, not somebody else's
-    "ADAM_", "ASYM_", "ATTN_", "AUDIT", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "CUDA_GR", "EMA_", "EMBED_",
-    "ENABLE_LOOP", "EVAL_", "FUSED_CE", "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_",
-    "MATRIX_", "MAX_EVAL_", "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS",
-    "NUM_LOOPS", "N_INT6", "PARALLEL_", "PHASED_TTT_", "QK_", "QUANT", "RD_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_",
-    "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_", "TARGET_", "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_",
-    "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
+# First words that other programs' variables have too: there, a typo has to share two words with one of ours.
+FOREIGN_WORDS = (
+    "ARTIFACT CUDA DATA DEVICE ENABLE FORCE GLOBAL MAX MIN MODEL N NUM PARALLEL PROFILE RUN SKIP STAGE "
+    "TARGET TOKEN WINDOW"
 )
 
 
-def knob(default: Any, doc: str, lo: float = -math.inf, hi: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
-    """Declare one variable: default, meaning, accepted range or choices."""
-    return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices))
+def knob(
+    default: Any, doc: str, lo: float = 0, hi: float = LARGEST, choices: str = "", needs: str | None = None,
+    because: str = "", model: bool = False, recipe: bool = True, group: str = "",
+) -> Any:
+    """Declare one variable: default, meaning, accepted range of a number or a|b|c of a text.
+
+    needs: when it has an effect, see `unmet`; None = while the switch NAME_ENABLED is on, for NAME_REST.
+    because: what to say when it has none, where that says more. model: artifact and run must agree on it.
+    recipe: it is part of the run's identity, see `config_hash`. group: title of the variables from here on.
+    """
+    words = tuple(choices.split("|")) if choices else ()
+    about = dict(doc=doc, lo=lo, hi=hi, choices=words, needs=needs, because=because)
+    return field(default=default, metadata=about | dict(model=model, recipe=recipe, group=group))
 
 
 def parse_steps(text: str, separator: str) -> tuple[tuple[float, float], ...]:
-    """'256:8,2000:24' -> ((256.0, 8.0), (2000.0, 24.0)), sorted by the first number. Raises ValueError."""
-    pairs = [item.split(separator) for item in filter(None, (part.strip() for part in text.split(",")))]
+    """Read '256:8,2000:24' as ((256.0, 8.0), (2000.0, 24.0)), by the first number. Raises ValueError."""
+    pairs = [item.split(separator) for item in text.split(",") if item.strip()]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{text!r}: expected a comma list of A{separator}B")
     return tuple(sorted((float(a), float(b)) for a, b in pairs))
 
 
 def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], ...]:
-    """'1024@0.1,2048@1' -> ((1024, 0.1), (2048, 1.0)): each context length lasts until its fraction of the run.
+    """Read '1024@0.1,2048@1' as ((1024, 0.1), (2048, 1.0)): contexts, each until its fraction of the run.
 
     Blank means one stage of `default_len`. Raises ValueError on a malformed stage.
     """
@@ -178,255 +238,348 @@ def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], 
     if not all(n >= 1 and not n % 1 and 0 < end <= 1 for n, end in stages):
         raise ValueError("expected LENGTH@END_FRACTION with a whole LENGTH > 0 and 0 < END_FRACTION <= 1")
     stages = [(int(n), end) for n, end in stages]
-    return tuple(stages) if stages[-1][1] >= 1 else (*stages, (stages[-1][0], 1.0))
+    last_length, last_end = stages[-1]
+    if last_end < 1:
+        stages.append((last_length, 1.0))
+    return tuple(stages)
 
 
 def rule_violations(c: Config):
-    """Cross-field rules: yields (fields involved, what is wrong and what would be right)."""
-    if c.model_dim % c.num_heads:
-        yield ("model_dim", "num_heads"), f"MODEL_DIM={c.model_dim} must be divisible by NUM_HEADS={c.num_heads}"
-    if c.num_heads % c.num_kv_heads:
-        yield ("num_heads", "num_kv_heads"), f"NUM_HEADS={c.num_heads} must be divisible by NUM_KV_HEADS={c.num_kv_heads}"
-    if c.rope_dims % 2 or c.rope_dims > c.head_dim:
-        yield ("rope_dims", "model_dim", "num_heads"), f"ROPE_DIMS={c.rope_dims} must be even and at most the head size {c.head_dim}"
-    if c.rope_yarn and c.rope_dims < 4:
-        yield ("rope_yarn", "rope_dims"), f"ROPE_YARN=1 needs ROPE_DIMS of at least 4, got {c.rope_dims}"
-    if not c.window_pattern or set(c.window_pattern) - set("SL"):
-        yield ("window_pattern",), f"WINDOW_PATTERN={c.window_pattern!r}: expected letters S and L, such as SSL"
-    if c.gate_window > c.model_dim:
-        yield ("gate_window", "model_dim"), f"GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
-    if c.num_loops and not c.loop_start <= c.loop_end < c.num_layers:
-        yield ("loop_start", "loop_end", "num_layers", "num_loops"), (
-            f"need LOOP_START <= LOOP_END < NUM_LAYERS, got {c.loop_start}, {c.loop_end}, {c.num_layers} (NUM_LOOPS=0 turns loops off)")
-    if c.attn_out_gate_enabled + c.gated_attn_enabled + c.sparse_attn_gate_enabled > 1:
-        yield ("attn_out_gate_enabled", "gated_attn_enabled", "sparse_attn_gate_enabled"), (
-            "at most one of ATTN_OUT_GATE_ENABLED, GATED_ATTN_ENABLED, SPARSE_ATTN_GATE_ENABLED may be 1")
+    """Check what no range of one variable can say: yields a sentence that names all variables involved."""
+    yield from model_violations(c)
+    yield from schedule_violations(c)
+    yield from evaluation_violations(c)
+
     if (c.stage != "all") + c.prequant_only + c.quantize_only + c.ttt_eval_only > 1:
-        yield ("stage", "prequant_only", "quantize_only", "ttt_eval_only"), (
-            "set only one of STAGE, PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY")
+        yield "set only one of STAGE, PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY"
+    if not all(item.strip().isdecimal() for item in c.seeds_declared.split(",") if item):
+        yield f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
+    if c.mlp_backward == "cutlass" and c.mlp_kernel != "act_grad":
+        yield f"MLP_BACKWARD=cutlass needs what MLP_KERNEL=act_grad stores, not {c.mlp_kernel}"
+
+    if c.quant == "s05" and c.matrix_bits < 3:
+        yield f"QUANT=s05 takes a bit from most matrices: MATRIX_BITS={c.matrix_bits} must be at least 3"
+    if not c.lqer_enabled:
+        return
+    if c.lqer_asym_enabled and any(c.lqer_rank * n % c.lqer_asym_group for n in (c.model_dim, c.mlp_dim)):
+        yield (f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} "
+               f"(MLP_MULT) must be multiples of LQER_ASYM_GROUP={c.lqer_asym_group}, or LQER_ASYM_ENABLED=0")
+    smallest = min(c.kv_dim, c.model_dim, c.mlp_dim)
+    if c.lqer_rank > smallest:
+        yield (f"LQER_RANK={c.lqer_rank} must be at most the smallest side of a matrix, {smallest} "
+               "(MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT)")
+
+
+def model_violations(c: Config):
+    """Rules of the network's shape."""
+    if c.model_dim % c.num_heads:
+        yield f"MODEL_DIM={c.model_dim} must be divisible by NUM_HEADS={c.num_heads}"
+    if c.num_heads % c.num_kv_heads:
+        yield f"NUM_HEADS={c.num_heads} must be divisible by NUM_KV_HEADS={c.num_kv_heads}"
+    if c.rope_dims % 2 or c.rope_dims > c.head_dim:
+        size = f"head size {c.head_dim} (MODEL_DIM / NUM_HEADS)"
+        yield f"ROPE_DIMS={c.rope_dims} must be even and at most the {size}"
+    if c.rope_yarn and c.rope_dims < 4:
+        yield f"ROPE_YARN=1 needs ROPE_DIMS of at least 4, got {c.rope_dims}"
+    if not c.window_pattern or set(c.window_pattern) - set("SL"):
+        yield f"WINDOW_PATTERN={c.window_pattern!r}: expected letters S and L, such as SSL"
+    if c.gate_window > c.model_dim:
+        yield f"GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
+    if c.num_loops and not c.loop_start <= c.loop_end < c.num_layers:
+        found = f"{c.loop_start}, {c.loop_end}, {c.num_layers}"
+        yield f"need LOOP_START <= LOOP_END < NUM_LAYERS, got {found} (NUM_LOOPS=0 turns loops off)"
+    if c.attn_out_gate_enabled + c.gated_attn_enabled + c.sparse_attn_gate_enabled > 1:
+        yield "at most one of ATTN_OUT_GATE_ENABLED, GATED_ATTN_ENABLED, SPARSE_ATTN_GATE_ENABLED may be 1"
+
+
+def schedule_violations(c: Config):
+    """Rules of the training's batches, contexts and seconds."""
+    micro = f"TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens}"
     if c.train_batch_tokens % c.train_microbatch_tokens:
-        yield ("train_batch_tokens", "train_microbatch_tokens"), (
-            f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens}")
+        yield f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of {micro}"
     try:
         lengths = [length for length, _ in c.seq_schedule]
     except ValueError as e:
-        yield ("train_seq_schedule",), f"TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r}: {e}"
+        yield f"TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r}: {e}"
     else:
-        schedule = ("train_seq_len", "train_seq_schedule")
         if max(lengths) != c.train_seq_len:
-            yield schedule, (f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest context of TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r} "
-                             "(a blank schedule trains at TRAIN_SEQ_LEN throughout)")
-        if bad := [n for n in lengths if c.train_microbatch_tokens % n]:
-            yield (*schedule, "train_microbatch_tokens"), (
-                f"TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens} must be a multiple of every context length, not of {bad}")
-    name = "ttt_short_score_first_steps"
+            yield (f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest context of TRAIN_SEQ_SCHEDULE="
+                   f"{c.train_seq_schedule!r} (a blank schedule trains at TRAIN_SEQ_LEN throughout)")
+        bad = [n for n in lengths if c.train_microbatch_tokens % n]
+        if bad:
+            yield (f"{micro} must be a multiple of every context length, not of {bad} "
+                   "(TRAIN_SEQ_SCHEDULE, TRAIN_SEQ_LEN)")
+
+    if c.max_wallclock_seconds and not c.train_budget_seconds:
+        kept = f", RD_RESERVE_SECONDS={c.rd_reserve_seconds:g} being kept too" if c.quant == "rd" else ""
+        yield (f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS="
+               f"{c.max_wallclock_seconds:g}{kept}")
+    if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
+        yield "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
+
+
+def evaluation_violations(c: Config):
+    """Rules of scoring and of test-time training."""
+    if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
+        yield f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
+    if c.slot != "off" and (c.ttt_enabled or c.eval_method != "sliding"):
+        yield f"SLOT={c.slot} needs sliding windows: set EVAL_METHOD=sliding and TTT_ENABLED=0"
+    if c.ttt_adam_kernel == "triton" and c.ttt_beta1:
+        yield "TTT_ADAM_KERNEL=triton needs TTT_BETA1=0"
+    if c.phased_ttt_enabled and c.ttt_enabled and c.global_ttt_chunk_tokens < c.eval_seq_len:
+        yield (f"GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} must hold at least one sequence of "
+               f"EVAL_SEQ_LEN={c.eval_seq_len}")
     try:
         steps = parse_steps(c.ttt_short_score_first_steps, ":")
     except ValueError as e:
-        yield (name,), f"{name.upper()}: {e}"
-    else:
-        short = {chunk for _, chunk in steps} or {c.ttt_short_chunk_size}
-        chunks = {c.ttt_chunk_size} | (short if c.ttt_short_score_first_enabled else set())
-        if c.ttt_enabled and any(chunk % 1 or not 1 <= chunk <= c.ttt_eval_seq_len for chunk in chunks):
-            yield ("ttt_chunk_size", "ttt_short_chunk_size", "ttt_eval_seq_len", name), (
-                f"chunks are whole numbers of tokens from 1 to TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}, not {sorted(chunks)}: "
-                f"TTT_CHUNK_SIZE={c.ttt_chunk_size}, {name.upper()}={getattr(c, name)!r}, TTT_SHORT_CHUNK_SIZE={c.ttt_short_chunk_size}")
-    if not all(item.strip().isdigit() for item in filter(None, c.seeds_declared.split(","))):
-        yield ("seeds_declared",), f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
-    if c.max_wallclock_seconds and not c.train_budget_seconds:
-        yield ("max_wallclock_seconds", "gptq_reserve_seconds", "rd_reserve_seconds"), (
-            f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
-            + f", RD_RESERVE_SECONDS={c.rd_reserve_seconds:g} being kept too" * (c.quant == "rd"))
-    if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
-        yield ("max_wallclock_seconds", "iterations"), "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
-    if c.mlp_backward == "cutlass" and c.mlp_kernel != "act_grad":
-        yield ("mlp_backward", "mlp_kernel"), f"MLP_BACKWARD=cutlass needs what MLP_KERNEL=act_grad stores, not {c.mlp_kernel}"
-    if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
-        yield ("eval_stride", "eval_seq_len"), f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
-    if c.slot != "off" and (c.ttt_enabled or c.eval_method != "sliding"):
-        yield ("slot", "ttt_enabled", "eval_method"), f"SLOT={c.slot} needs sliding windows: set EVAL_METHOD=sliding and TTT_ENABLED=0"
-    if c.quant == "s05" and c.matrix_bits < 3:
-        yield ("quant", "matrix_bits"), f"QUANT=s05 takes a bit from most matrices: MATRIX_BITS={c.matrix_bits} must be at least 3"
-    if c.lqer_enabled and c.lqer_asym_enabled and any(c.lqer_rank * n % c.lqer_asym_group for n in (c.model_dim, c.mlp_dim)):
-        yield ("lqer_rank", "lqer_asym_group", "model_dim", "mlp_mult"), (
-            f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} must be multiples of "
-            f"LQER_ASYM_GROUP={c.lqer_asym_group} (or LQER_ASYM_ENABLED=0)")
-    if c.lqer_enabled and c.lqer_rank > min(c.kv_dim, c.model_dim, c.mlp_dim):
-        yield ("lqer_rank", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"), (
-            f"LQER_RANK={c.lqer_rank} must be at most the smallest side of a matrix, {min(c.kv_dim, c.model_dim, c.mlp_dim)}")
-    if c.ttt_adam_kernel == "triton" and c.ttt_beta1:
-        yield ("ttt_adam_kernel", "ttt_beta1"), "TTT_ADAM_KERNEL=triton needs TTT_BETA1=0"
-    if c.phased_ttt_enabled and c.ttt_enabled and c.global_ttt_chunk_tokens < c.eval_seq_len:
-        yield ("global_ttt_chunk_tokens", "eval_seq_len"), (
-            f"GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} must hold at least one sequence of EVAL_SEQ_LEN={c.eval_seq_len}")
+        yield f"TTT_SHORT_SCORE_FIRST_STEPS: {e}"
+        return
+    chunks = {c.ttt_chunk_size}
+    if c.ttt_short_score_first_enabled:
+        chunks |= {chunk for _, chunk in steps} or {c.ttt_short_chunk_size}
+    if c.ttt_enabled and any(chunk % 1 or not 1 <= chunk <= c.ttt_eval_seq_len for chunk in chunks):
+        yield (f"chunks are whole numbers of tokens from 1 to TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}, "
+               f"not {sorted(chunks)}: TTT_CHUNK_SIZE={c.ttt_chunk_size}, TTT_SHORT_CHUNK_SIZE="
+               f"{c.ttt_short_chunk_size}, TTT_SHORT_SCORE_FIRST_STEPS={c.ttt_short_score_first_steps!r}")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every variable of a run. Field `num_layers` is environment variable NUM_LAYERS. Defaults are S14 (PR #2014)."""
+    """Hold every variable of a run; field num_layers is variable NUM_LAYERS. Defaults are S14 (PR #2014)."""
 
-    # run
-    preset: str = knob("s14", "table of overrides to start from", choices=tuple(PRESETS))
-    stage: str = knob("all", "which part of the pipeline to run", choices=("all", "train", "quantize", "eval", "warm"))
-    prequant_only: bool = knob(False, "same as STAGE=train")
-    quantize_only: bool = knob(False, "same as STAGE=quantize: start from final_model.pt")
-    ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact")
-    seed: int = knob(1337, "seeds weights and adapters; the data order does not depend on it", lo=0)
-    seeds_declared: str = knob("", "comma list of the seeds that will be run and averaged, fixed before the first of them")
-    run_id: str = knob("", "name of the run; blank = date and time")
-    artifact_dir: str = knob("", "folder for log, checkpoint and artifact; blank = logs/RUN_ID")
-    resume: bool = knob(False, "continue from checkpoint.pt of ARTIFACT_DIR")
-    checkpoint_seconds: float = knob(0.0, "write checkpoint.pt this often while training; 0 = only when interrupted", lo=0)
-    device: str = knob("auto", "where to run; auto = cuda if there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
-    activation_dtype: str = knob("auto", "activations and embedding; auto = bf16 on cuda, else fp32", choices=("auto", "bf16", "fp32"))
-    compile_backend: str = knob("auto", "of torch.compile; auto = inductor on cuda, else none", choices=COMPILE_BACKENDS)
+    preset: str = knob("s14", "table of overrides to start from", choices="|".join(PRESETS), group="the run")
+    stage: str = knob("all", "which part of the pipeline to run",
+        choices="all|train|quantize|eval|warm", recipe=False)
+    prequant_only: bool = knob(False, "same as STAGE=train", recipe=False)
+    quantize_only: bool = knob(False, "same as STAGE=quantize: start from final_model.pt", recipe=False)
+    ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact", needs="", recipe=False)
+    seed: int = knob(1337, "seeds weights and adapters; the data order does not depend on it", recipe=False)
+    seeds_declared: str = knob("",
+        "comma list of the seeds that will be run and averaged, fixed before the first of them", recipe=False)
+    run_id: str = knob("", "name of the run; blank = date and time", recipe=False)
+    artifact_dir: str = knob("", "folder for log, checkpoint and artifact; blank = logs/RUN_ID", recipe=False)
+    resume: bool = knob(False, "continue from checkpoint.pt of ARTIFACT_DIR", recipe=False)
+    checkpoint_seconds: float = knob(0.0,
+        "write checkpoint.pt this often while training; 0 = only when interrupted", recipe=False)
+    device: str = knob("auto", "where to run; auto = cuda if there is one, else cpu",
+        choices="auto|cuda|cpu|mps")
+    activation_dtype: str = knob("auto", "activations and embedding; auto = bf16 on cuda, else fp32",
+        choices="auto|bf16|fp32")
+    compile_backend: str = knob("auto", "of torch.compile; auto = inductor on cuda, else none",
+        choices="auto|none|inductor|aot_eager|eager")
     dynamo_cache_size_limit: int = knob(128, "graphs torch.compile may keep per function", lo=1)
     dynamo_accumulated_cache_size_limit: int = knob(1024, "graphs torch.compile may keep in all", lo=1)
-    compile_allow_recompiles: bool = knob(False, "go on when torch.compile is at work in timed code; 0 = an error that names the reasons")
-    compile_cache_dir: str = knob("", "keep compiled code here for later runs (STAGE=warm makes all of it); blank = torch's own place")
-    cuda_graphs: bool = knob(False, "replay a micro-batch and a step of test-time training as CUDA graphs; not yet measured on a GPU")
-    profile: int = knob(0, "profile this many steps, after the third, for tools/step_profile.py; costs time, so not for records", lo=0)
-    # kernels
-    attn_backend: str = knob("auto", "attention of packed rows; auto = the fastest one here that is right", choices=ATTN_BACKENDS)
-    mlp_kernel: str = knob("eager", "GEMMs with the activation inside, by what they store for the backward", choices=MLP_KERNELS)
-    mlp_backward: str = knob("triton", "what multiplies by the derivative that MLP_KERNEL=act_grad stored", choices=("triton", "cutlass"))
-    cutlass_path: str = knob("", "CUTLASS's folder, for MLP_BACKWARD=cutlass; blank = that of the installed package nvidia-cutlass")
-    qk_kernel: str = knob("eager", "one kernel from merged projection to normed, rotated heads", choices=("eager", "triton"))
-    xsa_kernel: str = knob("eager", "one kernel for XSA and head gate", choices=("eager", "triton"))
-    fused_ce_kernel: str = knob("eager", "loss and its gradient in one pass over the logits", choices=("eager", "triton"))
-    # data
-    data_dir: str = knob("./data/", "root of the default data paths")
-    data_path: str = knob("", "folder of the shards; blank = the published CaseOps export below DATA_DIR")
-    tokenizer_path: str = knob("", "SentencePiece model; blank = tokenizer.model beside the shards, or the published one")
+    compile_allow_recompiles: bool = knob(
+        False, "go on when torch.compile is at work in timed code; 0 = an error that names the reasons",
+        needs="compile_backend!=none|cuda_graphs", recipe=False)
+    compile_cache_dir: str = knob(
+        "", "keep compiled code here for later runs (STAGE=warm makes all of it); blank = torch's own place",
+        recipe=False)
+    cuda_graphs: bool = knob(False,
+        "replay a micro-batch and a step of test-time training as CUDA graphs; not yet measured on a GPU")
+    profile: int = knob(0,
+        "profile this many steps, after the third, for tools/step_profile.py; costs time, so not for records")
+
+    attn_backend: str = knob("auto", "attention of packed rows; auto = the fastest one here that is right",
+        choices="auto|fa3|fa4|cudnn|varlen|flex|cpu|sdpa", group="kernels")
+    mlp_kernel: str = knob("eager", "GEMMs with the activation inside, by what they store for the backward",
+        choices="|".join(MLP_KERNELS))
+    mlp_backward: str = knob("triton", "what multiplies by the derivative that MLP_KERNEL=act_grad stored",
+        choices="triton|cutlass", needs="mlp_kernel!=eager")
+    cutlass_path: str = knob(
+        "",
+        "CUTLASS's folder, for MLP_BACKWARD=cutlass; blank = that of the installed package nvidia-cutlass",
+        needs="mlp_backward=cutlass", recipe=False)
+    qk_kernel: str = knob("eager", "one kernel from merged projection to normed, rotated heads",
+        choices="eager|triton")
+    xsa_kernel: str = knob(
+        "eager", "one kernel for XSA and head gate", choices="eager|triton",
+        needs="xsa_last_n,attn_gate!=none", because="XSA_LAST_N is 0 or there is no head gate")
+    fused_ce_kernel: str = knob("eager", "loss and its gradient in one pass over the logits",
+        choices="eager|triton")
+
+    data_dir: str = knob("./data/", "root of the default data paths", recipe=False, group="data")
+    data_path: str = knob("", "folder of the shards; blank = the published CaseOps export below DATA_DIR",
+        recipe=False)
+    tokenizer_path: str = knob("",
+        "SentencePiece model; blank = tokenizer.model beside the shards, or the published one", recipe=False)
     caseops_enabled: bool = knob(True, "bytes come from the sidecar; 0 = from the SentencePiece pieces")
-    vocab_size: int = knob(8192, "token ids are below this", lo=2, hi=65536)
-    val_doc_fraction: float = knob(1.0, "score a fixed random share of the documents; below 1 is for development", lo=1e-6, hi=1)
-    # model
-    num_layers: int = knob(11, "blocks", lo=1)
-    model_dim: int = knob(512, "width of the residual stream", lo=1)
-    num_heads: int = knob(8, "query heads", lo=1)
-    num_kv_heads: int = knob(4, "key/value heads", lo=1)
-    mlp_mult: float = knob(4.0, "MLP width over MODEL_DIM", lo=0.01)
-    mlp_slope: float = knob(0.5, "slope of leaky ReLU below zero, before the square", lo=0, hi=1)
-    logit_softcap: float = knob(30.0, "logits become c tanh(logits / c)", lo=1e-3)
-    fused_ce_enabled: bool = knob(True, "softcap and cross-entropy of training in fp32; 0 = softcap rounded to the activation dtype")
-    rope_base: float = knob(10000.0, "base of the rotary frequencies", lo=1)
-    rope_dims: int = knob(16, "rotated dimensions of each head", lo=2)
-    rope_yarn: bool = knob(False, "stretch ROPE_BASE where the context exceeds ROPE_TRAIN_SEQ_LEN")
-    rope_train_seq_len: int = knob(3072, "context the rotary base is meant for", lo=1)
-    ln_scale: bool = knob(True, "scale the normed input of block i by 1/sqrt(i+1)")
-    qk_gain_init: float = knob(5.25, "initial gain of the normed queries")
-    xsa_last_n: int = knob(11, "blocks, counted from the last, whose heads drop the part along their own value", lo=0)
-    window_pattern: str = knob("L", "S = the last WINDOW_SIZE tokens, L = the whole document so far; repeated over the blocks")
-    window_size: int = knob(1024, "tokens seen by the attention of an S block, itself included", lo=1)
-    skip_gates_enabled: bool = knob(True, "gated skips; 0 = plain weighted sums")
-    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", lo=0)
-    loop_start: int = knob(3, "first block of the repeated segment", lo=0)
-    loop_end: int = knob(5, "last block of the repeated segment, inclusive", lo=0)
-    parallel_start_layer: int = knob(8, "first block of the two-lane decoder; 0 = one lane", lo=0)
-    attn_out_gate_enabled: bool = knob(False, "head gate 2 sigmoid(W src[:GATE_WINDOW])")
-    attn_out_gate_src: str = knob("proj", "input of that gate: the block's normed input or the raw queries", choices=("proj", "q"))
-    gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over all channels")
-    gated_attn_init_std: float = knob(0.01, "initial std of its weights", lo=0)
-    sparse_attn_gate_enabled: bool = knob(True, "head gate sigmoid(SPARSE_ATTN_GATE_SCALE W n[:GATE_WINDOW])")
-    sparse_attn_gate_init_std: float = knob(0.0, "initial std of its weights", lo=0)
-    sparse_attn_gate_scale: float = knob(0.5, "factor inside the sigmoid")
-    gate_window: int = knob(12, "channels read by the sparse, output and smear gates", lo=1)
-    smear_gate_enabled: bool = knob(True, "add a gated share of the previous token's embedding")
-    smear_gate_bos_fix: bool = knob(True, "never smear across a document start")
-    tied_embed_init_std: float = knob(0.005, "initial std of the embedding", lo=0)
-    # optimizers
-    matrix_optimizer: str = knob("muon", "optimizer of the weight banks", choices=("muon",))
-    matrix_lr: float = knob(0.026, "learning rate of the weight banks", lo=0)
-    tied_embed_lr: float = knob(0.03, "AdamW, the tied embedding and the untied head", lo=0)
-    scalar_lr: float = knob(0.02, "AdamW, all small tensors", lo=0)
-    muon_momentum: float = knob(0.97, "Nesterov momentum", lo=0, hi=0.9999)
-    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", lo=0, hi=0.9999)
-    muon_momentum_warmup_steps: int = knob(1500, "steps until MUON_MOMENTUM is reached", lo=0)
+    vocab_size: int = knob(8192, "token ids are below this", lo=2, hi=65536, model=True)
+    val_doc_fraction: float = knob(1.0,
+        "score a fixed random share of the documents; below 1 is for development", lo=1e-6, hi=1)
+
+    num_layers: int = knob(11, "blocks", lo=1, model=True, group="model")
+    model_dim: int = knob(512, "width of the residual stream", lo=1, model=True)
+    num_heads: int = knob(8, "query heads", lo=1, model=True)
+    num_kv_heads: int = knob(4, "key/value heads", lo=1, model=True)
+    mlp_mult: float = knob(4.0, "MLP width over MODEL_DIM", lo=0.01, model=True)
+    mlp_slope: float = knob(0.5, "slope of leaky ReLU below zero, before the square", hi=1, model=True)
+    logit_softcap: float = knob(30.0, "logits become c tanh(logits / c)", lo=1e-3, model=True)
+    fused_ce_enabled: bool = knob(True,
+        "softcap and cross-entropy of training in fp32; 0 = softcap rounded to the activation dtype")
+    rope_base: float = knob(10000.0, "base of the rotary frequencies", lo=1, model=True)
+    rope_dims: int = knob(16, "rotated dimensions of each head", lo=2, model=True)
+    rope_yarn: bool = knob(False, "stretch ROPE_BASE where the context exceeds ROPE_TRAIN_SEQ_LEN",
+        model=True)
+    rope_train_seq_len: int = knob(3072, "context the rotary base is meant for",
+        lo=1, needs="rope_yarn", model=True)
+    ln_scale: bool = knob(True, "scale the normed input of block i by 1/sqrt(i+1)", model=True)
+    qk_gain_init: float = knob(5.25, "initial gain of the normed queries", lo=-LARGEST)
+    xsa_last_n: int = knob(11,
+        "blocks, counted from the last, whose heads drop the part along their own value", model=True)
+    window_pattern: str = knob(
+        "L", "S = the last WINDOW_SIZE tokens, L = the whole document so far; repeated over the blocks",
+        model=True)
+    window_size: int = knob(1024, "tokens seen by the attention of an S block, itself included",
+        lo=1, needs="windowed", because="WINDOW_PATTERN has no S", model=True)
+    skip_gates_enabled: bool = knob(True, "gated skips; 0 = plain weighted sums", model=True)
+    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", model=True)
+    loop_start: int = knob(3, "first block of the repeated segment", needs="num_loops", model=True)
+    loop_end: int = knob(5, "last block of the repeated segment, inclusive", needs="num_loops", model=True)
+    parallel_start_layer: int = knob(8, "first block of the two-lane decoder; 0 = one lane", model=True)
+    attn_out_gate_enabled: bool = knob(False, "head gate 2 sigmoid(W src[:GATE_WINDOW])", model=True)
+    attn_out_gate_src: str = knob("proj", "input of that gate: the block's normed input or the raw queries",
+        choices="proj|q", model=True)
+    gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over all channels", model=True)
+    gated_attn_init_std: float = knob(0.01, "initial std of its weights")
+    sparse_attn_gate_enabled: bool = knob(True, "head gate sigmoid(SPARSE_ATTN_GATE_SCALE W n[:GATE_WINDOW])",
+        model=True)
+    sparse_attn_gate_init_std: float = knob(0.0, "initial std of its weights")
+    sparse_attn_gate_scale: float = knob(0.5, "factor inside the sigmoid", lo=-LARGEST, model=True)
+    gate_window: int = knob(12, "channels read by the sparse, output and smear gates", lo=1, model=True)
+    smear_gate_enabled: bool = knob(True, "add a gated share of the previous token's embedding", model=True)
+    smear_gate_bos_fix: bool = knob(True, "never smear across a document start", model=True)
+    tied_embed_init_std: float = knob(0.005, "initial std of the embedding")
+
+    matrix_optimizer: str = knob("muon", "optimizer of the weight banks", choices="muon", group="optimizers")
+    matrix_lr: float = knob(0.026, "learning rate of the weight banks")
+    tied_embed_lr: float = knob(0.03, "AdamW, the embedding")
+    scalar_lr: float = knob(0.02, "AdamW, all small tensors")
+    muon_momentum: float = knob(0.97, "Nesterov momentum", hi=0.9999)
+    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", hi=0.9999)
+    muon_momentum_warmup_steps: int = knob(1500, "steps until MUON_MOMENTUM is reached")
     muon_backend_steps: int = knob(5, "Polar Express iterations; more than 5 still runs 5", lo=1)
     muon_row_normalize: bool = knob(True, "divide rows of the update by their norm before orthogonalising")
-    muon_wd: float = knob(0.095, "decoupled weight decay of the banks", lo=0)
-    embed_wd: float = knob(0.085, "decoupled weight decay of embedding and head", lo=0)
-    adam_wd: float = knob(0.02, "decoupled weight decay of the small tensors", lo=0)
-    beta1: float = knob(0.9, "AdamW", lo=0, hi=0.9999)
-    beta2: float = knob(0.99, "AdamW", lo=0, hi=0.99999)
-    adam_eps: float = knob(1e-8, "AdamW", lo=0)
-    grad_clip_norm: float = knob(0.3, "global norm of the reduced gradient; 0 = off", lo=0)
-    ema_decay: float = knob(0.9965, "moving average of the weights, per step; 0 = off", lo=0, hi=0.999999)
-    # schedule
-    iterations: int = knob(20000, "upper bound on training steps", lo=0)
-    max_wallclock_seconds: float = knob(600.0, "training budget, calibration included; 0 = ITERATIONS decides", lo=0)
-    force_stop_step: int = knob(0, "stop at this step whatever the clock says; not record-legal", lo=0)
+    muon_wd: float = knob(0.095, "decoupled weight decay of the banks")
+    embed_wd: float = knob(0.085, "decoupled weight decay of embedding and head")
+    adam_wd: float = knob(0.02, "decoupled weight decay of the small tensors")
+    beta1: float = knob(0.9, "AdamW", hi=0.9999)
+    beta2: float = knob(0.99, "AdamW", hi=0.99999)
+    adam_eps: float = knob(1e-8, "AdamW")
+    grad_clip_norm: float = knob(0.3, "global norm of the reduced gradient; 0 = off")
+    ema_decay: float = knob(0.9965, "moving average of the weights, per step; 0 = off", hi=0.999999)
+
+    iterations: int = knob(20000, "upper bound on training steps", group="schedule of the training")
+    max_wallclock_seconds: float = knob(600.0,
+        "training budget, calibration included; 0 = ITERATIONS decides")
+    force_stop_step: int = knob(0, "stop at this step whatever the clock says; not record-legal")
     train_batch_tokens: int = knob(786432, "tokens per step, all ranks", lo=1)
-    train_microbatch_tokens: int = knob(98304, "tokens per packed row; the data order depends on it, not on the ranks", lo=1)
-    train_seq_len: int = knob(3072, "longest attention context of training; must be the longest of the schedule", lo=1)
+    train_microbatch_tokens: int = knob(98304,
+        "tokens per packed row; the data order depends on it, not on the ranks", lo=1)
+    train_seq_len: int = knob(3072,
+        "longest attention context of training; must be the longest of the schedule", lo=1)
     train_seq_schedule: str = knob(S14_SCHEDULE, "LENGTH@END_FRACTION,...; blank = TRAIN_SEQ_LEN throughout")
-    train_seq_schedule_mode: str = knob("wallclock", "what progress means", choices=("wallclock", "step"))
-    seq_change_warmup_steps: int = knob(32, "ramp the learning rate over this many steps after a context change", lo=0)
-    enable_looping_at: float = knob(0.35, "progress at which the loops switch on", lo=0)
-    warmdown_frac: float = knob(0.85, "share of the run, at its end, over which the learning rate falls", lo=0, hi=1)
-    warmdown_iters: int = knob(0, "if set: the warmdown lasts this many steps instead", lo=0)
-    min_lr: float = knob(0.1, "floor of the learning rate, as a share of its peak", lo=0, hi=1)
-    warmup_steps: int = knob(20, "untimed steps per loop mode before the clock starts, rolled back exactly", lo=0)
+    train_seq_schedule_mode: str = knob("wallclock", "what progress means", choices="wallclock|step")
+    seq_change_warmup_steps: int = knob(
+        32, "ramp the learning rate over this many steps after a context change", needs="changes_context",
+        because="the context never changes")
+    enable_looping_at: float = knob(0.35, "progress at which the loops switch on", needs="num_loops")
+    warmdown_frac: float = knob(0.85, "share of the run, at its end, over which the learning rate falls",
+        hi=1, needs="!warmdown_iters")
+    warmdown_iters: int = knob(0, "if set: the warmdown lasts this many steps instead")
+    min_lr: float = knob(0.1, "floor of the learning rate, as a share of its peak", hi=1)
+    warmup_steps: int = knob(20, "untimed steps per loop mode before the clock starts, rolled back exactly")
     compile_shape_warmup: bool = knob(True, "compile every (context, loop mode) before the clock starts")
-    train_log_every: int = knob(500, "steps between log lines", lo=1)
-    val_loss_every: int = knob(0, "steps between validations, clock stopped; 0 = only at the end", lo=0)
-    # quantization
-    quant: str = knob("rd", "rd: every weight at one slope of loss against coded bits; s14: fixed bits and clips; s05: PR #1105",
-                      choices=("rd", "s14", "s05"))
-    target_bytes: int = knob(16_000_000, "QUANT=rd and s05: most bytes of artifact and running script; 0 = no limit", lo=0)
-    rd_loss: float = knob(1e-3, "QUANT=rd: predicted loss of quantization, nats per token, below which no more bytes are spent", lo=1e-7)
-    matrix_bits: int = knob(6, "bits of the matrices; with QUANT=s05 of the chosen ones, the others have one less", lo=2, hi=8)
-    n_int6_layers: int = knob(10, "matrices that keep MATRIX_BITS with QUANT=s05: those with the largest Hessian trace", lo=0)
-    embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8)
-    embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row", lo=0.1)
-    mlp_clip_sigmas: float = knob(11.5, "clip of the MLP matrices", lo=0.1)
-    attn_clip_sigmas: float = knob(13.0, "clip of the attention matrices", lo=0.1)
-    gated_attn_quant_gate: bool = knob(True, "attention gates as int8 rows; 0 = fp16")
-    gptq_calibration: str = knob("train", "data of the Hessians: training windows, or the model's own text", choices=("train", "self"))
-    gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians", lo=1)
-    gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians", lo=0)
-    rd_reserve_seconds: float = knob(6.0, "QUANT=rd: another part of it, for the gradients", lo=0)
-    awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most")
-    awq_lite_bits: int = knob(8, "bits of those groups; tensors with as many bits are no candidates", lo=3, hi=8)
+    train_log_every: int = knob(500, "steps between log lines", lo=1, recipe=False)
+    val_loss_every: int = knob(0, "steps between validations, clock stopped; 0 = only at the end")
+
+    quant: str = knob(
+        "rd",
+        "rd: every weight at one slope of loss against coded bits; s14: fixed bits and clips; s05: PR #1105",
+        choices="rd|s14|s05", group="quantization")
+    target_bytes: int = knob(16_000_000,
+        "QUANT=rd and s05: most bytes of artifact and running script; 0 = no limit", needs="quant!=s14")
+    rd_loss: float = knob(
+        1e-3,
+        "QUANT=rd: predicted loss of quantization, nats per token, below which no more bytes are spent",
+        lo=1e-7, needs="quant=rd")
+    matrix_bits: int = knob(
+        6, "bits of the matrices; with QUANT=s05 of the chosen ones, the others have one less", lo=2, hi=8,
+        needs="quant!=rd")
+    n_int6_layers: int = knob(
+        10, "matrices that keep MATRIX_BITS with QUANT=s05: those with the largest Hessian trace",
+        needs="quant=s05")
+    embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8, needs="quant=s14")
+    embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row",
+        lo=0.1, needs="quant=s14")
+    mlp_clip_sigmas: float = knob(11.5, "clip of the MLP matrices", lo=0.1, needs="quant=s14")
+    attn_clip_sigmas: float = knob(13.0, "clip of the attention matrices", lo=0.1, needs="quant=s14")
+    gated_attn_quant_gate: bool = knob(True, "attention gates as int8 rows; 0 = fp16",
+        needs="gated_attn_enabled|sparse_attn_gate_enabled")
+    gptq_calibration: str = knob("train", "data of the Hessians: training windows, or the model's own text",
+        choices="train|self")
+    gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians",
+        lo=1, needs="gptq_calibration=train")
+    gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians",
+        needs="gptq_calibration=train,max_wallclock_seconds")
+    rd_reserve_seconds: float = knob(6.0, "QUANT=rd: another part of it, for the gradients",
+        needs="quant=rd,gptq_calibration=train,max_wallclock_seconds")
+    awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most", needs="quant!=rd")
+    awq_lite_bits: int = knob(8, "bits of those groups; tensors with as many bits are no candidates",
+        lo=3, hi=8)
     awq_lite_group_size: int = knob(64, "columns per group", lo=1)
-    awq_lite_group_top_k: int = knob(1, "groups protected, over all tensors", lo=0)
-    lqer_enabled: bool = knob(True, "low-rank correction of the worst residuals")
+    awq_lite_group_top_k: int = knob(1, "groups protected, over all tensors")
+    lqer_enabled: bool = knob(True, "low-rank correction of the worst residuals", needs="quant!=rd")
     lqer_rank: int = knob(4, "rank of the correction", lo=1)
-    lqer_top_k: int = knob(3, "tensors corrected", lo=0)
-    lqer_factor_bits: int = knob(4, "bits of symmetric factors", lo=2, hi=8)
-    lqer_asym_enabled: bool = knob(True, "2-bit left and grouped 4-bit right factors instead of symmetric ones")
+    lqer_top_k: int = knob(3, "tensors corrected")
+    lqer_factor_bits: int = knob(4, "bits of symmetric factors",
+        lo=2, hi=8, needs="lqer_enabled,!lqer_asym_enabled")
+    lqer_asym_enabled: bool = knob(True,
+        "2-bit left and grouped 4-bit right factors instead of symmetric ones")
     lqer_asym_group: int = knob(64, "values per scale of the right factor", lo=1)
-    compressor: str = knob("range", "coder of the artifact; pergroup needs the lrzip program", choices=COMPRESSORS)
-    # evaluation
-    eval_method: str = knob("packed", "diagnostics: whole documents packed, or sliding windows", choices=("packed", "sliding"))
+    compressor: str = knob("range", "coder of the artifact; pergroup needs the lrzip program",
+        choices="|".join(COMPRESSORS))
+
+    eval_method: str = knob("packed", "diagnostics: whole documents packed, or sliding windows",
+        choices="packed|sliding", group="evaluation")
     eval_seq_len: int = knob(3072, "longest context of the diagnostics", lo=1)
-    eval_stride: int = knob(1536, "targets scored per sliding window after the first", lo=1)
+    eval_stride: int = knob(1536, "targets scored per sliding window after the first",
+        lo=1, needs="eval_method=sliding")
     eval_include_tail: bool = knob(True, "score the last, partial sequence too")
     val_batch_tokens: int = knob(524288, "tokens per evaluation batch, 8 packed rows", lo=8)
-    eval_softcap_fp32: bool = knob(True, "softcap of every score in fp32; 0 = rounded to the activation dtype, as published scores were")
-    ngram_tilt_enabled: bool = knob(False, "raise the probability of the token that mostly followed the same words earlier in the stream")
-    token_order: int = knob(16, "tokens of that n-gram, the guessed one included", lo=3, hi=256)
-    token_threshold: float = knob(0.8, "guess only where this share of the continuations so far agrees", lo=0, hi=1)
-    token_boost: float = knob(2.625, "what a guess gains, in nats before renormalising", lo=0, hi=50)
-    slot: str = knob("off", "learn a shift of the final hidden states: published = from the targets themselves, not legal; causal = from "
-                     "targets scored before", choices=("off", "published", "causal"))
-    slot_lr: float = knob(0.003, "AdamW of that shift", lo=0)
-    slot_steps: int = knob(5, "updates of the shift per batch of windows", lo=1)
-    max_eval_seconds: float = knob(600.0, "budget of the scored evaluation; 0 = no limit", lo=0)
-    # test-time training: one adapter set per document
-    ttt_enabled: bool = knob(True, "score with test-time training")
+    eval_softcap_fp32: bool = knob(True,
+        "softcap of every score in fp32; 0 = rounded to the activation dtype, as published scores were")
+    ngram_tilt_enabled: bool = knob(False,
+        "raise the probability of the token that mostly followed the same words earlier in the stream")
+    token_order: int = knob(16, "tokens of that n-gram, the guessed one included",
+        lo=3, hi=256, needs="ngram_tilt_enabled")
+    token_threshold: float = knob(0.8, "guess only where this share of the continuations so far agrees",
+        hi=1, needs="ngram_tilt_enabled")
+    token_boost: float = knob(2.625, "what a guess gains, in nats before renormalising",
+        hi=50, needs="ngram_tilt_enabled")
+    slot: str = knob(
+        "off",
+        "learn a shift of the states; published = from the targets, not legal; causal = from scored ones",
+        choices="off|published|causal")
+    slot_lr: float = knob(0.003, "AdamW of that shift", needs="slot!=off")
+    slot_steps: int = knob(5, "updates of the shift per batch of windows", lo=1, needs="slot!=off")
+    max_eval_seconds: float = knob(600.0, "budget of the scored evaluation; 0 = no limit")
+
+    ttt_enabled: bool = knob(True, "score with test-time training",
+        group="test-time training: one adapter set per document")
     ttt_lora_rank: int = knob(80, "rank of the adapters", lo=1)
-    ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank")
-    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", lo=0)
-    ttt_local_lr_mult: float = knob(0.75, "factor on TTT_LORA_LR", lo=0)
-    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", lo=0)
-    ttt_beta1: float = knob(0.0, "AdamW of the adapters", lo=0, hi=0.9999)
-    ttt_beta2: float = knob(0.99, "AdamW of the adapters", lo=0, hi=0.99999)
-    ttt_adam_kernel: str = knob("eager", "AdamW without a first moment, which TTT_BETA1=0 does not need", choices=("eager", "triton"))
-    ttt_mask: str = knob("no_qv", "which attention adapters to leave out", choices=("", "all", "baseline_all", "no_q", "no_v", "no_qv"))
-    ttt_q_lora: str = knob("auto", "query adapter; auto = as TTT_MASK says", choices=("auto", "0", "1"))
-    ttt_v_lora: str = knob("auto", "value adapter; auto = as TTT_MASK says", choices=("auto", "0", "1"))
+    ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", lo=-LARGEST)
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters")
+    ttt_local_lr_mult: float = knob(0.75, "factor on TTT_LORA_LR")
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters")
+    ttt_beta1: float = knob(0.0, "AdamW of the adapters", hi=0.9999)
+    ttt_beta2: float = knob(0.99, "AdamW of the adapters", hi=0.99999)
+    ttt_adam_kernel: str = knob("eager", "AdamW without a first moment, which TTT_BETA1=0 does not need",
+        choices="eager|triton")
+    ttt_mask: str = knob("no_qv", "which attention adapters to leave out",
+        choices="|all|baseline_all|no_q|no_v|no_qv")
+    ttt_q_lora: str = knob("auto", "query adapter; auto = as TTT_MASK says", choices="auto|0|1")
+    ttt_v_lora: str = knob("auto", "value adapter; auto = as TTT_MASK says", choices="auto|0|1")
     ttt_k_lora: bool = knob(True, "key adapter")
     ttt_o_lora: bool = knob(True, "adapter beside the attention block, reading its normed input")
     ttt_mlp_lora: bool = knob(True, "adapter beside the MLP, reading its normed input")
@@ -434,29 +587,43 @@ class Config:
     ttt_eval_seq_len: int = knob(3072, "context of a scored chunk", lo=1)
     ttt_batch_size: int = knob(24, "documents side by side", lo=1)
     ttt_chunk_size: int = knob(48, "tokens scored between two updates", lo=1)
-    ttt_bucket: int = knob(128, "CUDA_GRAPHS=1: windows are padded to multiples of this many tokens, and each width is a graph", lo=1)
-    ttt_short_doc_len: int = knob(2000, "documents up to this length are short", lo=0)
+    ttt_bucket: int = knob(
+        128, "CUDA_GRAPHS=1: windows are padded to multiples of this many tokens, and each width is a graph",
+        lo=1, needs="ttt_enabled,cuda_graphs,!rope_yarn")
+    ttt_short_doc_len: int = knob(2000, "documents up to this length are short",
+        needs="ttt_short_score_first_enabled,!ttt_short_score_first_steps")
     ttt_short_score_first_enabled: bool = knob(True, "smaller chunks for short documents")
-    ttt_short_chunk_size: int = knob(24, "chunk of short documents when TTT_SHORT_SCORE_FIRST_STEPS is blank", lo=1)
+    ttt_short_chunk_size: int = knob(24, "chunk of short documents when TTT_SHORT_SCORE_FIRST_STEPS is blank",
+        lo=1, needs="ttt_short_score_first_enabled,!ttt_short_score_first_steps")
     ttt_short_score_first_steps: str = knob("256:8,2000:24", "MAX_LENGTH:CHUNK,...")
-    ttt_lanes: int = knob(8, "independent adapter lineages; ranks share them out, so the score does not depend on the ranks", lo=1)
-    # test-time training: global phases
-    phased_ttt_enabled: bool = knob(True, "learn from scored documents with all weights between phases")
-    phased_ttt_prefix_docs: int = knob(2500, "documents scored before the last global phase", lo=0)
+    ttt_lanes: int = knob(8,
+        "independent adapter lineages; ranks share them out, so the score does not depend on the ranks", lo=1)
+
+    phased_ttt_enabled: bool = knob(True, "learn from scored documents with all weights between phases",
+        needs="ttt_enabled", group="test-time training: global phases")
+    phased_ttt_prefix_docs: int = knob(2500, "documents scored before the last global phase")
     phased_ttt_num_phases: int = knob(1, "global phases", lo=1)
-    global_ttt_lr: float = knob(0.001, "SGD, peak of a cosine", lo=0)
-    global_ttt_momentum: float = knob(0.9, "SGD", lo=0, hi=0.9999)
-    global_ttt_epochs: int = knob(1, "passes over the scored tokens", lo=1)
-    global_ttt_chunk_tokens: int = knob(32768, "tokens per update", lo=1)
-    global_ttt_batch_seqs: int = knob(32, "sequences per forward", lo=1)
-    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at the first chunk of the warm-up", lo=0)
-    global_ttt_warmup_chunks: int = knob(0, "linear warm-up", lo=0)
-    global_ttt_grad_clip: float = knob(1.0, "global norm; 0 = off", lo=0)
-    global_ttt_respect_doc_boundaries: bool = knob(True, "mask attention across documents")
+    global_ttt_lr: float = knob(0.001, "SGD, peak of a cosine", needs="phased_ttt_enabled")
+    global_ttt_momentum: float = knob(0.9, "SGD", hi=0.9999, needs="phased_ttt_enabled")
+    global_ttt_epochs: int = knob(1, "passes over the scored tokens", lo=1, needs="phased_ttt_enabled")
+    global_ttt_chunk_tokens: int = knob(32768, "tokens per update", lo=1, needs="phased_ttt_enabled")
+    global_ttt_batch_seqs: int = knob(32, "sequences per forward", lo=1, needs="phased_ttt_enabled")
+    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at the first chunk of the warm-up",
+        needs="phased_ttt_enabled")
+    global_ttt_warmup_chunks: int = knob(0, "linear warm-up", needs="phased_ttt_enabled")
+    global_ttt_grad_clip: float = knob(1.0, "global norm; 0 = off", needs="phased_ttt_enabled")
+    global_ttt_respect_doc_boundaries: bool = knob(True, "mask attention across documents",
+        needs="phased_ttt_enabled")
 
     def __post_init__(self):
-        if problems := [message for _, message in rule_violations(self)]:
+        """Check the rules. The published flags for a stage become STAGE."""
+        problems = list(rule_violations(self))
+        if problems:
             raise ValueError("\n".join(problems))
+        for flag, stage in STAGE_FLAGS.items():
+            if getattr(self, flag):
+                object.__setattr__(self, "stage", stage)
+                object.__setattr__(self, flag, False)
 
     @property
     def head_dim(self) -> int:
@@ -470,15 +637,24 @@ class Config:
     def mlp_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
 
+    @property
+    def windowed(self) -> bool:
+        """Whether any block sees a window only."""
+        return "S" in self.window_pattern
+
     def window(self, layer: int) -> int:
         """Tokens that block's attention sees, itself included; 0 = the whole document so far."""
-        return self.window_size if self.window_pattern[layer % len(self.window_pattern)] == "S" else 0
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        return self.window_size if letter == "S" else 0
 
     @property
     def attn_gate(self) -> str:
         """The per-head output gate: none, out, dense or sparse."""
-        flags = dict(out=self.attn_out_gate_enabled, dense=self.gated_attn_enabled, sparse=self.sparse_attn_gate_enabled)
-        return next((name for name, on in flags.items() if on), "none")
+        if self.attn_out_gate_enabled:
+            return "out"
+        if self.gated_attn_enabled:
+            return "dense"
+        return "sparse" if self.sparse_attn_gate_enabled else "none"
 
     @property
     def micro_batches(self) -> int:
@@ -492,180 +668,256 @@ class Config:
 
     @property
     def reserve_seconds(self) -> float:
-        """Seconds of the training budget that calibration gets; on the model's own text it reads no training data and needs none."""
-        gradients = self.rd_reserve_seconds if self.quant == "rd" else 0.0
-        return self.gptq_reserve_seconds + gradients if self.gptq_calibration == "train" else 0.0
+        """Seconds of the training budget for calibration; the model's own text needs none."""
+        if self.gptq_calibration != "train":
+            return 0.0
+        return self.gptq_reserve_seconds + (self.rd_reserve_seconds if self.quant == "rd" else 0.0)
 
     @property
     def seq_schedule(self) -> tuple[tuple[int, float], ...]:
         return parse_seq_schedule(self.train_seq_schedule, self.train_seq_len)
 
     @property
+    def changes_context(self) -> bool:
+        return len(self.seq_schedule) > 1
+
+    @property
     def lora_sites(self) -> tuple[str, ...]:
         """Where adapters sit in a block: subset of q k v o mlp. The head always has one."""
-        left_out = {"no_q": "q", "no_v": "v", "no_qv": "qv"}.get(self.ttt_mask, "")
-        wanted = dict(
-            q=self.ttt_q_lora == "1" or (self.ttt_q_lora == "auto" and "q" not in left_out),
-            k=self.ttt_k_lora,
-            v=self.ttt_v_lora == "1" or (self.ttt_v_lora == "auto" and "v" not in left_out),
-            o=self.ttt_o_lora,
-            mlp=self.ttt_mlp_lora,
-        )
-        return tuple(site for site, on in wanted.items() if on)
+        masked = {"no_q": "q", "no_v": "v", "no_qv": "qv"}.get(self.ttt_mask, "")
+        chosen = dict(
+            q=self.ttt_q_lora, k=self.ttt_k_lora, v=self.ttt_v_lora, o=self.ttt_o_lora, mlp=self.ttt_mlp_lora)
+        unmasked = [site for site, on in chosen.items() if on != "auto" or site not in masked]
+        return tuple(site for site in unmasked if chosen[site] in ("auto", "1", True))
+
+    @property
+    def published_data(self) -> Path:
+        """The folder of the CaseOps export below DATA_DIR."""
+        return Path(self.data_dir) / "datasets/fineweb10B_sp8192_caseops/datasets"
 
     @property
     def shards_path(self) -> Path:
-        export = "fineweb10B_sp8192_caseops/datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
-        return Path(self.data_path) if self.data_path else Path(self.data_dir) / "datasets" / export
+        if self.data_path:
+            return Path(self.data_path)
+        return self.published_data / "datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
 
     @property
     def tokenizer_file(self) -> Path:
-        published = "fineweb10B_sp8192_caseops/datasets/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
         if self.tokenizer_path:
             return Path(self.tokenizer_path)
-        beside = self.shards_path / "tokenizer.model"
-        return beside if self.data_path else Path(self.data_dir) / "datasets" / published
+        if self.data_path:
+            return self.shards_path / "tokenizer.model"
+        return self.published_data / "tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
 
 
-S14_KNOBS = tuple(name for name in Config.__dataclass_fields__ if name.startswith(("awq_", "lqer_"))
-                  or name.endswith(("_clip_sigmas", "_bits")))
-TTT_KNOBS = tuple(name for name in Config.__dataclass_fields__ if "ttt_" in name and name != "ttt_enabled")
-PHASE_KNOBS = tuple(name for name in TTT_KNOBS if not name.startswith("ttt_") and name != "phased_ttt_enabled")
+VARIABLES = {f.name.upper(): f for f in fields(Config)}
+MODEL_FIELDS = tuple(f.name for f in fields(Config) if f.metadata["model"])  # the same in a loaded artifact
+NEED = re.compile(r"(!?)(\w+)(?:(!?=)(\w+))?")
 
-NO_EFFECT = (  # (variables, when they do nothing, why)
-    (("eval_stride",), lambda c: c.eval_method != "sliding", "EVAL_METHOD is not sliding"),
-    (("token_order", "token_threshold", "token_boost"), lambda c: not c.ngram_tilt_enabled, "NGRAM_TILT_ENABLED is 0"),
-    (("slot_lr", "slot_steps"), lambda c: c.slot == "off", "SLOT is off"),
-    (("rope_train_seq_len",), lambda c: not c.rope_yarn, "ROPE_YARN is 0"),
-    (("attn_out_gate_src",), lambda c: c.attn_gate != "out", "ATTN_OUT_GATE_ENABLED is 0"),
-    (("gated_attn_init_std",), lambda c: c.attn_gate != "dense", "GATED_ATTN_ENABLED is 0"),
-    (("sparse_attn_gate_init_std", "sparse_attn_gate_scale"), lambda c: c.attn_gate != "sparse", "SPARSE_ATTN_GATE_ENABLED is 0"),
-    (("gated_attn_quant_gate",), lambda c: c.attn_gate not in ("dense", "sparse"), "there is no gate matrix to quantize"),
-    (("xsa_kernel",), lambda c: not c.xsa_last_n or c.attn_gate == "none", "XSA_LAST_N is 0 or there is no head gate"),
-    (("mlp_backward",), lambda c: c.mlp_kernel == "eager", "MLP_KERNEL is eager"),
-    (("cutlass_path",), lambda c: c.mlp_backward != "cutlass", "MLP_BACKWARD is not cutlass"),
-    (("fused_ce_kernel",), lambda c: not c.fused_ce_enabled, "FUSED_CE_ENABLED is 0"),
-    (("window_size",), lambda c: "S" not in c.window_pattern, "WINDOW_PATTERN has no S"),
-    (("loop_start", "loop_end", "enable_looping_at"), lambda c: not c.num_loops, "NUM_LOOPS is 0"),
-    (("smear_gate_bos_fix",), lambda c: not c.smear_gate_enabled, "SMEAR_GATE_ENABLED is 0"),
-    (("warmdown_frac",), lambda c: c.warmdown_iters > 0, "WARMDOWN_ITERS is set"),
-    (("seq_change_warmup_steps",), lambda c: len(c.seq_schedule) == 1, "the context never changes"),
-    (("embed_bits", "embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas"),
-     lambda c: c.quant == "s05", "QUANT=s05 has its own steps and an int8 embedding"),
-    (("gptq_calibration_batches", "gptq_reserve_seconds", "rd_reserve_seconds"),
-     lambda c: c.gptq_calibration == "self", "GPTQ_CALIBRATION is self"),
-    (S14_KNOBS, lambda c: c.quant == "rd", "QUANT is rd"),
-    (("n_int6_layers",), lambda c: c.quant != "s05", "QUANT is not s05"),
-    (("rd_loss", "rd_reserve_seconds"), lambda c: c.quant != "rd", "QUANT is not rd"),
-    (("target_bytes",), lambda c: c.quant == "s14", "QUANT is s14"),
-    (("awq_lite_bits", "awq_lite_group_size", "awq_lite_group_top_k"), lambda c: not c.awq_lite_enabled, "AWQ_LITE_ENABLED is 0"),
-    (("lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_asym_enabled", "lqer_asym_group"),
-     lambda c: not c.lqer_enabled, "LQER_ENABLED is 0"),
-    (("lqer_factor_bits",), lambda c: c.lqer_enabled and c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 1"),
-    (("lqer_asym_group",), lambda c: c.lqer_enabled and not c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 0"),
-    (("compile_allow_recompiles",), lambda c: c.compile_backend == "none" and not c.cuda_graphs, "COMPILE_BACKEND is none"),
-    (("gptq_reserve_seconds", "rd_reserve_seconds"), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
-    (TTT_KNOBS, lambda c: not c.ttt_enabled, "TTT_ENABLED is 0"),
-    (("ttt_bucket",), lambda c: not c.cuda_graphs or c.rope_yarn, "CUDA_GRAPHS is 0 or ROPE_YARN is 1"),
-    (PHASE_KNOBS, lambda c: c.ttt_enabled and not c.phased_ttt_enabled, "PHASED_TTT_ENABLED is 0"),
-    (("ttt_short_chunk_size", "ttt_short_score_first_steps"),
-     lambda c: not c.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED is 0"),
-    (("ttt_short_chunk_size",), lambda c: c.ttt_short_score_first_enabled and c.ttt_short_score_first_steps,
-     "TTT_SHORT_SCORE_FIRST_STEPS decides"),
-    (("ttt_short_doc_len",),
-     lambda c: not c.ttt_short_score_first_enabled or c.ttt_short_score_first_steps, "TTT_SHORT_SCORE_FIRST_STEPS decides"),
-)
+
+def as_text(value: Any) -> str:
+    """Write a value as the environment would say it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def needs_of(name: str) -> str:
+    """Look up the `needs` of a field; NAME_REST needs NAME_ENABLED unless its knob says else."""
+    needs = VARIABLES[name.upper()].metadata["needs"]
+    if needs is not None:
+        return needs
+    others = (f.name for f in fields(Config) if f.name != name and f.name.endswith("_enabled"))
+    return max((switch for switch in others if name.startswith(switch[:-7])), key=len, default="")
+
+
+def unmet(c: Config, needs: str) -> str:
+    """Say which part of `needs` does not hold in c; '' if all does.
+
+    Comma = and, | = or, x = true, nonzero, not blank, !x = the opposite, x=v, x!=v. x is a field or property;
+    what a field needs itself is needed too.
+    """
+    for clause in filter(None, needs.split(",")):
+        reasons = [unmet_need(c, need) for need in clause.split("|")]
+        if all(reasons):
+            return " and ".join(reasons)
+    return ""
+
+
+def unmet_need(c: Config, need: str) -> str:
+    """Say why one need of `unmet` does not hold, or return ''."""
+    negation, name, operator, wanted = NEED.fullmatch(need).groups()
+    value = getattr(c, name)
+    if operator:
+        holds = (as_text(value) == wanted) == (operator == "=")
+    else:
+        holds = bool(value) != bool(negation)
+    if not holds:
+        return f"{name.upper()} is {as_text(value) or 'blank'}"
+    if negation or name.upper() not in VARIABLES:
+        return ""
+    return unmet(c, needs_of(name))
+
+
+def check_needs() -> None:
+    """Raise AttributeError when a `needs` is malformed or names what is no field or property."""
+    for name in Config.__dataclass_fields__:
+        for need in filter(None, re.split("[,|]", needs_of(name))):
+            getattr(Config, NEED.fullmatch(need)[2])
+
+
+check_needs()
+
+
+def accepted(f) -> str:
+    """Describe the values a variable takes."""
+    lo, hi, choices = map(f.metadata.get, ("lo", "hi", "choices"))
+    if choices:
+        return "one of " + ", ".join(choice or "(blank)" for choice in choices)
+    if f.type in ("bool", "str"):
+        return {"bool": "0 or 1", "str": "text"}[f.type]
+    kind = "a whole number" if f.type == "int" else "a number"
+    if hi < LARGEST:
+        return f"{kind} in [{lo}, {hi}]"
+    return f"{kind} of at least {lo}" if lo > -LARGEST else kind
 
 
 def parse_knob(f, raw: str) -> Any:
-    """One environment string -> one checked value. Raises ValueError saying what would be accepted."""
-    meta = f.metadata
-    if f.type == "bool":
-        if raw not in ("0", "1"):
-            raise ValueError("expected 0 or 1")
-        return raw == "1"
+    """Turn the text of one variable into its checked value. Raises ValueError that says what is accepted."""
+    lo, hi, choices = map(f.metadata.get, ("lo", "hi", "choices"))
     try:
-        value = {"int": int, "float": float, "str": str}[f.type](raw)
+        value = {"int": int, "float": float, "bool": ("0", "1").index, "str": str}[f.type](raw)
     except ValueError:
-        raise ValueError(f"expected {'a whole number' if f.type == 'int' else 'a number'}") from None
-    if meta["choices"] and value not in meta["choices"]:
-        raise ValueError(f"expected one of {', '.join(c or '(blank)' for c in meta['choices'])}")
-    if f.type != "str" and not meta["lo"] <= value <= meta["hi"]:
-        raise ValueError(f"expected a value in [{meta['lo']}, {meta['hi']}]")
-    return value
+        value = math.nan
+    valid = raw in (choices or (raw,)) if f.type == "str" else lo <= value <= hi
+    if not valid:
+        raise ValueError(f"expected {accepted(f)}")
+    return bool(value) if f.type == "bool" else value
+
+
+def family(name: str) -> str:
+    """Shorten a name to what it shares with its relatives: one word, or two where others use the first."""
+    words = name.split("_")
+    return "_".join(words[: 1 + (words[0] in FOREIGN_WORDS.split())])
+
+
+FAMILIES = frozenset(family(name) for name in VARIABLES if "_" in name)
+
+
+def meant(name: str) -> str:
+    """Guess which variable an unknown name was meant to be; '' if it looks like another program's."""
+    capitals = name.upper()
+    near = difflib.get_close_matches(capitals, VARIABLES, n=1, cutoff=0.83)
+    if near and (near[0] == capitals or "_" in name + near[0] or len(near[0]) > 8):
+        return near[0]
+    if "_" in name and family(name) in FAMILIES:
+        return difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.0)[0]
+    return ""
+
+
+def same_text(a: str, b: str) -> bool:
+    """Compare two values as numbers where they are numbers."""
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return a == b
+
+
+def published(name: str, env) -> tuple[str, str]:
+    """Look up a variable of other scripts: why it is refused, why it changes nothing; '' and '' if none."""
+    for line in PUBLISHED.strip().splitlines():
+        pattern, setting, why = line.split(" ", 2)
+        if not re.fullmatch(pattern.replace("*", ".*"), name):
+            continue
+        switch, _, off = setting.partition("=")
+        if switch == "*" or (switch in env and same_text(env[switch], off)):
+            return "", why
+        return why if switch == "-" else f"{why} ({setting} is accepted)", ""
+    return "", ""
+
+
+def preset_values(preset: str) -> dict[str, Any]:
+    """The value of every field before anything is set by hand."""
+    values = {f.name: f.default for f in fields(Config)}
+    for setting in PRESETS.get(preset, "").split():
+        name, _, raw = setting.partition("=")
+        values[name.lower()] = parse_knob(VARIABLES[name], raw)
+    return values | dict(preset=preset)
 
 
 def config_from_env(env) -> Config:
-    """Environment -> checked Config. Raises ValueError that lists every problem at once."""
-    known = {f.name.upper(): f for f in fields(Config)}
-    values, errors, failed = {}, [], set()
-    preset = env.get("PRESET", "s14")
-    values.update(PRESETS.get(preset, {}))
+    """Turn an environment into a checked Config. Raises ValueError that lists every problem at once."""
+    values = preset_values(env.get("PRESET", "s14"))
+    given, errors = {}, []
     for name in sorted(env):
-        if name in REFUSED:
-            errors.append(f"{name}: {REFUSED[name]}")
-        elif name in GONE:
-            accepted, why = GONE[name]
-            if accepted not in (None, env[name]):
-                errors.append(f"{name}={env[name]!r}: only {accepted!r} is left: {why}")
-        elif name in known:
+        variable = ALIASES.get(name, name)
+        refusal, harmless = published(name, env)
+        if variable in VARIABLES:
             try:
-                values[name.lower()] = parse_knob(known[name], env[name])
+                value = parse_knob(VARIABLES[variable], env[name])
             except ValueError as e:
                 errors.append(f"{name}={env[name]!r}: {e}")
-                failed.add(name.lower())
-        elif name.startswith(FAMILIES):
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            errors.append(f"{name}: no such variable; the nearest is {near}")
-    probe = object.__new__(Config)  # the rules look at a candidate that need not be valid
-    for f in fields(Config):
-        object.__setattr__(probe, f.name, values.get(f.name, f.default))
-    errors += [message for involved, message in rule_violations(probe) if not failed & set(involved)]
+                continue
+            first, same = given.setdefault(variable, (name, value))
+            if same != value:
+                errors.append(f"{first}={env[first]!r} and {name}={env[name]!r} are two names of one variable")
+            values[variable.lower()] = value
+        elif refusal:
+            errors.append(f"{name}={env[name]!r}: {refusal}")
+        elif not harmless and meant(name):
+            errors.append(f"{name}: no such variable; the nearest is {meant(name)}")
+
+    try:
+        cfg = Config(**values)
+    except ValueError as e:  # a rule about a value that was refused says nothing new
+        refused = {ALIASES.get(name, name) for name in env} - set(given)
+        for rule in str(e).splitlines():
+            if not refused & set(re.findall(r"\w+", rule)):
+                errors.append(rule)
     if errors:
         raise ValueError("\n".join(errors))
-    alias = dict(prequant_only="train", quantize_only="quantize", ttt_eval_only="eval")
-    for flag, stage in alias.items():
-        if values.get(flag):
-            values |= {"stage": stage, flag: False}
-    return Config(**values)
+    return cfg
 
 
 def overrides(cfg: Config) -> dict[str, str]:
     """What this run changes against its preset, as the environment would say it, PRESET included."""
-    base = {f.name: f.default for f in fields(cfg)} | PRESETS[cfg.preset]
-    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != base[f.name]}
-    return {name.upper(): str(int(value)) if isinstance(value, bool) else str(value) for name, value in changed.items()}
+    base = preset_values(cfg.preset) | dict(preset="s14")
+    return {name.upper(): as_text(getattr(cfg, name)) for name in base if getattr(cfg, name) != base[name]}
 
 
 def without_effect(cfg: Config, env) -> list[str]:
     """Variables somebody set that this configuration never looks at, with the reason."""
-    gone = [f"{name} ({why})" for name, (_, why) in GONE.items() if name in env]
-    return gone + [f"{name.upper()} ({why})" for names, dead, why in NO_EFFECT for name in names if name.upper() in env and dead(cfg)]
+    notes = []
+    for name in sorted(env):
+        variable = ALIASES.get(name, name)
+        if variable in VARIABLES:
+            unmet_part = unmet(cfg, needs_of(variable.lower()))
+            reason = unmet_part and (VARIABLES[variable].metadata["because"] or unmet_part)
+        else:
+            _, reason = published(name, env)
+        if reason:
+            notes.append(f"{name} ({reason})")
+    return notes
 
 
 def config_hash(cfg: Config) -> str:
-    """Identity of the recipe: everything but the seed, the stage, the run's name, where files lie and what is logged."""
-    skip = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage", "prequant_only",
-            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "seeds_declared",
-            "compile_allow_recompiles", "compile_cache_dir", "cutlass_path"}
-    recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in skip}
+    """Identify the recipe: everything but seed, stage, the run's name, where files lie and what is logged."""
+    recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["recipe"]}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def help_text() -> str:
-    """Every variable, one line each: what `--help` prints."""
-    lines = [__doc__.strip(), "", "Variables (type, default, accepted, meaning):"]
-    for f in fields(Config):
-        meta = f.metadata
-        accepted = "|".join(meta["choices"]) if meta["choices"] else "0|1" if f.type == "bool" else ""
-        if not accepted and f.type != "str" and (meta["lo"], meta["hi"]) != (-math.inf, math.inf):
-            accepted = f"[{meta['lo']:g}, {meta['hi']:g}]"
-        default = int(f.default) if f.type == "bool" else f.default
-        lines.append(f"  {f.name.upper():36} {f.type:6} {default!s:12} {accepted:28} {meta['doc']}")
-    lines += ["", "Presets (a variable set by hand wins):"]
-    lines += [f"  {name}: " + (" ".join(f"{k.upper()}={int(v) if isinstance(v, bool) else v}" for k, v in preset.items()) or "the defaults")
-              for name, preset in PRESETS.items()]
-    lines += ["", "Refused:"] + [f"  {name}: {why}" for name, why in REFUSED.items()]
+def help_text(preset: str) -> str:
+    """What `--help` prints: every variable with the preset's value, its meaning and what it accepts."""
+    lines = [__doc__.strip()]
+    for name, value in preset_values(preset).items():
+        f = VARIABLES[name.upper()]
+        if f.metadata["group"]:
+            lines += ["", f"{f.metadata['group'].capitalize()}:"]
+        setting = f"  {name.upper()}={as_text(value)}"
+        text = f"{setting:<40} {f.metadata['doc']} ({accepted(f)})"
+        lines.append(textwrap.fill(text, 110, subsequent_indent=" " * 41, break_on_hyphens=False))
+
+    lines += ["", "Published variables that are not here, the setting accepted (- = none, * = any), and why:"]
+    for line in PUBLISHED.strip().splitlines():
+        lines.append(textwrap.fill("  " + line, 110, subsequent_indent="    ", break_on_hyphens=False))
     return "\n".join(lines)
 
 
@@ -678,9 +930,12 @@ class Launch(NamedTuple):
 
 
 def launch_from_env(env) -> Launch:
-    """Rank, rank on this machine and number of ranks; one process when torchrun did not start us. Raises ValueError."""
-    given = {name: env.get(name, default) for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
-    if bad := [f"{name}={value!r}: expected a whole number, as torchrun sets it" for name, value in given.items() if not value.isdigit()]:
+    """Read rank, local rank and number of ranks; one process without torchrun. Raises ValueError."""
+    given = {name: env.get(name, "0") for name in ("RANK", "LOCAL_RANK")}
+    given["WORLD_SIZE"] = env.get("WORLD_SIZE", "1")
+    expected = "expected a whole number, as torchrun sets it"
+    bad = [f"{name}={text!r}: {expected}" for name, text in given.items() if not text.isdecimal()]
+    if bad:
         raise ValueError("\n".join(bad))
     return Launch(*map(int, given.values()))
 
@@ -807,13 +1062,21 @@ def hardware_name(world: World) -> str:
     return f"{world.size}x {world.device.type} ({model}, {os.cpu_count()} cores)"
 
 
+def triton_version() -> str | None:
+    """Look up the version of Triton, by which torch.compile makes its kernels for a GPU; None without it."""
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None
+
+
 def compile_cache(cfg: Config, world: World) -> dict[str, str]:
     """Variables that make torch.compile and Triton keep their work below COMPILE_CACHE_DIR, in a folder of its own for each version
     of this code, torch and Triton, device and choice of kernels; none when it is blank."""
     if not cfg.compile_cache_dir:
         return {}
     flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.endswith(("_kernel", "_backward", "_backend", "_dtype"))}
-    versions = torch.__version__, triton.__version__ if triton else None, hardware_name(world).split("x ", 1)[1]
+    versions = torch.__version__, triton_version(), hardware_name(world).split("x ", 1)[1]
     key = hashlib.sha256(Path(__file__).read_bytes() + json.dumps([flags, versions], sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cfg.compile_cache_dir).resolve() / key
     return dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"))
@@ -1332,10 +1595,10 @@ class ValData:
 
 
 # ==================================================================================================
-# MODEL - one network, one forward: training, scoring, calibration and test-time training differ by its arguments.
+# MODEL - one network, one forward: training, scoring, calibration and test-time training by its arguments.
 # ==================================================================================================
 
-# The same network in 140 lines of plain loops, with nothing folded or fused: tests/spec_model.py. Read that first.
+# The same network in 140 lines of plain loops, nothing folded or fused: tests/spec_model.py. Read that first.
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
@@ -1346,8 +1609,9 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 def softcapped_ce(logits: Tensor, targets: Tensor, cap: float, round_cap: bool = False) -> Tensor:
     """Compute the cross-entropy of the capped logits in nats, per token and in fp32.
 
-    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before
-    the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
+    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The
+    upcast comes before the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the
+    same, to compare with runs that did.
     """
     z = softcap(logits, cap)
     if round_cap:
@@ -1394,7 +1658,7 @@ def add_norm(weights: Tensor | None, *streams: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first 2 n of d dimensions, half-split (partial rotary embedding): x (B, T, heads, d), n = cos.shape[-1]."""
+    """Turn the first 2 n of d dimensions of x (B, T, heads, d), half-split; n = cos.shape[-1]."""
     n = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     x1, x2, rest = x.tensor_split((n, 2 * n), dim=-1)
@@ -1405,8 +1669,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def split_heads(
     qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split one merged projection into queries and keys, normed per head and rotated, queries times their gain, and values.
+    """Split a merged projection into queries and keys, normed per head and rotated, and values.
 
+    Queries are multiplied by their gain.
     qkv (B, T, (H + 2 G) d), gain (H,), cos and sin (T, 1, n) -> q (B, T, H, d), k and v (B, T, G, d).
     """
     heads = len(gain)
@@ -1418,7 +1683,7 @@ def split_heads(
 
 
 def without_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Compute XSA, y - (y.v / v.v) v, for each head of y (B, T, H, d) and its value v (B, T, G, d), in fp32."""
+    """Compute XSA, y - (y.v / v.v) v, in fp32 for heads y (B, T, H, d) and their values v (B, T, G, d)."""
     grouped = y.unflatten(2, (v.shape[2], -1)).float()  # (B, T, G, H/G, d)
     own = v.unsqueeze(3).float()                        # (B, T, G, 1, d)
     square = own.square().sum(-1, keepdim=True).clamp_min(1e-24)
@@ -1435,10 +1700,10 @@ def gate_heads(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 
 def window_mask(n: int, window: int, like: Tensor, positions: Tensor | None = None) -> Tensor | None:
-    """Make what is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
+    """Make what is added to the scores (n, n) of a segment: a query sees itself and window - 1 tokens before.
 
-    None where plain causal attention is the same: no window (0), or one that the segment fits into. positions (.., m): just the
-    queries there, -> (.., 1, m, n), never None.
+    None where plain causal attention is the same: no window (0), or one that the segment fits into. positions
+    (.., m): just the queries there, -> (.., 1, m, n), never None.
     """
     if positions is None and not 0 < window < n:
         return None
@@ -1499,7 +1764,7 @@ class Lora(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """Adapters by site. q k v sit on the projections; o and mlp run beside the sublayer and read its normed input."""
+    """Adapters by site: q k v on the projections, o and mlp beside the sublayer, reading its normed input."""
 
     q: Lora | None = None
     k: Lora | None = None
@@ -1509,11 +1774,12 @@ class Adapters(NamedTuple):
     head: Lora | None = None  # of no depth, reads the final normed hidden state
 
     def by_depth(self, blocks: list[Block]) -> list[Adapters]:
-        """Cut into one Adapters per depth, given its block. unbind, not indexing: its backward writes each gradient once."""
+        """Cut into one Adapters per depth, given its block."""
         found: list[dict[str, Lora]] = [{} for _ in blocks]
         for site, lora in self._asdict().items():
             if lora is None or site == "head":
                 continue
+            # unbind, not indexing: its backward writes each gradient once
             pairs = zip(lora.A.unbind(0), lora.B.unbind(0), strict=True)
             for sites, block, (A, B) in zip(found, blocks, pairs, strict=True):
                 sites[site] = block.fold_adapter(site, Lora(A, B, lora.scale))
@@ -1532,7 +1798,7 @@ NO_ADAPTERS = Adapters()
 
 
 class Weights(NamedTuple):
-    """The matrices of one block, (n_out, n_in) each, in the activation dtype, its constant and learned scales folded in."""
+    """The matrices of one block, (n_out, n_in), in the activation dtype, its scales folded in."""
 
     qkv: Tensor  # Q, K and V below one another
     o: Tensor
@@ -1567,6 +1833,7 @@ class Cache:
 class Context(NamedTuple):
     """What all depths of one forward share."""
 
+    tokens: Tensor  # (B, T): a depth may look something up by token
     rope: tuple[Tensor, Tensor]  # cos and sin (T, 1, rope_dims / 2)
     segments: Segments | None
     cache: Cache | None
@@ -1622,8 +1889,9 @@ def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
 def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Compute cos and sin (length, 1, rope_dims / 2) of the row positions.
 
-    Only differences of positions matter, so documents need no reset. The frequencies are rounded to bf16 because published
-    checkpoints were trained with rounded ones. With ROPE_YARN the base grows where `context` exceeds ROPE_TRAIN_SEQ_LEN.
+    Only differences of positions matter, so documents need no reset. The frequencies are rounded to bf16
+    because published checkpoints were trained with rounded ones. With ROPE_YARN the base grows where
+    `context` exceeds ROPE_TRAIN_SEQ_LEN.
     """
     base = cfg.rope_base
     if cfg.rope_yarn and context > cfg.rope_train_seq_len:
@@ -1650,7 +1918,7 @@ class Role(NamedTuple):
     """What a tensor, or each of the equal parts of a bank, is for."""
 
     name: str                # of the matrix in a block; "": the tensor is no bank
-    products: str            # "every": for every token; "scored": not for those that are only context; "": multiplies nothing
+    products: str            # "every" token; those "scored", not those that are context; "": none
     stored: StoredAs | None  # None: for training only, in no artifact
 
 
@@ -1665,7 +1933,7 @@ class Parameter(NamedTuple):
     present: bool
 
 
-SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the order of the forward
+SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the forward's order
 HALF = StoredAs("float16", "", "", "", "rest", False)
 INT8_ROWS = HALF._replace(codec="int8_row")
 ELEMENTWISE = (Role("", "", HALF),)
@@ -1695,7 +1963,7 @@ def gptq_matrix(name: str, products: str, clip_sigmas: str, site: str, sort_rows
 
 
 def bank_parameters(cfg: Config) -> list[Parameter]:
-    """List the banks: the matrices of all blocks, stacked so that the optimizer shards whole matrices over the ranks.
+    """List the banks: the matrices of all blocks, stacked so that whole matrices are sharded over the ranks.
 
     A bank holds its roles one after another, each with one matrix (n_out, n_in) per block.
     """
@@ -1721,41 +1989,45 @@ def block_parameters(cfg: Config, block: str) -> list[Parameter]:
     dense = cfg.attn_gate == "dense"
     gain = partial(nn.init.constant_, val=cfg.qk_gain_init)
     gate_shape = (heads, D if dense else cfg.gate_window)
-    gate_init = partial(nn.init.normal_, std=cfg.gated_attn_init_std if dense else cfg.sparse_attn_gate_init_std)
+    gate_std = cfg.gated_attn_init_std if dense else cfg.sparse_attn_gate_init_std
+    gate_init = partial(nn.init.normal_, std=gate_std)
     gate = (Role("", "scored", INT8_ROWS if cfg.gated_attn_quant_gate else HALF),)
     out_gate = (Role("", "scored", HALF),)
     has_gate = cfg.attn_gate in ("dense", "sparse")
+    out_name = f"{block}.attn.attn_gate_proj.weight"
     return [
         Parameter(f"{block}.attn_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.mlp_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.resid_mix", (2, D), init_resid_mix, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.attn.q_gain", (heads,), gain, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.attn.attn_gate_w", gate_shape, gate_init, "scalars", gate, has_gate),
-        Parameter(
-            f"{block}.attn.attn_gate_proj.weight", gate_shape, nn.init.zeros_, "scalars", out_gate, cfg.attn_gate == "out"),
+        Parameter(out_name, gate_shape, nn.init.zeros_, "scalars", out_gate, cfg.attn_gate == "out"),
     ]
 
 
 @cache
 def parameters(cfg: Config) -> tuple[Parameter, ...]:
-    """List every tensor of the network, once: shape, initial values, optimizer, FLOPs and stored form are read from here.
+    """List every tensor of the network, once.
 
-    Names are those of published checkpoints.
+    Shape, initial values, optimizer, FLOPs and stored form are read from here. Names are those of published
+    checkpoints.
     """
     L, D = cfg.num_layers, cfg.model_dim
     skips = (len(layer_order(cfg, looping=True)) // 2, D)
     lanes, smear = cfg.parallel_start_layer > 0, cfg.smear_gate_enabled
-    head = StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)
+    embedding = (cfg.vocab_size, D)
+    head = (Role("", "scored", StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)),)
     embedding_init = partial(nn.init.normal_, std=cfg.tied_embed_init_std)
     stream_share = partial(nn.init.constant_, val=1.1)
     rows = [
         *bank_parameters(cfg),
         Parameter("skip_weights", skips, nn.init.ones_, "scalars", ELEMENTWISE, True),
         Parameter("skip_gates", skips, nn.init.zeros_, "scalars", ELEMENTWISE, cfg.skip_gates_enabled),
-        Parameter("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", ELEMENTWISE, lanes),  # by sublayer, stream
+        # by sublayer, stream
+        Parameter("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", ELEMENTWISE, lanes),
         Parameter("parallel_resid_lambdas", (L, 2), stream_share, "scalars", ELEMENTWISE, lanes),
         Parameter("smear_lambda", (1,), nn.init.zeros_, "scalars", ELEMENTWISE, smear),
-        Parameter("tok_emb.weight", (cfg.vocab_size, D), embedding_init, "embedding", (Role("", "scored", head),), True),
+        Parameter("tok_emb.weight", embedding, embedding_init, "embedding", head, True),
     ]
     for layer in range(L):
         rows += block_parameters(cfg, f"blocks.{layer}")
@@ -1777,7 +2049,7 @@ class Matrix(NamedTuple):
 
 @cache
 def matrices(cfg: Config) -> tuple[Matrix, ...]:
-    """List the tensors as artifacts name and order them: parameters that are no bank, then each block's matrices."""
+    """List the tensors as artifacts name and order them: what is no bank, then each block's matrices."""
     whole, parts = [], []
     for row in parameters(cfg):
         for k, role in enumerate(row.roles):
@@ -1835,7 +2107,7 @@ class Attention(nn.Module):
             self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
 
     def gate(self, x: Tensor, q_raw: Tensor) -> Tensor:
-        """Compute how much of each head's output passes (B, T, H). x lacks the norm scale, which the weights take over."""
+        """Compute how much of each head's output passes (B, T, H); the weights take over x's norm scale."""
         cfg, source = self.cfg, x
         if cfg.attn_gate == "dense":
             weight = self.norm_scale * self.attn_gate_w
@@ -1851,7 +2123,7 @@ class Attention(nn.Module):
         return 2 * gate if cfg.attn_gate == "out" else gate
 
     def qkv(self, x: Tensor, weights: Weights, lora: Adapters) -> Tensor:
-        """Compute (B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
+        """Compute the merged projection and the deltas of the adapters there are: (B, T, (H + 2 G) d)."""
         D, kv = self.cfg.model_dim, self.cfg.kv_dim
         merged = F.linear(x, weights.qkv)
         return add_deltas(merged, x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
@@ -1860,7 +2132,7 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor,
         context: Context, depth: int, positions: Tensor | None,
     ) -> Tensor:
-        """Attend within segments, to the cache, or within whole rows: -> (B, T, H, d), or only at the positions."""
+        """Attend within segments, to the cache, or within whole rows -> (B, T, H, d), or at the positions."""
         if context.segments is not None:
             rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
             cu_seqlens, max_len = context.segments
@@ -1873,7 +2145,7 @@ class Attention(nn.Module):
         self, x: Tensor, weights: Weights, lora: Adapters,
         context: Context, depth: int, positions: Tensor | None,
     ) -> Tensor:
-        """Map x (B, T, D), normed without its norm scale, -> (B, T, D); with positions (B, n): (B, n, D), only there."""
+        """Map x (B, T, D), normed without its norm scale -> (B, T, D); or (B, n, D) at positions (B, n)."""
         cfg, kernels = self.cfg, context.kernels
         if context.tap is not None:
             context.tap(f"{self.name}.attn_in", self.norm_scale * x)
@@ -1905,7 +2177,7 @@ class Block(nn.Module):
         self.attn = Attention(cfg, layer, self.norm_scale)
 
     def fold(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, dtype: torch.dtype) -> Weights:
-        """Move the scales of a sublayer's input and output into its matrices: a pass over weights instead of activations."""
+        """Move the scales of a sublayer into its matrices: a pass over weights instead of activations."""
         o, up, down = others
         qkv = self.norm_scale * torch.cat((q, k, v))
         o = self.attn_scale[:, None] * o
@@ -1935,8 +2207,9 @@ class Block(nn.Module):
     ) -> Streams:
         """Run attention and MLP, one after the other on one stream, or side by side on two.
 
-        x0 (B, T, D): the embedding, of which attention reads a share, per channel. positions (B, n): where alone to compute
-        what follows the keys and values. lane_mix: `GPT.lane_mix`, where there are two streams.
+        x0 (B, T, D): the embedding, of which attention reads a share, per channel. positions (B, n): where
+        alone to compute what follows the keys and values. lane_mix: `GPT.lane_mix`, where there are two
+        streams.
         """
         mixed, normed = add_norm(self.resid_mix, streams.attn, x0)
         attn = self.attn(normed, weights, lora, context, depth, positions)
@@ -1951,7 +2224,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The S14 network, its tensors as `parameters` lists them. Masters are fp32, the embedding has the activation dtype."""
+    """The S14 network, its tensors as `parameters` lists them. Masters are fp32, the embedding has the
+    activation dtype.
+    """
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, kernels: Kernels = DEFINITIONS):
         super().__init__()
@@ -1977,7 +2252,8 @@ class GPT(nn.Module):
             gate = torch.sigmoid(F.linear(source, self.smear_gate.weight.to(x.dtype)))
             gate = self.smear_lambda.to(x.dtype) * gate
             if cfg.smear_gate_bos_fix:
-                # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
+                # BOS starts a new document: its predecessor belongs to someone else's text and must not leak
+                # into it.
                 gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
             x = torch.cat((x[:, :1], after + gate * before), dim=1)
         return rms_norm(x)
@@ -1994,7 +2270,9 @@ class GPT(nn.Module):
         return out
 
     def skip(self, x: Tensor, skipped: Tensor, index: int) -> Tensor:
-        """Combine the decoder's x with an encoder output; rows of the weights count decoder depths, not blocks."""
+        """Combine the decoder's x with an encoder output; rows of the weights count decoder depths, not
+        blocks.
+        """
         skipped = self.skip_weights[index].to(x.dtype) * skipped
         if not self.cfg.skip_gates_enabled:
             return x + skipped
@@ -2002,7 +2280,9 @@ class GPT(nn.Module):
         return torch.lerp(skipped, x, gate.to(x.dtype))
 
     def lane_mix(self, layer: int) -> Tensor:
-        """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what the MLP writes."""
+        """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what
+        the MLP writes.
+        """
         own = self.parallel_resid_lambdas[layer, :, None]
         written = self.parallel_post_lambdas[layer].T  # rows of the parameter are the sublayers that write
         return torch.cat((own, written), dim=1)[..., None]
@@ -2013,9 +2293,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Map tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`.
 
-        With positions the last depth computes of the others only keys and values. The first half of `layers` pushes skips,
-        the second half pops them. From the first decoder depth with block >= PARALLEL_START_LAYER on there are two streams:
-        attention reads and skips join the first, the MLP reads the second, and both sublayers write to both.
+        With positions the last depth computes of the others only keys and values. The first half of `layers`
+        pushes skips, the second half pops them. From the first decoder depth with block >=
+        PARALLEL_START_LAYER on there are two streams: attention reads and skips join the first, the MLP reads
+        the second, and both sublayers write to both.
         """
         cfg, start = self.cfg, 0 if cache is None else cache.length
         end = start + tokens.shape[1]
@@ -2027,7 +2308,7 @@ class GPT(nn.Module):
         longest = tokens.shape[1] if bounded is None else bounded.max_len
         cos, sin = rotary_tables(cfg, end, longest, tokens.device)
         rope = (cos[start:], sin[start:])
-        context = Context(rope, segments, cache, self.kernels, tap)
+        context = Context(tokens, rope, segments, cache, self.kernels, tap)
         weights = self.weights(x0.dtype)
         loras = adapters.by_depth([self.blocks[layer] for layer in layers])
         streams, skips, half = Streams(x0), [], len(layers) // 2
@@ -2065,13 +2346,15 @@ class GPT(nn.Module):
         training: bool = False,
         tap=None,
     ) -> Tensor:
-        """Compute nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
+        """Compute nats per target, fp32. The only entry: training, scoring, calibration, writing and
+        test-time training.
 
-        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
-        dimension for several candidates each; None: the capped logits (B, T, V). layers: `layer_order`. segments: of a packed
-        row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1,
-        1, D): added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
-        FUSED_CE_ENABLED says, not EVAL_SOFTCAP_FP32; without adapters.
+        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those
+        positions; one more dimension for several candidates each; None: the capped logits (B, T, V). layers:
+        `layer_order`. segments: of a packed row; not with positions. cache: what these rows held before; not
+        with either. adapters: one set per row. shift (B or 1, 1, D): added to the final hidden states.
+        tap(site, x): sees the input of every matrix. training: the cap is rounded as FUSED_CE_ENABLED says,
+        not EVAL_SOFTCAP_FP32; without adapters.
         """
         cfg, head = self.cfg, self.tok_emb.weight
         x = self.hidden(tokens, layers, segments, cache, adapters, positions, tap)
@@ -2089,7 +2372,7 @@ class GPT(nn.Module):
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of a forward pass; a multiplication and an addition are two. Elementwise work is not counted."""
+    """Floating-point operations of a forward's products: two a multiplication and addition."""
 
     matmul: float     # with the model's own matrices
     lora: float       # with those of adapters
@@ -2103,18 +2386,21 @@ def causal_pairs(lengths: np.ndarray, window: int) -> float:
 
 
 def adapter_flops(site: str, lora: Lora, depths: int, scored: float) -> float:
-    """Count the products of one site's adapters for a token, two FLOPs each; at the last depth some only for scored tokens."""
+    """Count the FLOPs of a site's adapters for a token; at the last depth some are for scored tokens only."""
     spared = dict(o=1 / depths, mlp=1 / depths, head=1.0).get(site, 0.0) * (1 - scored)
     per_document = (lora.A.numel() + lora.B.numel()) / lora.A.shape[-3]
     return 2 * per_document * (1 - spared)
 
 
-def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0) -> Flops:
-    """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, logits and adapters,
-    and attention by the causal pairs there really are.
+def flops_per_token(
+    cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0
+) -> Flops:
+    """Count the forward FLOPs of a token, averaged over segments of these lengths.
 
-    scored: share of the tokens, at the end of the segments, that are scored; the last depth computes keys and values of the
-    others, but not what follows. Zeros that adapters are padded with do not count.
+    Counted are the matrices of every layer application, logits and adapters, and attention by its causal
+    pairs.
+    scored: share of the tokens, at the end of the segments, that are scored; the last depth computes keys and
+    values of the others, but not what follows. Zeros that adapters are padded with do not count.
     """
     layers = layer_order(cfg, looping)
     products = 0.0
@@ -2131,7 +2417,8 @@ def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO
     return Flops(2 * products, deltas, 4 * cfg.model_dim * pairs / n.sum())
 
 
-PASSES = {  # how often a pass does the forward's FLOPs with matrices, adapters and in attention, and the latter again
+# How often a pass does the forward's FLOPs with matrices, adapters and in attention, and the latter again.
+PASSES = {
     "score": (1, 1, 1, 0.0),
     "train": (3, 3, 3, 0.5),  # the backward of flash attention repeats one of the forward's two products
     "adapt": (2, 3, 3, 0.5),  # frozen matrices have no gradient of their own
@@ -2139,7 +2426,7 @@ PASSES = {  # how often a pass does the forward's FLOPs with matrices, adapters 
 
 
 class FlopCount:
-    """Counts the FLOPs of one rank: of the model, of these those of scored tokens, and all that the hardware ran."""
+    """Count the FLOPs of one rank: the model's, of these those of scored tokens, and all the hardware's."""
 
     def __init__(self):
         self.model = 0.0
@@ -2147,7 +2434,7 @@ class FlopCount:
         self.hardware = 0.0
 
     def add(self, flops: Flops, kind: str, tokens: int, scored: float) -> None:
-        """Add one of PASSES over `tokens` positions, padding and context included, `scored` of which count for the loss."""
+        """Add one of PASSES over `tokens` positions, padding included; the loss counts `scored` of them."""
         matmul, lora, attention, again = PASSES[kind]
         per_token = matmul * flops.matmul + lora * flops.lora + attention * flops.attention
         self.model += tokens * per_token
@@ -2166,7 +2453,7 @@ def build_model(cfg: Config, world: World, kernels: Kernels = DEFINITIONS) -> GP
 
 
 def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False):
-    """The forward that everything calls: compiled without graph breaks where COMPILE_BACKEND says so, else the model itself.
+    """Return the forward that everything calls: compiled if COMPILE_BACKEND says so, else the model itself.
 
     The same code serves packed rows of any number of segments and, if `growing`, rows of any width.
     """
@@ -2180,7 +2467,9 @@ def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False
     torch._dynamo.utils.set_compilation_metrics_limit(1 << 16)  # `compilations` counts all of them
     compiled = torch.compile(model, backend=backend, dynamic=None if growing else False, fullgraph=True)
 
-    def forward(tokens: Tensor, targets: Tensor | None, segments: Segments | None = None, **options) -> Tensor:
+    def forward(
+        tokens: Tensor, targets: Tensor | None, segments: Segments | None = None, **options
+    ) -> Tensor:
         for t, size in ((segments and segments.cu_seqlens, 0), (tokens if growing else None, 1)):
             if t is not None:
                 torch._dynamo.maybe_mark_dynamic(t, size)
@@ -2462,7 +2751,7 @@ def context_length(cfg: Config, progress: float) -> int:
 
 
 def rewarmup(cfg: Config, steps_since_change: int | None) -> float:
-    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None: no change."""
+    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step; None: 1."""
     if steps_since_change is None or not cfg.seq_change_warmup_steps:
         return 1.0
     return min(1.0, steps_since_change / cfg.seq_change_warmup_steps)
@@ -2601,7 +2890,7 @@ class Utilization:
     def interval(self) -> str:
         """Describe the time since the last call, for the log.
 
-        Of the model's FLOPs both shares; then one each, of the datasheet's peak if there is one: that of scored
+        Of the model's FLOPs both shares; then one each, of the datasheet's peak where known: that of scored
         tokens, of all that the hardware ran, and of the model once more, with pauses in the time.
         """
         work = self.work
@@ -2968,89 +3257,130 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
 
 
 # ==================================================================================================
-# QUANTIZATION - weights -> small integers and scales. Each codec is an encode next to its decode; rules choose.
+# QUANTIZATION - weights -> small integers and scales. Codecs encode and decode; schemes choose the integers.
 # ==================================================================================================
 
+Tensors = dict[str, Tensor]  # by name
+Rounded = tuple[Tensor, Tensor]  # integers and the values they stand for, in steps
+
+
 class Hessians:
-    """GPTQ's H = sum of x^T x over every matmul input, by site; handed to the forward as its tap."""
+    """Add up GPTQ's H = sum of x^T x over the inputs of every matrix, by site. Handed to the forward as
+    its tap."""
 
     def __init__(self):
-        self.H: dict[str, Tensor] = {}
+        self.H: Tensors = {}
         self.count: dict[str, int] = {}
-        self.squares: dict[str, Tensor] = {}  # QUANT=rd: sum of squared gradients of the loss, by matrix (rows, cols)
+        self.squares: Tensors = {}  # sums of squared gradients by matrix (rows, cols), if a scheme wants them
 
     def __call__(self, site: str, x: Tensor) -> None:
+        """Add the inputs x (.., cols) of a site."""
         x = x.detach().flatten(0, -2).float()
         if site not in self.H:
             self.H[site] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         self.H[site].addmm_(x.T, x)
         self.count[site] = self.count.get(site, 0) + len(x)
 
-    def add_gradients(self, gradients: dict[str, Tensor]) -> None:
-        """Gradients of the summed loss of one window. The embedding is read as input and as head, so its H are its gradients'."""
+    def add_gradients(self, gradients: Tensors) -> None:
+        """Add the gradients of one window's summed loss, by matrix.
+
+        The embedding is read as input and as head, so its H, under its own name, is that of its gradients.
+        """
         for name, g in gradients.items():
-            self.squares[name] = g.float().square() if name not in self.squares else self.squares[name].addcmul_(g, g)
+            if name not in self.squares:
+                self.squares[name] = torch.zeros_like(g, dtype=torch.float32)
+            self.squares[name].addcmul_(g, g)
             if name == "tok_emb.weight":
                 self(name, g)
 
     def rms(self, site: str) -> Tensor:
-        """Root mean square of each input column."""
+        """Return the root mean square of each input column."""
         return (self.H[site].diagonal() / self.count[site]).sqrt()
 
 
 def kind_of(name: str) -> str:
-    """The name without its block: "blocks.3.attn.q_gain" -> "blocks.*.attn.q_gain"."""
+    """Return a tensor's name without its block: "blocks.3.attn.q_gain" -> "blocks.*.attn.q_gain"."""
     return ".".join("*" if word.isdigit() else word for word in name.split("."))
 
 
 @torch.no_grad()
-def write_sequences(cfg: Config, world: World, model: GPT, count: int = 64, length: int = 2048, temperature: float = 0.8) -> np.ndarray:
-    """Text of the model's own for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences, T = min(length,
-    TRAIN_SEQ_LEN). The first token is uniform, the others are drawn at `temperature`; SEED decides them, on any number of ranks."""
-    size, order = min(length, cfg.train_seq_len) + 1, layer_order(cfg, looping=True)
-    draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))[world.rank :: world.size].to(world.device)
-    tokens, cache = (draws * cfg.vocab_size).long(), Cache(size - 1)
+def write_sequences(
+    cfg: Config, world: World, model: GPT, count: int = 64, length: int = 2048, temperature: float = 0.8
+) -> np.ndarray:
+    """Let the model write text for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences.
+
+    T is the smaller of `length` and TRAIN_SEQ_LEN. The first token is uniform, the others are drawn at
+    `temperature`; SEED decides them, on any number of ranks.
+    """
+    size = min(length, cfg.train_seq_len) + 1
+    layers = layer_order(cfg, looping=True)
+    draws = torch.rand(count, size, generator=torch.Generator().manual_seed(cfg.seed))
+    draws = draws[world.rank :: world.size].to(world.device)
+    tokens = (draws * cfg.vocab_size).long()
+    cache = Cache(size - 1)
     for t in range(1, size):
-        odds = (model(tokens[:, t - 1 : t], None, layers=order, cache=cache)[:, 0] / temperature).softmax(-1).cumsum(-1)
-        tokens[:, t] = torch.searchsorted(odds, draws[:, t : t + 1] * odds[:, -1:])[:, 0]
+        logits = model(tokens[:, t - 1 : t], None, layers=layers, cache=cache)[:, 0]
+        odds = (logits / temperature).softmax(-1).cumsum(-1)
+        draw = draws[:, t : t + 1] * odds[:, -1:]
+        tokens[:, t] = torch.searchsorted(odds, draw)[:, 0]
     return tokens.cpu().numpy()
 
 
 def calibration_parts(cfg: Config) -> int:
-    """Windows per micro-batch of calibration: gradients want more samples and less memory."""
-    return min(8, cfg.train_microbatch_tokens // cfg.train_seq_len) if cfg.quant == "rd" else 1
+    """Return the windows a micro-batch of calibration is cut into: gradients want more samples and less
+    memory."""
+    most = 8 if scheme_of(cfg).GRADIENTS else 1
+    return min(most, cfg.train_microbatch_tokens // cfg.train_seq_len)
 
 
-def calibrate(cfg: Config, world: World, model: GPT, weights: dict[str, Tensor], tokens: np.ndarray, hessians: Hessians) -> None:
-    """Add one window to `hessians`, run through the looped network with documents masked as in training; its gradients with QUANT=rd.
-    weights: parameters by name, which take the place of the model's own."""
+def calibrate(
+    cfg: Config, world: World, model: GPT, weights: Tensors, tokens: np.ndarray, hessians: Hessians
+) -> None:
+    """Add one window to `hessians`, run through the looped network with documents masked as in training.
+
+    weights: parameters by name, which take the place of the model's own.
+    """
     row = packed_row(tokens, cfg.train_seq_len, world.device)
-    quantized = {m.parameter for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq"}
-    learned = {name: t for name, t in weights.items() if name in quantized}
     how = dict(layers=layer_order(cfg, looping=True), segments=row.segments, tap=hessians)
-    with torch.set_grad_enabled(cfg.quant == "rd"):
+    stored = stored_matrices(cfg).values()
+    learned = {m.parameter: weights[m.parameter] for m in stored if m.role.stored.codec == "gptq"}
+    gradients = scheme_of(cfg).GRADIENTS
+
+    with torch.set_grad_enabled(gradients):
         nats = torch.func.functional_call(model, weights, (row.inputs, row.targets), how)
-        if cfg.quant == "rd":
-            gradients = torch.autograd.grad(nats.sum(), list(learned.values()))
-            hessians.add_gradients(unbank(cfg, dict(zip(learned, gradients, strict=True))))
+        if gradients:
+            found = torch.autograd.grad(nats.sum(), list(learned.values()))
+            hessians.add_gradients(unbank(cfg, dict(zip(learned, found, strict=True))))
+
+
+def calibration_text(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Any:
+    """Return this rank's windows (T + 1,): training data, or text of the model's own."""
+    if cfg.gptq_calibration == "self":
+        start = time.perf_counter()
+        windows = write_sequences(cfg, world, model)
+        seconds = time.perf_counter() - start
+        log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {seconds:.1f}s")
+        return windows
+
+    parts = calibration_parts(cfg)
+    count = cfg.gptq_calibration_batches * cfg.micro_batches * parts
+    windows = calibration_windows(files.train, cfg.train_microbatch_tokens // parts, count)
+    return windows[world.rank :: world.size]
 
 
 @torch.no_grad()
 def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log: Log) -> Hessians:
-    """Calibrate on windows of training data or on text of the model's own, and add up over the ranks."""
-    hessians, batches, parts = Hessians(), cfg.gptq_calibration_batches * cfg.micro_batches, calibration_parts(cfg)
-    start = time.perf_counter()
-    if cfg.gptq_calibration == "self":
-        windows = write_sequences(cfg, world, model)
-        log(f"GPTQ:wrote {len(windows)} sequences of {windows.shape[1]} tokens per rank in {time.perf_counter() - start:.1f}s")
-    else:
-        windows = calibration_windows(files.train, cfg.train_microbatch_tokens // parts, batches * parts)[world.rank :: world.size]
-    eta, weights = Eta(len(windows)), dict(model.named_parameters())
+    """Calibrate on all windows, and add up over the ranks."""
+    hessians = Hessians()
+    windows = calibration_text(cfg, world, model, files, log)
+    weights = dict(model.named_parameters())
+    eta = Eta(len(windows))
     for tokens in windows:
         calibrate(cfg, world, model, weights, tokens, hessians)
         eta.add(1)
         if eta.done == 1 and eta.left > 20:
             log(f"GPTQ:calibration takes about {eta.left:.0f}s more")
+
     world.sum_(*hessians.H.values(), *hessians.squares.values())
     counts = torch.tensor(list(hessians.count.values()), device=world.device)
     world.sum_(counts)
@@ -3059,152 +3389,242 @@ def collect_hessians(cfg: Config, world: World, model: GPT, files: Dataset, log:
 
 
 def step_size(clip: Tensor, q_max: float) -> Tensor:
-    """fp16 steps that put `clip` on `q_max` steps: fp16 because that is what is stored; never zero, so a zero row decodes to zeros."""
+    """Choose steps that put `clip` on `q_max` steps, fp16 because that is what is stored.
+
+    They are never zero, so a zero row decodes to zeros.
+    """
     return (clip / q_max).clamp_min(1e-10).half().clamp_min(2.0**-24)
 
 
 def inverse_cholesky(H: Tensor) -> Tensor:
-    """Upper U with U^T U = H^-1, for a stack of positive definite H: Cholesky of the flipped H, one triangular solve."""
+    """Compute the upper U with U^T U = H^-1 for a stack of positive definite H, by one triangular solve."""
     R = torch.linalg.cholesky(H.flip(-2, -1)).flip(-2, -1)  # H = R R^T, R upper
     identity = torch.eye(H.shape[-1], device=H.device, dtype=H.dtype).expand_as(H)
     return torch.linalg.solve_triangular(R, identity, upper=True)
 
 
-def factor(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
-    """Damped H (n, cols, cols) -> the order in which GPTQ walks the columns, largest diagonal first (n, cols), and `inverse_cholesky`
-    of H in that order. A column that no input uses (dead) counts as 1."""
+def factorize(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+    """Damp H (n, cols, cols) and choose the order in which GPTQ takes the columns, largest diagonal first.
+
+    Returns that permutation (n, cols) and `inverse_cholesky` of H permuted. A column that no input uses
+    (dead) counts as 1.
+    """
     H = H.clone()
-    diag = H.diagonal(dim1=-2, dim2=-1)
+    diag = H.diagonal(0, 1, 2)
     diag[diag == 0] = 1
     diag += damping * diag.mean(-1, keepdim=True)
-    perm = diag.argsort(dim=-1, descending=True, stable=True)  # act-order
-    H = H.gather(1, perm[:, :, None].expand_as(H)).gather(2, perm[:, None].expand_as(H))
+    perm = diag.argsort(dim=-1, descending=True, stable=True)
+    H = H.gather(1, perm[:, :, None].expand_as(H))
+    H = H.gather(2, perm[:, None].expand_as(H))
     return perm, inverse_cholesky(H)
 
 
-def walk_columns(W: Tensor, perm: Tensor, U: Tensor, step: Tensor, choose, block: int = 128) -> Tensor:
-    """GPTQ (arXiv:2210.17323): quantize column after column, each error passed on to the columns that follow.
+@contextlib.contextmanager
+def positive_definite(name: str):
+    """Turn a Cholesky factorization that fails inside into a RunError. name: the first of the matrices
+    concerned."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as e:
+        raise RunError(f"GPTQ of {name} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
 
-    W and step (n, rows, cols), perm and U from `factor`. choose(x, j): column x (n, rows) in steps, from column j (n,) -> its integers
-    and the values they stand for, in steps. Returns the integers, fp32, in the order of W.
+
+def walk_columns(
+    W: Tensor, perm: Tensor, U: Tensor, step: Tensor, round_column: Callable, block: int = 128
+) -> Tensor:
+    """Quantize column after column, each error passed on to the columns that follow (GPTQ, arXiv:2210.17323).
+
+    W and step (n, rows, cols), perm and U from `factorize`. round_column(x, j): column x (n, rows) in steps,
+    from column j (n,) -> its integers and the values they stand for, in steps. Returns the integers, fp32, in
+    the order of W.
     """
-    cols, index = W.shape[2], perm[:, None].expand_as(W)
-    W, step, Q = W.gather(2, index), step.gather(2, index), torch.empty_like(W)
+    cols = W.shape[2]
+    index = perm[:, None].expand_as(W)
+    W, step = W.gather(2, index), step.gather(2, index)
+    Q = torch.empty_like(W)
     for start in range(0, cols, block):
         end = min(start + block, cols)
-        err = torch.empty_like(W[:, :, start:end])
+        errors = torch.empty_like(W[:, :, start:end])
         for j in range(start, end):
             s = step[:, :, j]
-            Q[:, :, j], value = choose(W[:, :, j] / s, perm[:, j])
+            Q[:, :, j], value = round_column(W[:, :, j] / s, perm[:, j])
             e = (W[:, :, j] - value * s) / U[:, j, j, None]
             W[:, :, j:end] -= e[:, :, None] * U[:, j, None, j:end]
-            err[:, :, j - start] = e
-        W[:, :, end:] -= err @ U[:, start:end, end:]
+            errors[:, :, j - start] = e
+        W[:, :, end:] -= errors @ U[:, start:end, end:]
     return Q.gather(2, perm.argsort(-1)[:, None].expand_as(Q))
 
 
 def without_dead_columns(W: Tensor, H: Tensor) -> Tensor:
-    """W (n, rows, cols) with zeros where no input ever is."""
-    return W.masked_fill((H.diagonal(dim1=-2, dim2=-1) == 0)[:, None], 0)
+    """Put zeros into W (n, rows, cols) where no input ever is."""
+    return W.masked_fill((H.diagonal(0, 1, 2) == 0)[:, None], 0)
 
 
-def gptq(W: Tensor, H: Tensor, clip: Tensor, bits: int, protected: Tensor, hi_bits: int, block: int = 128):
-    """GPTQ with one scale per row, for a stack of matrices of one shape.
+def gptq(
+    W: Tensor, H: Tensor, clip: Tensor, bits: int, protected: Tensor, hi_bits: int, block: int = 128
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run GPTQ with one scale per row, for a stack of matrices of one shape.
 
-    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols) bool: columns on the
-    finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and of protected columns.
+    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols)
+    bool: columns on the finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows)
+    of plain and protected columns.
     """
-    q_max, hi_max = 2 ** (bits - 1) - 1, 2 ** (hi_bits - 1) - 1
+    q_max = 2 ** (bits - 1) - 1
+    hi_max = 2 ** (hi_bits - 1) - 1
     scale, hi_scale = step_size(clip, q_max), step_size(clip, hi_max)
-    step = torch.where(protected[:, None], hi_scale.float()[:, :, None], scale.float()[:, :, None])
+    fine, plain = hi_scale[:, :, None], scale[:, :, None]
+    step = torch.where(protected[:, None], fine, plain).float()
     limit = torch.where(protected, hi_max, q_max).float()
 
-    def choose(x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        top = limit.gather(1, j[:, None])
-        q = x.round().clamp(-top, top)
+    def round_column(x: Tensor, j: Tensor) -> Rounded:
+        largest = limit.gather(1, j[:, None])
+        q = x.round().clamp(-largest, largest)
         return q, q
 
-    q = walk_columns(without_dead_columns(W, H), *factor(H), step, choose, block)
+    perm, U = factorize(H)
+    q = walk_columns(without_dead_columns(W, H), perm, U, step, round_column, block)
     return q.to(torch.int8), scale, hi_scale
 
 
-# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state by state and parity);
-# it starts at 0 in every segment, and in odd states the second of two quantizers is active: k stands for 2 k steps in the first, for
-# 2 k - sign(k) in the second. Together they have every multiple of a step (dependent quantization, as in the VVC video standard).
+# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state
+# by state and parity); it starts at 0 in every segment, and in odd states the second of two quantizers is
+# active: k stands for 2 k steps in the first, for 2 k - sign(k) in the second. Together they have every
+# multiple of a step (dependent quantization, as in the VVC video standard). A way is 2 * state + parity: two
+# ways lead into each state.
 TRELLIS_SEGMENT = 128
-TRELLIS_NEXT = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
-TRELLIS_INTO = torch.tensor([[2 * s + p for s in range(8) for p in (0, 1) if TRELLIS_NEXT[s][p] == t] for t in range(8)])  # (8, 2)
+TRELLIS_NEXT = (
+    (0, 2), (5, 7), (1, 3), (6, 4),
+    (2, 0), (4, 6), (3, 1), (7, 5),
+)  # fmt: skip
+TRELLIS_INTO = torch.tensor(TRELLIS_NEXT).flatten().argsort(stable=True).view(8, 2)  # ways into states
 TRELLIS_ERROR = 0.24  # mean squared error of its nearest path, in steps squared
 
 
+def to_segments(x: Tensor) -> Tensor:
+    """Cut columns x (n, rows) into segments side by side (height, segments), the last of each filled up
+    with zeros."""
+    rows = x.shape[1]
+    height = min(max(rows, 1), TRELLIS_SEGMENT)
+    return F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()
+
+
+def from_segments(segments: Tensor, shape: torch.Size) -> Tensor:
+    """Put segments together again: the inverse of `to_segments`."""
+    n, rows = shape
+    return segments.T.reshape(n, -1)[:, :rows]
+
+
 def trellis_values(q: Tensor) -> Tensor:
-    """Integers (n, rows) -> what they stand for, in steps."""
-    (n, rows), height = q.shape, min(max(q.shape[1], 1), TRELLIS_SEGMENT)
-    lanes = F.pad(q.long(), (0, -rows % height)).reshape(-1, height).T
+    """Return what integers (n, rows) stand for, in steps."""
+    segments = to_segments(q.long())
     following = torch.tensor(TRELLIS_NEXT, device=q.device).view(-1)
-    second, state = torch.empty_like(lanes), torch.zeros_like(lanes[0])
-    for t, k in enumerate(lanes):
+    second = torch.empty_like(segments)
+    state = torch.zeros_like(segments[0])
+    for t, k in enumerate(segments):
         second[t] = state & 1
         state = following[2 * state + (k & 1)]
-    return (2 * lanes - second * lanes.sign()).T.reshape(n, -1)[:, :rows].float()
+    return from_segments(2 * segments - second * segments.sign(), q.shape).float()
 
 
-def viterbi(lanes: Tensor) -> tuple[Tensor, Tensor]:
-    """`trellis_path` of segments side by side, lanes (height, segments) -> two of its shape."""
-    height = len(lanes)
-    a, sign = lanes.abs(), torch.where(lanes < 0, -1.0, 1.0)
-    k = torch.stack((  # the nearest integers by quantizer and parity: even and odd of the first, even and odd of the second
-        2 * (a / 4).round().clamp_max(63), 2 * ((a - 2) / 4).round().clamp(0, 63) + 1,
-        torch.where(a < 1.5, 0, 2 * ((a + 1) / 4).round().clamp(1, 63)), 2 * ((a - 1) / 4).round().clamp(0, 63) + 1), 1)
-    value = 2 * k
-    value[:, 2:] -= k[:, 2:].sign()
-    branch = (value - a[:, None]).square()  # (steps, 4, lanes)
-    into = TRELLIS_INTO.to(lanes.device)
-    source, kind = into // 2, into // 2 % 2 * 2 + into % 2  # state and branch of the two ways into each state (8, 2)
-    branch = branch[:, kind.T]  # (steps, 2, 8, lanes)
-    cost = torch.full((8, lanes.shape[1]), math.inf, device=lanes.device)
+def nearest_integers(a: Tensor) -> Rounded:
+    """Find the integers nearest to a >= 0 (height, segments), and their values, both (height, 4, segments).
+
+    They are an even and an odd integer of the first quantizer, then an even and an odd one of the second: a
+    way takes the one of its number modulo 4.
+    """
+    way = torch.arange(4, device=a.device)[:, None]
+    quantizer, parity = way // 2, way % 2
+    offset = quantizer - 2 * parity
+    k = 2 * ((a[:, None] + offset) / 4).round().clamp(0, 63) + parity
+    k[:, 2] *= a >= 1.5  # 0 is even in both quantizers, and nearer than the first even value of the second
+    return k, 2 * k - quantizer * k.sign()
+
+
+def viterbi(x: Tensor) -> Rounded:
+    """Find the integers of the nearest path through each segment of x (height, segments), and their
+    values, same shape."""
+    k, value = nearest_integers(x.abs())
+    into = TRELLIS_INTO.to(x.device)
+    source = into.T // 2
+    error = (value - x.abs()[:, None]).square()[:, into.T % 4]  # (height, 2, 8, segments)
+
+    cost = torch.full((8, x.shape[1]), math.inf, device=x.device)
     cost[0] = 0
-    second = torch.empty((height, *cost.shape), dtype=torch.bool, device=lanes.device)
-    for t in range(height):
-        ways = cost[source.T] + branch[t]
-        torch.lt(ways[1], ways[0], out=second[t])
-        cost = torch.minimum(ways[0], ways[1])
-    state, best = cost.argmin(0, keepdim=True), torch.empty_like(lanes, dtype=torch.long)
-    way = torch.where(second, into[:, 1, None], into[:, 0, None])  # 2 * state + parity by which each state was reached
-    for t in reversed(range(height)):
-        best[t] = reached = way[t].gather(0, state)[0]
-        state = reached[None] // 2
-    chosen = (best // 2 % 2 * 2 + best % 2)[:, None]
-    return tuple(sign * y.gather(1, chosen)[:, 0] for y in (k, value))
+    second = torch.empty((len(x), *cost.shape), dtype=torch.bool, device=x.device)
+    for t in range(len(x)):
+        costs = cost[source] + error[t]
+        torch.lt(costs[1], costs[0], out=second[t])
+        cost = torch.minimum(costs[0], costs[1])
+
+    reached_by = torch.where(second, into[:, 1, None], into[:, 0, None])
+    state = cost.argmin(0, keepdim=True)
+    way = torch.empty_like(x, dtype=torch.long)
+    for t in reversed(range(len(x))):
+        way[t] = reached_by[t].gather(0, state)[0]
+        state = way[t : t + 1] // 2
+
+    taken = way[:, None] % 4
+    sign = torch.where(x < 0, -1.0, 1.0)
+    return sign * k.gather(1, taken)[:, 0], sign * value.gather(1, taken)[:, 0]
 
 
-def trellis_path(x: Tensor, search=viterbi) -> tuple[Tensor, Tensor]:
-    """The integers |k| <= 127 whose values are nearest to x (n, rows) in steps, over whole segments, and those values."""
-    (n, rows), height = x.shape, min(max(x.shape[1], 1), TRELLIS_SEGMENT)
-    lanes = F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()  # (steps, lanes)
-    return tuple(y.T.reshape(n, -1)[:, :rows] for y in search(lanes))
+def trellis_path(x: Tensor, search: Callable = viterbi) -> Rounded:
+    """Find the integers |k| <= 127 whose values are nearest to x (n, rows), in steps, over whole segments;
+    and those values."""
+    k, value = search(to_segments(x))
+    return from_segments(k, x.shape), from_segments(value, x.shape)
 
 
 class QuantizedTensor(NamedTuple):
-    """One tensor of the artifact: its codecs, whose decoded values add up, and their parts by (codec, part)."""
+    """One tensor of the artifact: its codecs, whose decoded values add up, and their parts by (codec,
+    part)."""
 
     parts: dict[tuple[str, str], Tensor]
+    bits: int = 0  # that GPTQ was given; 0 where that is not known
+
+    def codecs(self) -> list[str]:
+        """List the codecs, in the order of their parts."""
+        return list(dict.fromkeys(codec for codec, _ in self.parts))
+
+    def parts_of(self, codec: str) -> Tensors:
+        """Return the parts of one codec, by name."""
+        return {part: t for (owner, part), t in self.parts.items() if owner == codec}
 
     def decode(self) -> Tensor:
-        """fp32 values."""
-        codecs = dict.fromkeys(codec for codec, _ in self.parts)
-        return sum(CODECS[codec].decode({part: t for (c, part), t in self.parts.items() if c == codec}) for codec in codecs)
+        """Return the fp32 values."""
+        return sum(CODECS[codec].decode(self.parts_of(codec)) for codec in self.codecs())
+
+    def cpu(self) -> QuantizedTensor:
+        """Copy the parts to the CPU."""
+        return self._replace(parts={key: t.cpu() for key, t in self.parts.items()})
+
+
+Quantized = dict[str, QuantizedTensor]  # by the tensor's name
+
+
+def round_rows(w: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Round w (rows, cols) to integers from low to high, and choose one fp16 scale (rows,) for each row."""
+    scale = step_size(w.abs().amax(1), (high - low) / 2)
+    q = (w / scale.float()[:, None]).round().clamp(low, high)
+    return q.to(torch.int8), scale
+
+
+def rescale(q: Tensor, scale: Tensor) -> Tensor:
+    """Multiply integers by their scales -> fp32. Scales (n,) belong to rows, or to n equal shares of the
+    values in order."""
+    shares = q.float().reshape(len(scale), -1)
+    return (shares * scale.float()[:, None]).view(q.shape)
 
 
 class Float16:
     """Half precision, as it is."""
 
     @staticmethod
-    def encode(w: Tensor) -> dict[str, Tensor]:
+    def encode(w: Tensor) -> Tensors:
         return dict(w=w.half())
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
+    def decode(parts: Tensors) -> Tensor:
         return parts["w"].float()
 
 
@@ -3212,110 +3632,118 @@ class Int8Rows:
     """Symmetric int8, one fp16 scale per row."""
 
     @staticmethod
-    def encode(w: Tensor) -> dict[str, Tensor]:
-        scale = step_size(w.abs().amax(1), 127)
-        return dict(q=(w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale=scale)
+    def encode(w: Tensor) -> Tensors:
+        q, scale = round_rows(w, -127, 127)
+        return dict(q=q, scale=scale)
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        return parts["q"].float() * parts["scale"].float()[:, None]
+    def decode(parts: Tensors) -> Tensor:
+        return rescale(parts["q"], parts["scale"])
 
 
 class Gptq:
-    """What `gptq` chose: integers, a scale per row, and a finer scale for the protected column groups (AWQ-lite, PR #1908)."""
+    """What `gptq` chose: integers, a scale per row, and a finer scale for protected column groups
+    (AWQ-lite, PR #1908)."""
 
     @staticmethod
-    def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: list[int], hi_size: int) -> dict[str, Tensor]:
+    def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: tuple, hi_size: int) -> Tensors:
         parts = dict(q=q, scale=scale)
         if hi_starts:
-            hi_start, size = torch.tensor(hi_starts, dtype=torch.int16), torch.tensor([hi_size], dtype=torch.int16)
-            parts |= dict(hi_start=hi_start, hi_size=size, hi_scale=hi_scale)
+            parts["hi_start"] = torch.tensor(hi_starts, dtype=torch.int16)
+            parts["hi_size"] = torch.tensor([hi_size], dtype=torch.int16)
+            parts["hi_scale"] = hi_scale
         return parts
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        q = parts["q"].float()
-        w, high = q * parts["scale"].float()[:, None], torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)
+    def decode(parts: Tensors) -> Tensor:
+        q = parts["q"]
+        w = rescale(q, parts["scale"])
         if "hi_start" in parts:
+            high = torch.zeros_like(q[0], dtype=torch.bool)
             for start in parts["hi_start"].unique().tolist():
                 high[start : start + int(parts["hi_size"])] = True
-            w[:, high] = q[:, high] * parts["hi_scale"].float()[:, None]
+            w[:, high] = rescale(q[:, high], parts["hi_scale"])
         return w
 
 
-RD_DAMPING, RD_FLOOR = 0.05, 1e-2
-HALF_OCTAVES = torch.tensor([math.ldexp((1, math.sqrt(2))[n & 1], n >> 1) for n in range(-256, 256)])
+OCTAVES = torch.tensor([math.ldexp(1, n) for n in range(-128, 128)], dtype=torch.float64)
+HALF_OCTAVES = torch.stack((OCTAVES, OCTAVES * math.sqrt(2)), 1).flatten().float()
 
 
 class Trellis:
-    """A trellis of integers down the rows of each column, with a step for each row and each column, in half octaves."""
+    """A trellis of integers down the rows of each column, with a step for each row and each column, in half
+    octaves.
+
+    q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,),
+    common to all.
+    """
+
+    encode = dict
 
     @staticmethod
-    def encode(q: Tensor, row: Tensor, col: Tensor, step: Tensor, octave: Tensor) -> dict[str, Tensor]:
-        """q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,), common to all."""
-        return dict(q=q, row=row, col=col, step=step, octave=octave)
-
-    @staticmethod
-    def steps(parts: dict[str, Tensor]) -> Tensor:
-        """(rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half octaves from a table."""
+    def steps(parts: Tensors) -> Tensor:
+        """Compute the steps (rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half
+        octaves from a table."""
         codes = parts["row"].int()[:, None] + parts["col"].int()
-        return math.ldexp(int(parts["step"]), int(parts["octave"])) * HALF_OCTAVES.to(codes.device)[256 + codes]
+        common = math.ldexp(int(parts["step"]), int(parts["octave"]))
+        return common * HALF_OCTAVES.to(codes.device)[256 + codes]
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
+    def decode(parts: Tensors) -> Tensor:
         return trellis_values(parts["q"].T).T * Trellis.steps(parts)
 
 
 class LowRank:
-    """Low-rank correction with symmetric integer factors, one fp16 scale per row of A and of B (LQER, arXiv:2402.02446)."""
+    """Low-rank correction A B, symmetric integer factors, one fp16 scale per row of either (LQER,
+    arXiv:2402.02446)."""
 
     @staticmethod
-    def encode(A: Tensor, B: Tensor, bits: int) -> dict[str, Tensor]:
-        parts, q_max = {}, 2 ** (bits - 1) - 1
-        for name, factor in (("A", A), ("B", B)):
-            scale = step_size(factor.abs().amax(1), q_max)
-            parts |= {name: (factor / scale.float()[:, None]).round().clamp(-q_max, q_max).to(torch.int8), f"{name}_scale": scale}
-        return parts
+    def encode(A: Tensor, B: Tensor, bits: int) -> Tensors:
+        q_max = 2 ** (bits - 1) - 1
+        A, A_scale = round_rows(A, -q_max, q_max)
+        B, B_scale = round_rows(B, -q_max, q_max)
+        return dict(A=A, A_scale=A_scale, B=B, B_scale=B_scale)
 
     @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        A, B = (parts[name].float() * parts[f"{name}_scale"].float()[:, None] for name in ("A", "B"))
-        return A @ B
+    def decode(parts: Tensors) -> Tensor:
+        return rescale(parts["A"], parts["A_scale"]) @ rescale(parts["B"], parts["B_scale"])
 
 
 class LowRankAsym:
-    """Low-rank correction, A in {-2..1} with one scale, B in {-8..7} with one scale per group of values (PR #1797)."""
+    """Low-rank correction, A in {-2..1} with one scale, B in {-8..7} with one scale per group of values
+    (PR #1797)."""
 
     @staticmethod
-    def encode(A: Tensor, B: Tensor, group: int) -> dict[str, Tensor]:
-        a_scale = step_size(A.abs().max(), 1.5)
-        groups = B.reshape(-1, group)
-        b_scale = step_size(groups.abs().amax(1), 7.5)
-        return dict(
-            A=(A / a_scale.float()).round().clamp(-2, 1).to(torch.int8), A_scale=a_scale.view(1),
-            B=(groups / b_scale.float()[:, None]).round().clamp(-8, 7).to(torch.int8).view_as(B), B_scale=b_scale)
+    def encode(A: Tensor, B: Tensor, group: int) -> Tensors:
+        row, A_scale = round_rows(A.reshape(1, -1), -2, 1)
+        groups, B_scale = round_rows(B.reshape(-1, group), -8, 7)
+        return dict(A=row.view(A.shape), A_scale=A_scale, B=groups.view(B.shape), B_scale=B_scale)
 
-    @staticmethod
-    def decode(parts: dict[str, Tensor]) -> Tensor:
-        B = parts["B"].float().reshape(len(parts["B_scale"]), -1) * parts["B_scale"].float()[:, None]
-        return (parts["A"].float() * parts["A_scale"].float()) @ B.view_as(parts["B"])
+    decode = LowRank.decode
 
 
-CODECS = dict(float16=Float16, int8_row=Int8Rows, gptq=Gptq, trellis=Trellis, low_rank=LowRank, low_rank_asym=LowRankAsym)
+CODECS = dict(
+    float16=Float16,
+    int8_row=Int8Rows,
+    gptq=Gptq,
+    trellis=Trellis,
+    low_rank=LowRank,
+    low_rank_asym=LowRankAsym,
+)
 CODEC_PARTS = dict(  # what an artifact may hold of each codec, and its dtype
-    float16=dict(w="f2"), int8_row=dict(q="i1", scale="f2"), gptq=dict(q="i1", scale="f2", hi_start="i2", hi_size="i2", hi_scale="f2"),
-    trellis=dict(q="i1", row="i1", col="i1", step="i2", octave="i1"), low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
+    float16=dict(w="f2"),
+    int8_row=dict(q="i1", scale="f2"),
+    gptq=dict(q="i1", scale="f2", hi_start="i2", hi_size="i2", hi_scale="f2"),
+    trellis=dict(q="i1", row="i1", col="i1", step="i2", octave="i1"),
+    low_rank=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
     low_rank_asym=dict(A="i1", A_scale="f2", B="i1", B_scale="f2"),
 )
 
-PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QUANT=s05 tries to end its grid
 
-
-def stored_as(cfg: Config) -> dict[str, StoredAs]:
-    """Codec by tensor, as the rows say; QUANT=s05 has an int8 embedding."""
-    found = {m.name: m.role.stored for m in matrices(cfg) if m.role.stored is not None}
-    embedding = found["tok_emb.weight"]
-    return found | {"tok_emb.weight": embedding._replace(codec="int8_row")} if cfg.quant == "s05" else found
+def encoded(codec: str, *args, **kwargs) -> QuantizedTensor:
+    """Encode a tensor by one codec, whose arguments follow its name."""
+    parts = CODECS[codec].encode(*args, **kwargs)
+    return QuantizedTensor({(codec, part): t for part, t in parts.items()})
 
 
 class GptqInput(NamedTuple):
@@ -3326,196 +3754,365 @@ class GptqInput(NamedTuple):
     bits: int
     clip_sigmas: float
     site: str  # of the Hessian
+    hi_starts: tuple[int, ...] = ()  # first columns of the protected groups
 
 
-def gptq_inputs(cfg: Config, tensors: dict[str, Tensor]) -> list[GptqInput]:
-    """The tensors that the rules send to GPTQ, with their settings."""
-    tasks = []
-    for m in matrices(cfg):
-        how = stored_as(cfg).get(m.name)
-        if m.name in tensors and how is not None and how.codec == "gptq":
+def codec_of(cfg: Config, m: Matrix) -> str:
+    """Look up a tensor's codec: its row's, but for the embedding, for which the scheme has one."""
+    return scheme_of(cfg).EMBEDDING if m.name == "tok_emb.weight" else m.role.stored.codec
+
+
+def gptq_inputs(cfg: Config, tensors: Tensors) -> list[GptqInput]:
+    """Collect the matrices that GPTQ quantizes, with their settings."""
+    inputs = []
+    for name, m in stored_matrices(cfg).items():
+        if codec_of(cfg, m) == "gptq":
+            how = m.role.stored
             site = how.site if m.layer is None else f"blocks.{m.layer}.{how.site}"
-            tasks.append(GptqInput(m.name, tensors[m.name].float(), getattr(cfg, how.bits), getattr(cfg, how.clip_sigmas), site))
-    return tasks
+            bits, clip_sigmas = getattr(cfg, how.bits), getattr(cfg, how.clip_sigmas)
+            inputs.append(GptqInput(name, tensors[name].float(), bits, clip_sigmas, site))
+    return inputs
 
 
-def mixed_bits(cfg: Config, tasks: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
-    """QUANT=s05: the N_INT6_LAYERS matrices with the largest trace of H keep their bits, the others lose one (PR #1105)."""
-    if cfg.quant != "s05":
-        return tasks
-    ranked = sorted(tasks, key=lambda t: -hessians.H[t.site].trace().item())
-    kept = {task.name for task in ranked[: cfg.n_int6_layers]}
-    return [t if t.name in kept else t._replace(bits=t.bits - 1) for t in tasks]
+def mixed_bits(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
+    """Keep the bits of the N_INT6_LAYERS matrices with the largest trace of H; the others lose one (PR
+    #1105)."""
+    traces = {x.name: hessians.H[x.site].trace().item() for x in inputs}
+    ranked = sorted(traces, key=traces.get, reverse=True)
+    kept = set(ranked[: cfg.n_int6_layers])
+    return [x if x.name in kept else x._replace(bits=x.bits - 1) for x in inputs]
 
 
-def protected_groups(cfg: Config, tasks: list[GptqInput], hessians: Hessians) -> dict[str, list[int]]:
-    """AWQ-lite: first columns of the groups with the largest sum of rms(x_j) mean|W_j|, the best over all tensors."""
-    if not cfg.awq_lite_enabled:
-        return {}
-    size, scored = cfg.awq_lite_group_size, []
-    for task in tasks:
-        if task.bits < cfg.awq_lite_bits:
-            column = hessians.rms(task.site) * task.W.abs().mean(0)
-            groups = column[: len(column) // size * size].view(-1, size).sum(1)
-            scored += [(score, task.name, g * size) for g, score in enumerate(groups.tolist())]
-    chosen: dict[str, list[int]] = {}
-    for _, name, start in sorted(scored, key=lambda s: (-s[0], s[1], s[2]))[: cfg.awq_lite_group_top_k]:
-        chosen.setdefault(name, []).append(start)
-    return chosen
+def protect_groups(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
+    """Choose the groups of columns to protect (AWQ-lite), the best of all matrices with fewer than
+    AWQ_LITE_BITS.
 
-
-def clip_candidates(cfg: Config, W: Tensor, sigmas: float) -> Tensor:
-    """Where the grid of a row may end, for W (n, rows, cols): (n, candidates, rows). One multiple of the row's standard deviation
-    (SDClip), or PERCENTILES of its |w|, at least 1 as published: rows of smaller weights share one step."""
-    if cfg.quant != "s05":
-        return sigmas * W.std(-1)[:, None]
-    levels = torch.tensor(PERCENTILES, device=W.device)
-    return torch.stack([w.abs().quantile(levels, dim=1).clamp_min(1) for w in W])
-
-
-def run_gptq(cfg: Config, tasks: list[GptqInput], hessians: Hessians, protected: dict[str, list[int]]) -> dict[str, QuantizedTensor]:
-    """GPTQ over all tasks, matrices of one shape and setting batched. Raises RunError when a Hessian is not positive definite."""
-    batches, out = {}, {}
-    for task in tasks:
-        batches.setdefault((task.W.shape, task.bits, task.clip_sigmas), []).append(task)
-    for ((_, cols), bits, clip), batch in batches.items():
-        mask = torch.zeros(len(batch), cols, dtype=torch.bool, device=batch[0].W.device)
-        for row, task in zip(mask, batch, strict=True):
-            for start in protected.get(task.name, ()):
-                row[start : start + cfg.awq_lite_group_size] = True
-        H = torch.stack([hessians.H[t.site] for t in batch])
-        W = torch.stack([t.W for t in batch])
-        clips = clip_candidates(cfg, W, clip)
-        if cfg.quant == "s05":  # damped twice, as published: here and in the solver
-            H += torch.eye(cols, device=mask.device) * H.diagonal(dim1=-2, dim2=-1).mean(-1).mul(0.01).clamp_min(1e-6)[:, None, None]
-        try:  # rows do not influence each other, so candidates are just more rows
-            results = gptq(W.repeat(1, clips.shape[1], 1), H, clips.flatten(1), bits, mask, cfg.awq_lite_bits)
-        except torch.linalg.LinAlgError as e:
-            raise RunError(f"GPTQ of {batch[0].name} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
-        for task, *tried in zip(batch, *results, strict=True):
-            found = []
-            for q, scale, hi_scale in zip(*(t.chunk(clips.shape[1]) for t in tried), strict=True):
-                parts = Gptq.encode(q, scale, hi_scale, protected.get(task.name, []), cfg.awq_lite_group_size)
-                found.append(QuantizedTensor({("gptq", part): t for part, t in parts.items()}))
-            out[task.name] = min(found, key=lambda s: (task.W - s.decode()).square().sum().item()) if len(found) > 1 else found[0]
-    return out
-
-
-class RateDistortion:
-    """QUANT=rd: every weight at one slope of predicted loss against coded bits, so that one number, `delta`, sets the size of all.
-
-    The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean squared gradient of the row's
-    output (diagonal Fisher information, with the labels of the text). GPTQ makes it 1/2 sum_rj g_r d_j e_rj^2 with d_j = 1 / U_jj^2 and
-    errors e of the size of the steps; by reverse water-filling (Cover and Thomas, 10.3) the step of weight (r, j) is delta / sqrt(g_r d_j).
+    They are those with the largest sum of rms(x_j) mean|W_j|.
     """
+    if not cfg.awq_lite_enabled:
+        return inputs
+    size = cfg.awq_lite_group_size
+    ranked = []
+    for x in inputs:
+        if x.bits < cfg.awq_lite_bits:
+            columns = hessians.rms(x.site) * x.W.abs().mean(0)
+            scores = columns.unfold(0, size, size).sum(1).tolist()
+            ranked += [(-score, x.name, g * size) for g, score in enumerate(scores)]
+    best = sorted(ranked)[: cfg.awq_lite_group_top_k]
+    return [x._replace(hi_starts=tuple(start for _, name, start in best if name == x.name)) for x in inputs]
 
-    def __init__(self, tasks: list[GptqInput], hessians: Hessians, search=None):
-        self.batches, groups, self.search = [], {}, search or viterbi
-        self.tokens, self.weights = hessians.count["head"], sum(task.W.numel() for task in tasks)
-        self.histogram = torch.zeros(4096, dtype=torch.float64)  # of the weights' variances, in steps squared at a delta of 1
-        self.ratios = 2 ** (torch.arange(-2048, 2048, dtype=torch.float64) / 16)
-        for task in tasks:
-            groups.setdefault(task.W.shape, []).append(task)
-        for group in groups.values():
-            names, W = [task.name for task in group], torch.stack([task.W for task in group])
-            H = torch.stack([hessians.H[name if name == "tok_emb.weight" else task.site] for name, task in zip(names, group, strict=True)])
-            try:
-                perm, U = factor(H, RD_DAMPING)
-            except torch.linalg.LinAlgError as e:
-                raise RunError(f"GPTQ of {names[0]} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
-            diag, squares = H.diagonal(dim1=-2, dim2=-1), torch.stack([hessians.squares[name] for name in names])
-            g = (squares / diag.clamp_min(1e-9 * diag.amax())[:, None]).mean(-1)
-            g = g.clamp_min(RD_FLOOR * g.mean(-1, keepdim=True)).clamp_min(1e-30)
-            d = U.diagonal(dim1=-2, dim2=-1).square().reciprocal().gather(1, perm.argsort(-1))
-            W = without_dead_columns(W, H)
-            power = W.square()
-            variance = power.mean(2, keepdim=True) * power.mean(1, keepdim=True) / power.mean((1, 2), keepdim=True).clamp_min(1e-30)
-            octaves = (variance * g[:, :, None] * d[:, None]).clamp_min(1e-30).log2().mul(16).round().clamp(-2047, 2047)
-            self.histogram += torch.bincount(octaves.flatten().long().cpu() + 2048, minlength=4096)
-            codes, level = zip(*(self.codes(x) for x in (g, d)), strict=True)
-            self.batches.append((names, W, perm, U, *codes, sum(level)))
 
-    @staticmethod
-    def codes(x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n, k) -> 1 / sqrt(x) in half octaves, int8 around zero, and the zero of each matrix (n,) in half octaves."""
-        level = -x.log2()
-        zero = level.mean(-1, keepdim=True).round()
-        return (level - zero).round().clamp(-100, 100).to(torch.int8), zero[:, 0]
+PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QUANT=s05 tries to end its grid
 
-    def delta(self, loss: float) -> float:
-        """The delta at which the predicted loss is so many nats per token."""
-        return math.sqrt(2 * loss * self.tokens / self.weights / TRELLIS_ERROR)
 
-    def parts(self, W: Tensor, row: Tensor, col: Tensor, level: float, delta: float) -> dict[str, Tensor]:
-        """The steps of W. Columns, then rows whose integers would not fit into 8 bits get coarser ones."""
-        mantissa, exponent = math.frexp(delta * 2 ** (level / 2))
-        step, octave = min(round(mantissa * 2**15), 2**15 - 1), min(max(exponent - 15, -128), 127)
-        out = dict(row=row, col=col, step=torch.tensor([step], dtype=torch.int16), octave=torch.tensor([octave], dtype=torch.int8))
-        for part, dim in (("col", 0), ("row", 1)):
-            excess = W.abs() / (160 * Trellis.steps(out))
-            excess = excess.square().mean(dim).sqrt() * 4 if part == "col" else excess.amax(dim)
-            out[part] = out[part] + (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
-        return out
+def clips_by_deviation(W: Tensor, sigmas: float) -> Tensor:
+    """End the grid of each row of W (n, rows, cols) at a multiple of its standard deviation (SDClip): (n,
+    1, rows)."""
+    return sigmas * W.std(-1)[:, None]
 
-    def __call__(self, delta: float, choose=None) -> dict[str, QuantizedTensor]:
-        """Quantize all matrices, by the trellis unless `choose` is another column rounder for `walk_columns`."""
-        out, choose = {}, choose or (lambda x, _: trellis_path(x, self.search))
-        for names, W, perm, U, rows, cols, levels in self.batches:
-            parts = [self.parts(*x, delta) for x in zip(W, rows, cols, levels.tolist(), strict=True)]
-            step = torch.stack([Trellis.steps(p) for p in parts])
-            q = walk_columns(W, perm, U, step, choose).to(torch.int8)
-            for name, k, p in zip(names, q, parts, strict=True):
-                out[name] = QuantizedTensor({("trellis", part): t for part, t in Trellis.encode(k, **p).items()})
-        return out
 
-    def bits(self, delta: float) -> float:
-        """What the integers should need: of a Gaussian weight, half the logarithm of its variance in steps squared."""
-        return float((self.histogram * (1 + 4.3 * self.ratios / delta**2).log2()).sum() / 2)
+def clips_by_percentile(W: Tensor, sigmas: float) -> Tensor:
+    """Try PERCENTILES of each row's |w| as the end of its grid (PR #1105): (n, candidates, rows).
 
-    def delta_for(self, bits: float) -> float:
-        """The delta at which `bits` says so, by bisection."""
-        low, high = 1e-12, 1e12
-        for _ in range(100):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if self.bits(middle) > bits else (low, middle)
-        return low
+    They are at least 1, as published: rows of smaller weights share one step.
+    """
+    percentiles = torch.tensor(PERCENTILES, device=W.device)
+    return torch.stack([w.abs().quantile(percentiles, dim=1).clamp_min(1) for w in W])
 
 
 def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank, rows, cols): its leading singular
-    vectors, by the eigenvectors of the smaller Gram matrix in fp64. The largest number in each row of B is positive: that makes the
-    result unique, and the same on every device up to rounding."""
-    X = (E if E.shape[0] >= E.shape[1] else E.T).to("cpu" if E.device.type == "mps" else E.device, torch.float64)
-    squares, V = (t[..., -rank:].flip(-1) for t in torch.linalg.eigh(X.T @ X))
+    """Find the nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank,
+    rows, cols).
+
+    These are the leading singular vectors, by the eigenvectors of the smaller Gram matrix in fp64. The
+    largest number in each row of B is positive: that makes the result unique, and the same on every device up
+    to rounding.
+    """
+    tall = E.shape[0] >= E.shape[1]
+    device = "cpu" if E.device.type == "mps" else E.device
+    X = (E if tall else E.T).to(device, torch.float64)
+    squares, V = torch.linalg.eigh(X.T @ X)
+    squares, V = squares[-rank:].flip(-1), V[:, -rank:].flip(-1)
     A, B = X @ V, V.T
-    if E.shape[0] < E.shape[1]:
+    if not tall:
         S = squares.clamp_min(1e-60).sqrt()
         A, B = V * S, (A / S).T
-    sign = torch.where(B.gather(1, B.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+    largest = B.gather(1, B.abs().argmax(1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0)
     return (A * sign.T).to(E), (B * sign).to(E)
 
 
-def low_rank_corrections(cfg: Config, tasks: list[GptqInput], stored: dict[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
-    """LQER: rank-r factors of W - W_hat for the tensors with the largest residual."""
-    if not cfg.lqer_enabled:
+def low_rank_corrections(cfg: Config, inputs: list[GptqInput], stored: Quantized) -> Quantized:
+    """Find rank-r factors of W - W_hat for the LQER_TOP_K matrices with the largest of these residuals."""
+    if not cfg.lqer_enabled or not inputs:
         return {}
+    residuals = {x.name: x.W - stored[x.name].decode() for x in inputs}
+    norms = torch.stack([E.norm() for E in residuals.values()]).tolist()  # one wait for the device
+    ranked = sorted((-norm, name) for name, norm in zip(residuals, norms, strict=True))
 
-    def fit(E: Tensor) -> QuantizedTensor:
-        A, B = low_rank_factors(E, cfg.lqer_rank)
-        codec = "low_rank_asym" if cfg.lqer_asym_enabled else "low_rank"
-        parts = LowRankAsym.encode(A, B, cfg.lqer_asym_group) if cfg.lqer_asym_enabled else LowRank.encode(A, B, cfg.lqer_factor_bits)
-        return QuantizedTensor({(codec, part): t for part, t in parts.items()})
+    codec, setting = "low_rank", cfg.lqer_factor_bits
+    if cfg.lqer_asym_enabled:
+        codec, setting = "low_rank_asym", cfg.lqer_asym_group
+    out = {}
+    for _, name in ranked[: cfg.lqer_top_k]:
+        A, B = low_rank_factors(residuals[name], cfg.lqer_rank)
+        out[name] = encoded(codec, A, B, setting)
+    return out
 
-    residuals = {t.name: t.W - stored[t.name].decode() for t in tasks}
-    sizes = [E.norm() for E in residuals.values()]
-    worth = dict(zip(residuals, torch.stack(sizes).tolist() if sizes else (), strict=True))  # one wait for the device, not one a matrix
-    best = sorted(worth, key=lambda name: (-worth[name], name))[: cfg.lqer_top_k]
-    return {name: fit(residuals[name]) for name in best}
+
+def gptq_group(
+    cfg: Config, group: list[GptqInput], hessians: Hessians, clips: Callable, damping: float
+) -> Quantized:
+    """Run GPTQ for matrices of one shape and setting, all candidates at once: rows do not influence each
+    other."""
+    first, size = group[0], cfg.awq_lite_group_size
+    W = torch.stack([x.W for x in group])
+    H = torch.stack([hessians.H[x.site] for x in group])
+    if damping:
+        diag = H.diagonal(0, 1, 2)
+        diag += diag.mean(-1, keepdim=True).mul(damping).clamp_min(1e-6)
+
+    protected = torch.zeros_like(W[:, 0], dtype=torch.bool)
+    for columns, x in zip(protected, group, strict=True):
+        for start in x.hi_starts:
+            columns[start : start + size] = True
+
+    ends = clips(W, first.clip_sigmas)
+    n = ends.shape[1]
+    W = W.repeat(1, n, 1)
+    with positive_definite(first.name):
+        results = gptq(W, H, ends.flatten(1), first.bits, protected, cfg.awq_lite_bits)
+
+    out = {}
+    for x, *parts in zip(group, *results, strict=True):
+        candidates = zip(*(t.chunk(n) for t in parts), strict=True)
+        found = [encoded("gptq", *candidate, x.hi_starts, size) for candidate in candidates]
+        errors = [float((x.W - t.decode()).square().sum()) for t in found]
+        out[x.name] = found[errors.index(min(errors))]._replace(bits=x.bits)
+    return out
+
+
+def run_gptq(
+    cfg: Config, inputs: list[GptqInput], hessians: Hessians, clips: Callable, damping: float = 0.0
+) -> Quantized:
+    """Quantize all matrices by GPTQ, with protected columns and low-rank corrections as AWQ_LITE_* and LQER_*
+    say.
+
+    clips(W, clip_sigmas): candidates for the ends of the grids; a matrix takes the one that leaves the
+    smallest squared error. damping: of H, before the solver adds its own. Raises RunError when a Hessian is
+    not positive definite.
+    """
+    inputs = protect_groups(cfg, inputs, hessians)
+    groups: dict[tuple, list[GptqInput]] = {}
+    for x in inputs:
+        groups.setdefault((x.W.shape, x.bits, x.clip_sigmas), []).append(x)
+    out = {}
+    for group in groups.values():
+        out |= gptq_group(cfg, group, hessians, clips, damping)
+
+    for name, extra in low_rank_corrections(cfg, inputs, out).items():
+        out[name] = out[name]._replace(parts=out[name].parts | extra.parts)
+    return out
+
+
+RD_DAMPING, RD_FLOOR = 0.05, 1e-2
+
+
+def half_octaves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Write 1 / sqrt(x) of x (n, k) in half octaves: int8 around a zero, and the zero of each matrix (n,)."""
+    octaves = -x.log2()
+    zero = octaves.mean(-1, keepdim=True).round()
+    return (octaves - zero).round().clamp(-100, 100).to(torch.int8), zero[:, 0]
+
+
+def row_weights(H: Tensor, squares: Tensor) -> Tensor:
+    """Estimate the mean squared gradient of each row's output: (n, rows), with a floor of RD_FLOOR times
+    its mean."""
+    diag = H.diagonal(0, 1, 2)
+    g = (squares / diag.clamp_min(1e-9 * diag.amax())[:, None]).mean(-1)
+    return g.clamp_min(RD_FLOOR * g.mean(-1, keepdim=True)).clamp_min(1e-30)
+
+
+def variance_histogram(W: Tensor, g: Tensor, d: Tensor) -> Tensor:
+    """Count the variances of the weights, in steps squared at a delta of 1, in sixteenths of an octave
+    from 2^-128 to 2^128."""
+    power = W.square()
+    variance = power.mean(2, keepdim=True) * power.mean(1, keepdim=True)
+    variance /= power.mean((1, 2), keepdim=True).clamp_min(1e-30)
+    octaves = (variance * g[:, :, None] * d[:, None]).clamp_min(1e-30).log2()
+    bins = octaves.mul(16).round().clamp(-2047, 2047).flatten().long()
+    return torch.bincount(bins.cpu() + 2048, minlength=4096)
+
+
+def coarser(excess: Tensor) -> Tensor:
+    """Return the half octaves by which a step must grow for integers that are so many times too large; 0
+    below 1."""
+    return (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
+
+
+def trellis_steps(W: Tensor, row: Tensor, col: Tensor, zero: float, delta: float) -> Tensors:
+    """Write down the steps of one matrix W (rows, cols), the parts of `Trellis` without its integers.
+
+    Columns, then rows, whose integers would not fit into 8 bits get coarser steps.
+    """
+    mantissa, exponent = math.frexp(delta * 2 ** (zero / 2))
+    step = min(round(mantissa * 2**15), 2**15 - 1)
+    octave = min(max(exponent - 15, -128), 127)
+    parts = dict(row=row, col=col)
+    parts["step"] = torch.tensor([step], dtype=torch.int16)
+    parts["octave"] = torch.tensor([octave], dtype=torch.int8)
+
+    excess = W.abs() / (160 * Trellis.steps(parts))
+    parts["col"] = col + coarser(4 * excess.square().mean(0).sqrt())
+    excess = W.abs() / (160 * Trellis.steps(parts))
+    parts["row"] = row + coarser(excess.amax(1))
+    return parts
+
+
+def scalar_rounding(x: Tensor, column: Tensor) -> Rounded:
+    """Round to nearest, on steps that err as much as the trellis: a `round_column` that costs no search."""
+    width = math.sqrt(12 * TRELLIS_ERROR)
+    q = (x / width).round().clamp(-127, 127)
+    return q, q * width
+
+
+class MatrixGroup:
+    """Matrices of one shape and what decides their steps, for `RateDistortion`. Raises its RunError."""
+
+    def __init__(self, inputs: list[GptqInput], hessians: Hessians):
+        self.names = [x.name for x in inputs]
+        sites = [x.name if x.name in hessians.H else x.site for x in inputs]  # the embedding's: its gradients
+        H = torch.stack([hessians.H[site] for site in sites])
+        squares = torch.stack([hessians.squares[name] for name in self.names])
+        self.W = without_dead_columns(torch.stack([x.W for x in inputs]), H)
+        with positive_definite(self.names[0]):
+            self.perm, self.U = factorize(H, RD_DAMPING)
+        g = row_weights(H, squares)
+        d = self.U.diagonal(0, 1, 2).square().reciprocal()
+        d = d.gather(1, self.perm.argsort(-1))
+        self.row, row_zero = half_octaves(g)
+        self.col, col_zero = half_octaves(d)
+        self.zero = (row_zero + col_zero).tolist()
+        self.variances = variance_histogram(self.W, g, d)
+
+    def encode(self, delta: float, round_column: Callable) -> Quantized:
+        """Quantize the matrices."""
+        each = zip(self.W, self.row, self.col, self.zero, strict=True)
+        parts = [trellis_steps(*matrix, delta) for matrix in each]
+        step = torch.stack([Trellis.steps(p) for p in parts])
+        q = walk_columns(self.W, self.perm, self.U, step, round_column).to(torch.int8)
+        found = [encoded("trellis", q=k, **p) for k, p in zip(q, parts, strict=True)]
+        return dict(zip(self.names, found, strict=True))
+
+
+class RateDistortion:
+    """QUANT=rd: every weight at one slope of predicted loss against coded bits: one number, `delta`, sets the
+    size of all.
+
+    The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean
+    squared gradient of the row's output (diagonal Fisher information, with the labels of the text). GPTQ
+    makes it 1/2 sum_rj g_r d_j e_rj^2 with d_j = 1 / U_jj^2 and errors e of the size of the steps; by reverse
+    water-filling (Cover and Thomas, 10.3) the step of weight (r, j) is delta / sqrt(g_r d_j). Raises RunError
+    when a Hessian is not positive definite.
+    """
+
+    def __init__(self, cfg: Config, tensors: Tensors, hessians: Hessians, search: Callable | None = None):
+        groups: dict[torch.Size, list[GptqInput]] = {}
+        for x in gptq_inputs(cfg, tensors):
+            groups.setdefault(x.W.shape, []).append(x)
+        self.groups = [MatrixGroup(group, hessians) for group in groups.values()]
+        self.search = search or viterbi
+        self.tokens = hessians.count["head"]
+        self.weights = sum(group.W.numel() for group in self.groups)
+        self.variances = sum(group.variances for group in self.groups).double()
+        self.ratios = 2 ** (torch.arange(-2048, 2048, dtype=torch.float64) / 16)  # the variance of each bin
+        self.rd_loss = cfg.rd_loss
+        self.finest = self.delta(cfg.rd_loss)
+
+    def delta(self, loss: float) -> float:
+        """Return the delta at which the predicted loss is so many nats per token."""
+        return math.sqrt(2 * loss * self.tokens / self.weights / TRELLIS_ERROR)
+
+    def loss(self, delta: float) -> float:
+        """Predict the loss, in nats per token: it grows with the square of delta."""
+        return self.rd_loss * (delta / self.finest) ** 2
+
+    def nearest_path(self, x: Tensor, column: Tensor) -> Rounded:
+        """Round a column by the trellis."""
+        return trellis_path(x, self.search)
+
+    def encode(self, delta: float, round_column: Callable | None = None) -> Quantized:
+        """Quantize all matrices, by the trellis unless `round_column` is another one for `walk_columns`."""
+        out = {}
+        for group in self.groups:
+            out |= group.encode(delta, round_column or self.nearest_path)
+        return out
+
+    def bits(self, delta: float) -> float:
+        """Predict the bits of the integers: for a Gaussian weight, half the logarithm of its variance in
+        steps squared."""
+        octaves = (1 + 4.3 * self.ratios / delta**2).log2()
+        return float((self.variances * octaves).sum() / 2)
+
+    def delta_for(self, bits: float) -> float:
+        """Return the delta at which `bits` predicts so many, by bisection."""
+        low, high = 1e-12, 1e12
+        for _ in range(100):
+            middle = math.sqrt(low * high)
+            if self.bits(middle) > bits:
+                low = middle
+            else:
+                high = middle
+        return low
+
+
+class S14:
+    """Bits and grids by kind of matrix, protected columns, low-rank corrections."""
+
+    EMBEDDING = "gptq"
+    GRADIENTS = False
+
+    @staticmethod
+    def encode(cfg: Config, tensors: Tensors, hessians: Hessians) -> Quantized:
+        return run_gptq(cfg, gptq_inputs(cfg, tensors), hessians, clips_by_deviation)
+
+
+class S05:
+    """Mixed bits, the best of several grids, an int8 embedding (PR #1105). H is damped twice, as
+    published."""
+
+    EMBEDDING = "int8_row"
+    GRADIENTS = False
+
+    @staticmethod
+    def encode(cfg: Config, tensors: Tensors, hessians: Hessians) -> Quantized:
+        inputs = mixed_bits(cfg, gptq_inputs(cfg, tensors), hessians)
+        return run_gptq(cfg, inputs, hessians, clips_by_percentile, damping=0.01)
+
+
+class Rd:
+    """Steps by rate and distortion, integers by a trellis."""
+
+    EMBEDDING = "gptq"
+    GRADIENTS = True
+
+    @staticmethod
+    def encode(cfg: Config, tensors: Tensors, hessians: Hessians) -> Quantized:
+        plan = RateDistortion(cfg, tensors, hessians)
+        return plan.encode(plan.finest)
+
+
+SCHEMES = dict(s14=S14, s05=S05, rd=Rd)  # embedding's codec, whether gradients are needed, how to encode
+
+
+def scheme_of(cfg: Config) -> Any:
+    """Look up the scheme that QUANT names."""
+    return SCHEMES[cfg.quant]
 
 
 @contextlib.contextmanager
 def full_fp32():
-    """No TF32 inside: GPTQ divides by what it subtracts."""
+    """Turn TF32 off inside: GPTQ divides by what it subtracts."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -3524,66 +4121,65 @@ def full_fp32():
         torch.set_float32_matmul_precision(before)
 
 
+def complete(cfg: Config, tensors: Tensors, quantized: Quantized) -> Quantized:
+    """Encode the tensors that no scheme has quantized, each by its codec. Returns all, in their order, on
+    the CPU."""
+    stored = dict(quantized)
+    for name, m in stored_matrices(cfg).items():
+        if name not in quantized:
+            stored[name] = encoded(codec_of(cfg, m), tensors[name].float())
+    return {name: stored[name].cpu() for name in tensors}
+
+
+def log_codecs(cfg: Config, stored: Quantized, log: Log) -> None:
+    """Write which codec, and how many bits, each kind of tensor got."""
+    kinds: dict[str, set[str]] = {}
+    for name, t in stored.items():
+        label = "+".join(t.codecs())
+        if t.bits:
+            label += f" (int{t.bits})"
+        if ("gptq", "hi_start") in t.parts:
+            label += f"+awqgrpint{cfg.awq_lite_bits}"
+        kinds.setdefault(label, set()).add(kind_of(name))
+    log("Quantized weights:")
+    for label, names in sorted(kinds.items()):
+        log(f"  {label}: {', '.join(sorted(names))}")
+
+
 @torch.no_grad()
 @full_fp32()
-def quantize(cfg: Config, state: dict[str, Tensor], hessians: Hessians, log, matrices: dict | None = None) -> dict[str, QuantizedTensor]:
-    """State dict -> every tensor as the artifact stores it, by `stored_as`. matrices: what `RateDistortion` made of them, if it did."""
+def quantize(cfg: Config, state: Tensors, hessians: Hessians, log: Log) -> Quantized:
+    """Turn a state dict into tensors as the artifact stores them, whatever their size."""
     tensors = unbank(cfg, state)
-    tasks, protected = mixed_bits(cfg, gptq_inputs(cfg, tensors), hessians), {}
-    if cfg.quant == "rd":
-        plan = RateDistortion(tasks, hessians) if matrices is None else None
-        stored = dict(matrices or plan(plan.delta(cfg.rd_loss)))
-        tasks = []
-    else:
-        protected = protected_groups(cfg, tasks, hessians)
-        stored = run_gptq(cfg, tasks, hessians, protected)
-        for name, extra in low_rank_corrections(cfg, tasks, stored).items():
-            stored[name] = QuantizedTensor(stored[name].parts | extra.parts)
-    for name, t in tensors.items():
-        if name not in stored:
-            codec = stored_as(cfg)[name].codec
-            stored[name] = QuantizedTensor({(codec, part): x for part, x in CODECS[codec].encode(t.float()).items()})
-    log("Quantized weights:")
-    kinds: dict[str, set[str]] = {}
-    bits = {task.name: f" (int{task.bits})" for task in tasks}
-    for name, s in stored.items():
-        kind = "+".join(dict.fromkeys(c for c, _ in s.parts)) + bits.get(name, "")
-        kind += f"+awqgrpint{cfg.awq_lite_bits}" if name in protected else ""
-        kinds.setdefault(kind, set()).add(kind_of(name))
-    for kind, names in sorted(kinds.items()):
-        log(f"  {kind}: {', '.join(sorted(names))}")
-    return {name: QuantizedTensor({k: t.cpu() for k, t in stored[name].parts.items()}) for name in tensors}
+    stored = complete(cfg, tensors, scheme_of(cfg).encode(cfg, tensors, hessians))
+    log_codecs(cfg, stored, log)
+    return stored
 
 
-def dequantized_state(cfg: Config, stored: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
-    """What the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are zero."""
-    unstored = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.role.stored is None}
-    return rebank(cfg, {name: s.decode() for name, s in stored.items()} | unstored)
+def dequantized_state(cfg: Config, stored: Quantized) -> Tensors:
+    """Return what the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are
+    zero."""
+    values = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.role.stored is None}
+    values |= {name: t.decode() for name, t in stored.items()}
+    return rebank(cfg, values)
 
 
 # ==================================================================================================
 # PACKING - tensors <-> bytes. The only section that knows the artifact's layout.
 # ==================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 4  # bump the version whenever any byte of the output could change its meaning
-CHECKPOINT_FORMAT = 2  # of final_model.pt; published files have none, and neither had ours when parallel_post_lambdas was transposed
-MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "logit_softcap",
-    "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
-    "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "attn_out_gate_enabled",
-    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled",
-    "smear_gate_bos_fix",
+ARTIFACT_MAGIC = b"PGA1"
+ARTIFACT_VERSION = 4   # bump it whenever any byte of the output could change its meaning
+HEADER_START = 26      # behind magic, version, header size and checksum
+CHECKPOINT_FORMAT = 2  # of final_model.pt; published files have none
+STREAMS = (  # in their order in an artifact
+    "tok_emb", "attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "rest", "row_order",
 )
-VERSION_3_FIELDS = (  # whose values artifacts of version 3 list in this order
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "tie_embeddings", "logit_softcap",
-    "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
-    "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled",
-    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled",
-    "smear_gate_bos_fix", "asym_logit_rescale",
-)
-
-STREAMS = ("tok_emb", "attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "rest", "row_order")
+SMALL_STREAMS = ("rest", "row_order")  # no integers of matrices
 TOKEN_STREAM = "tok_emb"  # a row per token: rows of rare tokens resemble each other
+
+Array = np.ndarray
+Arrays = dict[str, Array]  # all parts of all tensors by name, "tensor:codec.part": int8, int16 or fp16
 
 
 class ArtifactError(RunError):
@@ -3591,520 +4187,815 @@ class ArtifactError(RunError):
 
 
 HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becomes an ArtifactError
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
-    brotli.error, subprocess.TimeoutExpired,
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError,
+    TypeError, ValueError, brotli.error, subprocess.TimeoutExpired,
 )
 
 
-def need_lrzip() -> str:
-    """Path of the lrzip program. Raises RunError saying how to get it."""
-    if path := shutil.which("lrzip"):
+# Coders: bytes <-> fewer bytes
+
+
+class Brotli:
+    """brotli at its best: all streams of COMPRESSOR=brotli, the small ones of COMPRESSOR=pergroup."""
+
+    @staticmethod
+    def require() -> None:
+        """Need nothing that this script does not import."""
+
+    @staticmethod
+    def encode(data: bytes) -> bytes:
+        return brotli.compress(data, quality=11, lgwin=24)
+
+    @staticmethod
+    def decode(data: bytes, size: int) -> bytes:
+        """Decode to `size` bytes, holding little more than that. The caller checks how many came."""
+        return brotli.Decompressor().process(data, output_buffer_limit=size + 1)
+
+
+class Lrzip:
+    """The lrzip program, with one thread, so that the bytes do not depend on the machine (PR #1855)."""
+
+    @staticmethod
+    def require() -> str:
+        """Find the program. Raises RunError saying how to get it."""
+        path = shutil.which("lrzip")
+        if path is None:
+            raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it "
+                           "(on Debian and Ubuntu: apt-get install lrzip), or set COMPRESSOR=range")
         return path
-    raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and Ubuntu: "
-                   "apt-get install lrzip), or set COMPRESSOR=range")
+
+    @staticmethod
+    def encode(data: bytes) -> bytes:
+        return Lrzip.run(["-z", "-L", "9"], data, len(data))
+
+    @staticmethod
+    def decode(data: bytes, size: int) -> bytes:
+        """Decode to `size` bytes, which the data's own header must announce too: the program sees no bomb."""
+        announced = int.from_bytes(data[6:14], "little")
+        if data[:4] != b"LRZI" or announced != size:
+            raise ArtifactError(f"a stream of the artifact is no lrzip form of {size} bytes; make it again")
+        return Lrzip.run(["-d"], data, size)
+
+    @staticmethod
+    def run(flags: list[str], data: bytes, size: int) -> bytes:
+        """Run the program on `data`, which has or will have `size` bytes when decoded.
+
+        Its time and, on Linux, memory and disk have limits of several times what that size usually takes,
+        whatever the data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
+        """
+        seconds = 1 + size // 50_000
+        limits = dict(CPU=seconds, AS=(512 << 20) + 16 * size, FSIZE=(32 << 10) + size)
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "in.lrz")
+            result = Path(folder, "out")
+            source.write_bytes(data)
+            command = [Lrzip.require(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
+            streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            with subprocess.Popen(command, **streams) as process:
+                for name, limit in limits.items():
+                    if hasattr(resource, "prlimit"):
+                        resource.prlimit(process.pid, getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+                try:
+                    output, _ = process.communicate(timeout=10 * seconds)
+                finally:
+                    process.kill()
+            if process.returncode or not result.exists():
+                words = output.decode(errors="replace").strip()
+                raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: "
+                                    f"{words}; make the artifact again")
+            return result.read_bytes()
 
 
-def need_constriction() -> Any:
-    """The constriction library. Raises RunError saying how to get it."""
-    try:
-        return importlib.import_module("constriction")
-    except ImportError:
-        raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip install -r requirements.txt, "
-                       "or set COMPRESSOR=brotli") from None
+# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine,
+# and no table is sent: encoder and decoder count what they have seen. All of it, up to `code_arrays`, is
+# written once for both: an encoder leaves the values it is given as they are, a decoder fills them in, a
+# counter of bits adds up what they would cost.
+
+# 2^(n/8), rounded down: three square roots of 2^n.
+EIGHTH_OCTAVES = np.array(
+    [math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)]
+)  # fmt: skip
+MAGNITUDE_CLASSES = 41  # of a mean magnitude, a quarter of an octave each, from 1/8 (class 0) to 128
+CLASS_OF_ONE = 12       # the class of a mean of 1: three octaves above 1/8
+COUNT_STEP = 64         # what one symbol adds to its count
+MAGNITUDES = np.minimum(np.arange(256), 256 - np.arange(256))  # of the int8 that a byte stands for
+
+# Means are in units of 2^-12, so class 0 is around 2^(12 - 3) and ends an eighth of an octave above that; the
+# others follow, each a quarter of an octave wide.
+CLASS_ENDS = EIGHTH_OCTAVES[8 * (12 - 3) + 1 :: 2][: MAGNITUDE_CLASSES - 1]
 
 
-def lrzip(data: bytes, size: int | None = None) -> bytes:
-    """lrzip's form of `data`, or what it stands for, `size` bytes, which its own header must announce too: the program sees no bomb.
-
-    One thread, so that the bytes do not depend on the machine. Its time and, on Linux, memory and disk have limits of several times what
-    that size usually takes, whatever the data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
-    """
-    if size is not None and (data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size):
-        raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
-    flags, size = (["-z", "-L", "9"], len(data)) if size is None else (["-d"], size)
-    seconds = 1 + size // 50_000
-    with tempfile.TemporaryDirectory() as folder:
-        source, result = Path(folder, "in.lrz"), Path(folder, "out")
-        source.write_bytes(data)
-        command = [need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            for limit, most in dict(CPU=seconds, AS=(512 << 20) + 16 * size, FSIZE=(32 << 10) + size).items():
-                if hasattr(resource, "prlimit"):
-                    resource.prlimit(process.pid, getattr(resource, f"RLIMIT_{limit}"), (most, most))
-            try:
-                said, complaint = process.communicate(timeout=10 * seconds)
-            finally:
-                process.kill()
-        if process.returncode or not result.exists():
-            words = (complaint.strip() or said.strip()).decode(errors="replace")
-            raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: {words}")
-        return result.read_bytes()
-
-
-CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, holding little more than that)
-    "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24),
-               lambda data, size: brotli.Decompressor().process(data, output_buffer_limit=size + 1)),
-    "lrzip": (lrzip, lrzip),
-}
-
-
-def stream_coder(compressor: str, stream: str) -> str:
-    """Which coder a stream gets: pergroup means lrzip for the integer matrices and brotli for the rest."""
-    return compressor if compressor != "pergroup" else "brotli" if stream in ("rest", "row_order") else "lrzip"
-
-
-# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine, and no table is sent:
-# encoder and decoder count what they have seen. All of it is written once for both, from `code_arrays` below up to here: an
-# encoder leaves the values it is given as they are, a decoder fills them in, a counter of bits adds up what they would cost.
-EIGHTH_OCTAVES = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
-MAGNITUDE_CLASSES, CLASS_OF_ONE = 41, 12  # classes of mean magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
-level = partial(np.arange(MAGNITUDE_CLASSES, dtype=np.int8).repeat(np.diff((0, *EIGHTH_OCTAVES[73:153:2], 2**20))).take, mode="clip")  # of a mean in 2^-12
-COUNT_STEP = 64  # what one symbol adds to its count
+def magnitude_class(mean: Array) -> Array:
+    """Find the class of mean magnitudes in units of 2^-12, int8: the first and the last have no end."""
+    return CLASS_ENDS.searchsorted(mean, side="right").astype(np.int8)
 
 
 @cache
-def gaussian_counts() -> np.ndarray:
-    """Counts to start from, int64 (2 * MAGNITUDE_CLASSES, 256), for each class under both quantizers of a trellis: a Gaussian of its mean
-    magnitude m, worth 256 symbols, and a floor. At k it has fallen by k^2 / (pi m^2 ln 2) octaves, here eighths, m^2 in 2^-10."""
-    magnitude = np.minimum(np.arange(256), 256 - np.arange(256))  # of an int8 whose bits are the index
-    weight = EIGHTH_OCTAVES[np.maximum(8 * 14 - magnitude**2 * 3762 // EIGHTH_OCTAVES[32 + 4 * np.arange(MAGNITUDE_CLASSES)][:, None], 0)]
-    return np.tile(1 + 256 * COUNT_STEP * weight // weight.sum(1, keepdims=True), (2, 1))
+def gaussian_counts() -> Array:
+    """Make the counts to start from, int64 (2 * MAGNITUDE_CLASSES, 256): each class under both quantizers of
+    a trellis.
+
+    They are a Gaussian of the class's mean magnitude m, worth 256 symbols, and a floor. At k it has fallen by
+    k^2 / (pi m^2 ln 2) octaves: in eighths of them, with m^2 in units of 2^-10, by 8 * 2^10 / (pi ln 2) =
+    3762 k^2 / m^2.
+    """
+    squared_mean = EIGHTH_OCTAVES[8 * 4 + 4 * np.arange(MAGNITUDE_CLASSES)][:, None]  # 2^(10 - 6) for class 0
+    fallen = MAGNITUDES**2 * 3762 // squared_mean
+    weight = EIGHTH_OCTAVES[np.maximum(8 * 14 - fallen, 0)]
+    counts = 1 + 256 * COUNT_STEP * weight // weight.sum(1, keepdims=True)
+    return np.tile(counts, (2, 1))
+
+
+def library_tables(counts: Array) -> Array:
+    """Scale counts (contexts, symbols) to the frequencies that the library is given, integers.
+
+    Its tables have 24 bits and no zeros: it adds 1 to each frequency. The frequencies have exactly the sum
+    that makes its own scaling a multiplication by one; what is missing after rounding down goes to the most
+    frequent symbol.
+    """
+    contexts, symbols = counts.shape
+    room = 2**24 - symbols
+    tables = counts * room // counts.sum(1, keepdims=True)
+    tables[np.arange(contexts), counts.argmax(1)] += room - tables.sum(1)
+    return tables
 
 
 class RangeCoder:
-    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, only adds up the bits of each owner."""
+    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, adds up the bits of
+    each owner."""
 
     def __init__(self, data: bytes | None = None, owners: int = 0):
-        library, self.bits = need_constriction().stream, np.zeros(owners)
-        self.model, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
-        self.decoder = None if data is None else library.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+        library = RangeCoder.require().stream
+        self.bits = np.zeros(owners)
+        self.model = library.model.Categorical
+        self.encoder = library.queue.RangeEncoder()
+        self.decoder = None
+        if data is not None:
+            words = np.frombuffer(data, "<u4").astype(np.uint32)
+            self.decoder = library.queue.RangeDecoder(words)
 
-    def code(self, counts: np.ndarray, context: np.ndarray, values: np.ndarray, owner: np.ndarray) -> None:
-        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count them.
-        `owner`, of n values, says whose they are.
+    @staticmethod
+    def require() -> Any:
+        """Import the constriction library. Raises RunError saying how to get it."""
+        try:
+            return importlib.import_module("constriction")
+        except ImportError:
+            raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip "
+                           "install -r requirements.txt, or set COMPRESSOR=brotli") from None
 
-        The library's tables have 24 bits and no zeros: it adds 1 to each frequency. They are given as integers with exactly the
-        sum that makes its scaling a multiplication by one.
-        """
+    def encoded(self) -> bytes:
+        """Return what was encoded."""
+        return self.encoder.get_compressed().astype("<u4").tobytes()
+
+    def code(self, counts: Array, context: Array, values: Array, owner: Array) -> None:
+        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,)
+        names, then count them. `owner`, of n values, says whose they are."""
         contexts, symbols = counts.shape
-        sizes = np.bincount(context, minlength=contexts)
-        used = np.flatnonzero(sizes)
-        tables, sizes = counts[used], sizes[used]
-        most, tables = tables.argmax(1), tables * (2**24 - symbols) // tables.sum(1, keepdims=True)
-        tables[np.arange(len(used)), most] += 2**24 - symbols - tables.sum(1)
+        frequency = np.bincount(context, minlength=contexts)
+        used = np.flatnonzero(frequency)
+        tables = library_tables(counts[used])
         if len(self.bits):
-            bits = (24 - np.log2(tables + 1))[used.searchsorted(context), values]
+            cost = 24 - np.log2(tables + 1)
+            bits = cost[used.searchsorted(context), values]
             self.bits += np.bincount(owner.ravel(), bits, len(self.bits))
         else:
-            order = np.argsort(context, kind="stable")
-            ordered, tables = (values[order] if self.decoder is None else values).astype(np.int32), tables.astype(np.float32)
-            if symbols == 16:  # small tables are cheap: one for each number, in one call
-                calls = [(ordered, self.model(perfect=False), [np.repeat(tables, sizes, axis=0)])]
-            else:
-                parts = (slice(end - n, end) for n, end in zip(sizes.tolist(), sizes.cumsum().tolist(), strict=True))
-                calls = ((ordered[part], self.model(table, perfect=False), []) for part, table in zip(parts, tables, strict=True))
-            for numbers, model, parameters in calls:
-                if self.decoder is None:
-                    self.encoder.encode(numbers, model, *parameters)
-                else:
-                    numbers[:] = self.decoder.decode(model, *(parameters or [len(numbers)]))
+            by_context = np.argsort(context, kind="stable")
+            numbers = values[by_context].astype(np.int32)
+            self.transfer(numbers, tables.astype(np.float32), frequency[used])
             if self.decoder is not None:
-                values[order] = ordered
+                values[by_context] = numbers
         index = context.astype(np.uint32) * np.uint32(symbols) + values
         counts += COUNT_STEP * np.bincount(index, minlength=counts.size).reshape(counts.shape)
 
+    def transfer(self, numbers: Array, tables: Array, sizes: Array) -> None:
+        """Encode int32 `numbers`, or decode them in place: sizes[i] of them with tables[i], then the next."""
+        if tables.shape[1] == 16:  # small tables are cheap: one for each number, in one call
+            self.library_call(numbers, self.model(perfect=False), np.repeat(tables, sizes, axis=0))
+            return
+        parts = np.split(numbers, sizes.cumsum()[:-1])
+        for table, part in zip(tables, parts, strict=True):
+            self.library_call(part, self.model(table, perfect=False))
 
-def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray) -> None:
-    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it; the lowest
-    four of sixteen are alone. Blocks grow with what is known, and what is known fades: layers differ."""
-    counts, done = np.full((1 + 16 + 256 + 1, 16), COUNT_STEP // 4), 0
-    least, pace = 4, 6
-    while done < len(values):
-        here = slice(done, done + least + done // pace)
-        block, prefix = values[here], np.zeros(len(values[here]), np.uint16)
-        for shift, first in zip(range(8 * values.itemsize - 4, -1, -4), (0, 1, 17, 273), strict=False):
+    def library_call(self, numbers: Array, model, *tables: Array) -> None:
+        """Encode `numbers` by one call, or decode them in place; `tables`, if any, has one for each number.
+        """
+        if self.decoder is None:
+            self.encoder.encode(numbers, model, *tables)
+        else:
+            numbers[:] = self.decoder.decode(model, *(tables or [len(numbers)]))
+
+
+CODERS = dict(brotli=Brotli, lrzip=Lrzip, range=RangeCoder)  # the last codes numbers, not bytes
+
+
+def stream_coder(compressor: str, stream: str) -> str:
+    """Name a stream's coder: pergroup means lrzip for the integer matrices and brotli for the rest."""
+    if compressor != "pergroup":
+        return compressor
+    return "brotli" if stream in SMALL_STREAMS else "lrzip"
+
+
+def require_coders(compressor: str) -> None:
+    """Check that all coders of COMPRESSOR are there. Raises RunError saying how to get one that is not."""
+    for stream in STREAMS:
+        CODERS[stream_coder(compressor, stream)].require()
+
+
+# Of the tables of a number's four nibbles: the first has one, the second and third have one for each value of
+# what is above them, the fourth has one.
+TABLE_STARTS = (0, 1, 1 + 16, 1 + 16 + 256)
+
+
+def code_numbers(coder: RangeCoder, values: Array, owner: Array) -> None:
+    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above
+    it.
+
+    Blocks grow with what is known, and what is known fades: layers differ.
+    """
+    last_table = TABLE_STARTS[-1]
+    floor = COUNT_STEP // 4
+    counts = np.full((last_table + 1, 16), floor)
+    shifts = range(8 * values.itemsize - 4, -1, -4)
+    start = 0
+    while start < len(values):
+        end = start + 4 + start // 6
+        block = values[start:end]
+        above = np.zeros(len(block), np.uint16)
+        for shift, first_table in zip(shifts, TABLE_STARTS, strict=False):
             nibble = (block >> shift & 15).astype(np.uint8)
-            coder.code(counts, first + prefix * (first < 273), nibble, owner[here])
-            prefix = prefix * 16 + nibble
-        block[:] = prefix
-        counts -= (counts - COUNT_STEP // 4) // pace
-        done = here.stop
+            table = first_table + above * (first_table < last_table)
+            coder.code(counts, table, nibble, owner[start:end])
+            above = above * 16 + nibble
+        block[:] = above
+        counts -= (counts - floor) // 6
+        start = end
 
 
-def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What an encoder tells about rows: class of magnitude + 64 * (weight of the reference in halves), uint8, and the reference.
+def find_references(q: Array, similar: bool) -> tuple[Array, Array, Array]:
+    """Choose for each row of int8 (rows, cols) the row it is coded against, if `similar` rows are to be
+    found.
 
-    A reference is the most similar row that a decoder has by then: one higher up in any segment. It costs about two bytes and must
-    save more, and the class is that of the whole matrix unless the row differs enough to pay for saying so. Scalar products are
-    exact in fp32, so the choice is the same on every machine.
+    That is the most similar row that a decoder has by then: one higher up in any segment. A reference costs
+    about two bytes and must save more. Scalar products are exact in fp32, so the choice is the same on every
+    machine. Returns the reference, uint16 (rows,), its weight in halves, uint8 (rows,), 0 for no reference,
+    and what is left, int8 (rows, cols).
     """
     rows, cols = q.shape
-    index, weight, step, residual = np.zeros(rows, np.uint16), np.zeros(rows, np.uint8), np.arange(rows) % TRELLIS_SEGMENT, q.copy()
-    if similar:
-        order, starts = step.argsort(kind="stable"), np.bincount(step).cumsum().tolist()
-        x = torch.from_numpy(q[order, :256]).float()  # enough to find it
-        norm = (x.square().sum(1) + 1).sqrt()
-        for start, end in pairwise(starts):
-            here, best = order[start:end], order[(x[start:end] @ x[:start].T).div_(norm[:start]).argmax(1).numpy()]
-            left = np.stack([q[here] - (q[best].astype(np.int16) * halves + 1 >> 1) for halves in range(3)])
-            error = np.square(left, dtype=np.int32).sum(2) * [[2.0 ** (-18 / cols)], [1], [1]]
-            index[here], weight[here] = best, error.argmin(0)
-            residual[here] = left[weight[here], np.arange(len(here))]
+    reference = np.zeros(rows, np.uint16)
+    halves = np.zeros(rows, np.uint8)
+    residual = q.copy()
+
+    step = np.arange(rows) % TRELLIS_SEGMENT
+    by_step = step.argsort(kind="stable")
+    step_ends = np.bincount(step).cumsum().tolist()
+    x = torch.from_numpy(q[by_step, :256]).float()  # so many columns are enough to find it
+    norm = (x.square().sum(1) + 1).sqrt()
+    for start, end in pairwise(step_ends if similar else ()):
+        own = by_step[start:end]
+        similarity = (x[start:end] @ x[:start].T).div_(norm[:start])
+        best = by_step[similarity.argmax(1).numpy()]
+        wide = q[best].astype(np.int16)
+        left = np.stack([q[own] - (wide * weight + 1 >> 1) for weight in range(3)])
+        bonus = [[2.0 ** (-18 / cols)], [1], [1]]  # for no reference
+        error = np.square(left, dtype=np.int32).sum(2) * bonus
+        reference[own] = best
+        halves[own] = error.argmin(0)
+        residual[own] = left[halves[own], np.arange(len(own))]
+    return reference, halves, residual
+
+
+def plan_rows(q: Array, similar: bool) -> tuple[Array, Array]:
+    """Choose what an encoder tells about the rows of int8 (rows, cols): class of magnitude + 64 * (weight of
+    the reference in halves), uint8 (rows,), and the reference, uint16 (rows,).
+
+    The class is that of the whole matrix unless the row differs enough to pay for saying so.
+    """
+    reference, halves, residual = find_references(q, similar)
     total = np.abs(residual).view(np.uint8).sum(1, dtype=np.int64) << 12
-    usual, own = (level(x).astype(int) for x in (total.sum() // q.size, total // cols))
-    return (np.where(cols * (own - usual) ** 2 < 400, usual, own) + 64 * weight).astype(np.uint8), index
+    usual = magnitude_class(total.sum() // q.size).astype(int)
+    own = magnitude_class(total // q.shape[1]).astype(int)
+    differs = q.shape[1] * (own - usual) ** 2 >= 400
+    return (np.where(differs, own, usual) + 64 * halves).astype(np.uint8), reference
 
 
-def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: list[int], trellis: bool, similar: bool) -> np.ndarray:
-    """Code int8 matrices (n, rows, cols), side by side: step t takes row t of every segment of every matrix. Returns them.
+def code_plan(coder: RangeCoder, q: Array, owner: Array, similar: bool) -> tuple[Array, Array, int]:
+    """Code what is told about the rows of int8 matrices (n, rows, cols) before the rows themselves.
 
-    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all segments)
-    and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256. Symbols are
-    no more than the largest magnitude (sent) needs: 0 and up, then the negative ones.
+    Returns the two arrays of `plan_rows`, (n * rows,), and the largest magnitude of a symbol, at least 1.
+    """
+    plan = np.zeros(len(owner), np.uint8)
+    reference = np.zeros(len(owner), np.uint16)
+    largest = np.full(1, 127, np.uint8)  # less one
+    if coder.decoder is None:
+        plans, references = zip(*(plan_rows(matrix, similar) for matrix in q), strict=True)
+        plan = np.concatenate(plans)
+        reference = np.concatenate(references)
+        if not (plan > 63).any():  # differences to references may have any magnitude
+            largest[:] = max(1, int(q.max()), -int(q.min())) - 1
+
+    code_numbers(coder, plan, owner)
+    refers = plan > 63
+    chosen = reference[refers]
+    code_numbers(coder, chosen, owner[refers])
+    reference[refers] = chosen
+    code_numbers(coder, largest, owner[:1])
+    return plan, reference, 1 + int(largest[0])
+
+
+def by_step(a: Array, n: int, rows: int) -> Array:
+    """Arrange (n * rows, ...) as (steps, segments, n, width): step t has row t of every segment of every
+    matrix."""
+    a = a.reshape(n, rows, -1)
+    padded = np.pad(a, ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0)))
+    segments = padded.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2])
+    return np.ascontiguousarray(segments.transpose(2, 1, 0, 3))
+
+
+def predict_rows(x: Array, reference: Array, halves: Array) -> Array:
+    """Predict the rows of a step from those known so far, x (steps, segments, n, cols): int8 (segments, n,
+    cols).
+
+    `reference`, `halves` (segments, n, 1): the number of a row in its matrix, and its weight.
+    """
+    if not halves.any():
+        return np.int8(0)
+    segment, step = np.divmod(reference[..., 0], TRELLIS_SEGMENT)
+    earlier = x[step, segment, np.arange(x.shape[2])].astype(np.int16)
+    return (earlier * halves + 1 >> 1).astype(np.int8)
+
+
+def code_matrices(
+    coder: RangeCoder, counts: Array, q: Array, owners: list[int], trellis: bool, similar: bool,
+) -> Array:  # fmt: skip
+    """Code int8 matrices (n, rows, cols) side by side: step t takes row t of every segment of every matrix.
+    Returns them.
+
+    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it,
+    over all segments) and on the active quantizer of its trellis. Rows with a reference are coded as the
+    difference to it, modulo 256.
     """
     n, rows, cols = q.shape
-    info, index, most = np.zeros(n * rows, np.uint8), np.zeros(n * rows, np.uint16), np.full(1, 127, np.uint8)
-    if coder.decoder is None:
-        info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in q), strict=True))
-        most[:] = 127 if (info > 63).any() else max(1, q.max(), -int(q.min())) - 1
-    owner = np.repeat(owners, rows)
-    code_numbers(coder, info, owner)
-    referring = index[info > 63]
-    code_numbers(coder, referring, owner[info > 63])
-    index[info > 63] = referring
-    code_numbers(coder, most, owner[:1])
-    symbols = min(2 * int(most[0]) + 3, 256)
-    gap = np.uint8(256 - symbols)
+    plan, reference, largest = code_plan(coder, q, np.repeat(owners, rows), similar)
+    x = by_step(q, n, rows)
+    plan = by_step(plan, n, rows)
+    reference = by_step(reference, n, rows).astype(np.int64)
+    halves = plan >> 6
+    row_class = (plan & 63).astype(np.int8)
+    row_scale = EIGHTH_OCTAVES[8 * 15 - 2 * row_class.astype(int)].astype(np.uint32)  # 2^12 / the row's mean
 
-    def steps(a: np.ndarray) -> np.ndarray:
-        """(n * rows, ...) -> (steps, segments, n, width)."""
-        a = np.pad(a.reshape(n, rows, -1), ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0)))
-        return np.ascontiguousarray(a.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2]).transpose(2, 1, 0, 3))
+    seen = 8  # rows of the class's own mean, to begin with
+    total = np.full((n, cols), seen << 12)
+    column_class = np.zeros((n, cols), np.int8)
+    owner = np.array(owners)[:, None]
+    state = np.zeros(x.shape[1:], np.uint8)
+    next_state = np.array(TRELLIS_NEXT, np.uint8).ravel()
 
-    x, info, index, owner = steps(q), steps(info), steps(index).astype(np.int64), np.array(owners)[:, None]
-    row, halves = np.minimum(info & 63, MAGNITUDE_CLASSES - 1).astype(np.int8), info >> 6
-    scale = EIGHTH_OCTAVES[120 - 2 * row.astype(int)].astype(np.uint32)
-    column, total, seen = np.zeros((n, cols), np.int8), np.full((n, cols), 8 << 12), 8
-    state, following = np.zeros(x.shape[1:], np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
-    kept = np.arange(symbols) + gap * (np.arange(symbols) > symbols // 2)
-    tables = counts[:, kept]
+    is_symbol = largest >= MAGNITUDES  # of the 256 bytes; symbols number those, from 0 on
+    to_symbol = (is_symbol.cumsum() - 1).astype(np.uint8)
+    from_symbol = np.flatnonzero(is_symbol).astype(np.uint8)
+    tables = counts[:, from_symbol]
     for t in range(min(rows, TRELLIS_SEGMENT)):
         live = -(-(rows - t) // TRELLIS_SEGMENT)  # segments with a row t
-        here, prediction = x[t, :live], np.int8(0)
-        if halves[t].any():
-            segment, step = np.divmod(index[t, :live, :, 0], TRELLIS_SEGMENT)
-            known = x[step, np.minimum(segment, x.shape[1] - 1), np.arange(n)].astype(np.int16)
-            prediction = (known * halves[t, :live] + 1 >> 1).astype(np.int8)
-        context = np.clip(row[t, :live] + column, 0, MAGNITUDE_CLASSES - 1).astype(np.uint8) + MAGNITUDE_CLASSES * (state[:live] & 1)
-        residual = here - prediction
-        symbol = residual.view(np.uint8) - gap * (residual < 0)
-        coded = symbol.reshape(-1)
-        coder.code(tables, context.reshape(-1), coded, np.broadcast_to(owner, here.shape))
-        coded += gap * (coded > symbols // 2)
-        residual = coded.view(np.int8).reshape(symbol.shape)
-        here[:] = residual + prediction
-        total += (np.abs(residual).view(np.uint8) * scale[t, :live]).sum(0, dtype=np.uint32)
+        own = x[t, :live]
+        prediction = predict_rows(x, reference[t, :live], halves[t, :live])
+        classes = np.clip(row_class[t, :live] + column_class, 0, MAGNITUDE_CLASSES - 1).astype(np.uint8)
+        context = classes + MAGNITUDE_CLASSES * (state[:live] & 1)
+
+        symbol = to_symbol.take((own - prediction).view(np.uint8).reshape(-1))
+        coder.code(tables, context.reshape(-1), symbol, np.broadcast_to(owner, own.shape))
+        residual = from_symbol.take(symbol).view(np.int8).reshape(own.shape)
+        own[:] = residual + prediction
+
+        magnitude = np.abs(residual).view(np.uint8)
+        total += (magnitude * row_scale[t, :live]).sum(0, dtype=np.uint32)
         seen += live
-        column = level(total // seen) - CLASS_OF_ONE
+        column_class = magnitude_class(total // seen) - CLASS_OF_ONE
         if trellis:
-            state = following.take(2 * state + (x[t] & 1).view(np.uint8))
-    counts[:, kept] = tables
+            state = next_state.take(2 * state + (x[t] & 1).view(np.uint8))
+    counts[:, from_symbol] = tables
     return x.transpose(2, 1, 0, 3).reshape(n, -1, cols)[:, :rows]
 
 
-def stream_of(cfg: Config, array: str) -> tuple[str, bool]:
-    """Look up the stream of an array "tensor:codec.part", and whether its rows are sorted: integers have that of their row."""
-    tensor, _, part = array.rpartition(":")
-    how = stored_as(cfg).get(tensor, HALF) if part.endswith(".q") else HALF
-    return how.stream, how.sort_rows
+# Arrays "tensor:codec.part" <-> streams
 
 
-def code_arrays(cfg: Config, arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) -> dict[str, np.ndarray]:
-    """Code every array "tensor:codec.part" with its stream's coder. Returns them.
+def layout(cfg: Config, arrays: Arrays) -> dict[str, StoredAs]:
+    """Look up how each array is kept: integers as the row of their tensor says, all else like HALF."""
+    stored = stored_matrices(cfg)
+    found = dict.fromkeys(arrays, HALF)
+    for name in arrays:
+        tensor, _, part = name.rpartition(":")
+        if part.endswith(".q") and tensor in stored:
+            found[name] = stored[tensor].role.stored
+    return found
 
-    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All other numbers of one
-    kind (the same tensor of every block, codec and part) share theirs.
+
+def code_arrays(cfg: Config, arrays: Arrays, coders: dict[str, RangeCoder]) -> Arrays:
+    """Code every array with its stream's coder. Returns them.
+
+    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All
+    other numbers of one kind (the same tensor of every block, codec and part) share theirs.
     """
-    start, groups, out = gaussian_counts(), {}, dict(arrays)
-    for i, (name, a) in enumerate(arrays.items()):
-        stream = STREAMS.index(stream_of(cfg, name)[0])
+    groups: dict[tuple, list[str]] = {}
+    for name, stored in layout(cfg, arrays).items():
+        a = arrays[name]
         if a.size:
-            kind = (kind_of(name),) if STREAMS[stream] == "rest" else (":trellis." in name, a.shape)
-            groups.setdefault((stream, *kind), []).append((i, name, a))
+            alike = a.shape if stored.stream != "rest" else ()  # matrices are coded side by side
+            key = STREAMS.index(stored.stream), kind_of(name), alike
+            groups.setdefault(key, []).append(name)
+
+    out = dict(arrays)
+    number = {name: i for i, name in enumerate(arrays)}
+    start = gaussian_counts()
     counts = start.copy()
-    for (number, *kind), group in sorted(groups.items()):
-        stream, (owners, names, given) = STREAMS[number], zip(*group, strict=True)
+    for (place, kind, _), names in sorted(groups.items()):
+        stream = STREAMS[place]
+        given = [arrays[name] for name in names]
+        owners = [number[name] for name in names]
         if stream == "rest":
-            sizes, flat = [a.size for a in given], np.concatenate([a.reshape(-1) for a in given])
+            sizes = [a.size for a in given]
+            flat = np.concatenate([a.reshape(-1) for a in given])
             code_numbers(coders[stream], flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
-            coded = [x.reshape(a.shape) for x, a in zip(np.split(flat, np.cumsum(sizes)[:-1]), given, strict=True)]
+            parts = np.split(flat, np.cumsum(sizes)[:-1])
+            coded = [part.reshape(a.shape) for part, a in zip(parts, given, strict=True)]
         else:
             counts = start + (counts - start) // 8
-            coded = code_matrices(coders[stream], counts, np.stack(given), owners, kind[0], stream == TOKEN_STREAM)
+            similar = stream == TOKEN_STREAM
+            trellis = ":trellis." in kind
+            coded = code_matrices(coders[stream], counts, np.stack(given), owners, trellis, similar)
         out |= zip(names, coded, strict=True)
     return out
 
 
-def coded_bits(cfg: Config, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Bits (fp64) that COMPRESSOR=range needs for each array "tensor:codec.part" (int8, int16 or fp16) of an artifact of just these, in
-    their order, without coding anything: what `pack` writes is within 0.1 %, and up to 8 bytes a stream. Tables are shared."""
+def coded_bits(cfg: Config, arrays: Arrays) -> Array:
+    """Count the bits (fp64) that COMPRESSOR=range needs for each array of an artifact of just these, in their
+    order.
+
+    Nothing is coded: what `pack` writes is within 0.1 %, and up to 8 bytes a stream. Tables are shared.
+    """
     counter = RangeCoder(owners=len(arrays))
     code_arrays(cfg, arrays, dict.fromkeys(STREAMS, counter))
     return counter.bits
 
 
-def similarity_order(q: np.ndarray) -> np.ndarray:
-    """Greedy chain of rows: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,).
+def similarity_order(q: Array) -> Array:
+    """Chain rows greedily: from row 0 on, always the nearest unused row in L1, ties to the lowest index.
+    uint16 (rows,).
 
-    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are computed."""
-    rows = torch.from_numpy(q).to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
-    distance, used, order = torch.cdist(rows, rows, p=1).cpu().numpy(), np.zeros(len(q), np.float32), np.zeros(len(q), np.uint16)
+    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are
+    computed.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = torch.from_numpy(q).to(device, torch.float32)
+    distance = torch.cdist(rows, rows, p=1).cpu().numpy()
+    used = np.zeros(len(q), np.float32)
+    row_order = np.zeros(len(q), np.uint16)
     for i in range(1, len(q)):
-        used[order[i - 1]] = np.inf
-        order[i] = (distance[order[i - 1]] + used).argmin()
-    return order
+        last = row_order[i - 1]
+        used[last] = np.inf
+        row_order[i] = (distance[last] + used).argmin()
+    return row_order
 
 
-def byte_planes(a: np.ndarray) -> np.ndarray:
-    """All first bytes, then all second bytes, ...: halves of fp16 compress better apart."""
+def byte_planes(a: Array) -> Array:
+    """View an array as all first bytes, then all second bytes, ...: halves of fp16 compress better apart."""
     return np.ascontiguousarray(a).reshape(-1).view(np.uint8).reshape(a.size, a.itemsize).T
 
 
 def stream_views(
-    cfg: Config, compressor: str, arrays: dict[str, np.ndarray], order_of
-) -> tuple[dict[str, list[np.ndarray]], list]:
-    """What a stream's bytes are when they are not range-coded: uint8 arrays one after another, views of `arrays` to read or to fill in.
+    cfg: Config, compressor: str, arrays: Arrays, order_of: Callable[[Array], Array]
+) -> tuple[dict[str, list[Array]], list]:
+    """Say what a stream's bytes are when they are not range-coded: views of the arrays, uint8, to read or to
+    fill in.
 
-    Integer matrices of `pergroup` are transposed, and copies where a tensor's row says that its rows are sorted: those are returned too, as
-    (matrix, `order_of` it, which is uint16 in stream row_order, its rows in that order). All others are byte planes.
+    lrzip gets matrices transposed, column after column; everything else is byte planes. Where a tensor's row
+    says so, its rows are sorted by `order_of` it, uint16 in stream row_order: such arrays are returned too,
+    as (array, order, its rows in that order, a copy).
     """
-    views, copies = {stream: [] for stream in STREAMS}, []
-    for name, a in arrays.items():
-        stream, sort = stream_of(cfg, name)
-        if stream_coder(compressor, stream) != "lrzip":
-            views[stream].append(byte_planes(a))
+    views = {stream: [] for stream in STREAMS}
+    in_order = []
+    for name, stored in layout(cfg, arrays).items():
+        a = arrays[name]
+        if stream_coder(compressor, stored.stream) != "lrzip":
+            views[stored.stream].append(byte_planes(a))
             continue
-        if sort:
-            copies.append((a, order := order_of(a), a := a[order]))
-            views["row_order"].append(byte_planes(order))
-        views[stream].append(a.view(np.uint8).T)
-    return views, copies
+        if stored.sort_rows:
+            row_order = order_of(a)
+            views["row_order"].append(byte_planes(row_order))
+            rows = a[row_order]
+            in_order.append((a, row_order, rows))
+            a = rows
+        views[stored.stream].append(a.view(np.uint8).T)
+    return views, in_order
 
 
-def encode_streams(cfg: Config, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
-    """Arrays "tensor:codec.part" -> the bytes of every stream."""
+def encode_streams(cfg: Config, arrays: Arrays) -> dict[str, bytes]:
+    """Encode arrays to the bytes of every stream."""
     if cfg.compressor == "range":
         coders = {stream: RangeCoder() for stream in STREAMS}
         code_arrays(cfg, arrays, coders)
-        return {stream: coder.encoder.get_compressed().astype("<u4").tobytes() for stream, coder in coders.items()}
+        return {stream: coder.encoded() for stream, coder in coders.items()}
     views, _ = stream_views(cfg, cfg.compressor, arrays, similarity_order)
-    raw = {stream: b"".join(view.tobytes() for view in own) for stream, own in views.items()}
+
+    def encode(stream: str) -> bytes:
+        raw = b"".join(view.tobytes() for view in views[stream])
+        return CODERS[stream_coder(cfg.compressor, stream)].encode(raw) if raw else b""
+
     with ThreadPoolExecutor() as pool:
-        return dict(zip(raw, pool.map(lambda s: CODERS[stream_coder(cfg.compressor, s)][0](raw[s]) if raw[s] else b"", raw), strict=True))
+        return dict(zip(STREAMS, pool.map(encode, STREAMS), strict=True))
 
 
-def decode_streams(
-    cfg: Config, compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes]
-) -> dict[str, np.ndarray]:
-    """The inverse of `encode_streams`: fills in `arrays` and returns them. Raises ArtifactError or what a coder raises."""
+def decode_streams(cfg: Config, compressor: str, arrays: Arrays, coded: dict[str, bytes]) -> Arrays:
+    """Invert `encode_streams`: fill in `arrays` and return them. Raises ArtifactError or what a coder raises.
+    """
     if compressor == "range":
         return code_arrays(cfg, arrays, {stream: RangeCoder(data) for stream, data in coded.items()})
-    views, copies = stream_views(cfg, compressor, arrays, lambda a: np.zeros(len(a), "<u2"))
-    sizes = {stream: sum(view.size for view in own) for stream, own in views.items()}
-    with ThreadPoolExecutor() as pool:
-        raw = pool.map(lambda s: CODERS[stream_coder(compressor, s)][1](coded[s], sizes[s]) if coded[s] else b"", STREAMS)
-    for stream, data in zip(STREAMS, raw, strict=True):
-        if len(data) != sizes[stream]:
-            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes instead of {sizes[stream]}; make it again")
+
+    def unknown_order(a: Array) -> Array:
+        return np.zeros(len(a), "<u2")
+
+    def decode(stream: str) -> None:
+        size = sum(view.size for view in views[stream])
+        coder = CODERS[stream_coder(compressor, stream)]
+        data = coder.decode(coded[stream], size) if coded[stream] else b""
+        if len(data) != size:
+            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes, expected "
+                                f"{size}; make it again")
         left = io.BytesIO(data)
         for view in views[stream]:
             view[:] = np.frombuffer(left.read(view.size), np.uint8).reshape(view.shape)
-    for a, order, rows in copies:
-        a[order] = rows
+
+    views, in_order = stream_views(cfg, compressor, arrays, unknown_order)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(decode, STREAMS))
+    for a, row_order, rows in in_order:
+        a[row_order] = rows
     return arrays
+
+
+# The artifact: a header and the streams
 
 
 @cache
 def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
-    return {m.name: m.shape for m in matrices(cfg) if m.role.stored is not None}
+    """List names and shapes of the tensors that an artifact of this configuration holds, in their order
+    there."""
+    return {name: matrix.shape for name, matrix in stored_matrices(cfg).items()}
 
 
-def arrays_of(stored: dict[str, QuantizedTensor]) -> dict[str, np.ndarray]:
-    """All parts of all tensors, named "tensor:codec.part"."""
-    return {f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()}
+def arrays_of(stored: dict[str, QuantizedTensor]) -> Arrays:
+    """Name all parts of all tensors "tensor:codec.part"."""
+    arrays = {}
+    for name, tensor in stored.items():
+        for (codec, part), t in tensor.parts.items():
+            arrays[f"{name}:{codec}.{part}"] = t.numpy()
+    return arrays
+
+
+def not_finite(arrays: Arrays) -> str:
+    """Name the arrays with a number that is none; "" if there are none."""
+    return ", ".join(name for name, a in arrays.items() if not np.isfinite(a).all())
+
+
+def parts_in_header(shape: tuple[int, ...], stored: QuantizedTensor) -> list:
+    """List the parts of a tensor, [codec, part, sizes], where a size -1 - i is the tensor's own size i."""
+    listed = []
+    for (codec, part), t in stored.parts.items():
+        sizes = [-1 - shape.index(n) if n in shape else n for n in t.shape]
+        listed.append([codec, part, sizes])
+    return listed
+
+
+def checksum(lengths: bytes, body: bytes) -> bytes:
+    """Hash all of an artifact but its magic and the checksum itself, to 16 bytes."""
+    return hashlib.blake2b(lengths + body, digest_size=16).digest()
 
 
 def pack(cfg: Config, stored: dict[str, QuantizedTensor]) -> bytes:
-    """Tensors -> artifact. Deterministic: the same tensors give the same bytes. Raises RunError if they are not the model's.
+    """Pack tensors into an artifact; the same tensors give the same bytes. Raises RunError if they are not
+    the model's.
 
-    magic "PGA1" | u16 version | u32 header size | 16-byte blake2b of all but the magic and itself | header | streams.
-    The header is brotli-coded JSON: [compressor, MODEL_FIELDS by name, bytes of each stream, kinds, kind of each tensor]. A
-    kind lists the parts of a tensor, [codec, part, sizes]; a size -1 - i is the tensor's own size i. Names and shapes of tensors
-    follow from the model, dtypes from the codec.
+    magic "PGA1" | u16 version | u32 header size | checksum, 16 bytes | header | streams. The header is
+    brotli-coded JSON: [compressor, MODEL_FIELDS by name, bytes of each stream, `parts_in_header` of each
+    tensor]. Names and shapes of tensors follow from the model, dtypes from the codec.
     """
     shapes = tensor_shapes(cfg)
     if shapes.keys() != stored.keys():
-        raise RunError(f"these are not the model's tensors: {', '.join(sorted(shapes.keys() ^ stored.keys()))}")
-    stored = {name: stored[name] for name in shapes}
-    arrays, kinds = arrays_of(stored), [
-        [[codec, part, [-1 - shape.index(n) if n in shape else n for n in t.shape]] for (codec, part), t in s.parts.items()]
-        for shape, s in zip(shapes.values(), stored.values(), strict=True)]
-    if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
-        raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
+        raise RunError("these are not the model's tensors: "
+                       f"{', '.join(sorted(shapes.keys() ^ stored.keys()))}; set the model's own variables")
+    arrays = arrays_of({name: stored[name] for name in shapes})
+    if bad := not_finite(arrays):
+        raise RunError(f"not all finite: {bad}; the weights are no model's, look at the training loss")
     streams = encode_streams(cfg, arrays)
-    distinct = [json.loads(text) for text in dict.fromkeys(map(json.dumps, kinds))]
-    header = [cfg.compressor, {f: getattr(cfg, f) for f in sorted(MODEL_FIELDS)}, [len(data) for data in streams.values()], distinct,
-              [distinct.index(kind) for kind in kinds]]
-    head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
-    body = head + b"".join(streams.values())
-    prefix = struct.pack("<HI", ARTIFACT_VERSION, len(head))
-    return ARTIFACT_MAGIC + prefix + hashlib.blake2b(prefix + body, digest_size=16).digest() + body
+
+    parts = [parts_in_header(shape, stored[name]) for name, shape in shapes.items()]
+    model = {name: getattr(cfg, name) for name in sorted(MODEL_FIELDS)}
+    sizes = [len(data) for data in streams.values()]
+    text = json.dumps([cfg.compressor, model, sizes, parts], separators=(",", ":"))
+    header = brotli.compress(text.encode(), quality=11)
+
+    lengths = struct.pack("<HI", ARTIFACT_VERSION, len(header))
+    body = header + b"".join(streams.values())
+    return ARTIFACT_MAGIC + lengths + checksum(lengths, body) + body
 
 
 class Header(NamedTuple):
     """What an artifact says about itself, nothing of it checked against a model."""
 
-    version: int
     compressor: str
-    model: dict[str, Any]  # MODEL_FIELDS
-    kinds: list  # of tensors, as `pack` writes them
-    chosen: list[int]  # the kind of each tensor
-    sizes: dict[str, int]  # bytes of each stream
-    start: int  # of the first stream
+    model: dict[str, Any]   # MODEL_FIELDS
+    sizes: dict[str, int]   # bytes of each stream
+    parts: list             # of each tensor, as `parts_in_header`
+    start: int              # of the first stream
+    caps: tuple[str, ...]   # scalars behind the network's own tensors, dropped if they are LOGIT_SOFTCAP
+    transposed: tuple[str, ...]  # arrays whose last two axes are swapped
+
+
+LOGIT_CAPS = ("softcap_pos", "softcap_neg")  # of logits of either sign: tensors once, which nobody trained
+VERSION_3_FIELDS = (  # whose values artifacts of version 3 list in this order
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope",
+    "tie_embeddings", "logit_softcap", "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len",
+    "ln_scale", "xsa_last_n", "window_pattern", "window_size", "skip_gates_enabled", "num_loops",
+    "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled",
+    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale",
+    "gate_window", "smear_gate_enabled", "smear_gate_bos_fix", "asym_logit_rescale",
+)
+
+
+def from_version_3(compressor: str, values: list, sizes: list[int], kinds: list, chosen: list[int]) -> tuple:
+    """Say what a header of version 3 says like one of this version, and add the names for `caps` and
+    `transposed`.
+
+    Version 3 listed values without names, each kind of tensor once, and the stream of an untied head. It had
+    two caps of the logits, and parallel_post_lambdas as [lane that receives, sublayer that writes]. Raises
+    ArtifactError.
+    """
+    model = dict(zip(VERSION_3_FIELDS, values, strict=True))
+    for name, known in dict(tie_embeddings=True, parallel_final_lane="mean").items():
+        if model.pop(name) != known:
+            raise ArtifactError(f"the artifact needs another {name.upper()} than {known}, which is all that "
+                                "this script knows: use the script it was written by")
+    caps = LOGIT_CAPS if model.pop("asym_logit_rescale") else ()
+    sizes.pop(STREAMS.index("rest"))  # of the head
+    parts = [kinds[kind] for kind in chosen]
+    return compressor, model, sizes, parts, caps, ("parallel_post_lambdas:float16.w",)
 
 
 def read_header(blob: bytes) -> Header:
-    """Header of an artifact of this version or the one before, checksum verified. Raises ArtifactError."""
-    if blob[:4] != ARTIFACT_MAGIC or len(blob) < 26:
-        raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} in {len(blob)} bytes")
+    """Read the header of an artifact of this version or the one before, its checksum verified. Raises
+    ArtifactError."""
+    if blob[:4] != ARTIFACT_MAGIC or len(blob) < HEADER_START:
+        raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} "
+                            f"in {len(blob)} bytes; set ARTIFACT_DIR to the run's folder")
     version, size = struct.unpack("<HI", blob[4:10])
     if version not in (3, ARTIFACT_VERSION):
-        raise ArtifactError(f"artifact version {version}; this script reads 3 and {ARTIFACT_VERSION}: use the script it was written by")
-    if hashlib.blake2b(blob[4:10] + blob[26:], digest_size=16).digest() != blob[10:26]:
-        raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy or make it again")
+        raise ArtifactError(f"artifact version {version}; this script reads 3 and {ARTIFACT_VERSION}: use "
+                            "the script it was written by")
+    if checksum(blob[4:10], blob[HEADER_START:]) != blob[10:HEADER_START]:
+        raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy "
+                            "it or make it again")
+    start = HEADER_START + size
     try:
-        header = json.loads(brotli.Decompressor().process(blob[26 : 26 + size], output_buffer_limit=1 << 20))
-        compressor, model, sizes, kinds, chosen = header
-        if version < ARTIFACT_VERSION:
-            model = dict(zip(VERSION_3_FIELDS, model, strict=True))
-            sizes.pop(STREAMS.index("rest"))  # of an untied head, before the rest
-        if compressor not in COMPRESSORS or min(sizes) < 0 or 26 + size + sum(sizes) != len(blob):
+        text = brotli.Decompressor().process(blob[HEADER_START:start], output_buffer_limit=1 << 20)
+        header = json.loads(text)
+        header = from_version_3(*header) if version == 3 else (*header, (), ())
+        compressor, model, sizes, parts, caps, transposed = header
+        if compressor not in COMPRESSORS or min(sizes) < 0 or start + sum(sizes) != len(blob):
             raise ValueError("its streams do not fill it")
-        return Header(version, compressor, dict(model), kinds, chosen, dict(zip(STREAMS, sizes, strict=True)), 26 + size)
+        if not isinstance(model, dict):
+            raise ValueError("its variables have no names")
+        sizes = dict(zip(STREAMS, sizes, strict=True))
+        return Header(compressor, model, sizes, parts, start, caps, transposed)
     except HOSTILE as e:
         raise ArtifactError(f"the header of this artifact makes no sense: {e!r}; make it again") from None
 
 
-def check_model_fields(cfg: Config, saved: dict) -> None:
-    """Raises ArtifactError naming every variable by which this run differs from the one that wrote the artifact. A variable
-    younger than the artifact had its default."""
-    values = [(f.name, saved.get(f.name, f.default), getattr(cfg, f.name)) for f in fields(Config) if f.name in MODEL_FIELDS]
-    differ = [f"{name.upper()}: artifact {theirs}, this run {ours}" for name, theirs, ours in values if theirs != ours]
+def check_model_fields(cfg: Config, saved: dict[str, Any]) -> None:
+    """Compare the variables of a header, `saved`, with this run's. Raises ArtifactError naming every one that
+    differs.
+
+    A variable younger than the artifact had its default; one that this script does not know differs.
+    """
+    expected = {f.name: f.default for f in fields(Config) if f.name in MODEL_FIELDS} | saved
+    differ = []
+    for name, theirs in expected.items():
+        if name not in MODEL_FIELDS:
+            differ.append(f"{name.upper()}: artifact {theirs}, unknown to this script")
+        elif theirs != getattr(cfg, name):
+            differ.append(f"{name.upper()}: artifact {theirs}, this run {getattr(cfg, name)}")
     if differ:
-        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run that wrote it")
+        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these "
+                            "variables as in the run that wrote it, or use its script")
 
 
-def stored_shapes(cfg: Config, header: Header) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of an artifact, in their order there. Version 3 had two caps that nobody trained, behind the
-    network's own tensors."""
+def empty_arrays(cfg: Config, header: Header) -> Arrays:
+    """Make the arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of
+    known codecs, as large as the model's tensors allow."""
     shapes = tensor_shapes(cfg)
-    if not header.model.get("asym_logit_rescale"):
-        return shapes
-    own = {name: shape for name, shape in shapes.items() if "." not in name}
-    return own | dict(softcap_pos=(), softcap_neg=()) | shapes
-
-
-def from_version_3(cfg: Config, model: dict, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays as this version has them: without the two caps, and with the lambdas of the two lanes by (sublayer, lane)."""
-    gone = dict(tie_embeddings=True, parallel_final_lane="mean")
-    caps = [arrays.pop(name, np.half(cfg.logit_softcap)) for name in ("softcap_pos:float16.w", "softcap_neg:float16.w")]
-    if any(model[name] != value for name, value in gone.items()) or any(cap != np.half(cfg.logit_softcap) for cap in caps):
-        raise ValueError("it has an untied head, a single final lane or caps of its own, which only the script it was written by knows")
-    lambdas = "parallel_post_lambdas:float16.w"
-    return arrays | {lambdas: arrays[lambdas].swapaxes(1, 2)} if lambdas in arrays else arrays
-
-
-def empty_arrays(cfg: Config, header: Header) -> dict[str, np.ndarray]:
-    """The arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of known codecs, as large as
-    the model's tensors allow."""
-    out: dict[str, np.ndarray] = {}
-    for (name, shape), chosen in zip(stored_shapes(cfg, header).items(), header.chosen, strict=True):
+    if header.caps:  # they were the last of the network's own tensors
+        own = {name: shape for name, shape in shapes.items() if "." not in name}
+        shapes = own | dict.fromkeys(header.caps, ()) | shapes
+    arrays: Arrays = {}
+    for (name, shape), parts in zip(shapes.items(), header.parts, strict=True):
+        if not parts:
+            raise ValueError(f"{name} has no parts")
         room = 4 * math.prod(shape) + 16  # integers, low-rank factors and scales
-        for codec, part, sizes in header.kinds[chosen]:
-            sizes = [shape[-1 - n] if n < 0 else n for n in sizes]
+        for codec, part, sizes in parts:
+            array = f"{name}:{codec}.{part}"
+            sizes = tuple(shape[-1 - n] if n < 0 else n for n in sizes)
             room -= math.prod(sizes)
-            if room < 0 or f"{name}:{codec}.{part}" in out or (part in ("q", "w") and tuple(sizes) != shape):
+            is_whole = sizes == shape or part not in ("q", "w")
+            if room < 0 or array in arrays or not is_whole:
                 raise ValueError(f"{name}, of shape {shape}, can not have {codec}.{part} of shape {sizes}")
-            out[f"{name}:{codec}.{part}"] = np.zeros(sizes, "<" + CODEC_PARTS[codec][part])
-    return out
+            arrays[array] = np.zeros(sizes, "<" + CODEC_PARTS[codec][part])
+    return arrays
 
 
 def unpack(cfg: Config, blob: bytes) -> dict[str, QuantizedTensor]:
-    """Artifact -> tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes, and never needs more memory than the
-    integers of four such models."""
+    """Unpack an artifact into its tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes,
+    and never needs more memory than the integers of four such models."""
     header = read_header(blob)
     check_model_fields(cfg, header.model)
-    ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
+    streams = io.BytesIO(blob[header.start :])
     try:
-        coded = {stream: blob[start:end] for stream, (start, end) in zip(STREAMS, pairwise(ends), strict=True)}
+        coded = {stream: streams.read(size) for stream, size in header.sizes.items()}
         arrays = decode_streams(cfg, header.compressor, empty_arrays(cfg, header), coded)
-        if header.version < ARTIFACT_VERSION:
-            arrays = from_version_3(cfg, header.model, arrays)
-        if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
-            raise ValueError(f"not all finite: {', '.join(bad)}")
+        if bad := not_finite(arrays):
+            raise ValueError(f"not all finite: {bad}")
     except HOSTILE as e:
         raise ArtifactError(f"this artifact makes no sense: {e!r}; make it again") from None
-    out: dict[str, QuantizedTensor] = {name: QuantizedTensor({}) for name in tensor_shapes(cfg)}
+
+    out: dict[str, QuantizedTensor] = {}
     for name, a in arrays.items():
         tensor, _, part = name.rpartition(":")
-        out[tensor].parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
+        if tensor in header.caps:
+            check_cap(cfg, "the artifact", tensor, a)
+            continue
+        a = a.swapaxes(1, 2) if name in header.transposed else a
+        stored = out.setdefault(tensor, QuantizedTensor({}))
+        stored.parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
     return out
 
 
+def check_cap(cfg: Config, file: Any, name: str, cap: Array) -> None:
+    """Check that a cap of the logits, a tensor of its own once, is LOGIT_SOFTCAP. Raises ArtifactError."""
+    if (cap.astype(float) != cfg.logit_softcap).any():
+        raise ArtifactError(f"{file} has {name} {cap}, this run LOGIT_SOFTCAP={cfg.logit_softcap:g} for "
+                            "logits of both signs: set it to that, or use the script it was written by")
+
+
 def bytes_by_part(blob: bytes) -> dict[str, int]:
-    """Bytes of each stream of an artifact, and of its header; they add up to its size."""
+    """Count the bytes of each stream of an artifact, and of its header; they add up to its size."""
     header = read_header(blob)
     return dict(header=header.start, **header.sizes)
 
 
 def load_artifact(cfg: Config, world: World, path: Path, kernels: Kernels = DEFINITIONS) -> GPT:
-    """The model that the bytes on disk stand for. Raises ArtifactError."""
+    """Load the model that the bytes on disk stand for. Raises ArtifactError."""
     model = GPT(cfg, world.dtype, kernels)
     try:
         model.load_state_dict(dequantized_state(cfg, unpack(cfg, path.read_bytes())))
     except OSError as e:
-        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
-    except (LookupError, RuntimeError, ValueError) as e:
+        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the "
+                            "run's folder") from None
+    except (*HOSTILE, RuntimeError) as e:
         raise ArtifactError(f"{path} does not hold the tensors of this model: {e}; make it again") from None
     return model.to(world.device).requires_grad_(False)
 
 
-def load_weights(cfg: Config, path: Path) -> dict[str, Tensor]:
-    """State dict from final_model.pt, ours or a published one, which has no format number. Raises RunError."""
-    state = load_tensors(path, "cpu")
-    if isinstance(state, dict) and "format" in state:
-        if state["format"] != CHECKPOINT_FORMAT:
-            raise RunError(f"{path} has format {state['format']}, this script reads {CHECKPOINT_FORMAT}: use the script it was written by")
-        return state["model"]
+# Final_model.pt
+
+
+def checkpoint_state(cfg: Config, path: Path, saved: Any) -> dict[str, Tensor]:
+    """Find the state dict in what final_model.pt holds, ours or a published one. Raises RunError.
+
+    Without a format number it is a published one, whose parallel_post_lambdas are [sublayer that writes, lane
+    that receives], or one of ours of old, which had them the other way round.
+    """
+    if "format" in saved:
+        if saved["format"] != CHECKPOINT_FORMAT:
+            raise RunError(f"{path} has format {saved['format']}, this script reads {CHECKPOINT_FORMAT}: use "
+                           "the script it was written by")
+        return saved["model"]
     ledger = path.with_name("ledger.jsonl")
-    trained_here = ledger.exists() and any('"phase"' in line and '"train"' in line for line in ledger.open())
-    if trained_here and "parallel_post_lambdas" in state:
-        raise RunError(f"{path} was written by an older version of this script, with parallel_post_lambdas transposed: train again, or "
-                       f"save dict(format={CHECKPOINT_FORMAT}, model=state) with state['parallel_post_lambdas'].mT in its place")
-    caps = [state.pop(name).item() for name in ("softcap_pos", "softcap_neg") if name in state]
-    if any(cap != cfg.logit_softcap for cap in caps):
-        raise RunError(f"{path} has the caps {caps}, this run LOGIT_SOFTCAP={cfg.logit_softcap:g} for logits of both signs")
-    return state
+    lines = ledger.read_bytes().splitlines() if ledger.exists() else []
+    trained_here = any(b'"phase"' in line and b'"train"' in line for line in lines)
+    if trained_here and "parallel_post_lambdas" in saved:
+        raise RunError(f"{path} was written by an older version of this script, with parallel_post_lambdas "
+                       f"transposed: train again, or save dict(format={CHECKPOINT_FORMAT}, model=state) with "
+                       "state['parallel_post_lambdas'].mT in its place")
+    for name in saved.keys() & {*LOGIT_CAPS}:
+        check_cap(cfg, path, name, saved[name].float().numpy())
+    return {name: t for name, t in saved.items() if name not in LOGIT_CAPS}
 
 
 def load_checkpoint_model(cfg: Config, world: World, path: Path, kernels: Kernels = DEFINITIONS) -> GPT:
-    """A model from final_model.pt, ours or a published one. Raises RunError."""
-    state = load_weights(cfg, path)
+    """Load a model from final_model.pt, ours or a published one. Raises RunError."""
+    saved = load_tensors(path, "cpu")
     model = GPT(cfg, world.dtype, kernels)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as e:
+        model.load_state_dict(checkpoint_state(cfg, path, saved))
+    except (AttributeError, LookupError, RuntimeError, TypeError) as e:
         raise RunError(f"{path} does not fit this configuration: {e}") from None
     return model.to(world.device)
 
@@ -4114,138 +5005,300 @@ def load_checkpoint_model(cfg: Config, world: World, path: Path, kernels: Kernel
 # ==================================================================================================
 
 class Pruning:
-    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first; what one costs is the square of
-    the weight it stands for. `code_bits` predicts, without a coder, how many bits a number of zeros leaves."""
+    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first.
 
-    def __init__(self, stored: dict[str, QuantizedTensor]):
-        self.stored, self.names = stored, [name for name, s in stored.items() if ("gptq", "q") in s.parts]
-        matrices = [{part: t for (codec, part), t in stored[name].parts.items() if codec == "gptq"} for name in self.names]
+    What one costs is the square of the weight it stands for. `code_bits` predicts, without a coder, how many
+    bits a number of zeros leaves.
+    """
+
+    def __init__(self, stored: Quantized):
+        self.stored = stored
+        self.names = [name for name, t in stored.items() if ("gptq", "q") in t.parts]
+        matrices = [stored[name].parts_of("gptq") for name in self.names]
         self.q = torch.cat([parts["q"].flatten() for parts in matrices])
         self.sizes = [parts["q"].numel() for parts in matrices]
+
         ones = (self.q.abs() == 1).nonzero()[:, 0]
         cost = torch.cat([Gptq.decode(parts).flatten() for parts in matrices])[ones].square()
-        self.order = ones[cost.argsort(stable=True)]
-        owner = torch.repeat_interleave(torch.arange(len(matrices)), torch.tensor(self.sizes))
-        self.counts = torch.bincount(256 * owner + self.q + 128, minlength=256 * len(matrices)).view(-1, 256)
-        self.bins = 256 * owner[self.order] + self.q[self.order] + 128
+        self.ranked = ones[cost.argsort(stable=True)]
+
+        owner = torch.arange(len(matrices)).repeat_interleave(torch.tensor(self.sizes))
+        bins = 256 * owner + self.q + 128  # by matrix and integer
+        self.counts = torch.bincount(bins, minlength=256 * len(matrices)).view(-1, 256)
+        self.bins = bins[self.ranked]
 
     def code_bits(self, count: int) -> float:
-        """Entropy of the integers, matrix by matrix, once the cheapest `count` are zero."""
+        """Compute the entropy of the integers, matrix by matrix, once the cheapest `count` are zero."""
         moved = torch.bincount(self.bins[:count], minlength=self.counts.numel()).view_as(self.counts)
         p = (self.counts - moved).double()
         p[:, 128] += moved.sum(1)
-        return (torch.special.xlogy(p, p.sum(1, keepdim=True)) - torch.special.xlogy(p, p)).sum().item() / math.log(2)
+        nats = torch.special.xlogy(p, p.sum(1, keepdim=True)) - torch.special.xlogy(p, p)
+        return nats.sum().item() / math.log(2)
 
     def zeros_for(self, bits: float) -> int:
-        """The fewest zeros that leave at most so many bits; all of them if none do."""
-        return bisect.bisect_left(range(len(self.order)), -bits, key=lambda count: -self.code_bits(count))
+        """Find the fewest zeros that leave at most so many bits; all of them if none do."""
+        return bisect.bisect_left(range(len(self.ranked)), -bits, key=lambda count: -self.code_bits(count))
 
-    def apply(self, count: int) -> dict[str, QuantizedTensor]:
-        """The tensors with the cheapest `count` integers zeroed."""
+    def apply(self, count: int) -> Quantized:
+        """Return the tensors with the cheapest `count` integers zeroed."""
         q = self.q.clone()
-        q[self.order[:count]] = 0
-        new = {name: t.view_as(self.stored[name].parts["gptq", "q"]) for name, t in zip(self.names, q.split(self.sizes), strict=True)}
-        return self.stored | {name: QuantizedTensor(self.stored[name].parts | {("gptq", "q"): t}) for name, t in new.items()}
+        q[self.ranked[:count]] = 0
+        out = dict(self.stored)
+        for name, flat in zip(self.names, q.split(self.sizes), strict=True):
+            parts = self.stored[name].parts
+            pruned = flat.view_as(parts["gptq", "q"])
+            out[name] = self.stored[name]._replace(parts=parts | {("gptq", "q"): pruned})
+        return out
 
 
-def pack_to_fit(cfg: Config, stored: dict[str, QuantizedTensor], code_bytes: int, log: Log) -> tuple[dict[str, QuantizedTensor], bytes]:
-    """`pack`; with QUANT=s05 pruned until artifact and script have at most TARGET_BYTES. Size is nearly linear in the entropy of the
-    integers, so at most three more packs come within 0.05 % (COMPRESSOR=range) or 0.5 %. Raises RunError naming the smallest size."""
-    blob, target, packs, fit = pack(cfg, stored), cfg.target_bytes - code_bytes, 0, None
-    if cfg.quant != "s05" or not cfg.target_bytes or len(blob) <= target:
+class Point(NamedTuple):
+    """Predicted bits of the integers, and the bytes that came of them."""
+
+    bits: float
+    size: float
+
+
+def prune_to_fit(
+    cfg: Config, stored: Quantized, code_bytes: int, log: Log
+) -> tuple[Quantized, bytes]:
+    """Pack, pruned until artifact and script have at most TARGET_BYTES; 0 prunes nothing.
+
+    Size is nearly linear in the entropy of the integers, so at most three more packs come within 0.05 %
+    (COMPRESSOR=range) or 0.5 %. Raises RunError naming the smallest size.
+    """
+    blob = pack(cfg, stored)
+    target = cfg.target_bytes - code_bytes
+    if not cfg.target_bytes or len(blob) <= target:
         return stored, blob
+
     pruning = Pruning(stored)
-    over, under = (pruning.code_bits(0), len(blob)), None  # (bits of the integers, bytes): the points nearest to the target so far
-    while fit is None or (packs < 3 and len(fit[1]) < 0.9995 * target):
-        bits_per_byte = (over[0] - under[0]) / (over[1] - under[1]) if under else over[0] / over[1] * (1 + packs / 2)
-        count = pruning.zeros_for(over[0] - (over[1] - 0.9998 * target) * bits_per_byte)
-        tried, packs = pruning.apply(count), packs + 1
-        blob = pack(cfg, tried)
-        log(f"prune: {count} of {len(pruning.order)} integers +-1 to zero, {len(blob)} bytes of {target} beside the script")
-        if len(blob) <= target:
-            under, fit = (pruning.code_bits(count), len(blob)), (tried, blob)
-        elif count == len(pruning.order):
-            raise RunError(f"TARGET_BYTES={cfg.target_bytes}: every +-1 at zero leaves {len(blob) + code_bytes} bytes, {code_bytes} "
-                           "of them the script: lower MATRIX_BITS, or ship the packed script (tools/pack_code.py)")
+    over, under = Point(pruning.code_bits(0), len(blob)), None  # the points nearest to the target so far
+    fit, packs = None, 0
+    while fit is None or (packs < 3 and under.size < 0.9995 * target):
+        bits_per_byte = over.bits / over.size * (1 + packs / 2)
+        if under:
+            bits_per_byte = (over.bits - under.bits) / (over.size - under.size)
+        count = pruning.zeros_for(over.bits - (over.size - 0.9998 * target) * bits_per_byte)
+        pruned = pruning.apply(count)
+        blob = pack(cfg, pruned)
+        packs += 1
+        zeros = f"{count} of {len(pruning.ranked)} integers +-1 to zero"
+        log(f"prune: {zeros}, {len(blob)} bytes of {target} beside the script")
+
+        point = Point(pruning.code_bits(count), len(blob))
+        if point.size <= target:
+            under, fit = point, (pruned, blob)
+        elif count < len(pruning.ranked):
+            over = point
         else:
-            over = pruning.code_bits(count), len(blob)
+            raise RunError(
+                f"TARGET_BYTES={cfg.target_bytes}: every +-1 at zero leaves {len(blob) + code_bytes} bytes, "
+                f"{code_bytes} of them the script: lower MATRIX_BITS, or ship the packed script "
+                "(tools/pack_code.py)")
     return fit
+
+
+class Pass(NamedTuple):
+    """One artifact of a search."""
+
+    size: int  # bytes with the script
+    matrices: Quantized
+    blob: bytes
+
+
+class StepSearch:
+    """QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs
+    fewer.
+
+    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes
+    within 0.2 % on both sides of the target end the search: some matrices from the finer pass, the others
+    from the coarser, as many as fit.
+    """
+
+    def __init__(self, cfg: Config, tensors: Tensors, plan: RateDistortion, code_bytes: int):
+        self.cfg, self.tensors = cfg, tensors
+        self.plan, self.code_bytes = plan, code_bytes
+        self.target = cfg.target_bytes or math.inf
+        self.coarsest = plan.delta(max(100.0, cfg.rd_loss))
+        bits = plan.bits(plan.finest)
+        others = sum(t.numel() for t in tensors.values()) - plan.weights
+        guess = Point(bits, code_bytes + bits / 8 + 2 * others)  # two bytes a number outside the matrices
+        self.points = [guess]  # and one for each pass so far
+
+    def attempt(self, matrices: Quantized) -> Pass:
+        """Pack the model with these matrices."""
+        blob = pack(self.cfg, complete(self.cfg, self.tensors, matrices))
+        return Pass(len(blob) + self.code_bytes, matrices, blob)
+
+    def next_delta(self) -> tuple[float, float]:
+        """Choose the delta of the next pass, and predict its size."""
+        plan, last = self.plan, self.points[-1]
+        slope = 1 / 8
+        if len(self.points) > 2:
+            before = self.points[-2]
+            if last.bits != before.bits:
+                slope = (last.size - before.size) / (last.bits - before.bits)
+                slope = min(max(slope, 1 / 16), 1 / 4)
+
+        delta = plan.finest
+        if last.size > self.target or len(self.points) > 1:
+            missing = 0.99975 * self.target - last.size
+            delta = max(plan.delta_for(last.bits + missing / slope), plan.finest)
+            delta = min(delta, self.coarsest)
+        return delta, last.size + slope * (plan.bits(delta) - last.bits)
+
+    def bracket(self, log: Log) -> tuple[Pass | None, Pass]:
+        """Find the last pass over the target, if any, and the last one that fits.
+
+        Raises RunError naming the smallest size when even steps that destroy the model do not fit.
+        """
+        over = under = None
+        against = f", TARGET_BYTES {self.target}" if self.cfg.target_bytes else ""
+        close = False
+        while len(self.points) < 12 and not close:
+            delta, expected = self.next_delta()
+            tried = self.attempt(self.plan.encode(delta))
+            self.points.append(Point(self.plan.bits(delta), tried.size))
+            log(f"rd: predicted loss {self.plan.loss(delta):.5f}, {tried.size} bytes with the script, "
+                f"predicted {expected:.0f}{against}")
+            if tried.size <= self.target:
+                under = tried
+            else:
+                over = tried
+            close = delta == (self.plan.finest if under else self.coarsest)
+            if under:
+                close |= under.size > 0.9995 * self.target
+            if under and over:
+                close |= over.size - under.size < 0.002 * self.target
+        if not under:
+            raise RunError(
+                f"TARGET_BYTES={self.target}: the smallest reachable size is {tried.size} bytes, "
+                f"{self.code_bytes} of them the script; make the model smaller, or ship the packed script "
+                "(tools/pack_code.py)")
+        return over, under
+
+    def mix(self, over: Pass, under: Pass) -> Pass:
+        """Take as many matrices of the finer pass as fit, by bisection.
+
+        Matrices are of unequal size: another order of them may end closer to the target, so up to eight are
+        tried.
+        """
+        names, coarse = list(under.matrices), under.matrices
+        for turn in range(min(8, len(names))):
+            ranked = names[turn:] + names[:turn]
+            low, high = 0, len(names)
+            while under.size <= 0.9995 * self.target and high - low > 1:
+                middle = (low + high) // 2
+                fine = {name: over.matrices[name] for name in ranked[:middle]}
+                tried = self.attempt(coarse | fine)
+                if tried.size > self.target:
+                    high = middle
+                else:
+                    low = middle
+                    under = tried if tried.size > under.size else under
+        return under
+
+
+Fitted = tuple[Quantized, bytes]  # the tensors, and the artifact of them
+
+
+def fit_as_encoded(
+    cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any
+) -> Fitted:
+    """Take whatever size comes of the scheme's bits and grids."""
+    stored = quantize(cfg, state, hessians, log)
+    return stored, pack(cfg, stored)
+
+
+def fit_by_pruning(
+    cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any
+) -> Fitted:
+    """Prune if need be."""
+    return prune_to_fit(cfg, quantize(cfg, state, hessians, log), code_bytes, log)
+
+
+def fit_by_steps(
+    cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any
+) -> Fitted:
+    """Search the delta that all steps depend on."""
+    tensors = unbank(cfg, state)
+    plan = RateDistortion(cfg, tensors, hessians, search)
+    steps = StepSearch(cfg, tensors, plan, code_bytes)
+    over, best = steps.bracket(log)
+    if over:
+        best = steps.mix(over, best)
+    stored = complete(cfg, tensors, best.matrices)
+    log_codecs(cfg, stored, log)
+    return stored, best.blob
+
+
+def size_of(cfg: Config, tensors: Tensors, quantized: Quantized, code_bytes: int) -> float:
+    """Predict the bytes of artifact and script by `coded_bits`."""
+    stored = complete(cfg, tensors, quantized)
+    return code_bytes + coded_bits(cfg, arrays_of(stored)).sum() / 8
+
+
+def forecast_as_encoded(cfg: Config, tensors: Tensors, hessians: Hessians, code_bytes: int) -> str:
+    """Forecast the size that comes of the scheme's bits and grids."""
+    size = size_of(cfg, tensors, scheme_of(cfg).encode(cfg, tensors, hessians), code_bytes)
+    return f"{size:.0f} bytes with the script"
+
+
+def forecast_steps(cfg: Config, tensors: Tensors, hessians: Hessians, code_bytes: int) -> str:
+    """Forecast the size without the trellis, on steps that err as much, and the loss if that is more than
+    TARGET_BYTES."""
+    plan = RateDistortion(cfg, tensors, hessians)
+    size = size_of(cfg, tensors, plan.encode(plan.finest, scalar_rounding), code_bytes)
+    text = f"{size:.0f} bytes with the script for RD_LOSS {cfg.rd_loss:g}"
+    if 0 < cfg.target_bytes < size:
+        delta = plan.delta_for(plan.bits(plan.finest) + 8 * (cfg.target_bytes - size))
+        text += f"; at TARGET_BYTES {cfg.target_bytes} the predicted loss is {plan.loss(delta):.5f}"
+    return text
+
+
+BUDGETS = {  # how a scheme meets a size, and how it forecasts one
+    S14: (fit_as_encoded, forecast_as_encoded),
+    S05: (fit_by_pruning, forecast_as_encoded),
+    Rd: (fit_by_steps, forecast_steps),
+}
 
 
 @torch.no_grad()
 @full_fp32()
 def quantize_to_fit(
-    cfg: Config, state: dict[str, Tensor], hessians: Hessians, code_bytes: int, log, search=None
-) -> tuple[dict[str, QuantizedTensor], bytes]:
-    """`quantize` and `pack`. QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs fewer.
+    cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Callable | None = None
+) -> tuple[Quantized, bytes]:
+    """Quantize and pack, so that artifact and script fit into TARGET_BYTES. Returns the tensors and the
+    artifact.
 
-    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes within 0.2 % on both sides of
-    the target end the search: the first matrices from the finer pass, the others from the coarser, as many as fit. Raises RunError
-    naming the smallest size when even steps that destroy the model do not fit.
+    code_bytes: of the script; search: `viterbi` or an equal. Raises RunError naming the smallest size when
+    nothing fits.
     """
-    if cfg.quant != "rd":
-        return pack_to_fit(cfg, quantize(cfg, state, hessians, log), code_bytes, log)
-    tensors, quiet = unbank(cfg, state), lambda line: None
-    plan = RateDistortion(gptq_inputs(cfg, tensors), hessians, search)
-    target, finest, coarsest = cfg.target_bytes or math.inf, plan.delta(cfg.rd_loss), plan.delta(max(100.0, cfg.rd_loss))
-
-    def attempt(matrices: dict[str, QuantizedTensor]) -> tuple[int, dict[str, QuantizedTensor], bytes]:
-        blob = pack(cfg, quantize(cfg, state, hessians, quiet, matrices))
-        return len(blob) + code_bytes, matrices, blob
-
-    over, under, delta = None, None, finest
-    # (what the formula gives, size) of the passes so far; the first is a guess: two bytes for every number outside the matrices.
-    known = [(plan.bits(finest), code_bytes + plan.bits(finest) / 8 + 2 * (sum(t.numel() for t in tensors.values()) - plan.weights))]
-    while len(known) < 12:
-        (bits, size), slope = known[-1], 1 / 8
-        if len(known) > 2 and bits != known[-2][0]:
-            slope = min(max((size - known[-2][1]) / (bits - known[-2][0]), 1 / 16), 1 / 4)
-        if size > target or len(known) > 1:
-            delta = min(max(plan.delta_for(bits + (0.99975 * target - size) / slope), finest), coarsest)
-        expected = size + slope * (plan.bits(delta) - bits)
-        tried = attempt(plan(delta))
-        known.append((plan.bits(delta), tried[0]))
-        log(f"rd: predicted loss {cfg.rd_loss * (delta / finest) ** 2:.5f}, {tried[0]} bytes with the script, predicted {expected:.0f}"
-            + (f", TARGET_BYTES {target}" if cfg.target_bytes else ""))
-        over, under = (over, tried) if tried[0] <= target else (tried, under)
-        near = under and (under[0] > 0.9995 * target or (over and over[0] - under[0] < 0.002 * target))
-        if near or delta == (finest if under else coarsest):
-            break
-    if not under:
-        raise RunError(f"TARGET_BYTES={target}: the smallest reachable size is {tried[0]} bytes, {code_bytes} of them the script; "
-                       "make the model smaller, or ship the packed script (tools/pack_code.py)")
-    fine, coarse, names = over and over[1], under[1], list(under[1])
-    for turn in range(min(8, len(names)) if over else 0):  # matrices are of unequal size: another order may end closer to the target
-        order, low, high = names[turn:] + names[:turn], 0, len(names)
-        while under[0] <= 0.9995 * target and high - low > 1:
-            middle = (low + high) // 2
-            tried = attempt({name: (fine if name in order[:middle] else coarse)[name] for name in names})
-            low, high = (middle, high) if tried[0] <= target else (low, middle)
-            under = tried if under[0] < tried[0] <= target else under
-    return quantize(cfg, state, hessians, log, under[1]), under[2]
+    fit, _ = BUDGETS[scheme_of(cfg)]
+    return fit(cfg, state, hessians, code_bytes, log, search)
 
 
 @torch.no_grad()
 @full_fp32()
-def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor], tokens: np.ndarray, code_bytes: int) -> str:
-    """The size that an artifact of these weights would have, with the script: calibrated on one micro-batch, measured by `coded_bits`.
-    QUANT=rd without the trellis, on steps that err as much. Changes neither the model nor a random generator."""
-    live, hessians, parts, quiet = dict(model.named_parameters()), Hessians(), calibration_parts(cfg), lambda line: None
-    weights = {name: t.detach().to(live[name].dtype).clone().requires_grad_() for name, t in state.items()}
+def forecast_size(
+    cfg: Config, world: World, model: GPT, state: Tensors, tokens: np.ndarray, code_bytes: int
+) -> str:
+    """Forecast the size that an artifact of these weights would have, with the script, calibrated on one
+    micro-batch.
+
+    Changes neither the model nor a random generator.
+    """
+    live = dict(model.named_parameters())
+    weights = {}
+    for name, t in state.items():
+        weights[name] = t.detach().to(live[name].dtype).clone().requires_grad_()
+    hessians = Hessians()
+    parts = calibration_parts(cfg)
+    n = (len(tokens) - 1) // parts
     for k in range(parts):
-        n = (len(tokens) - 1) // parts
         calibrate(cfg, world, model, weights, tokens[k * n : (k + 1) * n + 1], hessians)
-    plan = matrices = None
-    if cfg.quant == "rd":
-        plan, wide = RateDistortion(gptq_inputs(cfg, unbank(cfg, weights)), hessians), math.sqrt(12 * TRELLIS_ERROR)
-        matrices = plan(finest := plan.delta(cfg.rd_loss), lambda x, _: ((q := (x / wide).round().clamp(-127, 127)), q * wide))
-    stored = quantize(cfg, weights, hessians, quiet, matrices)
-    bits = coded_bits(cfg, arrays_of(stored))
-    size, text = code_bytes + bits.sum() / 8, f" for RD_LOSS {cfg.rd_loss:g}" if plan else ""
-    if plan and 0 < cfg.target_bytes < size:
-        delta = plan.delta_for(plan.bits(finest) + 8 * (cfg.target_bytes - size))
-        text += f"; at TARGET_BYTES {cfg.target_bytes} the predicted loss is {cfg.rd_loss * (delta / finest) ** 2:.5f}"
-    return f"predicted_size: {size:.0f} bytes with the script{text}"
+    _, forecast = BUDGETS[scheme_of(cfg)]
+    return f"predicted_size: {forecast(cfg, unbank(cfg, weights), hessians, code_bytes)}"
 
 
 # ==================================================================================================
@@ -4253,10 +5306,11 @@ def forecast_size(cfg: Config, world: World, model: GPT, state: dict[str, Tensor
 # ==================================================================================================
 
 class Ledger:
-    """Keep the account of a run, line by line: {"n", "prev", "kind", .., "hash"}, where "prev" is the hash of the line before.
+    """Keep the account of a run, line by line: {"n", "prev", "kind", .., "hash"}; "prev" is the hash of the
+    line before.
 
-    An edit breaks the chain. A later stage in the same folder goes on behind the last line. Without a path, as on all ranks but
-    the first, nothing is kept.
+    An edit breaks the chain. A later stage in the same folder goes on behind the last line. Without a path,
+    as on all ranks but the first, nothing is kept.
     """
 
     def __init__(self, path: Path | None):
@@ -4270,7 +5324,8 @@ class Ledger:
                 self.lines = entry["n"] + 1
                 self.last = entry["hash"]
             except (OSError, ValueError, LookupError, TypeError):
-                raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose another ARTIFACT_DIR") from None
+                raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose "
+                               "another ARTIFACT_DIR") from None
 
     @staticmethod
     def digest(entry: dict) -> str:
@@ -4290,57 +5345,8 @@ class Ledger:
             with self.path.open("a") as f:
                 f.write(json.dumps(entry, separators=(",", ":")) + "\n")
         except OSError as e:
-            raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another ARTIFACT_DIR") from None
-
-
-class AccessLog:
-    """Log what Python opens, connects to and starts within `with`, and refuse training data: opening a training shard is a RunError.
-
-    It is an audit hook and cannot be removed, so a process has one: `access_log()`.
-    """
-
-    def __init__(self):
-        self.on = False
-        self.seen: list[tuple[str, Any]] = []
-        sys.addaudithook(self.hook)
-
-    def hook(self, event: str, args: tuple) -> None:
-        """Take down an event. Raises RunError where a training shard is opened."""
-        if not self.on or event not in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
-            return
-        what = args[1] if event == "socket.connect" else args[0]
-        self.seen.append((event, what))
-        if event == "open" and not isinstance(what, int) and Path(os.fsdecode(what)).name.startswith("fineweb_train_"):
-            raise RunError(f"{os.fsdecode(what)}: training data was about to be read in an evaluation: a bug, please report it")
-
-    def __enter__(self) -> AccessLog:
-        self.on = True
-        self.seen = []
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.on = False
-
-    def unexpected(self, data: Path, own_files: list[Path]) -> list[list[str]]:
-        """List [event, file, host or program], each once: no file of the run, of Python or of the system, but any other beside the data."""
-        system = (sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
-        own, software = (tuple(str(Path(path).resolve()) for path in paths) for paths in (own_files, (*system, Path(__file__).parent)))
-        beside_the_data = f"{data.resolve()}{os.sep}"
-        found = {}
-        for event, what in self.seen:
-            if event == "open" and isinstance(what, int):
-                continue  # it is open already
-            name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what or "")
-            if event == "open":
-                name = str(Path(name).resolve())
-                known = name.startswith(software) and not name.startswith(beside_the_data)
-                if known or name.startswith(own) or ".cache/" in name:
-                    continue
-            found[event, name] = None
-        return [list(entry) for entry in found]
-
-
-access_log = cache(AccessLog)
+            raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another "
+                           "ARTIFACT_DIR") from None
 
 
 class Score(NamedTuple):
@@ -4353,20 +5359,23 @@ class Score(NamedTuple):
 
 
 def graded(forward, tokens: Tensor, hints: Tensor | None, boost: float) -> tuple[Tensor, Tensor]:
-    """Grade tokens (B, n) or (B, n, K) twice: nats as the model sees them, to learn from, and nats that count. forward(tokens) -> nats.
+    """Grade tokens (B, n) or (B, n, K) twice: nats as the model sees them, to learn from, and nats that
+    count.
 
-    The two differ where there is a hint, (B, n), -1 = none: its probability q is multiplied by e^boost and all probabilities are
-    divided by their new sum, 1 + q (e^boost - 1), whatever the target is.
+    forward(tokens) -> nats. The two differ where there is a hint, (B, n), -1 = none: its probability q is
+    multiplied by e^boost and all probabilities are divided by their new sum, 1 + q (e^boost - 1), whatever
+    the target is.
     """
     if hints is None:
         nats = forward(tokens)
         return nats, nats
     hint = hints.unsqueeze(-1)
     candidates = tokens.view(*hints.shape, -1)
-    nats = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
-    nats, hinted = nats[..., :-1], nats[..., -1:]
+    both = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
+    nats, hinted = both[..., :-1], both[..., -1:]
 
-    log_sum = torch.log1p((-hinted).exp() * math.expm1(boost))
+    probability = (-hinted).exp()
+    log_sum = torch.log1p(probability * math.expm1(boost))
     tilted = nats - boost * (candidates == hint) + log_sum
     counted = torch.where(hint < 0, nats, tilted)
     return nats.reshape(tokens.shape), counted.reshape(tokens.shape)
@@ -4375,8 +5384,8 @@ def graded(forward, tokens: Tensor, hints: Tensor | None, boost: float) -> tuple
 class Scorer:
     """Stand between an evaluation and the validation tokens; target i is token i + 1.
 
-    `inputs_for` shows what comes before targets, `score` grades them, each once, `targets_to_learn` hands out graded ones to
-    learn from, `sync` merges the ranks and writes the receipts.
+    `inputs_for` shows what comes before targets, `score` grades them, each once, `targets_to_learn` hands out
+    graded ones to learn from, `sync` merges the ranks and writes the receipts.
     """
 
     def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
@@ -4400,19 +5409,25 @@ class Scorer:
         self.boost = 0.0
         self.steps = 0.0  # that optimizers may take
         self.shown: list[np.ndarray] = []  # targets whose inputs are out, to be graded next
-        self.unwritten: dict[tuple[str, bool], list[np.ndarray]] = {}  # targets by (what with, early) since the last receipt
+        # Targets by (what for, whether before they were graded), since the last receipt.
+        self.unwritten: dict[tuple[str, bool], list[np.ndarray]] = {}
         self.receipts: list[tuple[str, bool, np.ndarray]] = []  # since the last sync
 
     def inputs_for(self, start: int, targets: np.ndarray) -> np.ndarray:
-        """Show the inputs of targets, -1 = none: tokens from `start` to the one before the last of them. The next `score` must grade
-        them all: nothing is seen that is not scored."""
+        """Show the inputs of targets, -1 = none: tokens from `start` to the one before the last of them.
+
+        The next `score` must grade them all: nothing is seen that is not scored.
+        """
         wanted = targets[targets >= 0]
         self.shown.append(wanted)
         return self._data.tokens[start : wanted.max(initial=-1) + 1]
 
     def set_hints(self, order: np.ndarray, guess, boost: float) -> None:
-        """Take hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. Nothing else is handed the
-        stream at once, so it is asked again with a forged future, from a drawn target on; RunError where that changes a hint before."""
+        """Take hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded.
+
+        Nothing else is handed the stream at once, so it is asked again with a forged future, from a drawn
+        target on; RunError where that changes a hint up to there.
+        """
         tokens = self._data.tokens
         cut = int(np.random.default_rng(self.total).integers(self.total))
         future = order[cut:] + 1
@@ -4424,7 +5439,8 @@ class Scorer:
         self.hints = guess(tokens, order)
         past = order[: cut + 1]
         if (self.hints[past] != guess(forged, order)[past]).any():
-            raise RunError(f"{self.name}: a hint depends on its target or on what comes after it: a bug, please report it")
+            raise RunError(f"{self.name}: a hint depends on its target or on what comes after it: a bug, "
+                           "please report it")
 
     def on_device(self, values: np.ndarray) -> Tensor:
         """Copy whole numbers to the device, as int64."""
@@ -4435,16 +5451,21 @@ class Scorer:
         return None if self.hints is None else self.on_device(self.hints[targets])
 
     def score(self, targets: np.ndarray, forward) -> Tensor:
-        """Grade targets (B, n), -1 = none, none of them graded before (RunError): forward(tokens (B, n) int64) -> nats (B, n), which
-        come back; what counts is what `graded` makes of them."""
+        """Grade targets (B, n), -1 = none, none of them graded before (RunError).
+
+        forward(tokens (B, n) int64) -> nats (B, n), which come back; what counts is what `graded` makes of
+        them.
+        """
         places = np.flatnonzero(targets >= 0)
         index = targets.reshape(-1)[places]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
-            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
+            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored "
+                           "twice: a bug, please report it")
         seen = np.concatenate([*self.shown, index[:0]])
         self.shown = []
         if not np.isin(seen, index).all():
-            raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are scored: a bug, please report it")
+            raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are "
+                           "scored: a bug, please report it")
 
         self.steps = 0
         tokens = self.on_device(self._data.tokens[targets + 1])
@@ -4459,12 +5480,17 @@ class Scorer:
         return nats
 
     def targets_to_learn(self, targets: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
-        """Hand out targets to learn from, as for `score`: one step of an optimizer may follow, with what = "base" any number until `score`.
-        RunError: one has not been graded; `early`, for methods that break this rule, puts that into the ledger instead."""
+        """Hand out the tokens of targets to learn from, as for `score`. Raises RunError where one has not
+        been graded.
+
+        One step of an optimizer may follow, with another `what` than adapters any number until the next
+        `score`. `early`, for methods that break the rule, puts that into the ledger instead of raising.
+        """
         index = targets[targets >= 0]
         ready = bool((self.own[index] | self.graded[index]).all())
         if not ready and not early:
-            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
+            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it "
+                           "was scored: a bug, please report it")
         self.steps = 1 if what == "adapters" else math.inf
         self.unwritten.setdefault((what, not ready), []).append(index)
         return self.on_device(self._data.tokens[targets + 1])
@@ -4474,7 +5500,8 @@ class Scorer:
         """Refuse, meanwhile, every step of a torch optimizer that nothing was handed out for: RunError."""
         def before_step(*_):
             if self.steps < 1:
-                raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: a bug, please report it")
+                raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: "
+                               "a bug, please report it")
             self.steps -= 1
 
         with register_optimizer_step_pre_hook(before_step):
@@ -4486,14 +5513,18 @@ class Scorer:
 
     def receipt(self) -> None:
         """Close an entry for what was scored, and for what was learned from, since the last receipt."""
-        for (what, early), parts in self.unwritten.items():
-            self.receipts.append((what, early, np.unique(np.concatenate(parts))))
+        for kind, parts in self.unwritten.items():
+            index = np.unique(np.concatenate(parts))
+            if len(index):
+                self.receipts.append((*kind, index))
         self.unwritten = {}
 
     def ledger_line(self, nats: np.ndarray, what: str, early: bool, index: np.ndarray) -> tuple[str, dict]:
-        """Write a receipt as a line of the ledger: ranges [a, b) of targets, and for scores nats and bytes of each range."""
-        runs = np.split(index, np.flatnonzero(np.diff(index) > 1) + 1)
-        line = {"pass": self.name, "ranges": [[int(run[0]), int(run[-1]) + 1] for run in runs if len(run)]}
+        """Write a receipt as a ledger line: ranges [a, b) of targets, with nats and bytes for scores."""
+        gaps = np.flatnonzero(np.diff(index) > 1)
+        runs = np.split(index, gaps + 1)
+        ranges = [[int(run[0]), int(run[-1]) + 1] for run in runs]
+        line = {"pass": self.name, "ranges": ranges}
         if what != "score":
             return "update", line | dict(what=what, early=early)
         line["nats"] = [float(nats[run].sum(dtype=np.float64)) for run in runs]
@@ -4501,7 +5532,7 @@ class Scorer:
         return "score", line
 
     def sync(self) -> None:
-        """Merge the ranks, all together, and write the receipts. Raises RunError when two ranks have graded the same target."""
+        """Merge the ranks and write the receipts. Raises RunError where two have graded the same target."""
         self.receipt()
         counts = torch.tensor(self.own, device=self.world.device)
         self.world.sum_(counts)
@@ -4518,7 +5549,10 @@ class Scorer:
         self.receipts = []
 
     def finish(self) -> Score:
-        """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target. Raises RunError when one was left out."""
+        """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target.
+
+        Raises RunError where one was left out.
+        """
         self.sync()
         self.world.sum_(self.nats)  # zero where another rank has graded
         nats = self.nats.cpu().numpy()
@@ -4526,7 +5560,8 @@ class Scorer:
         count = int(self.graded.sum())
         size = int(self._data.target_bytes.sum())
         if count != self.total or not math.isfinite(total):
-            raise RunError(f"scored {count} targets instead of {self.total}, {total:g} nats: a bug, please report it with the log")
+            raise RunError(f"{self.name}: scored {count} targets instead of {self.total}, {total:g} nats: "
+                           "a bug, please report it with the log")
 
         if self.ledger is not None and self.ledger.path is not None:
             buffer = io.BytesIO()
@@ -4540,10 +5575,10 @@ class Scorer:
 def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torch.device | str) -> np.ndarray:
     """Guess each target of the stream from those scored before it (the token-only n-gram of PR #2135).
 
-    tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often followed the same
-    TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where its share is below TOKEN_THRESHOLD or
-    there is none. Sorts instead of a loop over hash tables; contexts are told apart exactly, from 1 token to 2, 4, 8, ...: they
-    are equal if both halves are.
+    tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often
+    followed the same TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where
+    its share is below TOKEN_THRESHOLD or there is none. Sorts instead of a loop over hash tables; contexts
+    are told apart exactly, from 1 token to 2, 4, 8, ...: they are equal if both halves are.
     """
     n = cfg.token_order - 1
     stream = torch.from_numpy(tokens.astype(np.int64)).to(device)
@@ -4568,7 +5603,7 @@ def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torc
     rank = torch.arange(len(order), device=device)
     pairs, by_pair = (context * base + follows).sort(stable=True)
     count = torch.empty_like(rank)
-    count[by_pair] = rank - torch.searchsorted(pairs, pairs) + 1  # how often this token has followed, this time included
+    count[by_pair] = rank - torch.searchsorted(pairs, pairs) + 1  # how often it has followed, now included
     most = (context * base + count).cummax(0).values
     leader = torch.searchsorted(most, most)  # where the highest count so far was reached
 
@@ -4581,7 +5616,10 @@ def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torc
 
 
 def announce_order(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
-    """Tell the scorer in which order its targets come, and the hints that NGRAM_TILT_ENABLED asks for; on the evaluation's clock."""
+    """Tell the scorer in which order its targets come, and the hints that NGRAM_TILT_ENABLED asks for.
+
+    This is on the evaluation's clock.
+    """
     scorer.order = order
     if cfg.ngram_tilt_enabled:
         device = scorer.world.device if scorer.world.device.type == "cuda" else "cpu"
@@ -4590,17 +5628,20 @@ def announce_order(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
 
 
 class EvalBatch(NamedTuple):
-    """Inputs (B, T) int64 on the device, the target that each predicts or -1 (B, T), and the attention segments of a packed row."""
+    """Hold inputs (B, T) int64 on the device and the target that each predicts, or -1 (B, T)."""
 
     inputs: Tensor
     targets: np.ndarray
     lengths: np.ndarray  # of the attention segments
-    segments: Segments | None = None
+    segments: Segments | None = None  # of a packed row
     learn: np.ndarray | None = None  # (B, T), as targets: those that SLOT learns from
 
 
 def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int, int]]:
-    """Cut the stream into rows of at most `row_tokens` inputs that never cut a piece: a document, or `context` tokens of a long one."""
+    """Cut the stream into rows of at most `row_tokens` inputs: (start, end).
+
+    They never cut a piece: a document, or `context` tokens of a long one.
+    """
     cuts = document_cu_seqlens(scorer.documents()[0], scorer.total, context, bucket=1)
     rows, start = [], 0
     while start < scorer.total:
@@ -4611,29 +5652,30 @@ def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int
 
 
 def packed_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
-    """Yield whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
-    context, device = cfg.eval_seq_len, scorer.world.device
+    """Yield whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows, the same for any ranks."""
+    context = cfg.eval_seq_len
     whole_stream = -(-scorer.total // context) * context
     row_tokens = min(max(cfg.val_batch_tokens // 8, context), whole_stream)
 
     for start, end in packed_rows(scorer, context, row_tokens)[rank::size]:
-        targets = np.full((1, row_tokens), -1)
-        targets[0, : end - start] = np.arange(start, end)
+        targets = np.arange(start, start + row_tokens)[None]
+        targets = np.where(targets < end, targets, -1)
         inputs = np.zeros((1, row_tokens), np.int64)
         inputs[0, : end - start] = scorer.inputs_for(start, targets)
 
         starts = np.flatnonzero(inputs[0] == BOS_ID)
-        if end - start < row_tokens:
-            starts = np.append(starts, end - start)  # the padding
+        starts = np.append(starts, end - start)  # the padding is a document of its own
         cuts = document_cu_seqlens(starts, row_tokens, context)
-        segments = Segments(torch.from_numpy(cuts).to(device), context)
-        yield EvalBatch(torch.from_numpy(inputs).to(device), targets, np.diff(cuts), segments)
+        segments = Segments(torch.from_numpy(cuts).to(scorer.world.device), context)
+        yield EvalBatch(scorer.on_device(inputs), targets, np.diff(cuts), segments)
 
 
 def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
-    """Yield windows every EVAL_STRIDE tokens, documents not masked; each scores the targets that no earlier window has scored.
+    """Yield windows every EVAL_STRIDE tokens, documents not masked; each scores what no earlier window has
+    scored.
 
-    Each row walks through a stretch of its own: most of what its window shows has been scored by the same row in earlier batches.
+    Each row walks through a stretch of its own: most of what its window shows has been scored by the same row
+    in earlier batches.
     """
     seq, stride = cfg.eval_seq_len, cfg.eval_stride
     starts = np.arange(0, max(1, scorer.total - (seq - stride)), stride)
@@ -4659,14 +5701,13 @@ def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
         for row, window in enumerate(windows):
             shown = scorer.inputs_for(starts[window], targets[row])
             inputs[row, : len(shown)] = shown
-        lengths = np.full(len(windows), seq)
-        yield EvalBatch(torch.from_numpy(inputs).to(scorer.world.device), targets, lengths, learn=learn)
+        yield EvalBatch(scorer.on_device(inputs), targets, np.full(len(windows), seq), learn=learn)
 
 
 class Method(NamedTuple):
     """Say what a way of scoring is, for `evaluate`, and for the probes of tools/probes.py."""
 
-    batches: Any            # (cfg, scorer, rank, size) -> EvalBatch after EvalBatch; None: TttRun deals its own
+    batches: Any            # (cfg, scorer, rank, size) -> EvalBatches; None: TttRun makes its own
     documents_masked: bool  # no document sees another
     small: dict             # upper limits of variables with which a few short documents go through all of it
 
@@ -4679,10 +5720,12 @@ METHODS = dict(
 
 @torch.enable_grad()
 def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
-    """Learn a shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
+    """Learn a shift of the final hidden states that lowers the loss on some targets of windows (SLOT, PR
+    #1105).
 
-    published: one shift for the batch, from all its targets, those about to be scored included, which breaks the rules. causal:
-    one for each window, from targets that its row has scored before. score(tokens, shift=...) -> nats. -> (1 or B, 1, D).
+    published: one shift for the batch, from all its targets, those about to be scored included, which breaks
+    the rules. causal: one for each window, from targets that its row has scored before. score(tokens,
+    shift=...) -> nats. -> (1 or B, 1, D).
     """
     device, causal = scorer.world.device, cfg.slot == "causal"
     tokens = scorer.targets_to_learn(learn, "slot", early=not causal)
@@ -4701,7 +5744,10 @@ def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def evaluate(cfg: Config, world: World, forward, scorer: Scorer, looping: bool = True) -> Score:
-    """Score everything behind the scorer with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
+    """Score everything behind the scorer with fixed weights, each rank its share of the batches.
+
+    forward: `GPT.forward`, compiled or not.
+    """
     layers = layer_order(cfg, looping)
     batches = METHODS[cfg.eval_method].batches
     with announce_order(cfg, scorer, scorer.order).only_released_steps():
@@ -4719,117 +5765,173 @@ def evaluate(cfg: Config, world: World, forward, scorer: Scorer, looping: bool =
 # ==================================================================================================
 # TEST-TIME TRAINING - score a chunk, then learn from it: a prediction never depends on what it predicts.
 # ==================================================================================================
+# Start at `score_batch`, the loop that this is about: what stands above it plans, what stands below runs it.
 
 class Batch(NamedTuple):
-    """Documents side by side. starts and sizes (n,): first input token and number of predictions, sizes ascending."""
+    """Documents side by side, n of them, by ascending length; each is scored `chunk` tokens at a time."""
 
-    number: int  # position in the order of ascending length
-    starts: np.ndarray
-    sizes: np.ndarray
+    number: int         # position in the order of ascending length
+    starts: np.ndarray  # (n,) first input token of a document
+    sizes: np.ndarray   # (n,) predictions of a document
     chunk: int
+
+    @property
+    def chunks(self) -> np.ndarray:
+        """Count the chunks of each document, (n,), the last one often partial."""
+        return -(-self.sizes // self.chunk)
+
+    def targets(self) -> np.ndarray:
+        """List the targets, places in the stream, as they are scored: all chunks 0, then all chunks 1, ..."""
+        offsets = np.concatenate([np.arange(size) for size in self.sizes])
+        targets = np.repeat(self.starts, self.sizes) + offsets
+        return targets[np.argsort(offsets // self.chunk, kind="stable")]
 
 
 def chunk_size(cfg: Config, length: int) -> int:
-    """Tokens scored between two updates, for a batch whose longest document has `length` tokens, its last target included."""
+    """Choose how many tokens are scored between two updates of a batch.
+
+    length: tokens of its longest document, the last target included.
+    """
     if not cfg.ttt_short_score_first_enabled:
         return cfg.ttt_chunk_size
-    if cfg.ttt_short_score_first_steps:
-        steps = parse_steps(cfg.ttt_short_score_first_steps, ":")
-        return next((int(chunk) for limit, chunk in steps if length <= limit), cfg.ttt_chunk_size)
-    return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
+
+    if not cfg.ttt_short_score_first_steps:
+        return cfg.ttt_short_chunk_size if length <= cfg.ttt_short_doc_len else cfg.ttt_chunk_size
+
+    for limit, chunk in parse_steps(cfg.ttt_short_score_first_steps, ":"):
+        if length <= limit:
+            return int(chunk)
+    return cfg.ttt_chunk_size
 
 
-def document_batches(cfg: Config, scorer: Scorer) -> list[Batch]:
-    """All documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
-    starts, ends = scorer.documents()
+def document_batches(cfg: Config, data: ValData | Scorer) -> list[Batch]:
+    """Batch all documents by ascending length, TTT_BATCH_SIZE at a time; ties in file order."""
+    starts, ends = data.documents()
     sizes = ends - starts
-    order = np.argsort(sizes, kind="stable")
-    groups = [order[i : i + cfg.ttt_batch_size] for i in range(0, len(order), cfg.ttt_batch_size)]
-    return [Batch(i, starts[g], sizes[g], chunk_size(cfg, int(sizes[g].max()) + 1)) for i, g in enumerate(groups)]
+    by_length = np.argsort(sizes, kind="stable")
+
+    batches = []
+    for first in range(0, len(sizes), cfg.ttt_batch_size):
+        chosen = by_length[first : first + cfg.ttt_batch_size]
+        longest = int(sizes[chosen[-1]])
+        batches.append(Batch(len(batches), starts[chosen], sizes[chosen], chunk_size(cfg, longest + 1)))
+    return batches
 
 
 def chunk_window(size: int, chunk: int, index: int, context: int) -> tuple[int, int, int]:
-    """(window start, chunk start, end) in inputs of a document with `size` predictions: chunk `index` sees up to `context` tokens.
+    """Locate chunk `index` of a document with `size` predictions -> (window start, chunk start, end).
 
+    A window holds up to `context` input tokens and ends with its chunk.
     Example: size 100, chunk 48, context 3072 -> (0, 0, 48), (0, 48, 96), (0, 96, 100).
     """
-    start, end = index * chunk, min((index + 1) * chunk, size)
+    start = index * chunk
+    end = min(start + chunk, size)
     return max(0, end - context), start, end
 
 
 def window_width(cfg: Config, chunk: int, index: int) -> int:
-    """Tokens of all windows of a batch at its chunk `index`. With CUDA_GRAPHS they are padded to a multiple of TTT_BUCKET, as nothing that
-    is scored looks behind itself; not with ROPE_YARN, whose base follows the width."""
-    bucket = cfg.ttt_bucket if cfg.cuda_graphs and not cfg.rope_yarn else 1
-    return min(-(-(index + 1) * chunk // bucket) * bucket, cfg.ttt_eval_seq_len)
+    """Compute the tokens of all windows of a batch at its chunk `index`.
 
-
-def batch_cost(batch: Batch, context: int) -> float:
-    """Token positions a batch runs through the network, the unit of its duration."""
-    chunks = -(-int(batch.sizes.max()) // batch.chunk)
-    growing = min(chunks, context // batch.chunk)
-    return len(batch.sizes) * (batch.chunk * growing * (growing + 1) / 2 + (chunks - growing) * context)
-
-
-def phase_segments(cfg: Config, batches: list[Batch]) -> list[tuple[list[Batch], int]]:
-    """The scoring order cut at the global phases: [(batches, documents the phase after them learns from; 0 = no phase)].
-
-    Longest first, because they cost most and teach most. A function of the data alone.
+    With CUDA_GRAPHS they are padded to a multiple of TTT_BUCKET, as nothing that is scored looks behind
+    itself; not with ROPE_YARN, whose base follows the width.
     """
-    order = batches[::-1]
-    total = sum(len(b.sizes) for b in batches)
+    bucket = cfg.ttt_bucket if cfg.cuda_graphs and not cfg.rope_yarn else 1
+    padded = -(-(index + 1) * chunk // bucket) * bucket
+    return min(padded, cfg.ttt_eval_seq_len)
+
+
+def batch_cost(cfg: Config, batch: Batch) -> float:
+    """Count the token positions that a batch runs through the network, the unit of its duration."""
+    chunk, context = batch.chunk, cfg.ttt_eval_seq_len
+    chunks = int(batch.chunks.max())
+    growing = min(chunks, context // chunk)  # windows of 1, 2, 3, ... chunks; later ones are full
+    positions = chunk * growing * (growing + 1) / 2 + (chunks - growing) * context
+    return len(batch.sizes) * positions
+
+
+class Part(NamedTuple):
+    """What is scored between two global phases."""
+
+    batches: list[Batch]
+    documents_to_learn: int  # that the phase behind these batches learns from, 0 = no phase
+
+
+def split_at_phases(cfg: Config, batches: list[Batch]) -> list[Part]:
+    """Split the batches at the global phases. A function of the data alone.
+
+    The longest come first, because they cost most and teach most. A batch that passes several boundaries is
+    followed by one phase, over all of their documents. After the last batch no document is left for one.
+    """
+    total = sum(len(batch.sizes) for batch in batches)
     prefix = min(total, cfg.phased_ttt_prefix_docs) if cfg.phased_ttt_enabled else 0
-    boundaries = [prefix * (p + 1) // cfg.phased_ttt_num_phases for p in range(cfg.phased_ttt_num_phases)] if prefix else []
-    segments, current, done = [], [], 0
-    for batch in order:
-        current.append(batch)
-        done += len(batch.sizes)
-        if reached := [b for b in boundaries if b <= done]:  # several at once make one phase, over all of their documents
-            segments.append((current, reached[-1]))
-            boundaries, current = boundaries[len(reached) :], []
-    return [*segments, (current, 0)] if current else [*segments[:-1], (segments[-1][0], 0)]
+    phases = cfg.phased_ttt_num_phases
+    boundaries = [prefix * (phase + 1) // phases for phase in range(phases)]
+
+    parts, waiting = [], []
+    scored, learned = 0, 0
+    for batch in batches[::-1]:
+        waiting.append(batch)
+        scored += len(batch.sizes)
+        reached = max((b for b in boundaries if b <= scored), default=0)
+        if learned < reached and scored < total:
+            parts.append(Part(waiting, reached))
+            waiting, learned = [], reached
+    return [*parts, Part(waiting, 0)]
 
 
-def deal(costs: list[float], lanes: int) -> list[list[int]]:
-    """Items to lanes, in the given order, each to the least loaded lane: balanced when costs fall, and the same on every run."""
-    load, hands = [(0.0, lane) for lane in range(lanes)], [[] for _ in range(lanes)]
-    for i, cost in enumerate(costs):
-        total, lane = heapq.heappop(load)
-        hands[lane].append(i)
-        heapq.heappush(load, (total + cost, lane))
-    return hands
+def assign_to_chains(cfg: Config, batches: list[Batch]) -> list[list[Batch]]:
+    """Assign batches, in the given order, to TTT_LANES chains of adapters, each to the least loaded one.
+
+    That is balanced when costs fall, and the same on every run. The ranks share out the chains.
+    """
+    loads = [(0.0, chain) for chain in range(cfg.ttt_lanes)]
+    assigned = [[] for _ in loads]
+    for batch in batches:
+        load, chain = heapq.heappop(loads)
+        assigned[chain].append(batch)
+        heapq.heappush(loads, (load + batch_cost(cfg, batch), chain))
+    return assigned
 
 
-def scoring_order(cfg: Config, segments: list[tuple[list[Batch], int]]) -> np.ndarray:
-    """All targets in the order in which one rank scores them: (N,) places in the stream."""
-    places = []
-    for batches in (segment for segment, _ in segments):
-        for i in (i for hand in deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in batches], cfg.ttt_lanes) for i in hand):
-            rows = [np.arange(size) for size in batches[i].sizes]
-            chunks = np.concatenate(rows) // batches[i].chunk
-            places.append(np.concatenate([start + row for start, row in zip(batches[i].starts, rows, strict=True)])
-                          [np.argsort(chunks, kind="stable")])
-    return np.concatenate(places)
+def scoring_order(cfg: Config, parts: list[Part]) -> np.ndarray:
+    """List all targets, (N,) places in the stream, in the order in which one rank scores them."""
+    order = []
+    for part in parts:
+        for batches in assign_to_chains(cfg, part.batches):
+            order += [batch.targets() for batch in batches]
+    return np.concatenate(order)
+
+
+def empty_adapters(cfg: Config, rows: int, device: torch.device) -> Adapters:
+    """Allocate fp32 adapters of `rows` documents: A (depths, rows, rank, n_in), not set, and B, zero.
+
+    B is (depths, rows, n_out, rank). Those of the head have no depths.
+    """
+    D, rank = cfg.model_dim, cfg.ttt_lora_rank
+    depths = len(layer_order(cfg, looping=True))
+    n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
+
+    loras = {}
+    for site in (*cfg.lora_sites, "head"):
+        lead = (rows,) if site == "head" else (depths, rows)
+        A = torch.empty(*lead, rank, D, device=device, requires_grad=True)
+        B = torch.zeros(*lead, n_out[site], rank, device=device, requires_grad=True)
+        loras[site] = Lora(A, B, cfg.ttt_lora_alpha / rank)
+    return Adapters(**loras)
 
 
 class AdapterChain:
     """Adapters passed on from batch to batch: B starts at zero every time, A is kept (TTT_WARM_START_A).
 
     What is passed on comes from tokens scored in earlier batches only.
+    adam: optimizer of `Kernels`, None = torch's AdamW.
     """
 
     def __init__(self, cfg: Config, world: World, rows: int, seed: int, adam=None):
-        self.cfg, self.adam, self.generator = cfg, adam, torch.Generator()
-        D, depths, rank = cfg.model_dim, len(layer_order(cfg, looping=True)), cfg.ttt_lora_rank
-        n_out = dict(q=D, k=cfg.kv_dim, v=cfg.kv_dim, o=D, mlp=D, head=cfg.vocab_size)
-
-        def lora(site: str) -> Lora:
-            lead = (rows,) if site == "head" else (depths, rows)
-            A = torch.empty(*lead, rank, D, device=world.device, requires_grad=True)
-            B = torch.zeros(*lead, n_out[site], rank, device=world.device, requires_grad=True)
-            return Lora(A, B, cfg.ttt_lora_alpha / rank)
-
-        self.adapters = Adapters(**{site: lora(site) for site in (*cfg.lora_sites, "head")})
+        self.cfg = cfg
+        self.adam = adam
+        self.generator = torch.Generator()
+        self.adapters = empty_adapters(cfg, rows, world.device)
         self.loras = [lora for lora in self.adapters if lora is not None]
         self.restart(seed)
 
@@ -4843,283 +5945,400 @@ class AdapterChain:
         """Draw fresh A, uniform in +-1/sqrt(n_in)."""
         for lora in self.loras:
             bound = lora.A.shape[-1] ** -0.5
-            lora.A.copy_(torch.empty(lora.A.shape).uniform_(-bound, bound, generator=self.generator))
+            fresh = torch.empty(lora.A.shape).uniform_(-bound, bound, generator=self.generator)
+            lora.A.copy_(fresh)
 
     @torch.no_grad()
     def begin(self) -> torch.optim.Optimizer:
-        """Reset for a new batch and return its optimizer."""
+        """Reset the adapters for a new batch and return its optimizer."""
         cfg = self.cfg
         if not cfg.ttt_warm_start_a:
             self.draw()
         for lora in self.loras:
             lora.B.zero_()
+
         parameters = [t for lora in self.loras for t in (lora.A, lora.B)]
         lr = cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+        decay, eps = cfg.ttt_weight_decay, 1e-10
         if self.adam is not None:
-            return self.adam(parameters, lr, cfg.ttt_beta2, 1e-10, cfg.ttt_weight_decay)
-        return torch.optim.AdamW(
-            parameters, lr=lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10, weight_decay=cfg.ttt_weight_decay,
-            fused=parameters[0].device.type in ("cuda", "cpu"))
+            return self.adam(parameters, lr, cfg.ttt_beta2, eps, decay)
+
+        fused = parameters[0].device.type in ("cuda", "cpu")
+        betas = cfg.ttt_beta1, cfg.ttt_beta2
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=fused)
 
 
 class Chunk(NamedTuple):
-    """One step of a batch: windows (B, w), the positions to score in them (B, c), the targets there or -1 (B, c)."""
+    """The next c tokens of B documents of a batch, in windows of w tokens that show what comes before."""
 
-    inputs: Tensor
-    positions: Tensor
-    at: np.ndarray
+    inputs: Tensor       # (B, w) int64
+    positions: Tensor    # (B, c) where in its window a target is predicted
+    targets: np.ndarray  # (B, c) places in the stream, -1 = none
+    learns: np.ndarray   # (B,) the document goes on behind this chunk, so something is left to learn for
 
 
-def build_chunk(scorer: Scorer, batch: Batch, first: int, rows: int, index: int, context: int, width: int = 0) -> Chunk:
-    """Chunk `index` of the documents first, first + 1, ... of the batch in `rows` rows; ended or missing ones count nothing.
-    width: of the windows; 0 = no padding behind the chunk."""
-    c, width = batch.chunk, width or min((index + 1) * batch.chunk, context)
-    inputs, positions, at = np.zeros((rows, width), np.int64), np.zeros((rows, c), np.int64), np.full((rows, c), -1)
-    for row, (origin, size) in enumerate(zip(batch.starts[first:].tolist(), batch.sizes[first:].tolist(), strict=True)):
-        window, start, end = chunk_window(size, c, index, context)
+def build_chunk(cfg: Config, scorer: Scorer, batch: Batch, index: int, first: int, rows: int) -> Chunk:
+    """Build chunk `index` of documents first, first + 1, ... of a batch in `rows` rows.
+
+    Rows of documents that have ended, or that are not there, stay empty.
+    """
+    width = window_width(cfg, batch.chunk, index)
+    inputs = np.zeros((rows, width), np.int64)
+    positions = np.zeros((rows, batch.chunk), np.int64)
+    targets = np.full((rows, batch.chunk), -1)
+    learns = np.zeros(rows, bool)
+
+    for row, document in enumerate(range(first, len(batch.sizes))):
+        origin, size = int(batch.starts[document]), int(batch.sizes[document])
+        window, start, end = chunk_window(size, batch.chunk, index, cfg.ttt_eval_seq_len)
         if start >= size:
             continue
-        at[row, : end - start] = np.arange(origin + start, origin + end)
-        inputs[row, : end - window] = scorer.inputs_for(origin + window, at[row])
-        positions[row] = np.minimum(start - window + np.arange(c), width - 1)
-    return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), at)
+        targets[row, : end - start] = np.arange(origin + start, origin + end)
+        inputs[row, : end - window] = scorer.inputs_for(origin + window, targets[row])
+        positions[row] = np.minimum(np.arange(batch.chunk) + start - window, width - 1)
+        learns[row] = end < size
+    return Chunk(torch.from_numpy(inputs), torch.from_numpy(positions), targets, learns)
+
+
+def learn_from(scorer: Scorer, chunk: Chunk, nats: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take one step down the mean loss (B, c) of each document that goes on.
+
+    Each has its own adapters and the loss is a sum over documents, so they do not influence each other.
+    """
+    scorer.targets_to_learn(np.where(chunk.learns[:, None], chunk.targets, -1))
+    learns = torch.from_numpy(chunk.learns).float().to(nats.device)
+    (nats.mean(1) * learns).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def score_batch(
-    cfg: Config, world: World, forward, scorer: Scorer, batch: Batch, chain: AdapterChain, static_rows: int = 0
+    cfg: Config, forward, scorer: Scorer, batch: Batch, chain: AdapterChain, static_rows: int = 0
 ) -> None:
-    """Two verbs, in this order: grade a chunk with adapters that have never seen it, then learn from it.
+    """Score each chunk of a batch with adapters that have never seen it, then learn from it.
 
-    Each document has its own adapters and the loss is a sum over documents, so they do not influence each other. A document's
-    last chunk is scored and not learned from. static_rows: a compiled forward wants this many rows at every step; otherwise
-    documents that have ended are left out (sizes ascend, so they are the first).
+    Two verbs, in this order. A document's last chunk is not learned from.
+    static_rows: a compiled forward wants this many rows at every step; otherwise documents that have ended
+    are left out (sizes ascend, so they are the first).
     """
-    optimizer, layers = chain.begin(), layer_order(cfg, looping=True)
-    context, device = cfg.ttt_eval_seq_len, world.device
-    chunks = -(-batch.sizes // batch.chunk)
-    for index in range(int(chunks.max())):
-        first = 0 if static_rows else int(np.searchsorted(chunks, index, side="right"))
-        rows = static_rows or len(chunks) - first
-        chunk = build_chunk(scorer, batch, first, rows, index, context, window_width(cfg, batch.chunk, index))
-        inputs, positions = (t.to(device, non_blocking=True) for t in (chunk.inputs, chunk.positions))
-        learn = torch.zeros(rows)
-        learn[: len(chunks) - first] = torch.from_numpy((chunks > index + 1)[first:])
+    optimizer = chain.begin()
+    layers = layer_order(cfg, looping=True)
+
+    for index in range(int(batch.chunks.max())):
+        first = 0 if static_rows else int(np.searchsorted(batch.chunks, index, side="right"))
+        rows = static_rows or len(batch.sizes) - first
         adapters = chain.adapters if static_rows else chain.adapters.rows(first, first + rows)
-        score = partial(forward, inputs, layers=layers, adapters=adapters, positions=positions)
-        with torch.set_grad_enabled(bool(learn.any())):
-            nats = scorer.score(chunk.at, score)
-        width, learns = inputs.shape[1], bool(learn.any())
-        flops = flops_per_token(cfg, [width], True, chain.adapters, batch.chunk / width)
-        scorer.work.add(flops, "adapt" if learns else "score", inputs.numel(), int((chunk.at >= 0).sum()))
+        chunk = build_chunk(cfg, scorer, batch, index, first, rows)
+        inputs, positions = (t.to(scorer.world.device, non_blocking=True) for t in chunk[:2])
+        learns = bool(chunk.learns.any())
+
+        with torch.set_grad_enabled(learns):
+            nats_of = partial(forward, inputs, layers=layers, adapters=adapters, positions=positions)
+            nats = scorer.score(chunk.targets, nats_of)
         if learns:
-            scorer.targets_to_learn(np.where(learn.bool()[:, None], chunk.at, -1))
-            loss = (nats.mean(1) * learn.to(device)).sum()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            learn_from(scorer, chunk, nats, optimizer)
+
+        width = inputs.shape[1]
+        flops = flops_per_token(cfg, [width], True, chain.adapters, scored=batch.chunk / width)
+        scored = int((chunk.targets >= 0).sum())
+        scorer.work.add(flops, "adapt" if learns else "score", inputs.numel(), scored)
     scorer.receipt()
 
 
 def base_lr(cfg: Config, chunk: int, chunks: int) -> float:
-    """Learning rate of a global phase: linear warm-up, then a cosine to zero."""
-    warm = cfg.global_ttt_warmup_chunks
+    """Compute the learning rate of a global phase: linear warm-up, then a cosine to zero."""
+    warm, peak = cfg.global_ttt_warmup_chunks, cfg.global_ttt_lr
     if chunk < warm:
-        return cfg.global_ttt_warmup_start_lr + (cfg.global_ttt_lr - cfg.global_ttt_warmup_start_lr) * chunk / warm
-    return cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (chunk - warm) / max(1, chunks - 1 - warm)))
+        lowest = cfg.global_ttt_warmup_start_lr
+        return lowest + (peak - lowest) * chunk / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (chunk - warm) / max(1, chunks - 1 - warm)))
 
 
 class BaseLearner:
     """Global phases: SGD on all weights over scored tokens, all ranks together.
 
-    Every rank joins every collective, with zero gradients when a chunk has fewer sequences than there are ranks, and the mean
-    is over the chunk's tokens: the result does not depend on the ranks (but for the smear gate at a row's first token).
+    Every rank joins every collective, with zero gradients when a chunk has fewer sequences than there are
+    ranks, and the mean is over the chunk's tokens: the result does not depend on the ranks (but for the smear
+    gate at a row's first token).
     """
 
     def __init__(self, cfg: Config, world: World, model: GPT):
-        self.cfg, self.world, self.layers = cfg, world, layer_order(cfg, looping=True)
+        self.cfg = cfg
+        self.world = world
+        self.layers = layer_order(cfg, looping=True)
         self.parameters = [*model.parameters()]
         self.forward = compile_forward(model, cfg, world)
         self.graphs = Graphed(self.forward, self.parameters) if cfg.cuda_graphs else None
-        self.per_chunk, most = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len, cfg.global_ttt_batch_seqs
-        first, end = (self.per_chunk * rank // world.size for rank in (world.rank, world.rank + 1))
-        self.shares = [(s, min(most, end - s)) for s in range(first, end, most)]  # (first sequence of a chunk, how many) of each forward
+
+        # Sequences of a chunk: all, this rank's [first, end), and (first, how many) of each of its forwards.
+        self.per_chunk = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len
+        first = self.per_chunk * world.rank // world.size
+        end = self.per_chunk * (world.rank + 1) // world.size
+        most = cfg.global_ttt_batch_seqs
+        self.shares = [(s, min(most, end - s)) for s in range(first, end, most)]
+
+    def set_trainable(self, on: bool) -> None:
+        """Let gradients flow into all weights or into none, from no gradient on."""
+        for p in self.parameters:
+            p.requires_grad_(on).grad = None
 
     def add_gradient(self, row: Row) -> None:
-        """Of this row's part of the mean loss of a chunk."""
+        """Add the gradient of this row's part of the mean loss of a chunk."""
         seq = self.cfg.eval_seq_len
         if self.cfg.global_ttt_respect_doc_boundaries:
             nats = nats_of_row(row, self.forward, self.graphs, layers=self.layers)
         else:
-            nats = (self.graphs or self.forward)(row.inputs.view(-1, seq), row.targets.view(-1, seq), layers=self.layers)
+            run = self.graphs or self.forward
+            nats = run(row.inputs.view(-1, seq), row.targets.view(-1, seq), layers=self.layers)
         (nats.sum() / (self.per_chunk * seq)).backward()
 
     def warm_up(self) -> None:
         """Compile, and record, what `learn` will run, on random tokens; no weight changes."""
-        seq, rng = self.cfg.eval_seq_len, np.random.default_rng(0)
-        for p in self.parameters:
-            p.requires_grad_(True)
-        for count in [*dict.fromkeys(count for _, count in self.shares)] * (1 + bool(self.graphs)):
+        seq = self.cfg.eval_seq_len
+        rng = np.random.default_rng(0)
+        counts = [*dict.fromkeys(count for _, count in self.shares)]
+
+        self.set_trainable(True)
+        for count in counts * (1 + self.cfg.cuda_graphs):  # graphs are recorded in the second round
             tokens = rng.integers(0, self.cfg.vocab_size, count * seq + 1)
             for row in warm_rows(packed_row(tokens, seq, self.world.device, every=seq), seq):
                 self.add_gradient(row)
+        self.set_trainable(False)
+
+    def step(self, optimizer: torch.optim.Optimizer, tokens: np.ndarray, chunk: int) -> None:
+        """Take one step down the mean loss of a chunk of the phase's tokens."""
+        cfg, seq = self.cfg, self.cfg.eval_seq_len
+        for first, count in self.shares:
+            start = chunk * cfg.global_ttt_chunk_tokens + first * seq
+            # Cut at every sequence: how many share a row depends on the ranks, what a token sees must not.
+            row = packed_row(tokens[start : start + count * seq + 1], seq, self.world.device, every=seq)
+            self.add_gradient(row)
+
         for p in self.parameters:
-            p.requires_grad_(False).grad = None
-
-    def learn(self, tokens: np.ndarray, log: Log) -> None:
-        """One phase; the last, partial chunk is skipped."""
-        cfg, seq, size, parameters = self.cfg, self.cfg.eval_seq_len, self.cfg.global_ttt_chunk_tokens, self.parameters
-        chunks = -(-(len(tokens) - 1) // size)
-        for p in parameters:
-            p.requires_grad_(True)
-        optimizer = torch.optim.SGD(parameters, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-        eta = Eta(cfg.global_ttt_epochs * (chunks - 1))
-        for chunk in (c for _ in range(cfg.global_ttt_epochs) for c in range(chunks - 1)):
-            for first, count in self.shares:
-                at = chunk * size + first * seq
-                # Cut at every sequence: how many of them share a row depends on the ranks, what a token sees must not.
-                self.add_gradient(packed_row(tokens[at : at + count * seq + 1], seq, self.world.device, every=seq))
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.world.sum_(*(p.grad for p in parameters))
-            if cfg.global_ttt_grad_clip:
-                torch.nn.utils.clip_grad_norm_(parameters, cfg.global_ttt_grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = base_lr(cfg, chunk, chunks)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            eta.add(1)
-            if chunk % 50 == 0 or chunk == chunks - 2:
-                log(f"tttg: c{chunk + 1}/{chunks} lr:{base_lr(cfg, chunk, chunks):.6f} t:{eta.elapsed:.1f}s")
-        for p in parameters:
-            p.requires_grad_(False)
-
-
-def warm_up_ttt(cfg: Config, world: World, forward, chain: AdapterChain, shapes: list[tuple[int, int]], log: Log) -> None:
-    """Compile the scoring step for (chunk size, width of windows) on random tokens; model in eval mode, adapters of no use after."""
-    log(f"ttt_lora:warming up compile (random tokens, no val data) shapes:{len(shapes)}")
-    start, layers, generator = time.perf_counter(), layer_order(cfg, looping=True), torch.Generator().manual_seed(0)
-    optimizer, rows = chain.begin(), chain.adapters.head.A.shape[0]
-    for chunk, width in shapes * (1 + cfg.cuda_graphs):  # graphs are recorded in the second round
-        inputs, targets = (torch.randint(0, cfg.vocab_size, (rows, n), generator=generator).to(world.device) for n in (width, chunk))
-        positions = torch.arange(width - chunk, width, device=world.device).expand(rows, -1).contiguous()
-        targets = torch.stack((targets, targets), -1) if cfg.ngram_tilt_enabled else targets
-        for learn in (False, True):
-            with torch.set_grad_enabled(learn):
-                nats = forward(inputs, targets, layers=layers, adapters=chain.adapters, positions=positions)
-        nats.mean().backward()
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.world.sum_(*(p.grad for p in self.parameters))
+        if cfg.global_ttt_grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, cfg.global_ttt_grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    log(f"ttt_lora:compile warmup done ({time.perf_counter() - start:.1f}s)")
+
+    def learn(self, tokens: np.ndarray, log: Log) -> None:
+        """Learn from the (N,) tokens of one phase; the last, partial chunk is skipped."""
+        cfg, start = self.cfg, time.perf_counter()
+        chunks = -(-(len(tokens) - 1) // cfg.global_ttt_chunk_tokens)
+        optimizer = torch.optim.SGD(self.parameters, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+
+        self.set_trainable(True)
+        for chunk in [*range(chunks - 1)] * cfg.global_ttt_epochs:
+            lr = base_lr(cfg, chunk, chunks)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            self.step(optimizer, tokens, chunk)
+            if chunk % 50 == 0 or chunk == chunks - 2:
+                seconds = time.perf_counter() - start
+                log(f"ttt_phase_chunk:{chunk + 1}/{chunks} lr:{lr:.6f} t:{seconds:.1f}s")
+        self.set_trainable(False)
+
+
+class TttEngine:
+    """What runs of test-time training share: compiled forwards, their CUDA graphs, one chain of adapters.
+
+    data: the documents it is built for; a run may score others, in batches of no more rows.
+    """
+
+    def __init__(self, cfg: Config, world: World, model: GPT, data: ValData):
+        self.cfg = cfg
+        self.world = world
+        self.batches = document_batches(cfg, data)
+        self.rows = max(len(batch.sizes) for batch in self.batches)
+
+        self.forward = compile_forward(model, cfg, world, growing=True)
+        if cfg.cuda_graphs:
+            gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
+            self.forward = Graphed(self.forward)
+        self.static_rows = 0 if self.forward is model else self.rows
+        self.base = BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
+        self.chain = AdapterChain(cfg, world, self.rows, cfg.seed, model.kernels.adam)
+
+    def warm_up(self, log: Log) -> None:
+        """Compile what a run will run, if anything is compiled; no weight changes, adapters end as noise."""
+        if not self.static_rows:
+            return
+        self.warm_up_scoring(self.shapes(), log)
+        if self.base:
+            self.base.warm_up()
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """List (chunk size, width of windows): for CUDA graphs all, else those a compiler tells apart."""
+        cfg, found = self.cfg, {}
+        for batch in self.batches:
+            indices = range(int(batch.chunks.max())) if cfg.cuda_graphs else (0, 1, cfg.ttt_eval_seq_len)
+            for index in indices:
+                found[batch.chunk, window_width(cfg, batch.chunk, index)] = None
+        return [*found]
+
+    def warm_up_scoring(self, shapes: list[tuple[int, int]], log: Log) -> None:
+        """Score and learn from random tokens in each of these shapes."""
+        log(f"ttt_lora:warming up compile (random tokens, no val data) shapes:{len(shapes)}")
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(0)
+        optimizer = self.chain.begin()
+
+        for chunk, width in shapes * (1 + self.cfg.cuda_graphs):  # graphs are recorded in the second round
+            nats = self.score_noise(chunk, width, generator)
+            nats.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        log(f"ttt_lora:compile warmup done ({time.perf_counter() - start:.1f}s)")
+
+    def score_noise(self, chunk: int, width: int, generator: torch.Generator) -> Tensor:
+        """Score the last `chunk` of `width` random tokens, without and with gradients -> (rows, chunk)."""
+        cfg, device = self.cfg, self.world.device
+        draw = partial(torch.randint, 0, cfg.vocab_size, generator=generator)
+        inputs = draw((self.rows, width)).to(device)
+        targets = draw((self.rows, chunk)).to(device)
+        if cfg.ngram_tilt_enabled:
+            targets = torch.stack((targets, targets), -1)  # a hint beside each target
+        positions = torch.arange(width - chunk, width, device=device).expand(self.rows, -1).contiguous()
+
+        layers = layer_order(cfg, looping=True)
+        for learn in (False, True):
+            with torch.set_grad_enabled(learn):
+                nats = self.forward(
+                    inputs, targets, layers=layers, adapters=self.chain.adapters, positions=positions)
+        return nats
 
 
 class TttRun:
-    """One scored evaluation with test-time training: its scorer, its clock and its log lines. like: a run whose graphs it can use."""
+    """One scored evaluation with test-time training. Its clock starts when it is made."""
 
-    def __init__(self, cfg: Config, world: World, model: GPT, scorer: Scorer, log: Log, like: TttRun | None = None):
-        self.cfg, self.world, self.model, self.scorer, self.log = cfg, world, model, scorer, log
-        self.forward = like.forward if like else compile_forward(model, cfg, world, growing=True)
-        if cfg.cuda_graphs and not like:
-            gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
-            self.forward = Graphed(self.forward)
+    def __init__(self, cfg: Config, engine: TttEngine, scorer: Scorer, log: Log):
+        self.cfg = cfg
+        self.engine = engine
+        self.scorer = scorer
+        self.log = log
         self.batches = document_batches(cfg, scorer)
-        self.rows = like.rows if like else max(len(b.sizes) for b in self.batches)
-        self.base = like.base if like else BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
-        self.static_rows = 0 if self.forward is model else self.rows
-        self.chain = like.chain if like else AdapterChain(cfg, world, self.rows, cfg.seed, model.kernels.adam)  # all in its place
-        self.phases_done = self.scored_docs = 0
-        self.eta = Eta(sum(batch_cost(b, cfg.ttt_eval_seq_len) for b in self.batches) / world.size)
+        self.parts = split_at_phases(cfg, self.batches)
+        self.phases = sum(part.documents_to_learn > 0 for part in self.parts)
+        self.phases_done = 0
+        self.scored_docs = 0  # by this rank
 
-    def warm_up(self) -> None:
-        """Compile what the evaluation will run, if anything is compiled; for CUDA graphs every width."""
-        cfg, few = self.cfg, (0, 1, 1 << 30)
-        chunks = ((b.chunk, range(-(-int(b.sizes.max()) // b.chunk)) if cfg.cuda_graphs else few) for b in self.batches)
-        shapes = list(dict.fromkeys((c, window_width(cfg, c, i)) for c, indices in chunks for i in indices))
-        if self.static_rows:
-            warm_up_ttt(cfg, self.world, self.forward, self.chain, shapes, self.log)
-            if self.base:
-                self.base.warm_up()
+        self.graphs_before = len(compilations())
+        self.eta = Eta(sum(batch_cost(cfg, batch) for batch in self.batches) / scorer.world.size)
+
+    def run(self) -> Score:
+        """Score every document. Returns the number that the run is judged by."""
+        self.log_plan()
+        order = scoring_order(self.cfg, self.parts)
+        scored: list[Batch] = []
+        with announce_order(self.cfg, self.scorer, order).only_released_steps():
+            for part in self.parts:
+                self.score_part(part.batches)
+                scored += part.batches
+                if part.documents_to_learn:
+                    self.scorer.sync()
+                    self.learn_base(scored, part.documents_to_learn)
+            return self.scorer.finish()
+
+    def log_plan(self) -> None:
+        """Log how many documents there are and where the phases lie."""
+        total = sum(len(batch.sizes) for batch in self.batches)
+        boundaries = [part.documents_to_learn for part in self.parts[:-1]]
+        prefix = max(boundaries, default=0)
+        self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
+                 f"num_phases:{self.phases} boundaries:{boundaries} target_tokens:{self.scorer.total}")
+
+    def score_part(self, batches: list[Batch]) -> None:
+        """Score all batches between two phases, on this rank those of its chains."""
+        cfg, world, chain = self.cfg, self.scorer.world, self.engine.chain
+        assigned = assign_to_chains(cfg, batches)
+        for number in range(world.rank, cfg.ttt_lanes, world.size):
+            chain.restart(cfg.seed + 1000 * (1 + self.phases_done * cfg.ttt_lanes + number))
+            for batch in assigned[number]:
+                self.check_budget(batch)
+                before = self.scorer.sums()
+                score_batch(cfg, self.engine.forward, self.scorer, batch, chain, self.engine.static_rows)
+                self.scored_docs += len(batch.sizes)
+                self.eta.add(batch_cost(cfg, batch))
+                self.report(batch, before)
+                self.check_compiler(batch)
 
     def check_budget(self, batch: Batch) -> None:
-        """Raises RunError before the batch that would break MAX_EVAL_SECONDS."""
-        budget, cost = self.cfg.max_eval_seconds, batch_cost(batch, self.cfg.ttt_eval_seq_len)
-        forecast = self.eta.elapsed + (self.eta.elapsed / self.eta.done * cost if self.eta.done else 0)
+        """Raise RunError before the batch that would break MAX_EVAL_SECONDS."""
+        eta, budget = self.eta, self.cfg.max_eval_seconds
+        per_position = eta.elapsed / eta.done if eta.done else 0
+        forecast = eta.elapsed + per_position * batch_cost(self.cfg, batch)
         if budget and forecast > budget:
             raise RunError(
-                f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {self.eta.elapsed:.0f} s used, {self.scored_docs} documents scored, "
-                f"about {self.eta.left:.0f} s to go. Use larger TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, "
-                "fewer PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
+                f"evaluation would break MAX_EVAL_SECONDS={budget:g}: {eta.elapsed:.0f} s used, "
+                f"{self.scored_docs} documents scored, about {eta.left:.0f} s to go. Use larger "
+                "TTT_CHUNK_SIZE or TTT_SHORT_SCORE_FIRST_STEPS, a shorter TTT_EVAL_SEQ_LEN, fewer "
+                "PHASED_TTT_PREFIX_DOCS, or a larger budget; the artifact is on disk: go on with STAGE=eval")
+
+    def check_compiler(self, batch: Batch) -> None:
+        """Raise RunError behind a batch in which something was compiled or recorded."""
+        new_graphs = compilations()[self.graphs_before :]
+        if new_graphs and not self.cfg.compile_allow_recompiles:
+            remedy = "the artifact exists: go on with STAGE=eval"
+            raise recompile_error(f"evaluation batch {batch.number + 1}", new_graphs, remedy)
 
     def report(self, batch: Batch, before: tuple[float, int, int]) -> None:
         """Log a batch and this rank's running score; before: the sums ahead of the batch."""
-        total = self.scorer.sums()
-        nats, tokens, size = (now - old for now, old in zip(total, before, strict=True))
-        self.log(f"ttp: b{batch.number + 1}/{len(self.batches)} bl:{nats / tokens:.4f} bb:{nats / math.log(2) / max(1, size):.4f} "
-                 f"rl:{total[0] / total[1]:.4f} rb:{total[0] / math.log(2) / max(1, total[2]):.4f} "
-                 f"dl:{batch.sizes.min() + 1}-{batch.sizes.max() + 1} gd:{self.phases_done} "
-                 f"sf:{int(batch.chunk != self.cfg.ttt_chunk_size)} t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")
+        sums = self.scorer.sums()
+        nats, tokens, size = (now - old for now, old in zip(sums, before, strict=True))
+        all_nats, all_tokens, all_size = sums
+        bpb = nats / math.log(2) / max(1, size)
+        running_bpb = all_nats / math.log(2) / max(1, all_size)
+        lengths = f"{batch.sizes.min() + 1}-{batch.sizes.max() + 1}"
+        self.log(
+            f"ttt batch:{batch.number + 1}/{len(self.batches)} bpb:{bpb:.4f} loss:{nats / tokens:.4f} "
+            f"running_bpb:{running_bpb:.4f} running_loss:{all_nats / all_tokens:.4f} "
+            f"docs:{lengths} phases:{self.phases_done} chunk:{batch.chunk} "
+            f"t:{self.eta.elapsed:.0f}s eta:{self.eta.left:.0f}s")
 
-    def score_segment(self, segment: list[Batch], phase: int) -> None:
-        """Score all batches between two phases: dealt to TTT_LANES adapter chains, which the ranks share out."""
-        cfg, world = self.cfg, self.world
-        hands = deal([batch_cost(b, cfg.ttt_eval_seq_len) for b in segment], cfg.ttt_lanes)
-        for number in range(world.rank, cfg.ttt_lanes, world.size):
-            if not hands[number]:
-                continue
-            self.chain.restart(cfg.seed + 1000 * (1 + phase * cfg.ttt_lanes + number))
-            for batch in (segment[i] for i in hands[number]):
-                self.check_budget(batch)
-                before = self.scorer.sums()
-                score_batch(cfg, world, self.forward, self.scorer, batch, self.chain, self.static_rows)
-                self.eta.add(batch_cost(batch, cfg.ttt_eval_seq_len))
-                self.scored_docs += len(batch.sizes)
-                self.report(batch, before)
-                if not cfg.compile_allow_recompiles and (made := compilations()[self.compiled :]):
-                    raise recompile_error(f"evaluation batch {batch.number + 1}", made, "the artifact exists: go on with STAGE=eval")
+    def learn_base(self, scored: list[Batch], documents: int) -> None:
+        """Run a global phase over the first `documents` scored documents in the order of ascending length."""
+        cfg, scorer = self.cfg, self.scorer
+        starts = np.concatenate([batch.starts for batch in scored[::-1]])  # shortest documents first
+        sizes = np.concatenate([batch.sizes for batch in scored[::-1]])
+        name = f"ttt_phase:{self.phases_done + 1}/{self.phases}"
+        self.log(f"{name} start docs:{documents} of:{len(starts)} t:{self.eta.elapsed:.1f}s")
 
-    def learn_base(self, segments: list[Batch], documents: int) -> None:
-        """A global phase over the first `documents` scored documents in the order of ascending length."""
-        records = sorted((b.number, i) for b in segments for i in range(len(b.sizes)))[:documents]
-        by_number = {b.number: b for b in segments}
-        pieces = [(int(by_number[n].starts[i]), int(by_number[n].sizes[i])) for n, i in records]
-        tokens = self.scorer.targets_to_learn(np.concatenate([np.r_[-1, at : at + size] for at, size in pieces]), "base").cpu().numpy()
-        self.log(f"ttpp: phase:{self.phases_done + 1}/{self.cfg.phased_ttt_num_phases} pd:{sum(len(b.sizes) for b in segments)} "
-                 f"gd:{len(records)} t:{self.eta.elapsed:.1f}s")
-        self.world.barrier()
-        self.base.learn(tokens, self.log)
-        learned, lengths = self.cfg.global_ttt_epochs * len(tokens) / self.world.size, [min(n, self.cfg.eval_seq_len) for _, n in pieces]
-        self.scorer.work.add(flops_per_token(self.cfg, lengths, True), "train", learned, 0)
+        ranges = zip(starts[:documents], sizes[:documents], strict=True)
+        # Target -1 is the token that starts the stream and, here, every document.
+        targets = np.concatenate([np.r_[-1, start : start + size] for start, size in ranges])
+        tokens = scorer.targets_to_learn(targets, "base").cpu().numpy()
+        scorer.world.barrier()
+        self.engine.base.learn(tokens, self.log)
+
+        lengths = np.minimum(sizes[:documents], cfg.eval_seq_len)
+        flops = flops_per_token(cfg, lengths, True)
+        learned = cfg.global_ttt_epochs * len(tokens) / scorer.world.size
+        scorer.work.add(flops, "train", learned, 0)
         self.phases_done += 1
-        self.log(f"ttpr: phase:{self.phases_done}/{self.cfg.phased_ttt_num_phases} t:{self.eta.elapsed:.1f}s")
-
-    def run(self) -> Score:
-        """Score every document. Returns the number the run is judged by."""
-        cfg = self.cfg
-        segments = phase_segments(cfg, self.batches)
-        boundaries = [documents for _, documents in segments if documents]
-        total = sum(len(b.sizes) for b in self.batches)
-        prefix = max(boundaries, default=0)
-        self.log(f"ttt_phased: total_docs:{total} prefix_docs:{prefix} suffix_docs:{total - prefix} "
-                 f"num_phases:{len(boundaries)} boundaries:{boundaries} target_tokens:{self.scorer.total}")
-        self.eta, self.compiled = Eta(self.eta.total), len(compilations())
-        scored: list[Batch] = []
-        with announce_order(cfg, self.scorer, scoring_order(cfg, segments)).only_released_steps():
-            for phase, (segment, documents) in enumerate(segments):
-                self.score_segment(segment, phase)
-                scored += segment
-                if documents:
-                    self.scorer.sync()
-                    self.learn_base(scored, documents)
-            return self.scorer.finish()
+        self.log(f"{name} end t:{self.eta.elapsed:.1f}s")
 
 
 # ==================================================================================================
-# KERNELS - faster forms of the definitions above, each held to its definition by a test; no section but MAIN needs it.
+# KERNELS - faster forms of the definitions, each held to its own by a test; no section but MAIN needs it.
 # ==================================================================================================
+
+# An appendix: without it the definitions run, on any device. This cuts it off:
+#     sed '/^# KERNELS - /,/^# MAIN - /{/^# MAIN - /!d;}' train_gpt.py > short.py
+try:  # without Triton no kernel can be asked for
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = None
+
 
 def operator(fake, backward=None):
     """Register a function as one node of compiled graphs: fake(*args) makes tensors of its results' shapes.
 
-    backward(*gradients of the results, *tensors among the arguments) -> gradients of the first arguments; the others have none.
+    backward(*gradients of the results, *tensors among the arguments) -> gradients of the first arguments; the
+    others have none.
     """
 
     def register(body):
@@ -5131,8 +6350,8 @@ def operator(fake, backward=None):
             ctx.inputs = len(inputs)
 
         def differentiate(ctx, *grads):
-            made = backward(*grads, *ctx.saved_tensors)
-            return *made, *[None] * (ctx.inputs - len(made))
+            found = backward(*grads, *ctx.saved_tensors)
+            return *found, *[None] * (ctx.inputs - len(found))
 
         if backward is not None:
             op.register_autograd(differentiate, setup_context=save)
@@ -5142,142 +6361,198 @@ def operator(fake, backward=None):
 
 
 def with_saved_results(op, backward) -> None:
-    """Give op(q, k, v, cu_seqlens, n) -> (out, lse) the gradients that backward(grad, q, k, v, out, lse, cu_seqlens, n) makes."""
+    """Give op(q, k, v, cu_seqlens, n) -> (out, lse) its gradients.
+
+    backward(grad, q, k, v, out, lse, cu_seqlens, n) -> those of q, k and v.
+    """
 
     def save(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:3], *output, inputs[3])
         ctx.n = inputs[4]
 
-    op.register_autograd(lambda ctx, grad, _: (*backward(grad.contiguous(), *ctx.saved_tensors, ctx.n), None, None), setup_context=save)
+    def differentiate(ctx, grad, _):
+        grads = backward(grad.contiguous(), *ctx.saved_tensors, ctx.n)
+        return *grads, None, None
+
+    op.register_autograd(differentiate, setup_context=save)
 
 
-# On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop, whose trip count
-# depends on data, out of the compiler's sight, and its backward reuses the saved log-sum-exp instead of recomputing.
+# Attentions of packed rows: each takes what `document_attention_reference` takes and computes the same.
+# On a CPU the segments go one by one through torch's flash kernel. A registered operator keeps that loop,
+# whose trip count depends on data, out of the compiler's sight, and its backward reuses the saved
+# log-sum-exp.
 def each_segment(cu_seqlens: Tensor, window: int, *tensors: Tensor):
-    """Of each segment: where it lies, its mask, and its part of the tensors (T, heads, d) as (1, heads, n, d)."""
+    """Walk over the segments: where each lies, its mask, its (1, heads, n, d) of tensors (T, heads, d)."""
     for start, end in pairwise(cu_seqlens.tolist()):
         if end > start:
-            yield slice(start, end), window_mask(end - start, window, tensors[0]), [t[start:end].transpose(0, 1)[None] for t in tensors]
+            span = slice(start, end)
+            mask = window_mask(end - start, window, tensors[0])
+            yield span, mask, [t[span].transpose(0, 1)[None] for t in tensors]
 
 
-@operator(lambda q, k, v, cu_seqlens, window: (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
-def _document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    for at, mask, heads in each_segment(cu_seqlens, window, q, k, v):
-        o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, mask is None, attn_mask=mask)
-        out[at], lse[:, at] = o[0].transpose(0, 1), m[0]
+def empty_out_lse(q: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Make the results of a CPU's attention, without their values: outputs (T, H, d), log-sum-exps (H, T)."""
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+def empty_qkv(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the gradients of q, k and v, without their values."""
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@operator(empty_out_lse)
+def _document_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = empty_out_lse(q)
+    for span, mask, heads in each_segment(cu_seqlens, window, q, k, v):
+        part, part_lse = flash(*heads, 0.0, mask is None, attn_mask=mask)
+        out[span] = part[0].transpose(0, 1)
+        lse[:, span] = part_lse[0]
     return out, lse
 
 
-@operator(lambda grad, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+@operator(empty_qkv)
 def _document_attention_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for at, mask, heads in each_segment(cu_seqlens, window, grad, q, k, v, out):
-        m = lse[:, at].contiguous()[None]
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, m, 0.0, mask is None, attn_mask=mask)
+    flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    grads = empty_qkv(grad, q, k, v)
+    for span, mask, heads in each_segment(cu_seqlens, window, grad, q, k, v, out):
+        part_lse = lse[:, span].contiguous()[None]
+        parts = flash_backward(*heads, part_lse, 0.0, mask is None, attn_mask=mask)
         for whole, part in zip(grads, parts, strict=True):
-            whole[at] = part[0].transpose(0, 1)
+            whole[span] = part[0].transpose(0, 1)
     return grads
 
 
 with_saved_results(_document_attention_cpu, _document_attention_cpu_backward)
 
 
-def document_attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-    """`document_attention_reference` for CPU: one graph node, no recomputation. The kernel wants as many k/v heads as queries."""
+def document_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0
+) -> Tensor:
+    """Attend on a CPU: one graph node, no recomputation. The kernel wants as many k/v heads as queries."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
     return _document_attention_cpu(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, window)[0]
 
 
 def varlen_attention():
-    """`document_attention_reference` by torch's variable-length flash attention (CUDA, half precision).
+    """Make an attention of torch's variable-length flash attention (CUDA, half precision).
 
     What this version of torch accepts is looked up here, once, and not inside the compiled graph.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    options = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # a check, no other kernel
+    options = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True  # a check, no other kernel
 
-    def document_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=(window - 1, 0), **options)
+    def document_attention_varlen(q, k, v, cu_seqlens, max_len, window=0):
+        bounds = (cu_seqlens, cu_seqlens, max_len, max_len)
+        return varlen_attn(q, k, v, *bounds, window_size=(window - 1, 0), **options)
 
     return document_attention_varlen
 
 
-@operator(lambda q, *rest: (torch.empty_like(q), q.new_empty(*q.shape[:2], 1, dtype=torch.float32)))
-def _document_attention_cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
-    made = torch.ops.aten._cudnn_attention_forward(q, k, v, None, cu_seqlens, cu_seqlens, max_len, max_len, True, 0.0, True)
-    return made[0], made[1].view(*q.shape[:2], 1)
+def empty_cudnn(q: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Make the results of cuDNN's attention, without values: outputs (T, H, d) and log-sum-exps (T, H, 1)."""
+    return torch.empty_like(q), q.new_empty(*q.shape[:2], 1, dtype=torch.float32)
 
 
-@operator(lambda grad, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+@operator(empty_cudnn)
+def _document_attention_cudnn(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int
+) -> tuple[Tensor, Tensor]:
+    bounds = (cu_seqlens, cu_seqlens, max_len, max_len)
+    out, lse, *_ = torch.ops.aten._cudnn_attention_forward(q, k, v, None, *bounds, True, 0.0, True)
+    return out, lse.view(*q.shape[:2], 1)
+
+
+@operator(empty_qkv)
 def _document_attention_cudnn_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_len: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     seed = cu_seqlens.new_zeros((), dtype=torch.int64)  # of no dropout
-    return torch.ops.aten._cudnn_attention_backward(
-        grad, q, k, v, out, lse, seed, seed, None, cu_seqlens, cu_seqlens, max_len, max_len, 0.0, True)
+    saved = (q, k, v, out, lse, seed, seed, None)
+    bounds = (cu_seqlens, cu_seqlens, max_len, max_len)
+    return torch.ops.aten._cudnn_attention_backward(grad, *saved, *bounds, 0.0, True)
 
 
 with_saved_results(_document_attention_cudnn, _document_attention_cudnn_backward)
 
 
 def cudnn_attention():
-    """`document_attention_reference` by torch's cuDNN kernels for packed rows; they know no window, so `varlen_attention` does those."""
+    """Make an attention of torch's cuDNN kernels for packed rows.
+
+    They know no window, so `varlen_attention` does those.
+    """
     windowed = varlen_attention()
 
-    def document_attention_cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
+    def document_attention_cudnn(q, k, v, cu_seqlens, max_len, window=0):
         if 0 < window < max_len:
             return windowed(q, k, v, cu_seqlens, max_len, window)
-        return _document_attention_cudnn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, max_len)[0]
+        heads = (t.contiguous() for t in (q, k, v))
+        return _document_attention_cudnn(*heads, cu_seqlens, max_len)[0]
 
     return document_attention_cudnn
 
 
 def flash_attention(module: str, unlimited: int | None):
-    """`document_attention_reference` by the FlashAttention package that has `module`; unlimited: its word for no window."""
+    """Make an attention of the FlashAttention package with `module`; unlimited: its word for no window."""
     flash = importlib.import_module(module).flash_attn_varlen_func
 
-    def document_attention_flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        out = flash(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len, max_seqlen_k=max_len, causal=True,
-                    window_size=(window - 1 if window else unlimited, 0))
+    def document_attention_flash(q, k, v, cu_seqlens, max_len, window=0):
+        bounds = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+        longest = dict(max_seqlen_q=max_len, max_seqlen_k=max_len)
+        before = window - 1 if window else unlimited
+        out = flash(q, k, v, **bounds, **longest, causal=True, window_size=(before, 0))
         return out[0] if isinstance(out, tuple) else out
 
     return document_attention_flash
 
 
-FLEX_TILES = ((), (64, 64), (64, 128), (128, 64), (128, 128))  # queries and keys at a time; the first is torch's own choice
-
-
-def flex_attention(tile: tuple[int, ...] = ()):
-    """`document_attention_reference` by FlexAttention, which compiles a kernel for the mask and passes over blocks it hides.
-
-    What a query sees starts at its document or at its window and ends at itself, and both starts only grow: of the blocks of
-    keys, those from the start of the first query of a block of queries to that block.
-    """
+def flex_attention():
+    """Make an attention of FlexAttention, which compiles a kernel for the mask and skips hidden blocks."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention as flex
 
     flex = torch.compile(flex, dynamic=False)
-    sides = dict(zip("MN", tile, strict=False)) | dict(M1=min(tile), N1=max(tile), M2=max(tile), N2=min(tile)) if tile else {}
-    opts = {f"BLOCK_{side}": size for side, size in sides.items()}
 
-    def document_attention_flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
-        n, at, side = len(q), torch.arange(len(q), device=q.device), 128
-        first = cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]
-        first = torch.maximum(first, at - window + 1) if window else first
-        lowest, blocks = first[::side] // side, at[: -(-n // side)]
-        kept = torch.minimum(lowest[:, None] + blocks, blocks[-1]).int()  # of each row, the first blocks - lowest + 1 count
-        mask = BlockMask.from_kv_blocks((blocks - lowest + 1).int()[None, None], kept[None, None], BLOCK_SIZE=side, seq_lengths=(n, n),
-                                        mask_mod=lambda b, h, query, key: (key <= query) & (key >= first[query]))
-        return flex(*(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=mask, enable_gqa=True, kernel_options=opts)[0].transpose(0, 1)
+    def block_mask(cu_seqlens, tokens, window):
+        """Find the blocks of keys that each block of queries needs.
+
+        What a query sees starts at its document or at its window and ends at itself, and both starts only
+        grow: a block needs those from the start of its first query to itself.
+        """
+        n = len(tokens)
+        side = 128
+        first = cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1]
+        if window:
+            first = torch.maximum(first, tokens - window + 1)
+
+        blocks = tokens[: -(-n // side)]
+        lowest = first[::side] // side
+        counts = (blocks - lowest + 1).int()  # of each row of `needed`, so many count
+        needed = torch.minimum(lowest[:, None] + blocks, blocks[-1]).int()
+
+        def visible(batch, head, query, key):
+            return (key <= query) & (key >= first[query])
+
+        return BlockMask.from_kv_blocks(
+            counts[None, None], needed[None, None], BLOCK_SIZE=side, mask_mod=visible, seq_lengths=(n, n))
+
+    def document_attention_flex(q, k, v, cu_seqlens, max_len, window=0):
+        mask = block_mask(cu_seqlens, torch.arange(len(q), device=q.device), window)
+        heads = (t.transpose(0, 1)[None] for t in (q, k, v))
+        return flex(*heads, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
     return document_attention_flex
 
 
-ATTENTION_BACKENDS = {  # name: (how to get it, lowest and highest compute capability, module it comes from); half precision only
+# name: (how to get it, lowest and highest compute capability, its module). In half precision only.
+ATTENTION_BACKENDS = {
     "fa3": (partial(flash_attention, "flash_attn_interface", -1), (9, 0), (9, 0), "flash_attn_interface"),
     "fa4": (partial(flash_attention, "flash_attn.cute", None), (9, 0), (12, 9), "flash_attn.cute"),
     "cudnn": (cudnn_attention, (9, 0), (99, 0), "torch.nn.attention.varlen"),
@@ -5287,7 +6562,7 @@ ATTENTION_BACKENDS = {  # name: (how to get it, lowest and highest compute capab
 
 
 def module_exists(name: str) -> bool:
-    """Whether `import name` would find something; importing nothing but its parents."""
+    """Say whether `import name` would find something; importing nothing but its parents."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
@@ -5295,91 +6570,111 @@ def module_exists(name: str) -> bool:
 
 
 def attention_backends(world: World) -> dict[str, Any]:
-    """The attentions this device and installation have, the loop of SDPA that defines it last."""
+    """Collect the attentions of this device and installation, the definition, a loop of SDPA, last."""
     if world.device.type == "cpu":
         return dict(cpu=document_attention_cpu, sdpa=document_attention_reference)
+
     found = {}
     if world.device.type == "cuda" and world.dtype in (torch.bfloat16, torch.float16):
         capability = torch.cuda.get_device_capability(world.device)
-        found = {name: make() for name, (make, low, high, module) in ATTENTION_BACKENDS.items()
-                 if low <= capability <= high and module_exists(module)}
+        for name, (make, low, high, module) in ATTENTION_BACKENDS.items():
+            if low <= capability <= high and module_exists(module):
+                found[name] = make()
+
     return dict(**found, sdpa=document_attention_reference)
 
 
 @torch.enable_grad()
-def attention_trial(attend, world: World, segments: list[int]) -> tuple[float, float]:
-    """(relative error against the definition in fp32, seconds) of forward and backward on random packed documents."""
+def attention_trial(attend, world: World, lengths: list[int]) -> tuple[float, float]:
+    """Run forward and backward on random packed documents of these lengths.
+
+    -> (relative error against the definition in fp32, seconds)
+    """
     generator = torch.Generator().manual_seed(0)
-    q, k, v, direction = (
-        torch.randn(sum(segments), heads, 64, generator=generator).to(world.device, world.dtype) for heads in (8, 4, 4, 8))
-    bounds = torch.tensor([0, *segments]).cumsum(0).int().to(world.device)
+
+    def random_heads(heads: int) -> Tensor:
+        return torch.randn(sum(lengths), heads, 64, generator=generator).to(world.device, world.dtype)
+
+    q, k, v, direction = map(random_heads, (8, 4, 4, 8))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int().to(world.device)
 
     def run(f, dtype: torch.dtype) -> list[Tensor]:
         inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-        out = f(*inputs, bounds, max(segments))
+        out = f(*inputs, bounds, max(lengths))
         return [out, *torch.autograd.grad(out, inputs, direction.to(dtype))]
 
     ours = run(attend, world.dtype)
-    errors = [(a.float() - b).norm() / b.norm() for a, b in zip(ours, run(document_attention_reference, torch.float32), strict=True)]
-    return torch.stack(errors).max().item(), quickest(world, lambda: run(attend, world.dtype), 1)
+    exact = run(document_attention_reference, torch.float32)
+    pairs = zip(ours, exact, strict=True)
+    errors = [(a.float() - b).norm() / b.norm() for a, b in pairs]
+    seconds = quickest(world, partial(run, attend, world.dtype), 1)
+    return torch.stack(errors).max().item(), seconds
 
 
-def best_tile(world: World, segments: list[int], path: Path) -> tuple[int, ...]:
-    """Of FLEX_TILES the fastest that is right on this device. Compiling them takes minutes, so the file keeps what was found."""
-    key, known, trials = f"{hardware_name(world).split('x ', 1)[1]} torch {torch.__version__} {world.dtype}", {}, {}
-    with contextlib.suppress(OSError, ValueError):  # no file yet, or somebody else's
-        known = json.loads(path.read_text())
-    known = world.from_main(known)
-    if key not in known:
-        for tile in FLEX_TILES:
-            with contextlib.suppress(RuntimeError):  # more shared memory than there is
-                error, trials[tile] = attention_trial(flex_attention(tile), world, segments)
-                trials[tile] = trials[tile] if error < 0.02 else math.inf
-        known[key] = world.from_main(min(trials, key=trials.get, default=()))
-        if world.main:
-            write_atomic(path, json.dumps(known).encode())
-    return tuple(known[key])
+def try_attention(attend, world: World) -> tuple[str, float]:
+    """Run `attention_trial` on a row of documents, padded as real ones are.
+
+    -> (what is wrong, blank if nothing; seconds)
+    """
+    lengths = [1500, 800, 2048, 100, 3072, 672] * 4 + [0, 0]
+    if world.device.type == "cpu":
+        lengths = [5, 130, 1, 377, 0]
+
+    try:
+        error, seconds = attention_trial(attend, world, lengths)
+    except (RuntimeError, TypeError, AttributeError) as e:  # not for this device, or torch has changed
+        return f"does not run on this machine: {(str(e) or repr(e)).splitlines()[0]}", math.inf
+
+    right = error < 0.02  # bf16 rounds
+    fault = "" if right else f"is wrong on this machine: relative error {error:.3g} against the definition"
+    return fault, seconds
 
 
 @cache
-def choose_attention(wanted: str, world: World, cache_dir: str = "") -> tuple[str, Any, str]:
-    """(name, function, how the choice was made). auto: the fastest that is right, on a row of documents; rank 0 decides.
-    cache_dir: where FlexAttention's `best_tile` is kept; blank: torch chooses one. Raises RunError when the wanted backend is missing
-    or differs from the definition.
+def choose_attention(wanted: str, world: World) -> tuple[str, Any, str]:
+    """Choose an attention; auto: the fastest that is right, on a row of documents, by rank 0's clock.
+
+    -> (name, function, how the choice was made). Raises RunError when the wanted one is missing or wrong.
     """
     found = attention_backends(world)
-    segments = [5, 130, 1, 377, 0] if world.device.type == "cpu" else [1500, 800, 2048, 100, 3072, 672] * 4 + [0, 0]  # padded as real ones
     if wanted not in ("auto", *found):
-        raise RunError(f"ATTN_BACKEND={wanted} can not be had here: {world.device} in {world.dtype} has {', '.join(found)}; "
-                       "install what is missing, or set ATTN_BACKEND=auto")
-    trials, told = {}, []
+        raise RunError(f"ATTN_BACKEND={wanted} can not be had here: {world.device} in {world.dtype} has "
+                       f"{', '.join(found)}; install what is missing, or set ATTN_BACKEND=auto")
+
+    times, trial_texts = {}, []
     for name in found if wanted == "auto" else (wanted,):
-        if name in ("flex", "sdpa") and trials:
+        if name in ("flex", "sdpa") and times:
             break  # minutes of compiling, a loop on the host: only for want of anything else
-        if name == "flex" and cache_dir:
-            found[name] = flex_attention(best_tile(world, segments, Path(cache_dir) / "flex_tiles.json"))
-        try:
-            error, seconds = attention_trial(found[name], world, segments)
-            wrong = "" if error < 0.02 else f"is wrong on this machine: relative error {error:.3g} against the definition"  # bf16 rounds
-        except (RuntimeError, TypeError, AttributeError) as e:  # not for this device, or torch has changed
-            wrong = f"does not run on this machine: {(str(e) or repr(e)).splitlines()[0]}"
-        if wrong and name in (wanted, "sdpa"):
-            raise RunError(f"ATTN_BACKEND={' '.join([*told, name])} {wrong}; take another")
-        told.append(f"{name} {wrong}," if wrong else f"{name}:{1e3 * seconds:.2f}ms")
-        trials |= {} if wrong else {name: seconds}
-    best = world.from_main(min(trials, key=trials.get))
-    return best, found[best], " ".join(told)
+
+        fault, seconds = try_attention(found[name], world)
+        if not fault:
+            times[name] = seconds
+            trial_texts.append(f"{name}:{1e3 * seconds:.2f}ms")
+        elif name in (wanted, "sdpa"):
+            raise RunError(f"ATTN_BACKEND={' '.join([*trial_texts, name])} {fault}; take another")
+        else:
+            trial_texts.append(f"{name} {fault},")
+
+    best = world.from_main(min(times, key=times.get))
+    return best, found[best], " ".join(trial_texts)
 
 
-# Triton kernels, each behind an operator with the definition's gradients. Tensors are read once and written once; sums are fp32.
-# Under Triton's interpreter they run on a CPU, where products must be widened by hand: it multiplies the bits of bf16.
+# Triton kernels, each behind an operator with the definition's gradients. Tensors are read once and written
+# once; sums are fp32; a store rounds to the type of its tensor. Under Triton's interpreter they run on a CPU,
+# where products must be widened by hand: it multiplies the bits of bf16.
 jit = triton.jit if triton else lambda kernel: kernel  # without Triton no kernel is ever called
 INTERPRETED = bool(triton and triton.knobs.runtime.interpret)
 
 
 @jit
+def load_fp32(pointers, inside):
+    """Read numbers as fp32, and zeros where `inside` is false."""
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
 def sign_in_lsb(post, negative):
-    """The bf16 nearest to post >= 0 among those whose last bit says whether the input of the square was negative; ties go down."""
+    """Round post >= 0 to the nearest bf16 whose last bit says if its input was negative; ties go down."""
     bits = post.to(tl.int32, bitcast=True)
     odd = negative.to(tl.int32) << 16
     nearest = ((tl.maximum(bits - odd + 65535, 0) >> 17) << 17) + odd
@@ -5387,34 +6682,43 @@ def sign_in_lsb(post, negative):
 
 
 @jit
-def mlp_epilogue(acc, out, saved, m, n, slope, FORM: tl.constexpr, BACKWARD: tl.constexpr):
-    """One half of a tile of products: activate and store it, or multiply it by the activation's derivative."""
+def mlp_epilogue(acc, out, saved, m, n, slope, FORM: constexpr, BACKWARD: constexpr):
+    """Finish half a tile of products: activate and store it, or multiply it by the derivative."""
     kept = saved.load([m, n]) if BACKWARD else acc.to(tl.bfloat16)
     pre = kept.to(tl.float32)
     derivative = tl.where(pre > 0, 2 * pre, 2 * slope * slope * pre)
     if BACKWARD:
         if FORM == "lsb":
             root = 2 * tl.sqrt(pre)
-            derivative = tl.where((kept.to(tl.int16, bitcast=True) & 1) == 1, -slope * root, root)
+            negative = (kept.to(tl.int16, bitcast=True) & 1) == 1
+            derivative = tl.where(negative, -slope * root, root)
         elif FORM == "act_grad":
             derivative = pre
         out.store([m, n], (acc * derivative).to(tl.bfloat16))
     else:
         post = 0.5 * derivative * pre
-        out.store([m, n], sign_in_lsb(post, pre <= 0) if FORM == "lsb" else post.to(tl.bfloat16))
-        if FORM != "lsb":
+        if FORM == "lsb":
+            out.store([m, n], sign_in_lsb(post, pre <= 0))
+        else:
+            out.store([m, n], post.to(tl.bfloat16))
             saved.store([m, n], (pre if FORM == "pre_post" else derivative).to(tl.bfloat16))
 
 
 @jit
 def mlp_kernel(
-    a, b, out, saved, M, N, K, slope, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    FORM: tl.constexpr, BACKWARD: tl.constexpr, PROGRAMS: tl.constexpr, WIDEN: tl.constexpr,
+    a, b, out, saved, M, N, K, slope,
+    BM: constexpr, BN: constexpr, BK: constexpr, FORM: constexpr,
+    BACKWARD: constexpr, PROGRAMS: constexpr, WIDEN: constexpr,
 ):
-    """Persistent GEMM over TMA descriptors: a (M, K) times b, (N, K) forward and (K, N) backward, and `mlp_epilogue`."""
+    """Multiply a (M, K) by b, (N, K) forward and (K, N) backward, and end in `mlp_epilogue`.
+
+    A persistent GEMM over TMA descriptors.
+    """
     tiles_n = tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tiles_n, PROGRAMS, flatten=True):
-        m, n = (tile // tiles_n) * BM, (tile % tiles_n) * BN
+    tiles = tl.cdiv(M, BM) * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        m = (tile // tiles_n) * BM
+        n = (tile % tiles_n) * BN
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
             left = a.load([m, k])
@@ -5423,57 +6727,80 @@ def mlp_kernel(
             else:
                 right = b.load([n, k]).T
             if WIDEN:
-                left, right = left.to(tl.float32), right.to(tl.float32)
+                left = left.to(tl.float32)
+                right = right.to(tl.float32)
             acc = tl.dot(left, right, acc)
-        # Halves of the columns one after the other: half the shared memory, and one's arithmetic hides the other's store.
-        first, second = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        # Halves of the columns one after the other: half the shared memory, and the arithmetic of one hides
+        # the store of the other.
+        halves = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
+        first, second = tl.split(halves)
         mlp_epilogue(first, out, saved, m, n, slope, FORM, BACKWARD)
         mlp_epilogue(second, out, saved, m, n + BN // 2, slope, FORM, BACKWARD)
 
 
 # By major compute capability: BM, BN, BK, stages forward and backward. 12 has 99 KB of shared memory.
-MLP_TILES = {9: (256, 128, 64, (4, 3)), 10: (256, 128, 64, (4, 3)), 12: (128, 128, 64, (3, 2))}
+MLP_TILES = {
+    9: (256, 128, 64, (4, 3)),
+    10: (256, 128, 64, (4, 3)),
+    12: (128, 128, 64, (3, 2)),
+}
 
 
 def mlp_tiles(device: torch.device) -> tuple[tuple, int]:
-    """(an entry of MLP_TILES, how many programs run at once) on this device; small ones under the interpreter."""
+    """Look up (an entry of MLP_TILES, how many programs run at once); the interpreter's are small."""
     if device.type != "cuda":
         return (32, 32, 16, (1, 1)), 3
     properties = torch.cuda.get_device_properties(device)
     return MLP_TILES[properties.major], properties.multi_processor_count
 
 
-def launch_mlp(a: Tensor, b: Tensor, slope: float, form: str, saved: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Forward, without `saved`: (leaky_relu(a b^T)^2, what the backward needs). Backward: (a b times the derivative, saved)."""
+def launch_mlp(
+    a: Tensor, b: Tensor, slope: float, form: str, saved: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Launch `mlp_kernel`. Forward, without `saved`: -> (leaky_relu(a b^T)^2, what the backward needs).
+
+    Backward: -> (a b times the derivative, saved).
+    """
     backward = saved is not None
-    a, b, (M, K) = a.contiguous(), b.contiguous(), a.shape
+    a = a.contiguous()
+    b = b.contiguous()
+    M, K = a.shape
     N = b.shape[1] if backward else b.shape[0]
     out = a.new_empty(M, N)
-    kept = saved if backward else out if form == "lsb" else torch.empty_like(out)
+    if saved is None:
+        saved = out if form == "lsb" else torch.empty_like(out)
+
     (BM, BN, BK, stages), programs = mlp_tiles(a.device)
     programs = min(programs, triton.cdiv(M, BM) * triton.cdiv(N, BN))
     describe = TensorDescriptor.from_tensor
-    mlp_kernel[(programs,)](
-        describe(a, [BM, BK]), describe(b, [BK, BN] if backward else [BN, BK]), describe(out, [BM, BN // 2]), describe(kept, [BM, BN // 2]),
-        M, N, K, slope, BM, BN, BK, form, backward, programs, INTERPRETED, num_warps=8, num_stages=stages[backward])
-    return out, kept
+    half_tile = [BM, BN // 2]
+    tensors = (
+        describe(a, [BM, BK]),
+        describe(b, [BK, BN] if backward else [BN, BK]),
+        describe(out, half_tile),
+        describe(saved, half_tile),
+    )
+    constants = (BM, BN, BK, form, backward, programs, INTERPRETED)
+    mlp_kernel[(programs,)](*tensors, M, N, K, slope, *constants, num_warps=8, num_stages=stages[backward])
+    return out, saved
 
 
 def mlp_up_shapes(x: Tensor, up: Tensor, slope: float, form: str) -> tuple[Tensor, Tensor]:
-    """Results of `mlp_up`, without their values."""
+    """Make the results of `mlp_up`, without their values."""
     hidden = x.new_empty(x.shape[0], up.shape[0])
     return hidden, x.new_empty(0) if form == "lsb" else torch.empty_like(hidden)
 
 
 @operator(mlp_up_shapes)
 def mlp_up(x: Tensor, up: Tensor, slope: float, form: str) -> tuple[Tensor, Tensor]:
-    """Hidden layer (R, F) of x (R, D), and what the backward needs besides: nothing in the lsb form."""
+    """Compute the hidden layer (R, F) of x (R, D), and what the backward needs besides: for lsb nothing."""
     hidden, kept = launch_mlp(x, up, slope, form)
     return hidden, x.new_empty(0) if form == "lsb" else kept
 
 
-# The backward of the act_grad form once more, with CUTLASS (PR #1105): a persistent GEMM over TMA and wgmma whose epilogue multiplies
-# fp32 sums by the stored derivative. No torch in it, so that one build serves every version. A C operand is declared, never loaded.
+# The backward of the act_grad form once more, with CUTLASS (PR #1105): a persistent GEMM over TMA and wgmma,
+# its epilogue multiplies fp32 sums by the stored derivative. No torch in it, so that one build serves every
+# version. A C operand is declared, never loaded.
 CUTLASS_SOURCE = r"""
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
@@ -5490,11 +6817,14 @@ using Auto = ep::collective::EpilogueTileAuto;
 using Schedule = ep::TmaWarpSpecializedCooperative;
 using Layout = ep::collective::detail::EpilogueDescriptor<Tile, Auto, bf16, bf16, Schedule>;
 using Aux = ep::collective::detail::AuxLoadDescriptor<Layout, Row, bf16>;
-using Stored = ep::fusion::Sm90AuxLoad<Aux::Stages, Aux::EpilogueTile, bf16, Aux::Stride, Aux::SmemLayoutAtom, Aux::CopyOpS2R>;
-using Multiply = ep::fusion::Sm90Compute<cutlass::multiplies, bf16, float, cutlass::FloatRoundStyle::round_to_nearest>;
+using Stored = ep::fusion::Sm90AuxLoad<
+    Aux::Stages, Aux::EpilogueTile, bf16, Aux::Stride, Aux::SmemLayoutAtom, Aux::CopyOpS2R>;
+using Multiply = ep::fusion::Sm90Compute<
+    cutlass::multiplies, bf16, float, cutlass::FloatRoundStyle::round_to_nearest>;
 using Tree = ep::fusion::Sm90EVT<Multiply, ep::fusion::Sm90AccFetch, Stored>;
 using Epilogue = ep::collective::CollectiveBuilder<
-    cutlass::arch::Sm90, TensorOp, Tile, Cluster, Auto, float, float, bf16, Row, 8, bf16, Row, 8, Schedule, Tree>::CollectiveOp;
+    cutlass::arch::Sm90, TensorOp, Tile, Cluster, Auto, float, float,
+    bf16, Row, 8, bf16, Row, 8, Schedule, Tree>::CollectiveOp;
 using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, TensorOp, bf16, Row, 8, bf16, Row, 8, float, Tile, Cluster,
     cutlass::gemm::collective::StageCountAutoCarveout<sizeof(Epilogue::SharedStorage)>,
@@ -5503,13 +6833,17 @@ using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, i
 using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 extern "C" const int mlp_grad_shared_bytes = Kernel::SharedStorageSize;
 
-// out (m, n) = grad (m, k) down (k, n) * stored (m, n). Null or what went wrong; without `out` only the sizes are looked at.
-extern "C" const char* mlp_grad(bf16* grad, bf16* down, bf16* stored, bf16* out, int m, int n, int k, int device, cudaStream_t stream) {
+// out (m, n) = grad (m, k) down (k, n) * stored (m, n). Null or what went wrong; without `out`, only
+// the sizes are looked at.
+extern "C" const char* mlp_grad(
+    bf16* grad, bf16* down, bf16* stored, bf16* out, int m, int n, int k, int device, cudaStream_t stream) {
   Kernel::StrideD rows{n, _1{}, 0};
-  Gemm::Arguments problem{cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1}, {grad, {k, _1{}, 0}, down, {_1{}, n, 0}},
+  Gemm::Arguments problem{cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1},
+                          {grad, {k, _1{}, 0}, down, {_1{}, n, 0}},
                           {{{}, {stored, bf16(0), rows}, {}}, out, rows, out, rows}, {device}};
   cutlass::Status status = Gemm::can_implement(problem);
-  if ((uintptr_t(grad) | uintptr_t(down) | uintptr_t(stored) | uintptr_t(out)) % 16) status = cutlass::Status::kErrorMisalignedOperand;
+  uintptr_t addresses = uintptr_t(grad) | uintptr_t(down) | uintptr_t(stored) | uintptr_t(out);
+  if (addresses % 16) status = cutlass::Status::kErrorMisalignedOperand;
   if (out && status == cutlass::Status::kSuccess) {
     if (cudaError_t error = cudaSetDevice(device)) return cudaGetErrorString(error);
     status = Gemm()(problem, nullptr, stream);
@@ -5517,87 +6851,138 @@ extern "C" const char* mlp_grad(bf16* grad, bf16* down, bf16* stored, bf16* out,
   return status == cutlass::Status::kSuccess ? nullptr : cutlassGetStatusString(status);
 }
 """
-NVCC_FLAGS = ("-std=c++17", "-O3", "--use_fast_math", "--expt-relaxed-constexpr", "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a",
-              "-shared", "-Xcompiler=-fPIC", "-cudart=static")
+NVCC_FLAGS = (
+    "-std=c++17", "-O3", "--use_fast_math", "--expt-relaxed-constexpr", "-DNDEBUG",
+    "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler=-fPIC", "-cudart=static",
+)
+
+
+def cutlass_version(cfg: Config) -> Path | None:
+    """Find CUTLASS's version.h: in the folder CUTLASS_PATH if that is set, else in the Python package."""
+    package = importlib.util.find_spec("cutlass_library")
+    root = cfg.cutlass_path
+    if package and not root:
+        root = Path(package.origin).parent / "source"
+    version = Path(root, "include", "cutlass", "version.h")
+    return version if root and version.is_file() else None
+
+
+def compile_cutlass(nvcc: str, include: Path) -> bytes:
+    """Compile CUTLASS_SOURCE to a library with the headers in `include`. Raises RunError where nvcc fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "mlp_grad.cu")
+        library = Path(folder, "mlp_grad.so")
+        source.write_text(CUTLASS_SOURCE)
+        command = [nvcc, *NVCC_FLAGS, f"-I{include}", "-o", library, source]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            complaint = (done.stdout + done.stderr)[-2000:].strip()
+            raise RunError(f"MLP_BACKWARD=cutlass: {nvcc} failed with the headers in {include}; take other "
+                           f"versions, or set MLP_BACKWARD=triton. It said:\n{complaint}")
+        return library.read_bytes()
 
 
 def build_cutlass(cfg: Config) -> str:
-    """Path of the compiled CUTLASS_SOURCE below COMPILE_CACHE_DIR or torch's cache folder; made there by nvcc, a minute, if it is missing.
+    """Find the compiled CUTLASS_SOURCE in COMPILE_CACHE_DIR or torch's cache folder, or make it there.
 
-    Where there is no compiler or no CUTLASS, any build of this source will do. Raises RunError.
+    That takes a minute. Where there is no compiler or no CUTLASS, any build of this source will do. -> its
+    path. Raises RunError.
     """
+
     def digest(*parts: str) -> str:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
-    folder = Path(cfg.compile_cache_dir or Path(torch.hub.get_dir()).parent).resolve()
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    package = importlib.util.find_spec("cutlass_library")
-    include = Path(cfg.cutlass_path) / "include" if cfg.cutlass_path else package and Path(package.origin).parent / "source" / "include"
-    version = include and include / "cutlass" / "version.h"
-    missing = ["nvcc (a CUDA toolkit with its bin/ on PATH; 13.0 is known to do)"] * (not nvcc)
-    if not (version and version.is_file()):
-        missing.append(f"CUTLASS (pip install --no-deps nvidia-cutlass==4.2.0.0, or its folder as CUTLASS_PATH, now {cfg.cutlass_path!r})")
-    tools = "*" if missing else digest(subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout, version.read_text())
+    version = cutlass_version(cfg)
+    missing = []
+    if not nvcc:
+        missing.append("nvcc (a CUDA toolkit with its bin/ on PATH; 13.0 is known to do)")
+    if not version:
+        missing.append("CUTLASS (pip install --no-deps nvidia-cutlass==4.2.0.0, or its folder as "
+                       f"CUTLASS_PATH, now {cfg.cutlass_path!r})")
+
+    tools = "*"
+    if not missing:
+        compiler = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        tools = digest(compiler, version.read_text())
     name = f"mlp_grad-{digest(CUTLASS_SOURCE, *NVCC_FLAGS, platform.machine())}-{tools}.so"
-    if made := sorted(folder.glob(name)):
-        return str(made[-1])
+
+    folder = Path(cfg.compile_cache_dir or Path(torch.hub.get_dir()).parent).resolve()
+    builds = sorted(folder.glob(name))
+    if builds:
+        return str(builds[-1])
     if missing:
-        raise RunError(f"MLP_BACKWARD=cutlass compiles a kernel at its first use, and {folder} has no {name}. Missing to make it: "
-                       f"{'; '.join(missing)}. Install that, or set MLP_BACKWARD=triton")
-    with tempfile.TemporaryDirectory() as scratch:
-        source, library = Path(scratch, "mlp_grad.cu"), Path(scratch, "mlp_grad.so")
-        source.write_text(CUTLASS_SOURCE)
-        done = subprocess.run([nvcc, *NVCC_FLAGS, f"-I{include}", "-o", library, source], capture_output=True, text=True)
-        if done.returncode:
-            raise RunError(f"MLP_BACKWARD=cutlass: {nvcc} failed with the headers in {include}; take other versions, or set "
-                           f"MLP_BACKWARD=triton. It said:\n{(done.stdout + done.stderr)[-2000:].strip()}")
-        write_atomic(folder / name, library.read_bytes())
+        raise RunError(f"MLP_BACKWARD=cutlass compiles a kernel at its first use, and {folder} has no "
+                       f"{name}. Missing to make it: {'; '.join(missing)}. Install that, or set "
+                       "MLP_BACKWARD=triton")
+
+    write_atomic(folder / name, compile_cutlass(nvcc, version.parents[1]))
     return str(folder / name)
 
 
 @cache
 def cutlass_library(cfg: Config, world: World) -> str:
-    """`build_cutlass` on the first rank of each machine, then on the others, which find it done. Raises RunError on all if on one."""
-    path, failure = "", ""
-    for turn in (not world.device.index, world.device.index):
+    """Run `build_cutlass` on the first rank of each machine, then on the others, which find it done.
+
+    Raises RunError on all ranks if on one.
+    """
+    path = failure = ""
+    first = not world.device.index
+    for my_turn in (first, not first):
         try:
-            path = build_cutlass(cfg) if turn else path
+            path = build_cutlass(cfg) if my_turn else path
         except RunError as e:
             failure = str(e)
-        if failures := list(filter(None, world.gather(failure))):
+
+        failures = [text for text in world.gather(failure) if text]
+        if failures:
             raise RunError(failures[0])
     return path
 
 
 @cache
 def cutlass_entry(library: str):
-    """The function `mlp_grad` of a library from `build_cutlass`."""
+    """Load the function `mlp_grad` of a library from `build_cutlass`."""
     entry = ctypes.CDLL(library).mlp_grad
-    entry.argtypes, entry.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 4 + [ctypes.c_void_p], ctypes.c_char_p
+    entry.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int] * 4 + [ctypes.c_void_p]
+    entry.restype = ctypes.c_char_p
     return entry
 
 
 def launch_cutlass(grad: Tensor, down: Tensor, stored: Tensor, library: str) -> Tensor:
-    """(grad down) * stored, rounded once. Raises RunError where CUTLASS or CUDA refuses."""
-    grad, down, stored = grad.contiguous(), down.contiguous(), stored.contiguous()
-    out, stream = torch.empty_like(stored), torch.cuda.current_stream(grad.device).cuda_stream
-    pointers = (t.data_ptr() for t in (grad, down, stored, out))
-    if problem := cutlass_entry(library)(*pointers, *out.shape, grad.shape[1], grad.device.index, stream):
-        raise RunError(f"MLP_BACKWARD=cutlass: {tuple(grad.shape)} times {tuple(down.shape)} on {grad.device}: {problem.decode()}")
+    """Compute (grad down) * stored, rounded once. Raises RunError where CUTLASS or CUDA refuses."""
+    grad, down, stored = (t.contiguous() for t in (grad, down, stored))
+    out = torch.empty_like(stored)
+    pointers = [t.data_ptr() for t in (grad, down, stored, out)]
+    stream = torch.cuda.current_stream(grad.device).cuda_stream
+    problem = cutlass_entry(library)(*pointers, *out.shape, grad.shape[1], grad.device.index, stream)
+    if problem:
+        sizes = f"{tuple(grad.shape)} times {tuple(down.shape)} on {grad.device}"
+        raise RunError(f"MLP_BACKWARD=cutlass: {sizes}: {problem.decode()}")
     return out
 
 
-@operator(lambda grad, down, saved, slope, form, library: grad.new_empty(grad.shape[0], down.shape[1]))
+def mlp_up_grad_shape(grad: Tensor, down: Tensor, *rest) -> Tensor:
+    """Make the result of `mlp_up_grad`, without its values."""
+    return grad.new_empty(grad.shape[0], down.shape[1])
+
+
+@operator(mlp_up_grad_shape)
 def mlp_up_grad(grad: Tensor, down: Tensor, saved: Tensor, slope: float, form: str, library: str) -> Tensor:
-    """Gradient (R, F) of the up projection's output from that of the MLP's, grad (R, D); by Triton or a library from `build_cutlass`."""
-    return launch_cutlass(grad, down, saved, library) if library else launch_mlp(grad, down, slope, form, saved)[0]
+    """Compute the gradient (R, F) of the up projection's output from that of the MLP's, grad (R, D).
+
+    By a library from `build_cutlass`, or by Triton where its name is blank.
+    """
+    if library:
+        return launch_cutlass(grad, down, saved, library)
+    return launch_mlp(grad, down, slope, form, saved)[0]
 
 
 class FusedMlp(torch.autograd.Function):
-    """`leaky_mlp` with the activation inside the GEMMs. What is stored for it besides the hidden layer is the form:
+    """Compute `leaky_mlp` with the activation in the GEMMs; the form is what is stored besides its output.
 
     pre_post: the input of the activation (PR #1530); act_grad: its derivative, since f = f' x / 2 (PR #1105);
-    lsb: nothing, the sign goes into the last bit of the hidden layer and the magnitude comes back by a square root.
+    lsb: nothing, the sign goes into the last bit of the output and the magnitude comes back by a square root.
     """
 
     @staticmethod
@@ -5605,227 +6990,310 @@ class FusedMlp(torch.autograd.Function):
         rows = x.flatten(0, -2)
         hidden, kept = mlp_up(rows, up, slope, form)
         ctx.save_for_backward(rows, up, down, hidden, kept)
-        ctx.slope, ctx.form, ctx.library, ctx.shape = slope, form, library, x.shape
+        ctx.options = (slope, form, library)
+        ctx.shape = x.shape
         return F.linear(hidden, down).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, up, down, hidden, kept = ctx.saved_tensors
+        slope, form, library = ctx.options
+        need_x, need_up, need_down, *_ = ctx.needs_input_grad
         grad = grad.reshape(rows.shape)
-        d_up = mlp_up_grad(grad, down, hidden if ctx.form == "lsb" else kept, ctx.slope, ctx.form, ctx.library)
-        need_x, need_up, need_down = ctx.needs_input_grad[:3]
-        return ((d_up @ up).view(ctx.shape) if need_x else None, d_up.T @ rows if need_up else None,
-                grad.T @ hidden if need_down else None, None, None, None)
+        stored = hidden if form == "lsb" else kept
+        d_hidden = mlp_up_grad(grad, down, stored, slope, form, library)
+        dx = (d_hidden @ up).view(ctx.shape) if need_x else None
+        d_up = d_hidden.T @ rows if need_up else None
+        d_down = grad.T @ hidden if need_down else None
+        return dx, d_up, d_down, None, None, None
 
 
 def fused_mlp(form: str, library: str = ""):
-    """`leaky_mlp` by `FusedMlp` in one of its forms; library: see `mlp_up_grad`."""
-    return lambda x, up, down, slope: FusedMlp.apply(x, up, down, slope, form, library)
+    """Make `leaky_mlp` of `FusedMlp` in one of its forms; library: see `mlp_up_grad`."""
+
+    def mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+        return FusedMlp.apply(x, up, down, slope, form, library)
+
+    return mlp
 
 
+# In the kernels on heads a program has BT rows (tokens) and D channels of a head, padded to BD, a power of
+# two.
 @jit
-def rotation(cos, sin, position, c, HALF: tl.constexpr):
-    """Factors of channel c itself and of its partner, and the partner: y[c] = x[c] own + x[partner] other."""
-    turns = (c < 2 * HALF)[None, :]
-    at = position[:, None] * HALF + (c % HALF)[None, :]
-    own = tl.load(cos + at, mask=turns, other=1.0)
-    other = tl.load(sin + at, mask=turns, other=0.0)
-    other = tl.where((c < HALF)[None, :], other, -other)
-    return own, other, tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))
+def rotation(cos, sin, position, channel, HALF: constexpr):
+    """Look up a channel's partner and the factors of both: y[channel] = x[channel] own + x[partner] other."""
+    turns = (channel < 2 * HALF)[None, :]
+    offsets = position[:, None] * HALF + (channel % HALF)[None, :]
+    own = tl.load(cos + offsets, mask=turns, other=1.0)
+    other = tl.load(sin + offsets, mask=turns, other=0.0)
+    other = tl.where((channel < HALF)[None, :], other, -other)
+    below = tl.where(channel < 2 * HALF, channel - HALF, channel)
+    return own, other, tl.where(channel < HALF, channel + HALF, below)
 
 
 @jit
 def split_heads_kernel(
     qkv, gain, cos, sin, q, k, v, rows, length, eps,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    H: constexpr, G: constexpr, D: constexpr, HALF: constexpr, BT: constexpr, BD: constexpr,
 ):
-    """One program: BT rows of a query head, or of a key head and its value."""
-    head, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
-    inside = (t < rows)[:, None] & (c < D)[None, :]
-    t = t.to(tl.int64)
-    own, other, partner = rotation(cos, sin, t % length, c, HALF)
-    source = qkv + t[:, None] * ((H + 2 * G) * D) + head * D
-    x = tl.load(source + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    swapped = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps) * tl.load(gain + head, mask=head < H, other=1.0)
+    """Make BT rows of a query head, or of a key head and its value."""
+    head = tl.program_id(1)
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    channel = tl.arange(0, BD)
+    inside = (row < rows)[:, None] & (channel < D)[None, :]
+    row = row.to(tl.int64)
+    own, other, partner = rotation(cos, sin, row % length, channel, HALF)
+
+    source = qkv + row[:, None] * ((H + 2 * G) * D) + head * D
+    x = load_fp32(source + channel[None, :], inside)
+    swapped = load_fp32(source + partner[None, :], inside)
+    inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    scale = inverse_rms * tl.load(gain + head, mask=head < H, other=1.0)
     turned = scale[:, None] * (x * own + swapped * other)
+
     if head < H:
-        tl.store(q + (t[:, None] * H + head) * D + c[None, :], turned.to(q.dtype.element_ty), mask=inside)
+        tl.store(q + (row[:, None] * H + head) * D + channel[None, :], turned, mask=inside)
     else:
-        at = (t[:, None] * G + head - H) * D + c[None, :]
-        tl.store(k + at, turned.to(k.dtype.element_ty), mask=inside)
-        tl.store(v + at, tl.load(source + G * D + c[None, :], mask=inside, other=0.0), mask=inside)
+        offsets = (row[:, None] * G + head - H) * D + channel[None, :]
+        value = tl.load(source + G * D + channel[None, :], mask=inside, other=0.0)
+        tl.store(k + offsets, turned, mask=inside)
+        tl.store(v + offsets, value, mask=inside)
 
 
 @jit
 def split_heads_grad_kernel(
     dq, dk, dv, qkv, gain, cos, sin, dqkv, dgain, rows, length, eps,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    H: constexpr, G: constexpr, D: constexpr, HALF: constexpr, BT: constexpr, BD: constexpr,
 ):
-    """With y the normed head, d its gradient, turned back, and s = d.y: dx = gain / rms (d - y s / D), dgain = sum of s."""
-    head, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
-    inside = (t < rows)[:, None] & (c < D)[None, :]
-    t = t.to(tl.int64)
-    own, other, partner = rotation(cos, sin, t % length, c, HALF)
-    at = t[:, None] * ((H + 2 * G) * D) + head * D + c[None, :]
+    """Make BT rows of a head's gradient, and their part of its gain's.
+
+    With y the normed head, d its gradient, turned back, and s = d.y: dx = gain / rms (d - y s / D) and
+    dgain = sum of s.
+    """
+    head = tl.program_id(1)
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    channel = tl.arange(0, BD)
+    inside = (row < rows)[:, None] & (channel < D)[None, :]
+    row = row.to(tl.int64)
+    own, other, partner = rotation(cos, sin, row % length, channel, HALF)
+
+    offsets = row[:, None] * ((H + 2 * G) * D) + head * D + channel[None, :]
     if head < H:
-        source = dq + (t[:, None] * H + head) * D
+        source = dq + (row[:, None] * H + head) * D
     else:
-        source = dk + (t[:, None] * G + head - H) * D
-        value = tl.load(dv + (t[:, None] * G + head - H) * D + c[None, :], mask=inside, other=0.0)
-        tl.store(dqkv + at + G * D, value, mask=inside)
-    d = tl.load(source + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    swapped = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+        kv_offsets = (row[:, None] * G + head - H) * D
+        source = dk + kv_offsets
+        value = tl.load(dv + kv_offsets + channel[None, :], mask=inside, other=0.0)
+        tl.store(dqkv + offsets + G * D, value, mask=inside)
+
+    d = load_fp32(source + channel[None, :], inside)
+    swapped = load_fp32(source + partner[None, :], inside)
     d = d * own - swapped * other
-    x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
+    x = load_fp32(qkv + offsets, inside)
     inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
     y = x * inverse_rms
     s = tl.sum(d * y, 1)
-    dx = tl.load(gain + head, mask=head < H, other=1.0) * inverse_rms * (d - y * (s / D)[:, None])
-    tl.store(dqkv + at, dx.to(dqkv.dtype.element_ty), mask=inside)
+    scale = tl.load(gain + head, mask=head < H, other=1.0) * inverse_rms
+    tl.store(dqkv + offsets, scale * (d - y * (s / D)[:, None]), mask=inside)
     tl.store(dgain + tl.program_id(0) * (H + G) + head, tl.sum(s, 0))
 
 
-ROWS_PER_PROGRAM = 32  # of the two kernels on heads
+ROWS_PER_PROGRAM = 32  # BT
 
 
 def split_launch(qkv: Tensor, cos: Tensor, H: int, G: int) -> tuple[tuple[int, int], dict]:
-    """Grid and size arguments of the two kernels above."""
-    rows, D = qkv.shape[:-1].numel(), qkv.shape[-1] // (H + 2 * G)
-    sizes = dict(rows=rows, length=qkv.shape[-2], eps=torch.finfo(qkv.dtype).eps, H=H, G=G, D=D, HALF=cos.shape[-1],
-                 BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
-    return (triton.cdiv(rows, ROWS_PER_PROGRAM), H + G), sizes
+    """Compute the grid and the size arguments of the two kernels above."""
+    rows = qkv.shape[:-1].numel()
+    D = qkv.shape[-1] // (H + 2 * G)
+    grid = (triton.cdiv(rows, ROWS_PER_PROGRAM), H + G)
+    numbers = dict(rows=rows, length=qkv.shape[-2], eps=torch.finfo(qkv.dtype).eps)
+    blocks = dict(BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
+    return grid, dict(**numbers, H=H, G=G, D=D, HALF=cos.shape[-1], **blocks)
 
 
-@operator(lambda dq, dk, dv, qkv, gain, cos, sin: (torch.empty_like(qkv), torch.empty_like(gain)))
+def empty_qkv_gain(dq, dk, dv, qkv: Tensor, gain: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Make the results of `split_heads_grad`, without their values."""
+    return torch.empty_like(qkv), torch.empty_like(gain)
+
+
+@operator(empty_qkv_gain)
 def split_heads_grad(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `split_heads` for qkv and gain."""
-    H, G, qkv = len(gain), dk.shape[-2], qkv.contiguous()
+    """Compute the gradients of `split_heads` for qkv and gain."""
+    H = len(gain)
+    G = dk.shape[-2]
+    dq, dk, dv, qkv = (t.contiguous() for t in (dq, dk, dv, qkv))
     grid, sizes = split_launch(qkv, cos, H, G)
-    dqkv, dgain = torch.empty_like(qkv), gain.new_empty(grid[0], H + G, dtype=torch.float32)
-    split_heads_grad_kernel[grid](dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv, gain.float(), cos, sin, dqkv, dgain, **sizes)
+    dqkv = torch.empty_like(qkv)
+    dgain = gain.new_empty(grid[0], H + G, dtype=torch.float32)
+    split_heads_grad_kernel[grid](dq, dk, dv, qkv, gain.float(), cos, sin, dqkv, dgain, **sizes)
     return dqkv, dgain[:, :H].sum(0).to(gain.dtype)
 
 
-def empty_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Results of `split_heads`, without their values."""
-    D = qkv.shape[-1] // (len(gain) + 2 * kv_heads)
-    return tuple(qkv.new_empty(*qkv.shape[:-1], heads, D) for heads in (len(gain), kv_heads, kv_heads))
+def empty_heads(qkv: Tensor, gain: Tensor, cos, sin, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the results of `split_heads`, without their values."""
+    heads = len(gain)
+    D = qkv.shape[-1] // (heads + 2 * kv_heads)
+    return tuple(qkv.new_empty(*qkv.shape[:-1], n, D) for n in (heads, kv_heads, kv_heads))
 
 
 @operator(empty_heads, split_heads_grad)
-def split_heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`split_heads` by one kernel."""
+def split_heads_op(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `split_heads` by one kernel."""
     grid, sizes = split_launch(qkv, cos, len(gain), kv_heads)
-    q, k, v = empty_heads(qkv, gain, cos, sin, kv_heads)
-    split_heads_kernel[grid](qkv.contiguous(), gain.float(), cos, sin, q, k, v, **sizes)
-    return q, k, v
+    heads = empty_heads(qkv, gain, cos, sin, kv_heads)
+    split_heads_kernel[grid](qkv.contiguous(), gain.float(), cos, sin, *heads, **sizes)
+    return heads
 
 
 @jit
 def gate_heads_kernel(
-    y, v, gate, out, rows, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    y, v, gate, out, rows,
+    H: constexpr, G: constexpr, D: constexpr, BT: constexpr, BD: constexpr,
 ):
-    """One program: BT rows of all heads that share a value."""
-    group, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
-    inside = (t < rows)[:, None] & (c < D)[None, :]
-    t64 = t.to(tl.int64)
-    own = tl.load(v + (t64[:, None] * G + group) * D + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    """Make BT rows of all heads that share a value."""
+    group = tl.program_id(1)
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    channel = tl.arange(0, BD)
+    in_rows = row < rows
+    inside = in_rows[:, None] & (channel < D)[None, :]
+    row = row.to(tl.int64)
+
+    own = load_fp32(v + (row[:, None] * G + group) * D + channel[None, :], inside)
     square = tl.maximum(tl.sum(own * own, 1), 1e-24)
     for j in range(H // G):
         head = group * (H // G) + j
-        at = (t64[:, None] * H + head) * D + c[None, :]
-        x = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        passes = tl.load(gate + t64 * H + head, mask=t < rows, other=0.0).to(tl.float32)
-        kept = passes[:, None] * (x - (tl.sum(x * own, 1) / square)[:, None] * own)
-        tl.store(out + at, kept.to(out.dtype.element_ty), mask=inside)
+        offsets = (row[:, None] * H + head) * D + channel[None, :]
+        x = load_fp32(y + offsets, inside)
+        passes = load_fp32(gate + row * H + head, in_rows)
+        share = tl.sum(x * own, 1) / square
+        tl.store(out + offsets, passes[:, None] * (x - share[:, None] * own), mask=inside)
 
 
 @jit
 def gate_heads_grad_kernel(
-    dout, y, v, gate, dy, dv, dgate, rows, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    dout, y, v, gate, dy, dv, dgate, rows,
+    H: constexpr, G: constexpr, D: constexpr, BT: constexpr, BD: constexpr,
 ):
-    """With a = y.v / v.v, e = gate dout and b = e.v / v.v: dy = e - b v, dv = sum over heads of 2 a b v - a e - b y."""
-    group, t, c = tl.program_id(1), tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
-    inside = (t < rows)[:, None] & (c < D)[None, :]
-    t64 = t.to(tl.int64)
-    at_v = (t64[:, None] * G + group) * D + c[None, :]
-    own = tl.load(v + at_v, mask=inside, other=0.0).to(tl.float32)
+    """Make BT rows of the gradients of all heads that share a value, of that value and of their gates.
+
+    With a = y.v / v.v, e = gate dout, b = e.v / v.v: dy = e - b v and dv = sum over heads of 2 a b v - a e -
+    b y.
+    """
+    group = tl.program_id(1)
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    channel = tl.arange(0, BD)
+    in_rows = row < rows
+    inside = in_rows[:, None] & (channel < D)[None, :]
+    row = row.to(tl.int64)
+
+    v_offsets = (row[:, None] * G + group) * D + channel[None, :]
+    own = load_fp32(v + v_offsets, inside)
     square = tl.maximum(tl.sum(own * own, 1), 1e-24)
     down = tl.zeros((BT, BD), tl.float32)
     for j in range(H // G):
         head = group * (H // G) + j
-        at = (t64[:, None] * H + head) * D + c[None, :]
-        x = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
-        passes = tl.load(gate + t64 * H + head, mask=t < rows, other=0.0).to(tl.float32)
+        offsets = (row[:, None] * H + head) * D + channel[None, :]
+        x = load_fp32(y + offsets, inside)
+        d = load_fp32(dout + offsets, inside)
+        passes = load_fp32(gate + row * H + head, in_rows)
         a = (tl.sum(x * own, 1) / square)[:, None]
-        tl.store(dgate + t64 * H + head, tl.sum(d * (x - a * own), 1).to(dgate.dtype.element_ty), mask=t < rows)
+        tl.store(dgate + row * H + head, tl.sum(d * (x - a * own), 1), mask=in_rows)
         e = passes[:, None] * d
         b = (tl.sum(e * own, 1) / square)[:, None]
-        tl.store(dy + at, (e - b * own).to(dy.dtype.element_ty), mask=inside)
+        tl.store(dy + offsets, e - b * own, mask=inside)
         down += 2 * a * b * own - a * e - b * x
-    tl.store(dv + at_v, down.to(dv.dtype.element_ty), mask=inside)
+    tl.store(dv + v_offsets, down, mask=inside)
 
 
 def gate_launch(y: Tensor, v: Tensor) -> tuple[tuple[int, int], dict]:
-    """Grid and size arguments of the two kernels above."""
-    (H, D), G, rows = y.shape[-2:], v.shape[-2], y.shape[:-2].numel()
-    return (triton.cdiv(rows, ROWS_PER_PROGRAM), G), dict(rows=rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
+    """Compute the grid and the size arguments of the two kernels above."""
+    *batch, H, D = y.shape
+    G = v.shape[-2]
+    rows = math.prod(batch)
+    grid = (triton.cdiv(rows, ROWS_PER_PROGRAM), G)
+    return grid, dict(rows=rows, H=H, G=G, D=D, BT=ROWS_PER_PROGRAM, BD=triton.next_power_of_2(D))
 
 
-@operator(lambda dout, y, v, gate: tuple(x.new_empty(x.shape) for x in (y, v, gate)))
+def empty_gate_grads(dout: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the results of `gate_heads_grad`, without their values."""
+    return tuple(x.new_empty(x.shape) for x in (y, v, gate))
+
+
+@operator(empty_gate_grads)
 def gate_heads_grad(dout: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `gate_heads` for y, v and gate."""
-    dout, y, v, gate = (x.contiguous() for x in (dout, y, v, gate))
-    (grid, sizes), grads = gate_launch(y, v), tuple(torch.empty_like(x) for x in (y, v, gate))
-    gate_heads_grad_kernel[grid](dout, y, v, gate, *grads, **sizes)
+    """Compute the gradients of `gate_heads` for y, v and gate."""
+    inputs = [x.contiguous() for x in (dout, y, v, gate)]
+    grads = empty_gate_grads(*inputs)
+    grid, sizes = gate_launch(y, v)
+    gate_heads_grad_kernel[grid](*inputs, *grads, **sizes)
     return grads
 
 
-@operator(lambda y, v, gate: y.new_empty(y.shape), gate_heads_grad)
+def empty_gated(y: Tensor, *rest) -> Tensor:
+    """Make the result of `gate_heads`, without its values."""
+    return y.new_empty(y.shape)
+
+
+@operator(empty_gated, gate_heads_grad)
 def gate_heads_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """`gate_heads` by one kernel."""
-    (grid, sizes), out = gate_launch(y, v), y.new_empty(y.shape)
+    """Compute `gate_heads` by one kernel."""
+    grid, sizes = gate_launch(y, v)
+    out = empty_gated(y)
     gate_heads_kernel[grid](y.contiguous(), v.contiguous(), gate.contiguous(), out, **sizes)
     return out
 
 
 @jit
-def ce_kernel(logits, targets, nats, slope, cap, V, BLOCK: tl.constexpr):
-    """One program, one row, all of it in registers: its loss and the gradient of that. tanh(u) = 2 sigmoid(2 u) - 1."""
-    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    x = tl.load(logits + row * V + c, mask=c < V, other=0.0).to(tl.float32)
+def ce_kernel(logits, targets, nats, slope, cap, V, BLOCK: constexpr):
+    """Make one row in registers: its loss and the gradient of that. tanh(u) = 2 sigmoid(2 u) - 1."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    x = load_fp32(logits + row * V + c, c < V)
     s = tl.sigmoid(2 * x / cap)
     z = tl.where(c < V, cap * (2 * s - 1), float("-inf"))
+
     top = tl.max(z, 0)
     e = tl.exp(z - top)
     total = tl.sum(e, 0)
     hit = c == tl.load(targets + row)
-    tl.store(nats + row, top + tl.log(total) - tl.sum(tl.where(hit, z, 0.0), 0))
+    target_z = tl.sum(tl.where(hit, z, 0.0), 0)
+    tl.store(nats + row, top + tl.log(total) - target_z)
+
     grad = (e / total - hit.to(tl.float32)) * 4 * s * (1 - s)
-    tl.store(slope + row * V + c, grad.to(slope.dtype.element_ty), mask=c < V)
+    tl.store(slope + row * V + c, grad, mask=c < V)
 
 
-@operator(lambda logits, targets, *rest: (targets.new_empty(targets.shape, dtype=torch.float32), logits.new_empty(logits.shape)))
+def empty_nats_slope(logits: Tensor, targets: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Make the results of `ce_with_slope`, without their values."""
+    return targets.new_empty(targets.shape, dtype=torch.float32), logits.new_empty(logits.shape)
+
+
+@operator(empty_nats_slope)
 def ce_with_slope(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """`softcapped_ce` of logits (T, V) and, from the same pass, the gradient of each row's result for that row."""
-    logits, V = logits.contiguous(), logits.shape[-1]
-    nats, slope = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(logits)
-    ce_kernel[(targets.numel(),)](logits, targets.contiguous(), nats, slope, cap, V,
-                                  BLOCK=triton.next_power_of_2(V), num_warps=8)
+    """Compute `softcapped_ce` of logits (T, V) and, from the same pass, the gradient of each row's result."""
+    nats, slope = empty_nats_slope(logits, targets)
+    logits = logits.contiguous()
+    rows, V = logits.shape
+    block = triton.next_power_of_2(V)
+    ce_kernel[(rows,)](logits, targets.contiguous(), nats, slope, cap, V, BLOCK=block, num_warps=8)
     return nats, slope
 
 
 class HeadCe(torch.autograd.Function):
-    """`softcapped_ce` of a linear head by one pass over the logits. What comes in backward scales rows of the narrow factors of the two
-    products, not of the wide one. Left out, it would leave AOTAutograd without a backward that depends on the loss."""
+    """Compute `softcapped_ce` of a linear head by one pass over the logits.
+
+    What comes in backward scales rows of the narrow factors of the two products, not of the wide one. Left
+    out, it would leave AOTAutograd without a backward that depends on the loss.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, cap: float) -> Tensor:
-        nats, slope = ce_with_slope(F.linear(x, head).flatten(0, -2), targets.flatten(), cap)
+        logits = F.linear(x, head).flatten(0, -2)
+        nats, slope = ce_with_slope(logits, targets.flatten(), cap)
         ctx.save_for_backward(x, head, slope)
         return nats.view(targets.shape)
 
@@ -5833,22 +7301,30 @@ class HeadCe(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, head, slope = ctx.saved_tensors
         grad = grad.unsqueeze(-1)
-        return (grad * (slope @ head).view(x.shape)).to(x.dtype), slope.T @ (grad * x).to(x.dtype).flatten(0, -2), None, None
+        dx = grad * (slope @ head).view(x.shape)
+        scaled = (grad * x).to(x.dtype).flatten(0, -2)
+        return dx.to(x.dtype), slope.T @ scaled, None, None
 
 
 @jit
-def adam_kernel(p, g, v, lr, keep, beta2, correction, eps, n, BLOCK: tl.constexpr):
-    """One program, BLOCK numbers: weight decay (keep), second moment, step; in place."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    grad = tl.load(g + at, mask=at < n, other=0.0)
-    second = beta2 * tl.load(v + at, mask=at < n, other=0.0) + (1 - beta2) * grad * grad
-    tl.store(v + at, second, mask=at < n)
+def adam_kernel(p, g, v, lr, keep, beta2, correction, eps, n, BLOCK: constexpr):
+    """Step BLOCK numbers in place: weight decay (keep), second moment, step."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < n
+    grad = tl.load(g + offsets, mask=inside, other=0.0)
+    before = tl.load(v + offsets, mask=inside, other=0.0)
+    second = beta2 * before + (1 - beta2) * grad * grad
+    tl.store(v + offsets, second, mask=inside)
     step = lr * grad / (correction * tl.sqrt(second) + eps)
-    tl.store(p + at, keep * tl.load(p + at, mask=at < n, other=0.0) - step, mask=at < n)
+    weight = tl.load(p + offsets, mask=inside, other=0.0)
+    tl.store(p + offsets, keep * weight - step, mask=inside)
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """torch.optim.AdamW with beta1 = 0, its parameters contiguous fp32: the gradient is its own first moment, so none is kept or read."""
+    """Step as torch.optim.AdamW with beta1 = 0, for contiguous fp32 parameters.
+
+    The gradient is its own first moment, so none is kept or read.
+    """
 
     def __init__(self, parameters, lr: float, beta2: float, eps: float, weight_decay: float):
         super().__init__(parameters, dict(lr=lr, beta2=beta2, eps=eps, weight_decay=weight_decay))
@@ -5856,18 +7332,28 @@ class FusedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            lr, beta2, group["step"] = group["lr"], group["beta2"], group.get("step", 0) + 1
-            for p in (p for p in group["params"] if p.grad is not None):
-                v = self.state[p].setdefault("second", torch.zeros_like(p))
-                adam_kernel[(triton.cdiv(p.numel(), 1024),)](
-                    p, p.grad.contiguous(), v, lr, 1 - lr * group["weight_decay"], beta2, (1 - beta2 ** group["step"]) ** -0.5,
-                    group["eps"], p.numel(), BLOCK=1024)
+            lr = group["lr"]
+            beta2 = group["beta2"]
+            group["step"] = group.get("step", 0) + 1
+            keep = 1 - lr * group["weight_decay"]
+            correction = (1 - beta2 ** group["step"]) ** -0.5
+
+            for p in group["params"]:
+                if p.grad is not None:
+                    second = self.state[p].setdefault("second", torch.zeros_like(p))
+                    n = p.numel()
+                    numbers = (lr, keep, beta2, correction, group["eps"], n)
+                    adam_kernel[(triton.cdiv(n, 1024),)](p, p.grad.contiguous(), second, *numbers, BLOCK=1024)
 
 
 @jit
 def nearest_on_way(a, way):
-    """The integer k >= 0 nearest to a >= 0 on a way, 2 * state + parity, and its value, both fp32. 1.5 * 2^23 rounds to even."""
-    odd, other = way % 2, way // 2 % 2
+    """Find the integer k >= 0 nearest to a >= 0 on a way, 2 * state + parity, and its value, both fp32.
+
+    Adding 1.5 * 2^23 rounds to even.
+    """
+    odd = way % 2
+    other = way // 2 % 2
     r = (tl.minimum(a, 1e4) + (other - 2 * odd)) / 4 + 12582912.0 - 12582912.0
     k = 2 * tl.minimum(tl.maximum(r, 0.0), 63.0) + odd
     k = tl.where((other > odd) & (a < 1.5), 0.0, k)
@@ -5875,90 +7361,165 @@ def nearest_on_way(a, way):
 
 
 @jit
-def viterbi_kernel(x, into, second, best_k, best_value, lanes, HEIGHT: tl.constexpr, L: tl.constexpr):
-    """One program: L segments of x (HEIGHT, lanes), a thread for each of their states if L is 4. second (HEIGHT, lanes) uint8: which of
-    the two ways led into each state, a bit for each."""
-    lane, s = tl.program_id(0) * L + tl.arange(0, L), tl.arange(0, 8)
-    inside = lane < lanes
-    one, two = tl.load(into + 2 * s)[:, None] + tl.zeros((8, L), tl.int32), tl.load(into + 2 * s + 1)[:, None] + tl.zeros((8, L), tl.int32)
-    cost = tl.where(s == 0, 0.0, float("inf"))[:, None] + tl.zeros((8, L), tl.float32)
+def cost_by(way, cost, a):
+    """Add to the cost of the states that the ways come from what the next number misses by on each."""
+    miss = nearest_on_way(a, way)[1] - a
+    return tl.gather(cost, way // 2, 0) + miss * miss
+
+
+@jit
+def viterbi_kernel(x, into, second, best_k, best_value, count, HEIGHT: constexpr, L: constexpr):
+    """Find the paths of L segments of x (HEIGHT, count), a thread for each of their states if L is 4.
+
+    second (HEIGHT, count) uint8: which of the two ways led into each state, a bit for each.
+    """
+    segment = tl.program_id(0) * L + tl.arange(0, L)
+    inside = segment < count
+    s = tl.arange(0, 8)
+    zeros = tl.zeros((8, L), tl.int32)
+    one = tl.load(into + 2 * s)[:, None] + zeros
+    two = tl.load(into + 2 * s + 1)[:, None] + zeros
+    start = tl.where(s == 0, 0.0, float("inf"))
+    cost = start[:, None] + tl.zeros((8, L), tl.float32)
+
     for t in range(HEIGHT):
-        a = tl.abs(tl.load(x + t * lanes + lane, mask=inside, other=0.0))[None, :]
-        miss, miss_two = nearest_on_way(a, one)[1] - a, nearest_on_way(a, two)[1] - a
-        first_cost, second_cost = tl.gather(cost, one // 2, 0) + miss * miss, tl.gather(cost, two // 2, 0) + miss_two * miss_two
+        a = tl.abs(tl.load(x + t * count + segment, mask=inside, other=0.0))[None, :]
+        first_cost = cost_by(one, cost, a)
+        second_cost = cost_by(two, cost, a)
         bits = tl.sum((second_cost < first_cost).to(tl.int32) << s[:, None], 0)
-        tl.store(second + t * lanes + lane, bits.to(tl.uint8), mask=inside)
+        tl.store(second + t * count + segment, bits.to(tl.uint8), mask=inside)
         cost = tl.minimum(first_cost, second_cost)
+
     state = tl.argmin(cost, 0)
     tl.debug_barrier()  # what other threads stored is read below
     for step in range(HEIGHT):
-        at = (HEIGHT - 1 - step) * lanes + lane
-        taken = tl.load(second + at, mask=inside, other=0).to(tl.int32) >> state & 1
-        way, here = tl.load(into + 2 * state + taken), tl.load(x + at, mask=inside, other=0.0)
+        offsets = (HEIGHT - 1 - step) * count + segment
+        taken = tl.load(second + offsets, mask=inside, other=0).to(tl.int32) >> state & 1
+        way = tl.load(into + 2 * state + taken)
+        here = tl.load(x + offsets, mask=inside, other=0.0)
         k, value = nearest_on_way(tl.abs(here), way)
-        tl.store(best_k + at, tl.where(here < 0, -k, k), mask=inside)
-        tl.store(best_value + at, tl.where(here < 0, -value, value), mask=inside)
+        tl.store(best_k + offsets, tl.where(here < 0, -k, k), mask=inside)
+        tl.store(best_value + offsets, tl.where(here < 0, -value, value), mask=inside)
         state = way // 2
 
 
-def fused_viterbi(lanes: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
-    """`viterbi` by one kernel instead of about 950, to the bit. into: TRELLIS_INTO, int32."""
-    second, (height, count) = torch.empty_like(lanes, dtype=torch.uint8), lanes.shape
-    k, value = torch.empty_like(lanes), torch.empty_like(lanes)
-    viterbi_kernel[(triton.cdiv(count, 4),)](lanes, into, second, k, value, count, height, 4, num_warps=1, enable_fp_fusion=False)
+def fused_viterbi(x: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `viterbi` by one kernel instead of about 950, to the bit. into: TRELLIS_INTO, int32."""
+    height, count = x.shape
+    second = torch.empty_like(x, dtype=torch.uint8)
+    k = torch.empty_like(x)
+    value = torch.empty_like(x)
+    grid = (triton.cdiv(count, 4),)
+    viterbi_kernel[grid](x, into, second, k, value, count, height, 4, num_warps=1, enable_fp_fusion=False)
     return k, value
 
 
 @cache
 def choose_viterbi(device: torch.device):
-    """On a GPU the kernel, if it finds there what the definition finds; else the definition."""
+    """Choose on a GPU the kernel, if it finds there what the definition finds; else the definition."""
     if not triton or device.type != "cuda":
         return viterbi
     x = 20 * torch.randn(TRELLIS_SEGMENT, 100, generator=torch.Generator().manual_seed(0)).to(device)
     fused = partial(fused_viterbi, into=TRELLIS_INTO.to(device, torch.int32))
-    return fused if all(torch.equal(a, b) for a, b in zip(fused(x), viterbi(x), strict=True)) else viterbi
+    same = all(torch.equal(a, b) for a, b in zip(fused(x), viterbi(x), strict=True))
+    return fused if same else viterbi
 
 
-def checked_viterbi(lanes: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute `viterbi` by what `choose_viterbi` takes for this device, looked up at the first call and not before training."""
-    return choose_viterbi(lanes.device)(lanes)
+def checked_viterbi(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `viterbi` by what `choose_viterbi` takes for this device, looked up at the first call."""
+    return choose_viterbi(x.device)(x)
+
+
+# The variable that asks for it: what takes the place of a definition. MLP_KERNEL, which has forms, is no row.
+TRITON_KERNELS = {
+    "qk_kernel": dict(split_heads=split_heads_op),
+    "xsa_kernel": dict(gate_heads=gate_heads_op),
+    "fused_ce_kernel": dict(head_ce=HeadCe.apply),
+    "ttt_adam_kernel": dict(adam=FusedAdam),
+}
+
+
+def require_triton(cfg: Config, world: World) -> None:
+    """Raise RunError where variables ask for kernels that this machine can not run."""
+    knobs = ("mlp_kernel", *TRITON_KERNELS)
+    wanted = [f"{name.upper()}={getattr(cfg, name)}" for name in knobs if getattr(cfg, name) != "eager"]
+    on_gpu = world.device.type == "cuda"
+    if wanted and not (triton and (on_gpu or INTERPRETED)):
+        need = "needs" if len(wanted) == 1 else "need"
+        raise RunError(f"{' '.join(wanted)} {need} Triton and an NVIDIA GPU, this is {world.device}; "
+                       "set them to eager")
+
+
+def choose_mlp(cfg: Config, world: World):
+    """Make the MLP that MLP_KERNEL and MLP_BACKWARD ask for. Raises RunError where it can not run."""
+    capability = None  # the interpreter's: it runs everything but CUTLASS
+    if world.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(world.device)
+
+    if world.dtype != torch.bfloat16 or (capability and capability[0] not in MLP_TILES):
+        majors = ", ".join(map(str, MLP_TILES))
+        raise RunError(f"MLP_KERNEL={cfg.mlp_kernel} needs bf16 activations and compute capability "
+                       f"{majors}.x (TMA), not {world.dtype} on {capability}; set MLP_KERNEL=eager")
+    if cfg.mlp_backward != "cutlass":
+        return fused_mlp(cfg.mlp_kernel)
+
+    if not capability or capability[0] != 9:
+        raise RunError("MLP_BACKWARD=cutlass is made for compute capability 9.0 (Hopper), "
+                       f"not {capability}; set MLP_BACKWARD=triton")
+    library = cutlass_library(cfg, world)
+    no_pointers = [None] * 4  # only the sizes are looked at
+    problem = cutlass_entry(library)(*no_pointers, 1, cfg.mlp_dim, cfg.model_dim, 0, None)
+    if problem:
+        raise RunError(f"MLP_BACKWARD=cutlass needs multiples of 8, not {cfg.model_dim} (MODEL_DIM), "
+                       f"{cfg.mlp_dim}: {problem.decode()}")
+    return fused_mlp(cfg.mlp_kernel, library)
 
 
 def choose_kernels(cfg: Config, world: World) -> Kernels:
-    """The attention this device has, and the kernels that *_KERNEL ask for. Raises RunError where they can not run."""
-    knobs = {name: getattr(cfg, name) for name in ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel", "ttt_adam_kernel")}
-    asked = " ".join(f"{name.upper()}={value}" for name, value in knobs.items() if value != "eager")
-    on_gpu = world.device.type == "cuda"
-    if asked and not (triton and (on_gpu or INTERPRETED)):
-        raise RunError(f"{asked} need{'' if ' ' in asked else 's'} Triton and an NVIDIA GPU, this is {world.device}; set them to eager")
+    """Choose the attention of this device, and the kernels that *_KERNEL ask for.
+
+    Raises RunError where they can not run.
+    """
+    require_triton(cfg, world)
+    fused = dict(viterbi=checked_viterbi)
     if cfg.mlp_kernel != "eager":
-        capability = torch.cuda.get_device_capability(world.device) if on_gpu else None
-        if world.dtype != torch.bfloat16 or (capability and capability[0] not in MLP_TILES):
-            raise RunError(f"MLP_KERNEL={cfg.mlp_kernel} needs bf16 activations and compute capability {', '.join(map(str, MLP_TILES))}.x "
-                           f"(TMA), not {world.dtype} on {capability}; set MLP_KERNEL=eager")
-    library = ""
-    if cfg.mlp_backward == "cutlass":
-        if not capability or capability[0] != 9:
-            raise RunError(f"MLP_BACKWARD=cutlass is made for compute capability 9.0 (Hopper), not {capability}; set MLP_BACKWARD=triton")
-        library = cutlass_library(cfg, world)
-        if problem := cutlass_entry(library)(None, None, None, None, 1, cfg.mlp_dim, cfg.model_dim, 0, None):
-            raise RunError(f"MLP_BACKWARD=cutlass needs multiples of 8, not {cfg.model_dim} (MODEL_DIM), {cfg.mlp_dim}: {problem.decode()}")
-    name, attention, _ = choose_attention(cfg.attn_backend, world, cfg.compile_cache_dir)
+        fused["mlp"] = choose_mlp(cfg, world)
+    for knob, kernel in TRITON_KERNELS.items():
+        if getattr(cfg, knob) != "eager":
+            fused |= kernel
+
+    name, attend, _ = choose_attention(cfg.attn_backend, world)
     if cfg.cuda_graphs and name == "sdpa":
-        raise RunError("CUDA_GRAPHS=1 needs an attention that does not loop on the host, and here is only sdpa; set CUDA_GRAPHS=0")
-    return Kernels(
-        attention,
-        leaky_mlp if cfg.mlp_kernel == "eager" else fused_mlp(cfg.mlp_kernel, library),
-        split_heads if cfg.qk_kernel == "eager" else split_heads_op,
-        gate_heads if cfg.xsa_kernel == "eager" else gate_heads_op,
-        None if cfg.fused_ce_kernel == "eager" else HeadCe.apply,
-        checked_viterbi,
-        None if cfg.ttt_adam_kernel == "eager" else FusedAdam)
+        raise RunError("CUDA_GRAPHS=1 needs an attention that does not loop on the host, and here is only "
+                       "sdpa; set CUDA_GRAPHS=0")
+    return DEFINITIONS._replace(attend=attend, **fused)
 
 
 # ==================================================================================================
 # MAIN - the stages of a run. The artifact's bytes on disk are the only bridge from training to scoring.
 # ==================================================================================================
+
+def pick_kernels(cfg: Config, world: World) -> tuple[Kernels, str]:
+    """Choose the kernels of this run; a script without KERNELS has the definitions.
+
+    -> (kernels, the attention's name and how it was chosen). Raises RunError where a variable asks such a
+    script for a kernel.
+    """
+    if "choose_kernels" in globals():
+        kernels = choose_kernels(cfg, world)
+        name, _, trials = choose_attention(cfg.attn_backend, world)
+        return kernels, f"{name} ({trials})"
+
+    knobs = [f.name for f in fields(cfg) if f.name.endswith("_kernel") or f.name == "attn_backend"]
+    values = {name.upper(): getattr(cfg, name) for name in knobs}
+    wanted = [f"{name}={value}" for name, value in values.items() if value not in ("eager", "auto", "sdpa")]
+    if cfg.cuda_graphs:
+        wanted.append("CUDA_GRAPHS=1")
+    if wanted:
+        raise RunError(f"{' '.join(wanted)}: no kernels in this script, its section KERNELS was cut off; "
+                       "take the whole script, or set *_KERNEL=eager, ATTN_BACKEND=auto and CUDA_GRAPHS=0")
+    return DEFINITIONS, "sdpa (KERNELS was cut off)"
+
 
 class Note(NamedTuple):
     """Say where facts of one kind are kept."""
@@ -5969,21 +7530,24 @@ class Note(NamedTuple):
 
 
 NOTES = dict(
-    data=Note("train_shards: {train_shards}\nval_tokens: {val_tokens}", dict(val_tokens="val_tokens", docs_val="docs_val")),
+    data=Note(
+        "train_shards: {train_shards}\nval_tokens: {val_tokens}",
+        dict(val_tokens="val_tokens", docs_val="docs_val")),
     trained=Note(
         "peak memory allocated: {allocated} MiB reserved: {reserved} MiB",
-        {name: name for name in ("steps", "train_seconds", "train_tokens", "step_avg_ms", "loss_curve", "mfu")}),
+        dict(steps="steps", train_seconds="seconds", train_tokens="tokens", step_avg_ms="step_ms",
+             loss_curve="losses", mfu="mfu")),
     calibrated=Note("GPTQ:collected {count} Hessians in {seconds:.1f}s", dict(calib_seconds="budgeted")),
     scored=Note(
         "{name} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{milliseconds:.0f}ms",
-        {"{key}_val_loss": "loss", "{key}_val_bpb": "bpb", "{key}_mfu": "mfu", "val_loss": "loss", "val_bpb": "bpb",
-         "target_tokens": "tokens", "val_bytes": "bytes"}),
+        {"{key}_val_loss": "loss", "{key}_val_bpb": "bpb", "{key}_mfu": "mfu",
+         "val_loss": "loss", "val_bpb": "bpb", "target_tokens": "tokens", "val_bytes": "bytes"}),
     artifact=Note(
         "Code size (uncompressed): {code_bytes} bytes\n"
         "Serialized model {form}: {bytes} bytes\n"
         "Total submission size {form}: {total} bytes",
-        dict(artifact_file="file", artifact_bytes="bytes", artifact_sha256="sha256", bytes_by_part="parts", code_bytes="code_bytes",
-             code_sha256="code_sha256", bytes_total="total", over_cap="over_cap"),
+        dict(artifact_file="file", artifact_bytes="bytes", artifact_sha256="sha256", bytes_by_part="parts",
+             code_bytes="code_bytes", code_sha256="code_sha256", bytes_total="total", over_cap="over_cap"),
         ledger=True),
 )
 
@@ -6000,7 +7564,7 @@ def state_hash(*states: Any) -> str:
 
 
 class Run:
-    """Hold what all stages of a run share: configuration, ranks, files, log, ledger, clock, and the numbers collected so far."""
+    """Hold what stages share: configuration, ranks, files, log, ledger, clock and the numbers so far."""
 
     def __init__(self, cfg: Config, world: World, out: Path):
         self.cfg = cfg
@@ -6012,15 +7576,19 @@ class Run:
         self.artifact = out / "final_model.int6.ptz"
         self.log = Log(out / f"{self.id}.txt" if world.main else None)
         self.ledger = Ledger(out / "ledger.jsonl" if world.main else None)
-        self.clock = Clock(world, lambda name, seconds: self.ledger.add("phase", dict(name=name, seconds=seconds)))
+        self.clock = Clock(world, self.note_phase)
         if cfg.stage not in ("train", "warm"):
-            {"pergroup": need_lrzip, "range": need_constriction}.get(cfg.compressor, str)()  # before an hour of training, not after
+            require_coders(cfg.compressor)  # before an hour of training, not after
 
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
         self.data = ValData.load(cfg, self.files)
-        self.kernels = choose_kernels(cfg, world)
+        self.kernels, self.attention = pick_kernels(cfg, world)
         self.result: dict[str, Any] = {}
         self.last_pass = ""  # over the validation tokens
+
+    def note_phase(self, name: str, seconds: float) -> None:
+        """Keep a stretch of the clock in the ledger."""
+        self.ledger.add("phase", dict(name=name, seconds=seconds))
 
     def note(self, kind: str, **facts: Any) -> None:
         """Write facts to the log, the result and the ledger, as NOTES says for their kind."""
@@ -6037,7 +7605,7 @@ class Run:
 
     @contextlib.contextmanager
     def unchanged(self, state):
-        """Keep the hash of what state() returns and of the random generators, before a warm-up and after it."""
+        """Keep the hash of what state() returns and of the random generators, before and after a warm-up."""
         def look() -> str:
             return state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
 
@@ -6056,7 +7624,8 @@ class Run:
         score = method(scorer)
         seconds = time.perf_counter() - start
         mfu = Utilization(self.world, scorer.work, seconds).result(seconds)
-        self.note("scored", name=name, key=scorer.name, milliseconds=1000 * seconds, mfu=mfu, **score._asdict())
+        facts = score._asdict() | dict(milliseconds=1000 * seconds, mfu=mfu)
+        self.note("scored", name=name, key=scorer.name, **facts)
         return seconds
 
     def diagnostic(self, name: str, key: str, forward) -> float:
@@ -6067,41 +7636,49 @@ class Run:
 
 def environment(world: World) -> dict:
     """List versions and machine."""
-    return dict(hardware=hardware_name(world), python_version=platform.python_version(), torch_version=torch.__version__,
-                triton_version=triton.__version__ if triton else None, world_size=world.size)
+    return dict(
+        hardware=hardware_name(world), world_size=world.size, python_version=platform.python_version(),
+        torch_version=torch.__version__, triton_version=triton_version())
 
 
 def log_start(run: Run, env) -> None:
-    """Log overrides, variables without effect, the whole configuration and the source: a log is a complete account of its run."""
+    """Log what the run depends on: overrides, variables without effect, configuration, the source."""
     cfg, log = run.cfg, run.log
     script = Path(__file__)
     changed = " ".join(f"{name}={value}" for name, value in overrides(cfg).items())
-    log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, torch {torch.__version__}, "
-        f"python {platform.python_version()}")
+    log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, "
+        f"torch {torch.__version__}, python {platform.python_version()}")
     log(f"overrides: {changed or 'none'}")
     for note in without_effect(cfg, env):
         log(f"no effect: {note}")
     log("Hyperparameters:", console=False)
     for name in sorted(f.name for f in fields(cfg)):
         log(f"  {name}: {getattr(cfg, name)}", console=False)
-    log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
-    run.note("data", train_shards=len(run.files.train), val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]))
+    source = "".join(linecache.getlines(log_start.__code__.co_filename))  # also of a script that is packed
+    log(f"{'=' * 100}\n{source}\n{'=' * 100}", console=False)
+
+    documents, _ = run.data.documents()
+    targets = len(run.data.target_bytes)
+    run.note("data", train_shards=len(run.files.train), val_tokens=targets, docs_val=len(documents))
     if cfg.quant == "rd" and cfg.target_bytes and cfg.stage != "eval":
         log(bits_available(cfg, script.stat().st_size))
 
-    kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel, adam=cfg.ttt_adam_kernel)
+    kernels = dict(
+        mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel,
+        adam=cfg.ttt_adam_kernel)
     chosen = " ".join(f"{name}:{kind}" for name, kind in kernels.items())
-    attention, _, trials = choose_attention(cfg.attn_backend, run.world, cfg.compile_cache_dir)
-    log(f"kernels: attention:{attention} ({trials}) {chosen}")
+    log(f"kernels: attention:{run.attention} {chosen}")
 
 
 def bits_available(cfg: Config, code_bytes: int) -> str:
     """Say how many bits TARGET_BYTES leaves for a weight, and what that means."""
-    weights = sum(math.prod(m.shape) for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq")
+    stored = [m for m in matrices(cfg) if m.role.stored is not None]
+    weights = sum(math.prod(m.shape) for m in stored if m.role.stored.codec == "gptq")
     bits = 8 * (cfg.target_bytes - code_bytes) / weights
     verdicts = ((0.2, "CANNOT FIT"), (2, "fits, at a loss: 3 are usual"), (math.inf, "fits"))
     verdict = next(verdict for limit, verdict in verdicts if bits < limit)
-    return f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code_bytes}, {bits:.2f} bits each: {verdict}"
+    return (f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code_bytes}, "
+            f"{bits:.2f} bits each: {verdict}")
 
 
 def open_account(run: Run) -> None:
@@ -6111,10 +7688,12 @@ def open_account(run: Run) -> None:
     if cfg.tokenizer_file.exists():
         tokenizer = sha256_file(cfg.tokenizer_file)
     run.ledger.add("start", dict(
-        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage, code_sha256=sha256_file(Path(__file__)),
-        config_hash=config_hash(cfg), overrides=overrides(cfg), seed=cfg.seed, seeds_declared=cfg.seeds_declared,
+        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage,
+        code_sha256=sha256_file(Path(__file__)), config_hash=config_hash(cfg), overrides=overrides(cfg),
+        seed=cfg.seed, seeds_declared=cfg.seeds_declared,
         manifest_sha256=files.manifest_sha256, shards=files.hashes, tokenizer_sha256=tokenizer,
-        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()), environment=environment(run.world)))
+        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()),
+        environment=environment(run.world)))
 
 
 def train_stage(run: Run) -> GPT:
@@ -6157,7 +7736,8 @@ def train_stage(run: Run) -> GPT:
 def resume(run: Run, trainer: Trainer) -> None:
     """Go on where an interrupted run left its checkpoint. Raises RunError without one."""
     if not run.checkpoint.exists():
-        raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
+        raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the folder of the "
+                       "interrupted run, or RESUME=0")
     trainer.load_state(load_tensors(run.checkpoint, run.world.device))
     run.log(f"resumed after step {trainer.step}")
 
@@ -6168,13 +7748,13 @@ def note_training(run: Run, trainer: Trainer, wall_seconds: float) -> None:
     allocated = max(peak_memory_mib(device), run.clock.peak_mib.get("train", 0))
     reserved = torch.cuda.max_memory_reserved() >> 20 if device.type == "cuda" else allocated
     run.note(
-        "trained", allocated=allocated, reserved=reserved, steps=trainer.step, train_seconds=seconds,
-        train_tokens=trainer.step * run.cfg.train_batch_tokens, step_avg_ms=1000 * seconds / trainer.step,
-        loss_curve=trainer.losses, mfu=trainer.utilization.result(wall_seconds))
+        "trained", allocated=allocated, reserved=reserved, steps=trainer.step, seconds=seconds,
+        tokens=trainer.step * run.cfg.train_batch_tokens, step_ms=1000 * seconds / trainer.step,
+        losses=trainer.losses, mfu=trainer.utilization.result(wall_seconds))
 
 
 def warm_stage(run: Run) -> None:
-    """Compile everything that training and the scored evaluation will run, on fresh weights; nothing is learned."""
+    """Compile what training and the scored evaluation will run, on fresh weights; nothing is learned."""
     cfg, world = run.cfg, run.world
     run.clock.phase("compile")
     trainer = Trainer(cfg, world, run.files, run.kernels)
@@ -6182,13 +7762,13 @@ def warm_stage(run: Run) -> None:
     trainer.loader.close()
     trainer.graphs = None
     if cfg.ttt_enabled:
-        TttRun(cfg, world, trainer.model.requires_grad_(False), Scorer(run.data, world), run.log).warm_up()
+        TttEngine(cfg, world, trainer.model.requires_grad_(False), run.data).warm_up(run.log)
     folder = compile_cache(cfg, world).get("TORCHINDUCTOR_CACHE_DIR", "torch's default folder")
     run.log(f"warm: {len(compilations())} graphs, kept in {folder}")
 
 
 def quantize_stage(run: Run, model: GPT | None) -> None:
-    """Collect Hessians, quantize and pack; the artifact is read back and compared before the stage is done."""
+    """Collect Hessians, quantize and pack; the artifact is read back and compared."""
     cfg, world, log = run.cfg, run.world, run.log
     if model is None:
         model = load_checkpoint_model(cfg, world, run.weights, run.kernels)
@@ -6210,13 +7790,14 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
         start = time.perf_counter()
         stored, blob = quantize_to_fit(
             cfg, model.state_dict(), hessians, Path(__file__).stat().st_size, log, model.kernels.viterbi)
-        log(f"Serialize: {cfg.quant} quantization and {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
+        seconds = time.perf_counter() - start
+        log(f"Serialize: {cfg.quant} quantization and {cfg.compressor} compression done in {seconds:.1f}s")
         write_atomic(run.artifact, blob)
         run.clock.phase("unpack")
         back = unpack(cfg, run.artifact.read_bytes())
         for name, s in stored.items():
             if not torch.equal(s.decode(), back[name].decode()):
-                raise RunError(f"{run.artifact}: {name} does not survive packing: a bug, please report it with the log")
+                raise RunError(f"{run.artifact}: {name} does not survive packing: a bug, please report it")
     world.barrier()
 
 
@@ -6226,17 +7807,19 @@ def count_bytes(run: Run) -> None:
     code, model = script.stat().st_size, artifact.stat().st_size
     total = code + model
     run.note(
-        "artifact", form=f"quantized+{run.cfg.compressor}", file=artifact.name, bytes=model, sha256=sha256_file(artifact),
-        parts=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script), total=total,
-        over_cap=total > ARTIFACT_CAP_BYTES)
+        "artifact", form=f"quantized+{run.cfg.compressor}",
+        file=artifact.name, bytes=model, sha256=sha256_file(artifact),
+        parts=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script),
+        total=total, over_cap=total > ARTIFACT_CAP_BYTES)
     if total > ARTIFACT_CAP_BYTES:
         run.log(
-            f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; nothing is deleted, the run is "
-            "marked. Ship the packed script (tools/pack_code.py), or set QUANT=rd TARGET_BYTES, or raise *_CLIP_SIGMAS")
+            f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; "
+            "nothing is deleted, the run is marked. Ship the packed script (tools/pack_code.py), or set "
+            "QUANT=rd and TARGET_BYTES, or raise *_CLIP_SIGMAS")
 
 
 def score_artifact(run: Run) -> None:
-    """Load the artifact from its bytes, score it as it is, and then, with TTT_ENABLED, as it adapts to what it has scored."""
+    """Load the artifact from its bytes, score it as it is, and then, with TTT_ENABLED, as it adapts."""
     cfg = run.cfg
     run.clock.phase("unpack")
     start = time.perf_counter()
@@ -6256,20 +7839,79 @@ def score_artifact(run: Run) -> None:
 
 def adapt_and_score(run: Run, model: GPT) -> float:
     """Score with test-time training, and return the seconds that it took."""
+    cfg = run.cfg
     scorer = run.scorer("ttt")
-    ttt = TttRun(run.cfg, run.world, model, scorer, run.log)
-    if ttt.static_rows:
+    engine = TttEngine(cfg, run.world, model, run.data)
+    if engine.static_rows:
         run.clock.phase("compile")
         with run.unchanged(model.state_dict):
-            ttt.warm_up()
+            engine.warm_up(run.log)
     run.note_weights(model, "first_score")
 
     run.clock.phase("eval")
     run.log("beginning TTT eval timer")
-    seconds = run.score("quantized_ttt_phased", scorer, lambda scorer: ttt.run())
+    ttt = TttRun(cfg, engine, scorer, run.log)  # its clock runs from here
+    seconds = run.score("quantized_ttt_phased", scorer, lambda _: ttt.run())
     run.log(f"total_eval_time:{seconds:.1f}s")
     run.log(f"ttt_utilization: {Utilization(run.world, scorer.work, seconds).interval()}")
     return seconds
+
+
+class AccessLog:
+    """Log what Python opens, connects to and starts within `with`; opening a training shard is a RunError.
+
+    It is an audit hook and cannot be removed, so a process has one: `access_log()`.
+    """
+
+    EVENTS = ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+
+    def __init__(self):
+        self.on = False
+        self.seen: dict[tuple[str, str], None] = {}  # (event, file, host or program)
+        sys.addaudithook(self.hook)
+
+    def hook(self, event: str, args: tuple) -> None:
+        """Take down an event. Raises RunError where a training shard is opened."""
+        if not self.on or event not in self.EVENTS:
+            return
+        what = args[event == "socket.connect"]
+        if isinstance(what, int):
+            return  # a file that is open already
+        name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what)
+        if event == "open":
+            name = os.path.realpath(name)
+        self.seen[event, name] = None
+        if "fineweb_train_" in os.path.basename(name):
+            raise RunError(f"{name}: training data was about to be read in an evaluation: a bug, report it")
+
+    def __enter__(self) -> AccessLog:
+        self.on = True
+        self.seen = {}
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.on = False
+
+    def unexpected(self, data: Path, own_files: list[Path]) -> list[tuple[str, str]]:
+        """List (event, file, host or program), but files of the run, of Python and of the system.
+
+        Files beside the data count wherever the data lies.
+        """
+        known = tuple(map(os.path.realpath, (
+            sys.prefix, sys.base_prefix, torch.__path__[0], Path(__file__).parent, tempfile.gettempdir(),
+            "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")))
+        own = tuple(map(os.path.realpath, own_files))
+        beside = os.path.realpath(data) + os.sep
+
+        def expected(file: str) -> bool:
+            if file.startswith(own) or ".cache/" in file:
+                return True
+            return file.startswith(known) and not file.startswith(beside)
+
+        return [(event, name) for event, name in self.seen if event != "open" or not expected(name)]
+
+
+access_log = cache(AccessLog)
 
 
 def eval_stage(run: Run) -> None:
@@ -6279,7 +7921,7 @@ def eval_stage(run: Run) -> None:
         score_artifact(run)
     own_files = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *files.val, *files.sidecar]
     of_ranks = run.world.gather(log.unexpected(cfg.shards_path, own_files))
-    run.ledger.add("access", dict(seen=sorted(entry for seen in of_ranks for entry in seen)))
+    run.ledger.add("access", dict(seen=sorted(set().union(*of_ranks))))
 
 
 def documents_of(manifest: dict, split: str) -> int | None:
@@ -6289,28 +7931,34 @@ def documents_of(manifest: dict, split: str) -> int | None:
 
 
 def complete_result(run: Run) -> dict:
-    """Put the numbers collected so far among what says which run they are of; what no stage has measured is None."""
+    """Put the numbers so far among what says which run they are of; what no stage has measured is None."""
     cfg, files = run.cfg, run.files
     phases = run.clock.table()
-    scores = [f"{stage}val_{unit}" for stage in ("", "pre_quant_", "quantized_", "ttt_") for unit in ("loss", "bpb")]
-    unmeasured = dict.fromkeys((*scores, "steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds"))
+    stages = ("", "pre_quant_", "quantized_", "ttt_")
+    scores = [f"{stage}val_{unit}" for stage in stages for unit in ("loss", "bpb")]
+    others = ("steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds")
+    measured = dict.fromkeys((*scores, *others)) | run.result
+    manifest = files.manifest
     data = dict(
-        manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents_of(files.manifest, "train"),
-        train_tokens=files.manifest.get("splits", {}).get("train", {}).get("tokens"), docs_val=documents_of(files.manifest, "val"),
-        tokenizer_sha256=files.manifest.get("tokenizer_sha256"))
+        manifest_sha256=files.manifest_sha256, tokenizer_sha256=manifest.get("tokenizer_sha256"),
+        train_shards=len(files.train), train_tokens=manifest.get("splits", {}).get("train", {}).get("tokens"),
+        docs_train=documents_of(manifest, "train"), docs_val=documents_of(manifest, "val"))
     return dict(
-        schema_version=1, run_id=run.id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage, overrides=overrides(cfg),
-        config_hash=config_hash(cfg), **unmeasured | run.result, phases=phases, wall_seconds=sum(p["seconds"] for p in phases),
-        compilations=run.clock.compiled, peak_mem_mib=max(p["peak_mib"] for p in phases), **environment(run.world), data=data,
+        schema_version=1, run_id=run.id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
+        overrides=overrides(cfg), config_hash=config_hash(cfg), **measured,
+        phases=phases, wall_seconds=sum(p["seconds"] for p in phases),
+        peak_mem_mib=max(p["peak_mib"] for p in phases), compilations=run.clock.compiled,
+        **environment(run.world), data=data,
         train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)
 
 
 def finish(run: Run) -> None:
-    """Close the account, write result.json, print the tables, how the run is judged, and the result as one line of JSON."""
+    """Close the account, write result.json, print the tables, how to judge the run, and the result."""
     result = complete_result(run)
     times = ("train_seconds", "calib_seconds", "eval_seconds", "train_budget_seconds", "eval_budget_seconds")
     run.ledger.add("end", dict(
-        val_loss=result["val_loss"], val_bpb=result["val_bpb"], tokens=result.get("target_tokens"), bytes=result.get("val_bytes"),
+        val_loss=result["val_loss"], val_bpb=result["val_bpb"],
+        tokens=result.get("target_tokens"), bytes=result.get("val_bytes"),
         **{name: result[name] for name in times}, **{"pass": run.last_pass}))
     result["ledger"] = dict(lines=run.ledger.lines, last_hash=run.ledger.last)
 
@@ -6328,7 +7976,8 @@ def finish(run: Run) -> None:
 def summary_table(result: dict) -> list[str]:
     """Write out the numbers that a person wants first."""
     lines = ["", f"{'stage':<28}{'val_bpb':>10}{'val_loss':>10}"]
-    for name, key in (("trained (EMA)", "pre_quant"), ("quantized", "quantized"), ("test-time trained", "ttt")):
+    stages = {"trained (EMA)": "pre_quant", "quantized": "quantized", "test-time trained": "ttt"}
+    for name, key in stages.items():
         if result[f"{key}_val_bpb"] is not None:
             lines.append(f"{name:<28}{result[f'{key}_val_bpb']:>10.5f}{result[f'{key}_val_loss']:>10.5f}")
     if "artifact_bytes" in result:
@@ -6358,19 +8007,23 @@ def run_stages(cfg: Config, world: World, env) -> None:
 
 
 def main() -> int:
-    """Run from the command line. Exit codes: 0 done, 1 the run failed with an explanation, 2 bad configuration, 130 interrupted."""
+    """Run from the command line. Exit codes: 0 done, 1 failed with an explanation, 2 bad configuration, 130
+    interrupted.
+    """
     if set(sys.argv[1:]) & {"-h", "--help"}:
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-        print(help_text())
+        print(help_text(os.environ.get("PRESET", "s14")))
         return 0
     if sys.argv[1:]:
-        print(f"unknown arguments {sys.argv[1:]}: everything is set by environment variables; see --help", file=sys.stderr)
+        print(f"unknown arguments {sys.argv[1:]}: everything is set by environment variables; see --help",
+              file=sys.stderr)
         return 2
     try:
         cfg, launch = config_from_env(os.environ), launch_from_env(os.environ)
     except ValueError as e:
-        print("bad configuration:\n" + "\n".join(f"  {line}" for line in str(e).splitlines()), file=sys.stderr)
+        problems = "\n".join(f"  {line}" for line in str(e).splitlines())
+        print(f"bad configuration:\n{problems}", file=sys.stderr)
         return 2
     world = None
     try:
@@ -6381,11 +8034,12 @@ def main() -> int:
         print(f"error: {e}", file=sys.stderr)
         return 130 if isinstance(e, Interrupted) else 1
     except torch.OutOfMemoryError as e:
-        print(f"error: out of device memory: {e}\nLower TRAIN_MICROBATCH_TOKENS (the batch stays the same), VAL_BATCH_TOKENS or "
-              "TTT_BATCH_SIZE", file=sys.stderr)
+        print(f"error: out of device memory: {e}\nLower TRAIN_MICROBATCH_TOKENS (the batch stays the same), "
+              "VAL_BATCH_TOKENS or TTT_BATCH_SIZE", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what was finished is on disk: go on with STAGE=quantize or STAGE=eval", file=sys.stderr)
+        print("interrupted; what was finished is on disk: go on with STAGE=quantize or STAGE=eval",
+              file=sys.stderr)
         return 130
     finally:
         if world is not None:

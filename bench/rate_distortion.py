@@ -96,7 +96,11 @@ class Checkpoint:
             self.stored[key] = tg.quantize(cfg, self.state, hessians, lambda line: None), time.perf_counter() - start
         stored, seconds = self.stored[key]
         start = time.perf_counter()
-        return *tg.pack_to_fit(cfg, stored, 0, lambda line: None), seconds, time.perf_counter() - start
+        if cfg.quant == "s05":
+            stored, blob = tg.prune_to_fit(cfg, stored, 0, lambda line: None)
+        else:
+            blob = tg.pack(cfg, stored)
+        return stored, blob, seconds, time.perf_counter() - start
 
     def point(self, method: str, variables: dict) -> dict:
         """One configuration: quantize, pack, write nothing, unpack, compare, score."""
@@ -128,8 +132,7 @@ def unavailable(checkpoint: Checkpoint, method: str) -> str:
     """Why a method cannot run here; blank if it can."""
     try:
         cfg = tg.config_from_env(checkpoint.env | {k: str(v).rstrip("%") for k, v in METHODS[method][0].items()})
-        if cfg.compressor == "pergroup":
-            tg.need_lrzip()
+        tg.require_coders(cfg.compressor)
     except (ValueError, tg.RunError) as e:
         return str(e).splitlines()[0]
     return ""

@@ -102,10 +102,12 @@ def forward_backward(cfg: tg.Config, adapt: bool, backend=None, device: str = "c
         world = tg.World(0, 1, torch.device(device), torch.bfloat16)
         chain = tg.AdapterChain(cfg, world, 24, seed=0)
         for width in widths:
-            tokens, at = torch.zeros(24, width, dtype=torch.int64, device=device), torch.arange(width - 24, width, device=device)
+            tokens = torch.zeros(24, width, dtype=torch.int64, device=device)
+            positions = torch.arange(width - 24, width, device=device).expand(24, -1)
             if len(widths) > 1:
                 torch._dynamo.maybe_mark_dynamic(tokens, 1)
-            forward(tokens, tokens[:, -24:], layers=order, adapters=chain.adapters, positions=at.expand(24, -1)).sum().backward()
+            nats = forward(tokens, tokens[:, -24:], layers=order, adapters=chain.adapters, positions=positions)
+            nats.sum().backward()
     return backend.found()
 
 

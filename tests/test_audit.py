@@ -1,4 +1,4 @@
-"""AUDIT: every kind of violation seen in the contest, planted into a copy of our evaluation or data path, is caught; clean runs are not."""
+"""The auditor: every kind of violation seen in the contest, planted into our evaluation or data path, is caught; clean runs pass."""
 
 import contextlib
 import copy
@@ -24,7 +24,11 @@ from hypothesis import given, settings, strategies as st
 import train_gpt as tg
 
 sys.path.insert(0, str(ROOT / "tools"))
+import audit
+import ledger as ledgers
+import probes
 import record
+import rules
 
 CPU = tg.World(0, 1, torch.device("cpu"), torch.float32)
 KINDS: dict[str, tuple[str, str, str]] = {}
@@ -68,7 +72,7 @@ def lines_of(path) -> list[dict]:
     return out
 
 
-def look(cfg, model, seed: int = 0, rounds: int = 1, wrap=None, data=None) -> dict[str, tg.Finding]:
+def look(cfg, model, seed: int = 0, rounds: int = 1, wrap=None, data=None) -> probes.Findings:
     """P1 to P3 of the scored pass; wrap(forward): what the cheat calls instead."""
     model = copy.deepcopy(model).requires_grad_(False).eval()
     forward = wrap(model) if wrap else model
@@ -77,50 +81,59 @@ def look(cfg, model, seed: int = 0, rounds: int = 1, wrap=None, data=None) -> di
     def replay(scorer):
         if not cfg.ttt_enabled:
             return tg.evaluate(quiet, CPU, forward, scorer)
-        run = tg.TttRun(quiet, CPU, model, scorer, lambda line: None)
-        run.forward = forward
-        return run.run()
+        engine = tg.TttEngine(quiet, CPU, model, scorer)
+        engine.forward = forward
+        return tg.TttRun(quiet, engine, scorer, lambda line: None).run()
 
-    isolated = cfg.ttt_enabled or cfg.eval_method == "packed"
-    return tg.probe_scoring(data or some(seed=seed), CPU, cfg.vocab_size, replay, 3, 32, rounds, seed, isolated)
+    masked = tg.METHODS["ttt" if cfg.ttt_enabled else cfg.eval_method].documents_masked
+    return probes.probe_scoring(tg, data or some(seed=seed), CPU, cfg.vocab_size, replay, 3, 32, rounds, seed, masked)
 
 
 @pytest.fixture
 def findings(tmp_path):
-    """Factory: what `score_findings` says of a run with one thing changed."""
+    """Factory: what `probe_facts` says of the ledger and the files of a run with one thing changed, and the verdicts on it.
 
-    def make(said=None, target_bytes=None, shard_tokens=None, early=False, strangers=(), **changes):
-        data = some(3)
-        nats = np.full(len(data.target_bytes), 2.0, np.float32)
-        bpb = 2 * len(nats) / math.log(2) / data.target_bytes.sum()
-        write_shard(tmp_path / "fineweb_val_000000.bin", data.tokens if shard_tokens is None else shard_tokens)
-        np.save(tmp_path / "token_nats_ttt.npy", nats)
-        seconds = dict(train=590.0, calibrate=4.0, quantize=10.0, eval=500.0)
-        run = SimpleNamespace(
-            cfg=tiny_config(max_wallclock_seconds=600.0, max_eval_seconds=600.0, seeds_declared="42,314,0", seed=42), data=data,
-            result=dict(train_seconds=590.0, calib_seconds=4.0, eval_seconds=500.0, bytes_total=15_999_999, over_cap=False),
-            clock=SimpleNamespace(seconds=seconds), weight_hashes=["a" * 32, "a" * 32], warm_ups=[("1", "1")],
-            scored_pass="ttt", out=tmp_path,
-            files=SimpleNamespace(val=[tmp_path / "fineweb_val_000000.bin"], manifest=dict(splits=dict(val=dict(
-                bytes=int(data.target_bytes.sum()) if said is None else said)))))  # fmt: skip
-        for name, value in changes.items():
-            if name == "cfg":
-                run.cfg = dataclasses.replace(run.cfg, **value)
-            elif name == "result":
-                run.result |= value
-            elif name != "score":
-                setattr(run, name, value)
-        counted = int(data.target_bytes.sum()) if target_bytes is None else target_bytes
-        score = tg.Score(2.0, bpb, len(nats), counted)._replace(**changes.get("score", {}))
-        found = tg.score_findings(run, score, early, list(strangers))
-        return found, tg.verdicts(run.cfg, found)
+    start, artifact, end: other facts in these lines of the ledger; cfg: other variables; text_bytes: of the manifest.
+    """
+
+    def make(text_bytes=None, shard_tokens=None, early=False, seen=(), warm_ups=(("1", "1"),), weights=("a" * 32, "a" * 32), **changes):
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        data, ledger = some(3), tg.Ledger(folder / "ledger.jsonl")
+        size = int(data.target_bytes.sum())
+        cfg = tiny_config(**dict(max_wallclock_seconds=600.0, max_eval_seconds=600.0) | changes.get("cfg", {}))
+        write_shard(folder / "fineweb_val_000000.bin", data.tokens if shard_tokens is None else shard_tokens)
+        ledger.add("start", dict(seed=42, seeds_declared="42,314,0", val_tokens=len(data.target_bytes), val_bytes=size, shards={})
+                   | changes.get("start", {}))
+        for before, after in warm_ups:
+            ledger.add("warmup", dict(before=before, after=after))
+        for name, seconds in dict(train=590.0, calibrate=4.0, quantize=10.0, eval=500.0).items():
+            ledger.add("phase", dict(name=name, seconds=seconds))
+        ledger.add("artifact", dict(file="a.ptz", bytes=15_900_000, code_bytes=99_999) | changes.get("artifact", {}))
+        for when, digest in zip(("loaded", "first_score"), weights, strict=True):
+            ledger.add("weights", dict(when=when, sha256=digest))
+        scorer = tg.Scorer(data, CPU, "ttt", ledger)
+        if early:
+            scorer.targets_to_learn(np.arange(9), "slot", early=True)
+            scorer.receipt()
+        scorer.score(np.arange(scorer.total)[None], flat(2.0))
+        score = scorer.finish()
+        ledger.add("access", dict(seen=list(seen)))
+        ledger.add("end", {"pass": "ttt", "val_loss": score.loss, "val_bpb": score.bpb, "tokens": score.tokens, "bytes": size,
+                           "train_seconds": 590.0, "calib_seconds": 4.0, "eval_seconds": 500.0,
+                           "train_budget_seconds": cfg.max_wallclock_seconds, "eval_budget_seconds": 600.0} | changes.get("end", {}))
+        manifest = dict(splits=dict(val=dict(bytes=size if text_bytes is None else text_bytes)))
+        files = SimpleNamespace(val=[folder / "fineweb_val_000000.bin"], manifest=manifest)
+        account = ledgers.accounts(ledgers.read_chain(ledger.path))[-1]
+        run = SimpleNamespace(script=tg, cfg=cfg, files=files, folder=folder, account=account, scored=True)
+        found = probes.probe_facts(run)
+        return found, rules.verdicts(cfg, found)
 
     return make
 
 
 def test_a_clean_run_is_clean(findings):
     found, verdicts = findings()
-    assert {name: v for name, (v, _) in found.items()} == dict.fromkeys(found, "PASS") | dict(P8="NOT-MEASURED", P10="NOT-MEASURED")
+    assert {name: v for name, (v, _) in found.items()} == dict.fromkeys(found, "PASS") | dict(P8="NOT-MEASURED")
     assert {v for rule, (v, _) in verdicts.items() if rule in ("R1", "R2", "R7", "R8", "R9", "R10", "R11")} == {"PASS"}
 
 
@@ -143,8 +156,9 @@ def test_v1_adapting_before_scoring(findings, random_model):
         adapt()
     assert tg.state_hash(model.state_dict()) == before
     adapt()  # outside, between artifact and first score
-    verdicts = findings(weight_hashes=[before, tg.state_hash(model.state_dict())])[1]
+    verdicts = findings(weights=(before, tg.state_hash(model.state_dict())))[1]
     assert verdicts["R7"][0] == "FAIL"
+    assert findings(early=True)[1]["R7"][0] == "FAIL", "or from what is scored later"
 
 
 @kind(2, "a second scoring pass, and a score that is not the one of the token file", "scorer (bitmap), R11")
@@ -158,7 +172,7 @@ def test_v2_scoring_twice(findings):
     scorer.sync()
     with pytest.raises(tg.RunError, match="twice"):
         scorer.score(np.array([[3]]), flat())
-    assert findings(score=dict(bpb=1.0))[1]["R11"][0] == "FAIL"
+    assert findings(end=dict(val_bpb=1.0))[1]["R11"][0] == "FAIL"
 
 
 def ngram_key(forward):
@@ -195,7 +209,7 @@ def test_v5_byte_mixture_on_a_subset(random_model, findings):
     scorer.score(np.arange(100)[None], flat())
     with pytest.raises(tg.RunError, match=f"scored 100 targets instead of {scorer.total}"):
         scorer.finish()
-    assert findings(score=dict(tokens=100))[1]["R4"][0] == "FAIL"
+    assert findings(end=dict(tokens=100))[1]["R4"][0] == "FAIL"
 
 
 def slot(forward):
@@ -248,9 +262,9 @@ def test_v8_overlap(tmp_path, findings):
     folder, val = write_dataset(tmp_path / "data"), documents(15, 2)
     write_shard(folder / "leak.bin", np.concatenate([*documents(20, 1), *val[:4]]))
     shards = (*sorted(folder.glob("fineweb_train_*.bin")), folder / "leak.bin")
-    clean, leak = (tg.probe_overlap(files, np.concatenate(val), math.inf)["P9"] for files in (shards[:2], shards))
+    clean, leak = (probes.probe_overlap(tg, files, np.concatenate(val), math.inf)["P9"] for files in (shards[:2], shards))
     assert clean[0] == "PASS" and leak[0] == "FAIL" and leak[1].startswith("4 of 15 documents are in 3 of 3")
-    assert tg.verdicts(tiny_config(), dict(P9=leak))["R3"][0] == "FAIL"
+    assert rules.verdicts(tiny_config(), dict(P9=leak))["R3"][0] == "FAIL"
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["splits"]["train"]["documents"] = [14, 135]
     (folder / "leak.bin").unlink()
@@ -263,9 +277,9 @@ def test_overlap_tells_copies_from_likenesses(tmp_path):
     val, rng = [np.r_[1, np.random.default_rng(i).integers(4, 64, 300)] for i in range(200)], np.random.default_rng(9)
     near = np.r_[1, rng.integers(4, 64, 59), val[7][60:]]  # another beginning
     write_shard(tmp_path / "a.bin", np.concatenate([np.r_[1, rng.integers(4, 64, 90)], val[3], near]))
-    found = tg.probe_overlap((tmp_path / "a.bin",), np.concatenate(val), math.inf)["P9"]
+    found = probes.probe_overlap(tg, (tmp_path / "a.bin",), np.concatenate(val), math.inf)["P9"]
     assert found == ("NEEDS-RULING", "1 of 200 documents are in 1 of 1 training shards, 1 more in part")
-    assert "in 0 of 1 training shards" in tg.probe_overlap((tmp_path / "a.bin",), np.concatenate(val), -1.0)["P9"][1]
+    assert "in 0 of 1 training shards" in probes.probe_overlap(tg, (tmp_path / "a.bin",), np.concatenate(val), -1.0)["P9"][1]
 
 
 @kind(9, "the tail of the validation set dropped", "P4, R4")
@@ -274,7 +288,7 @@ def test_v9_truncated_tail(findings, dataset):
     data = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False))
     shard = tg.read_shard(dataset / "fineweb_val_000000.bin")
     assert len(data.target_bytes) < len(shard) - 1
-    assert findings(shard_tokens=shard, score=dict(tokens=len(data.target_bytes)))[1]["R4"][0] == "FAIL"
+    assert findings(shard_tokens=shard, end=dict(tokens=len(data.target_bytes)))[1]["R4"][0] == "FAIL"
 
 
 def spoil_manifest(folder, change):
@@ -340,7 +354,8 @@ def count_bytes(tmp_path, monkeypatch, findings):
             patch.setitem(sys.modules, "sentencepiece", SimpleNamespace(SentencePieceProcessor=Pieces))
             patch.setattr(tg, "sentencepiece_byte_tables", lambda *args: spoil(*map(np.copy, right(*args))))
             data = tg.ValData.load(cfg, tg.Dataset((), (tmp_path / "fineweb_val_000001.bin",), (), {}, None, {}))
-        found, verdicts = findings(said=BYTES, shard_tokens=tokens, score=dict(tokens=len(tokens) - 1, bytes=int(data.target_bytes.sum())))
+        counted = dict(tokens=len(tokens) - 1, bytes=int(data.target_bytes.sum()))
+        found, verdicts = findings(text_bytes=BYTES, shard_tokens=tokens, end=counted)
         return found["P4"][0], verdicts["R4"][0]
 
     assert verdict(lambda *tables: tables) == ("PASS", "NOT-MEASURED"), "P10 has nothing to decode"
@@ -395,15 +410,15 @@ def test_v16_lossy_text(monkeypatch, tmp_path):
                              (lambda ids: "".join(chr(i + 45) for i in ids[1:]), "NEEDS-RULING")):  # fmt: skip
         model = SimpleNamespace(decode=decode, encode=coded.encode)
         monkeypatch.setitem(sys.modules, "sentencepiece", SimpleNamespace(SentencePieceProcessor=lambda model_file, m=model: m))
-        found = tg.probe_round_trip(cfg, data, 8, 0)
+        found = probes.probe_round_trip(tg, cfg, data, 8, 0)
         assert found[0] == expected, found
     assert found[1] == "2 of 2 documents and 2 of 40 bytes do not come back"
-    assert tg.verdicts(tiny_config(), dict(P4=("PASS", ""), P5=("PASS", ""), P10=found))["R4"] == found
+    assert rules.verdicts(tiny_config(), dict(P4=("PASS", ""), P5=("PASS", ""), P10=found))["R4"] == found
 
 
 @kind(17, "a sidecar that claims more bytes than the text has, or belongs to other tokens", "P4, length check, manifest (sha256)")
 def test_v17_inflated_sidecar(findings, tmp_path):
-    assert findings(target_bytes=10**6)[1]["R4"][0] == "FAIL"
+    assert findings(end=dict(bytes=10**6))[1]["R4"][0] == "FAIL"
     folder = write_dataset(tmp_path / "data", manifest=False)
     counts = tg.read_shard(folder / "fineweb_val_bytes_000000.bin")
     write_shard(folder / "fineweb_val_bytes_000000.bin", np.array(counts[:-3]))
@@ -421,56 +436,64 @@ def test_v18_smear_across_documents(random_model):
 
 @kind(19, "a compile warm-up that learns from validation tokens", "P6 (hash of the state), scorer (optimizer guard)")
 def test_v19_warm_up_that_learns(random_model, findings, tmp_path):
-    model = random_model(tiny_config())
-    run = SimpleNamespace(warm_ups=[], ledger=tg.Ledger(tmp_path / "ledger.jsonl"))
+    model, path = random_model(tiny_config()), tmp_path / "ledger.jsonl"
+    run = SimpleNamespace(ledger=tg.Ledger(path))
+
+    def verdict() -> str:
+        """On the last warm-up."""
+        line = lines_of(path)[-1]
+        return findings(warm_ups=[(line["before"], line["after"])])[1]["R8"][0]
+
     with tg.Run.unchanged(run, model.state_dict):
         pass
-    assert findings(warm_ups=run.warm_ups)[1]["R8"][0] == "PASS"
+    assert verdict() == "PASS"
     with tg.Run.unchanged(run, model.state_dict):
         torch.rand(1)
-    assert findings(warm_ups=run.warm_ups)[1]["R8"][0] == "FAIL"
-    run.warm_ups.clear()
+    assert verdict() == "FAIL"
     with tg.Run.unchanged(run, model.state_dict), torch.no_grad():
         model.smear_lambda += 1e-6
-    assert findings(warm_ups=run.warm_ups)[1]["R8"][0] == "FAIL"
-    assert [line["kind"] for line in lines_of(tmp_path / "ledger.jsonl")] == ["warmup"] * 3
+    assert verdict() == "FAIL"
+    assert [line["kind"] for line in lines_of(path)] == ["warmup"] * 3
+    assert findings(warm_ups=())[1]["R8"][0] == "NOT-MEASURED"
 
 
 @kind(20, "calibration outside the clock, or training data read while scoring", "P7, P11 (a training shard that is opened raises)")
 def test_v20_calibration_outside_the_clock(findings, dataset):
-    assert findings(result=dict(calib_seconds=11.0))[1]["R2"][0] == "FAIL"
+    assert findings(end=dict(calib_seconds=11.0))[1]["R2"][0] == "FAIL"
     with pytest.raises(tg.RunError, match="no training shard"):
         tg.TrainLoader((), 16, 1, 64).next_step()
     with pytest.raises(tg.RunError, match="no training shard"):
         tg.calibration_windows((), 16, 1)
     train = dataset / "fineweb_train_000000.bin"
     for read in (tg.read_shard, Path.read_bytes, lambda path: os.close(os.open(os.fsencode(path), os.O_RDONLY))):
-        with pytest.raises(tg.RunError, match="training data was about to be read"), tg.open_watch() as watch:
+        with pytest.raises(tg.RunError, match="training data was about to be read"), tg.access_log() as log:
             tg.read_shard(dataset / "fineweb_val_000000.bin")
             read(train)
-    strangers = watch.strangers(dataset, [dataset / "fineweb_val_000000.bin"])
-    assert strangers == [f"open {train}"]
-    assert findings(strangers=strangers)[1]["R9"][0] == "FAIL"
+    seen = log.unexpected(dataset, [dataset / "fineweb_val_000000.bin"])
+    assert seen == [["open", str(train)]]
+    assert findings(seen=seen)[1]["R9"] == ("FAIL", f"unexpected among the files, sockets and programs: open {train}")
 
 
 @kind(21, "training that runs over its budget", "P7, R2")
 def test_v21_training_too_long(findings):
-    assert findings(result=dict(train_seconds=596.03, calib_seconds=4.1))[1]["R2"][0] == "FAIL"
-    assert findings(result=dict(train_seconds=595.8, calib_seconds=4.1))[1]["R2"][0] == "PASS"
+    assert findings(end=dict(train_seconds=596.03, calib_seconds=4.1))[1]["R2"][0] == "FAIL"
+    assert findings(end=dict(train_seconds=595.8, calib_seconds=4.1))[1]["R2"][0] == "PASS"
     assert findings(cfg=dict(max_wallclock_seconds=0.0))[1]["R2"][0] == "NOT-MEASURED"
 
 
 @kind(22, "an evaluation that runs over its budget", "P7, stop before the batch that would")
 def test_v22_evaluation_too_long(findings, random_model):
-    assert findings(result=dict(eval_seconds=639.9))[1]["R2"][0] == "FAIL"
+    assert findings(end=dict(eval_seconds=639.9))[1]["R2"][0] == "FAIL"
     cfg = tiny_config(max_eval_seconds=1e-6)
     with pytest.raises(tg.RunError, match="MAX_EVAL_SECONDS"):
-        tg.TttRun(cfg, CPU, random_model(cfg).requires_grad_(False), door_of(), lambda line: None).run()
+        scorer = door_of()
+        engine = tg.TttEngine(cfg, CPU, random_model(cfg).requires_grad_(False), scorer)
+        tg.TttRun(cfg, engine, scorer, lambda line: None).run()
 
 
 @kind(23, "an artifact over the cap", "R1 (sizes of files); record.py")
 def test_v23_over_the_cap(findings):
-    verdict = findings(result=dict(over_cap=True, bytes_total=16_000_001))[1]["R1"]
+    verdict = findings(artifact=dict(bytes=15_900_002))[1]["R1"]
     assert verdict == ("FAIL", "16,000,001 of 16,000,000 bytes, packed by brotli")
 
 
@@ -478,7 +501,7 @@ def test_v23_over_the_cap(findings):
 def test_v24_undeclared_files(tmp_path, monkeypatch, findings):
     monkeypatch.setattr(tg.tempfile, "gettempdir", lambda: "/nowhere")
     (tmp_path / "weights.bin").write_bytes(b"12")
-    with tg.open_watch() as watch:
+    with tg.access_log() as log:
         (tmp_path / "weights.bin").read_bytes()
         Path(tg.torch.__file__).read_bytes()
         subprocess.run([sys.executable, "-c", ""], check=True)
@@ -486,18 +509,22 @@ def test_v24_undeclared_files(tmp_path, monkeypatch, findings):
         with contextlib.suppress(OSError), socket.socket() as s:
             s.settimeout(0.01)
             s.connect(("192.0.2.1", 80))
-    strangers = watch.strangers(tmp_path / "data", [])
-    assert [line.split(" ")[0] for line in strangers] == ["open", "subprocess.Popen", "socket.connect"]
-    assert "weights.bin" in strangers[0] and strangers[1].endswith("/true") and "192.0.2.1" in strangers[2]
-    watch.seen = []
+    seen = log.unexpected(tmp_path / "data", [])
+    assert [event for event, _ in seen] == ["open", "subprocess.Popen", "subprocess.Popen", "socket.connect"]
+    weights, python, program, host = (name for _, name in seen)
+    assert weights.endswith("weights.bin") and program.endswith("true") and host == "192.0.2.1"
+    assert [probes.expected(*entry) for entry in seen] == [False, True, False, False], python
+    assert findings(seen=seen[1:2])[1]["R9"][0] == "PASS" and findings(seen=seen)[1]["R9"][0] == "FAIL"
+    assert probes.expected("socket.connect", "127.0.0.1") and probes.expected("socket.connect", "/run/nscd/socket")
+    log.seen = []
     (tmp_path / "weights.bin").read_bytes()
-    assert not watch.seen, "off, it does not listen"
+    assert not log.seen, "off, it does not listen"
 
 
 @kind(25, "a seed that was not declared; seeds of several configurations in one mean", "P12; record.py")
 def test_v25_seeds(findings):
-    assert findings(cfg=dict(seed=7))[1]["R10"][0] == "FAIL"
-    assert findings(cfg=dict(seeds_declared=""))[1]["R10"][0] == "NOT-MEASURED"
+    assert findings(start=dict(seed=7))[1]["R10"][0] == "FAIL"
+    assert findings(start=dict(seeds_declared=""))[1]["R10"][0] == "NOT-MEASURED"
     shared = dict.fromkeys(record.SHARED, "x") | dict(data={})
     runs = [SimpleNamespace(result=shared | dict(seed=s, config_hash=h)) for s, h in ((1, "a"), (2, "a"), (3, "b"))]
     record.check_same_experiment(runs[:2])
@@ -514,7 +541,7 @@ def test_v26_other_data_than_declared(dataset):
 @kind(27, "training on the validation documents", "manifest (document ranges), P9, R3")
 def test_v27_trained_on_validation(dataset):
     val = tg.read_shard(dataset / "fineweb_val_000000.bin")
-    found = tg.probe_overlap((dataset / "fineweb_val_000000.bin",), val, math.inf)
+    found = probes.probe_overlap(tg, (dataset / "fineweb_val_000000.bin",), val, math.inf)
     assert found["P9"][0] == "FAIL" and found["P9"][1].startswith("15 of 15 documents")
 
 
@@ -569,13 +596,15 @@ def test_a_probe_that_cannot_repeat_itself_says_so(random_model):
 
 def test_verdicts_are_the_gravest_finding():
     cfg = tiny_config()
-    assert tg.worst([("PASS", "a"), ("NOT-MEASURED", "b"), ("NOT-MEASURED", "c")]) == ("NOT-MEASURED", "b; c")
-    assert tg.verdicts(cfg, {})["R5"] == ("NOT-MEASURED", "no part of this stage")
-    assert tg.verdicts(dataclasses.replace(cfg, audit="off"), {})["R5"] == ("NOT-MEASURED", "AUDIT=off")
+    several = [("PASS", "a"), ("NOT-MEASURED", "b"), ("NOT-MEASURED", "c")]
+    assert rules.worst(several) == ("NOT-MEASURED", "b; c") and rules.worst([]) == ("NOT-MEASURED", "")
+    assert rules.worst(several, all_evidence=True) == ("NOT-MEASURED", "b; c; a")
+    assert rules.finding(True, "x") == ("PASS", "x") and rules.finding(False, "x", measurable=False) == ("NOT-MEASURED", "x")
+    assert rules.verdicts(cfg, {})["R5"] == ("NOT-MEASURED", "no part of this stage")
     fine = dict(P4=("PASS", ""), P5=("PASS", ""), P10=("PASS", ""))
-    assert tg.verdicts(cfg, fine)["R4"][0] == "PASS"
-    assert tg.verdicts(dataclasses.replace(cfg, caseops_enabled=False), fine)["R4"][0] == "NEEDS-RULING"
-    assert tg.verdicts(cfg, fine | dict(P5=("FAIL", "x")))["R4"] == ("FAIL", "x")
+    assert rules.verdicts(cfg, fine)["R4"][0] == "PASS"
+    assert rules.verdicts(dataclasses.replace(cfg, caseops_enabled=False), fine)["R4"][0] == "NEEDS-RULING"
+    assert rules.verdicts(cfg, fine | dict(P5=("FAIL", "x")))["R4"] == ("FAIL", "x")
 
 
 # ---------------------------------------------------------------------------------------------------- scorer and ledger
@@ -605,7 +634,9 @@ def test_the_door_releases_what_was_scored():
         scorer.targets_to_learn(np.array([7]), early=True)
         optimizer.step()
     optimizer.step()
-    assert weight.item() == -8 and scorer.early
+    assert weight.item() == -8
+    scorer.receipt()
+    assert [early for what, early, _ in scorer.receipts if what == "adapters"] == [False, True]
 
 
 def test_the_door_shows_prefixes_of_what_is_scored_next():
@@ -699,7 +730,7 @@ def rank_main(rank: int, port: int, cfg: tg.Config, folder: str) -> None:
     world = tg.World(rank, 2, torch.device("cpu"), torch.float32)
     model = tg.build_model(cfg, world, tg.choose_kernels(cfg, world)).requires_grad_(False).eval()
     scorer = tg.Scorer(some(14), world, "ttt", tg.Ledger(Path(folder) / "ledger.jsonl" if rank == 0 else None))
-    score = tg.TttRun(cfg, world, model, scorer, lambda line: None).run()
+    score = tg.TttRun(cfg, tg.TttEngine(cfg, world, model, scorer), scorer, lambda line: None).run()
     twice = tg.Scorer(some(4), world, "twice", tg.Ledger(None))
     twice.score(np.arange(5)[None] + 3 * rank, flat())
     try:
@@ -750,7 +781,6 @@ def run_main(dataset, tmp_path_factory):
     def run(out, **changes):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["train_gpt.py"])
-            patch.setattr(tg, "upstream_code_bytes", lambda: None)
             for name, value in tiny_env(data_path=dataset, artifact_dir=out, iterations=2, **(
                     dict(seeds_declared="5,6", seed=5) | changes)).items():
                 patch.setenv(name, value)
@@ -763,41 +793,92 @@ def run_main(dataset, tmp_path_factory):
 def test_a_whole_run(run_main, tmp_path, dataset, capsys):
     result = run_main(tmp_path)
     console = capsys.readouterr().out
-    verdicts = result["audit"]["verdicts"]
-    assert {rule: v for rule, (v, _) in verdicts.items()} == dict.fromkeys(verdicts, "PASS") | dict.fromkeys(
-        ("R2", "R4", "R12"), "NOT-MEASURED")  # no budget, no text, no clean room
-    for rule, (verdict, evidence) in verdicts.items():
-        assert f"\n{rule:<4}{verdict:<14}{evidence}\n" in console
-    documented = (ROOT / "tools/validity.md").read_text()
-    assert all(f"| {rule} | " in documented for rule in tg.RULES)
-    lines = lines_of(tmp_path / "ledger.jsonl")
-    assert (len(lines), lines[-1]["hash"]) == (result["audit"]["lines"], result["audit"]["last_hash"])
-    by_kind = {k: [line for line in lines if line["kind"] == k] for k in dict.fromkeys(line["kind"] for line in lines)}
-    (start,), (end,), (judged,) = by_kind["start"], by_kind["end"], by_kind["verdicts"]
-    assert lines[0] is start and lines[-1] is end and judged["R5"] == verdicts["R5"]
+    assert f"\njudge this run: python tools/audit.py run {tmp_path}\n" in console
+    run_lines = lines_of(tmp_path / "ledger.jsonl")
+    by_kind = {k: [line for line in run_lines if line["kind"] == k] for k in dict.fromkeys(line["kind"] for line in run_lines)}
+    (start,), (end,), (access,) = by_kind["start"], by_kind["end"], by_kind["access"]
+    assert run_lines[0] is start and run_lines[-1] is end and access["seen"] == []
+    assert result["ledger"] == dict(lines=len(run_lines), last_hash=end["hash"])
+    assert not {"probe", "verdicts"} & by_kind.keys(), "the run does not judge itself"
     assert start["shards"] == {p.name: tg.sha256_file(p) for p in dataset.glob("*.bin")}
     assert (start["seed"], start["seeds_declared"], start["val_tokens"]) == (5, "5,6", 1711)
     cfg = tiny_config(data_path=str(dataset))
-    replay(lines, tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False)), [result["val_loss"], result["val_bpb"], 1711, end["bytes"]])
+    val = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False))
+    replay(run_lines, val, [result["val_loss"], result["val_bpb"], 1711, end["bytes"]])
     assert [w["when"] for w in by_kind["weights"]] == ["loaded", "first_score"] and len({w["sha256"] for w in by_kind["weights"]}) == 1
-    assert {p["id"] for p in by_kind["probe"]} == {*(f"P{n}" for n in range(1, 13)), "bytes", "order", "sum"}
     assert [t["pass"] for t in by_kind["tokens"]] == ["pre_quant", "quantized", "ttt"]
     assert (end["val_bpb"], end["tokens"], end["pass"]) == (result["val_bpb"], 1711, "ttt")
+    assert all(end[name] == result[name] for name in ("train_seconds", "calib_seconds", "eval_seconds", "train_budget_seconds"))
     assert by_kind["artifact"][0]["sha256"] == result["artifact_sha256"]
     assert sum(p["seconds"] for p in by_kind["phase"]) == pytest.approx(result["wall_seconds"], abs=0.01)  # rounded to ms, by phase
-    assert result["audit"]["findings"]["P4"] == ["PASS", "1711 of 1711 targets, 3361 of 3361 bytes"]
-    off = run_main(tmp_path, stage="eval", audit="off")
-    assert {tuple(v) for v in off["audit"]["verdicts"].values()} == {("NOT-MEASURED", "AUDIT=off")}
-    assert off["val_bpb"] == result["val_bpb"], "probes leave no trace in the score"
+
+
+def test_a_whole_run_is_judged(run_main, tmp_path, dataset, capsys):
+    result = run_main(tmp_path)
+    capsys.readouterr()
+    assert audit.main(["run", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    kept = json.loads((tmp_path / "audit.json").read_text())
+    verdicts = kept["verdicts"]
+    assert {rule: v for rule, (v, _) in verdicts.items()} == dict.fromkeys(rules.RULES, "PASS") | dict.fromkeys(
+        ("R2", "R4", "R12"), "NOT-MEASURED")  # no budget, no text, no clean room
+    assert shown.out.splitlines() == [f"{rule:<4}{verdict:<14}{evidence}" for rule, (verdict, evidence) in verdicts.items()]
+    assert "apart from the evaluation's clock" in shown.err and "judged before" not in shown.err
+    assert set(kept["findings"]) == {*(f"P{n}" for n in range(1, 13)), "bytes", "order", "sum"}
+    assert kept["findings"]["P4"] == ["PASS", "1711 of 1711 targets, 3361 of 3361 bytes"]
+    assert (kept["mode"], kept["lines"], kept["last_hash"]) == ("sample", *result["ledger"].values())
+    assert audit.main(["run", str(tmp_path)]) == 0 and "judged before" in capsys.readouterr().err
+
+    again = run_main(tmp_path, stage="eval")
+    assert again["val_bpb"] == result["val_bpb"]
     assert [line["kind"] for line in lines_of(tmp_path / "ledger.jsonl")].count("start") == 2
-    cheated = cheat(run_main, tmp_path, dataset)
-    assert {rule for rule, (v, _) in cheated["audit"]["verdicts"].items() if v == "FAIL"} == {"R5", "R7", "R9", "R10"}
-    assert str(dataset / "weights.txt") in cheated["audit"]["verdicts"]["R9"][1]
+    assert probes.stored_audit(tmp_path) is None, "it was of another run"
+    cheat(run_main, tmp_path, dataset)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg, "compile_forward", dishonest(tg.compile_forward, dataset))
+        cheated = probes.judge(tmp_path)
+    assert {rule for rule, (v, _) in cheated["verdicts"].items() if v == "FAIL"} == {"R5", "R7", "R9", "R10"}
+    assert str(dataset / "weights.txt") in cheated["verdicts"]["R9"][1]
 
 
-def cheat(run_main, folder, dataset) -> dict:
-    """The same evaluation with other weights than the artifact's, a file from beside the data, no probabilities, a lucky seed."""
-    real = tg.compile_forward
+def test_who_cannot_be_judged(run_main, tmp_path):
+    """No script of a stranger is imported, and what contradicts itself is no run."""
+    run_main(tmp_path, ttt_enabled=False)
+    stranger = tmp_path / "train_gpt.py"
+    stranger.write_text("raise SystemExit('imported')")
+    with pytest.raises(rules.Broken, match="none of .*train_gpt.py is the script that ran .* a stranger's is only run in the clean room"):
+        probes.judge(tmp_path, stranger)
+    result = json.loads((tmp_path / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps(result | dict(ledger=dict(lines=1, last_hash="0"))))
+    with pytest.raises(rules.Broken, match="does not keep the head of the ledger"):
+        probes.judge(tmp_path)
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    other = write_dataset(tmp_path / "other", val_docs=9)
+    with pytest.raises(rules.Broken, match=r"fineweb_val_000000\.bin in .* is not what the run scored"):
+        probes.judge(tmp_path, data=other)
+
+
+def test_no_training_shard_is_opened_when_a_run_is_replayed(run_main, tmp_path, dataset):
+    run_main(tmp_path, ttt_enabled=False)
+    real = tg.packed_batches
+
+    def peeking(*args):
+        tg.read_shard(dataset / "fineweb_train_000000.bin")
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tg.METHODS, "packed", tg.METHODS["packed"]._replace(batches=peeking))
+        with pytest.raises(tg.RunError, match="training data was about to be read in an evaluation"):
+            probes.judge(tmp_path)
+
+
+def test_every_rule_is_documented():
+    documented = (ROOT / "tools/validity.md").read_text()
+    assert all(f"| {name} | {rule.asks} | " in documented for name, rule in rules.RULES.items())
+
+
+def dishonest(real, dataset):
+    """Other weights than the artifact's, a file from beside the data, no probabilities."""
     (dataset / "weights.txt").touch()
 
     def compile_forward(model, *args, **kw):
@@ -806,6 +887,11 @@ def cheat(run_main, folder, dataset) -> dict:
             model.smear_lambda += 0.01
         return ngram_key(real(model, *args, **kw))
 
+    return compile_forward
+
+
+def cheat(run_main, folder, dataset) -> dict:
+    """The same evaluation by a dishonest script, with a lucky seed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg, "compile_forward", compile_forward)
+        patch.setattr(tg, "compile_forward", dishonest(tg.compile_forward, dataset))
         return run_main(folder, stage="eval", seed=7)

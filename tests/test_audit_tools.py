@@ -21,7 +21,8 @@ import audit
 import clean_room
 import foreign
 import ledger
-from ledger import FAIL, PASS, RULING, UNKNOWN
+import probes
+from rules import FAIL, PASS, RULING, UNKNOWN
 
 # PR #2014, from its logs: seed -> bits per byte before quantization, after it and after test-time training; steps; evaluation
 # seconds; bytes as counted. 47,853,343 targets, 151,080,645 bytes, 596.0 s of training, 4.1 s of calibration.
@@ -626,10 +627,10 @@ def finished(dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp("audited") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_gpt.py"])
-        patch.setattr(tg, "upstream_code_bytes", lambda: None)  # two seconds that are tested elsewhere
         for name, value in tiny_env(data_path=dataset, artifact_dir=out, seeds_declared="1337", iterations=4).items():
             patch.setenv(name, value)
         assert tg.main() == 0
+    probes.judge(out)
     return out
 
 
@@ -641,6 +642,8 @@ def test_the_ledger_of_a_real_run(finished, tmp_path):
     assert [rule for rule, (verdict, _) in v.items() if verdict == FAIL] == []
     assert {rule: v[rule] for rule in ("R1", "R3", "R5", "R6", "R7", "R8", "R9", "R11") if v[rule][0] != PASS} == {}
     copy = shutil.copytree(finished, tmp_path / "run")
+    (copy / "audit.json").write_text(json.dumps(json.loads((copy / "audit.json").read_text()) | dict(last_hash="0")))
+    assert verdicts(copy)["R5"] == (UNKNOWN, "no probe of sums in a ledger"), "an audit of another ledger says nothing"
     lines = [json.loads(line) for line in (copy / "ledger.jsonl").read_text().splitlines()]
     scores = [n for n, e in enumerate(lines) if e["kind"] == "score" and e["pass"] == "ttt"]
     forged = chain(edited(lines, scores[0], ("nats", 0), lines[scores[0]]["nats"][0] - 1))
@@ -651,14 +654,15 @@ def test_the_ledger_of_a_real_run(finished, tmp_path):
 def recorded(finished, tmp_path_factory):
     """The same run under the names that a record folder gives to its files."""
     folder, result = tmp_path_factory.mktemp("recorded"), json.loads((finished / "result.json").read_text())
-    names = {"ledger.jsonl": "ledger_seed1337.jsonl", "run.txt": "train_seed1337.log", "final_model.int6.ptz": "artifact_seed1337.int6.ptz",
+    names = {"ledger.jsonl": "ledger_seed1337.jsonl", "audit.json": "audit_seed1337.json", "run.txt": "train_seed1337.log",
+             "final_model.int6.ptz": "artifact_seed1337.int6.ptz",
              **{f"token_nats_{s}.npy": f"token_nats_{s}_seed1337.npy" for s in ("quantized", "ttt")}}
     for source, name in names.items():
         shutil.copyfile(finished / source, folder / name)
     shutil.copyfile(ROOT / "train_gpt.py", folder / "train_gpt.py")
     row = {k: result[k] for k in ("val_bpb", "val_loss")}
     (folder / "submission.json").write_text(json.dumps(
-        {**row, "seeds": [1337], "seed_results": {"1337": row}, "audit": {"ledgers": {"1337": result["audit"]["last_hash"]}}}))
+        {**row, "seeds": [1337], "seed_results": {"1337": row}, "audit": {"ledgers": {"1337": result["ledger"]["last_hash"]}}}))
     return folder
 
 

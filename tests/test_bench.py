@@ -19,7 +19,7 @@ import traffic
 
 
 def run(*command, **env):
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=os.environ | env, timeout=300)
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=os.environ | env, timeout=1800)
 
 
 # ---- the GPU suite
@@ -66,6 +66,53 @@ def test_document_lengths_have_the_mean_of_the_validation_part(monkeypatch):
     lengths = bounds.diff()
     assert 800 < lengths[lengths > 0].float().mean() < 1200
     assert gpu_suite.packed_bounds(1024).diff().max() == 1024
+
+
+def test_tiles_reach_flex_attention_and_fit_its_blocks(monkeypatch):
+    """What comes out of a tile is what torch's own choice gives; sides are what torch asks of them."""
+    seen = []
+    inputs = [torch.randn(300, heads, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2)]
+    bounds = torch.tensor([0, 171, 300, 300], dtype=torch.int32)
+    untiled = torch.nn.attention.flex_attention.flex_attention
+
+    def noted(*args, kernel_options=None, **rest):
+        seen.append(kernel_options)
+        return untiled(*args, **rest)
+
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "flex_attention", noted)
+    expected = tg.document_attention_reference(*inputs, bounds, 171)
+    for tile in gpu_suite.FLEX_TILES[1:]:
+        out = gpu_suite.tiled_flex_attention(tile)(*inputs, bounds, 171)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=5e-6)
+    assert torch.nn.attention.flex_attention.flex_attention is noted, "torch is left as it was"
+    assert seen[2] == dict(BLOCK_M=128, BLOCK_N=64, BLOCK_M1=64, BLOCK_N1=128, BLOCK_M2=128, BLOCK_N2=64)
+    for options in seen:
+        assert options["BLOCK_N1"] % options["BLOCK_M1"] == options["BLOCK_M2"] % options["BLOCK_N2"] == 0
+        assert all(128 % size == 0 for size in options.values())
+
+
+def test_the_best_tile_is_the_fastest_right_one(monkeypatch):
+    """By a fake clock: one tile is fast and wrong, one does not run, and of the rest the third is the fastest."""
+    outcomes = [(True, 3.0), (False, 0.1), (True, 2.0), (True, None), (True, 4.0)]
+    results = dict(zip(gpu_suite.FLEX_TILES, outcomes, strict=True))
+
+    def check(name, tile):
+        yield dict(name=f"check {name}", reached=results[tile][0])
+
+    def time(name, tile, contexts):
+        ms = results[tile][1]
+        yield dict(name=name, ms=ms) if ms else dict(name=name, error="out of resource: shared memory")
+
+    monkeypatch.setattr(gpu_suite, "DRY", False)
+    monkeypatch.setattr(gpu_suite, "check_attention", check)
+    monkeypatch.setattr(gpu_suite, "time_attention", time)
+    monkeypatch.setattr(gpu_suite, "tiled_flex_attention", lambda tile: tile)
+    monkeypatch.setattr(tg, "flex_attention", lambda: ())
+    lines = list(gpu_suite.flex_tiles())
+    assert lines[-1] == dict(name="best tile: flex 64x128", ms=2.0) and len(lines) == 11
+    results.update(dict.fromkeys(results, (False, 1.0)))
+    assert "no tile" in list(gpu_suite.flex_tiles())[-1]["error"]
 
 
 # ---- bytes of a compiled micro-batch, counted without running it

@@ -12,20 +12,25 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import compare
-from compare import Summary, power, seeds_needed, summary, welch
+from compare import power, seeds_needed, summary, welch
 
 S14 = [1.05740567, 1.05730104, 1.05807084]  # PR #2014, seeds 42, 314, 0
 RATIO = 2.18838  # nats per bit per byte of the published set
 MARGIN = 0.005 / RATIO
 # Means of three seeds are published; of the standard deviations each is pinned by one published p and must then yield the others.
-S55 = Summary(1.06108, 0.00111, 3)   # PR #1855; "from its seeds the sample standard deviation is .0011"
-P1945 = Summary(1.05943, 0.00078, 3)  # pinned by p = .056 against PR #1855
-P1953 = Summary(1.05855, 0.00035, 3)  # pinned by p = .020 of PR #2014 against it
-S35 = Summary(1.05651, 0.00035, 3)    # PR #2135, pinned by p = .0138 against PR #2014
-RERUN = Summary(1.05831, 0.00034, 3)  # PR #2014 by somebody else, pinned by t = 4.13 against PR #1855
+def seeds(mean: float, std: float) -> list[float]:
+    """Three values with this mean and sample standard deviation."""
+    return [mean - std, mean, mean + std]
 
 
-def p(a: Summary, b: Summary, margin: float = 0.0) -> float:
+S55 = seeds(1.06108, 0.00111)   # PR #1855; "from its seeds the sample standard deviation is .0011"
+P1945 = seeds(1.05943, 0.00078)  # pinned by p = .056 against PR #1855
+P1953 = seeds(1.05855, 0.00035)  # pinned by p = .020 of PR #2014 against it
+S35 = seeds(1.05651, 0.00035)    # PR #2135, pinned by p = .0138 against PR #2014
+RERUN = seeds(1.05831, 0.00034)  # PR #2014 by somebody else, pinned by t = 4.13 against PR #1855
+
+
+def p(a: list[float], b: list[float], margin: float = 0.0) -> float:
     return welch(a, b, margin).p
 
 
@@ -43,8 +48,8 @@ def test_the_margin_in_bits_per_byte():
 
 
 @pytest.mark.parametrize(("better", "worse", "published"), [
-    (summary(S14), S55, 0.0106), (S35, summary(S14), 0.0138), (P1945, S55, 0.056), (P1953, P1945, 0.090),
-    (summary(S14), P1953, 0.020), (RERUN, S55, 0.020),
+    (S14, S55, 0.0106), (S35, S14, 0.0138), (P1945, S55, 0.056), (P1953, P1945, 0.090),
+    (S14, P1953, 0.020), (RERUN, S55, 0.020),
 ])
 def test_recomputed_p_values(better, worse, published):
     assert p(better, worse) == pytest.approx(published, rel=0.04)
@@ -52,20 +57,19 @@ def test_recomputed_p_values(better, worse, published):
 
 
 def test_two_sided_is_twice_that():
-    scores = [P1953.mean - P1953.std, P1953.mean, P1953.mean + P1953.std]
-    u = compare.compare_unit({str(i): v for i, v in enumerate(S14)}, {str(i): v for i, v in enumerate(scores)}, None, 0.01)
+    u = compare.compare_unit({str(i): v for i, v in enumerate(S14)}, {str(i): v for i, v in enumerate(P1953)}, None, 0.01)
     assert u["p_two_sided"] == pytest.approx(0.040, rel=0.04)
 
 
 def test_recomputed_margin_tests():
-    assert p(summary(S14), S55, MARGIN) == pytest.approx(0.097, rel=0.03)
+    assert p(S14, S55, MARGIN) == pytest.approx(0.097, rel=0.03)
     assert p(S35, S55, MARGIN) == pytest.approx(0.030, rel=0.03)
-    assert P1953.mean - summary(S14).mean < MARGIN and p(summary(S14), P1953, MARGIN) > 0.5, "#2014 cannot beat #1953 by the margin"
+    assert P1953[1] - summary(S14).mean < MARGIN and p(S14, P1953, MARGIN) > 0.5, "#2014 cannot beat #1953 by the margin"
 
 
 def test_a_published_t_with_a_wrong_standard_deviation():
     assert welch(RERUN, S55).t == pytest.approx(4.13, abs=0.02)
-    wrong = welch(RERUN, S55._replace(std=0.00066))
+    wrong = welch(RERUN, seeds(S55[1], 0.00066))
     assert wrong.t == pytest.approx(6.49, abs=0.04) and wrong.p > 0.003
     assert stats.norm.sf(wrong.t) < 0.0001, "the published p < 0.0001 is that of a z-value"
 
@@ -98,20 +102,22 @@ SCORES = st.lists(st.floats(0.5, 2.5), min_size=2, max_size=8).filter(lambda v: 
 
 @given(SCORES, SCORES, st.floats(0, 0.1))
 @settings(max_examples=60, deadline=None)
-def test_welch_is_scipys(a, b, margin):
-    ours = welch(summary(a), summary(b), margin)
-    theirs = stats.ttest_ind(np.array(b) - margin, a, equal_var=False, alternative="greater")
-    assert (ours.t, ours.df, ours.p) == pytest.approx((theirs.statistic, theirs.df, theirs.pvalue), rel=1e-6, abs=1e-12)
+def test_welch_is_the_formula(a, b, margin):
+    (va, vb), (ma, mb) = ([f(side) for side in (a, b)] for f in (lambda v: np.var(v, ddof=1) / len(v), np.mean))
+    t = (mb - ma - margin) / math.sqrt(va + vb)
+    df = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    ours = welch(a, b, margin)
+    assert (ours.t, ours.df, ours.p) == pytest.approx((t, df, stats.t.sf(t, df)), rel=1e-6, abs=1e-12)
 
 
 @given(SCORES, st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
-def test_paired_is_scipys(a, seed):
+def test_paired_is_a_test_of_the_differences(a, seed):
     b = np.array(a) + np.random.default_rng(seed).normal(0.01, 0.01, len(a))
     rows = [{str(i): float(v) for i, v in enumerate(side)} for side in (a, b)]
-    test, n = compare.paired(*rows)
-    theirs = stats.ttest_rel(b, a, alternative="greater")
-    assert n == len(a) and (test.t, test.p) == pytest.approx((theirs.statistic, theirs.pvalue), rel=1e-6, abs=1e-12)
+    test, d = compare.paired(*rows), b - a
+    t = d.mean() / (d.std(ddof=1) / math.sqrt(len(d)))
+    assert (test.t, test.df, test.p) == pytest.approx((t, len(a) - 1, stats.t.sf(t, len(a) - 1)), rel=1e-6, abs=1e-12)
 
 
 @given(st.floats(0.2, 5))

@@ -48,7 +48,6 @@ def finished(whole, tmp_path):
 def run_main(monkeypatch, capsys, dataset):
     """main() in this process: (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
-    monkeypatch.setattr(tg, "upstream_code_bytes", lambda: None)  # two seconds that are tested once
 
     def run(out, **changes):
         with monkeypatch.context() as patch:
@@ -97,6 +96,7 @@ def test_the_warm_stage_compiles_what_a_run_needs_and_nothing_else(run_main, tmp
 
 
 N = r"-?\d+\.\d+"
+TTT = rf"ttt batch:\d+/4 bpb:{N} loss:{N} running_bpb:{N} running_loss:{N}"
 LOG_LINES = [  # techniques, section 12.1, in order
     r"train_shards: 2", r"val_tokens: 1711", r"model_params:\d+", r"train_seq_schedule:32@0\.500,64@1\.000", r"local_microbatch_tokens:256",
     r"growth_stage:seq_len:32 progress:0\.000", r"gptq:reserving 4s, effective=0ms", rf"1/12 train_loss: {N} train_time: {N}m tok/s: \d+.*",
@@ -110,8 +110,9 @@ LOG_LINES = [  # techniques, section 12.1, in order
     r"Serialized model quantized\+brotli: \d+ bytes", r"Total submission size quantized\+brotli: \d+ bytes",
     r"diagnostic quantized val_loss:\d\.\d{8} val_bpb:\d\.\d{8} eval_time:\d+ms", r"beginning TTT eval timer",
     r"ttt_phased: total_docs:15 prefix_docs:6 suffix_docs:9 num_phases:1 boundaries:\[6\] target_tokens:1711",
-    rf"ttp: b\d+/4 bl:{N} bb:{N} rl:{N} rb:{N} dl:\d+-\d+ gd:0 sr:0 sf:0.*", rf"ttpp: phase:1/1 pd:\d+ gd:6 t:{N}s",
-    rf"tttg: c1/\d+ lr:{N} t:{N}s", rf"ttpr: phase:1/1 t:{N}s", rf"ttp: b\d+/4 bl:{N} bb:{N} rl:{N} rb:{N} dl:\d+-\d+ gd:1 .*",
+    rf"{TTT} docs:\d+-\d+ phases:0 chunk:16 t:\d+s eta:\d+s", rf"ttt_phase:1/1 start docs:6 of:\d+ t:{N}s",
+    rf"ttt_phase_chunk:1/\d+ lr:{N} t:{N}s", rf"ttt_phase:1/1 end t:{N}s",
+    rf"{TTT} docs:\d+-\d+ phases:1 chunk:\d+ t:\d+s eta:\d+s",
     r"quantized_ttt_phased val_loss:\d\.\d{8} val_bpb:\d\.\d{8} eval_time:\d+ms", rf"total_eval_time:{N}s",
 ]  # fmt: skip
 
@@ -142,7 +143,7 @@ def test_phases_add_up(whole):
     phases = whole.result["phases"]
     assert sum(p["seconds"] for p in phases) == pytest.approx(whole.result["wall_seconds"], abs=1e-6)
     by_name = {p["name"]: p["seconds"] for p in phases}
-    assert list(by_name) == ["setup", "audit", "compile", "train", "diagnostic eval", "calibrate", "quantize", "unpack", "eval"]
+    assert list(by_name) == ["setup", "compile", "train", "diagnostic eval", "calibrate", "quantize", "unpack", "eval"]
     assert by_name["train"] >= whole.result["train_seconds"] > 0
     assert by_name["eval"] >= whole.result["eval_seconds"] - 1e-3
 

@@ -3,15 +3,19 @@
 import dataclasses
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import documents, tiny_config
+from conftest import ROOT, documents, tiny_config
 from hypothesis import given, settings, strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "tools"))
+import probes
 
 METHODS = ("packed", "sliding")
 
@@ -29,8 +33,7 @@ CPU = tg.World(0, 1, torch.device("cpu"), torch.float32)
 
 
 def batches_of(cfg, data, rank=0, size=1):
-    make = tg.packed_batches if cfg.eval_method == "packed" else tg.sliding_batches
-    return list(make(cfg, tg.Scorer(data, CPU), rank, size))
+    return list(tg.METHODS[cfg.eval_method].batches(cfg, tg.Scorer(data, CPU), rank, size))
 
 
 def evaluate(cfg, world, forward, data) -> tg.Score:
@@ -40,7 +43,8 @@ def evaluate(cfg, world, forward, data) -> tg.Score:
 def per_target(cfg, data, forward) -> np.ndarray:
     """Nats of every target in stream order."""
     for batch in batches_of(cfg, data):
-        assert (data.tokens[batch.at[batch.at >= 0]] == batch.inputs.numpy()[batch.at >= 0]).all(), "the input before each target"
+        graded = batch.targets >= 0
+        assert (data.tokens[batch.targets[graded]] == batch.inputs.numpy()[graded]).all(), "the input before each target"
     scorer = tg.Scorer(data, CPU)
     tg.evaluate(cfg, CPU, forward, scorer)
     return scorer.nats.numpy()
@@ -79,8 +83,9 @@ def test_score_is_the_mean_of_the_scores_in_fp64(world):
 
 def test_a_missed_target_is_an_error(world, random_model, monkeypatch):
     cfg, data = tiny_config(val_batch_tokens=8 * 200), some()
-    whole = tg.packed_batches
-    monkeypatch.setattr(tg, "packed_batches", lambda *args: itertools.islice(whole(*args), 1))
+    whole = tg.METHODS["packed"]
+    some_batches = whole._replace(batches=lambda *args: itertools.islice(whole.batches(*args), 1))
+    monkeypatch.setitem(tg.METHODS, "packed", some_batches)
     with pytest.raises(tg.RunError, match=f"scored [1-9][0-9]* targets instead of {len(data.target_bytes)}"):
         evaluate(cfg, world, random_model(cfg), data)
 
@@ -91,7 +96,7 @@ def test_ranks_share_the_batches(method, size):
     cfg, data = tiny_config(eval_method=method, val_batch_tokens=1024), some(20)
     whole = batches_of(cfg, data)
     shares = [batches_of(cfg, data, rank, size) for rank in range(size)]
-    assert sorted(i for share in shares for b in share for i in b.at[b.at >= 0]) == list(range(len(data.target_bytes)))
+    assert sorted(i for share in shares for b in share for i in b.targets[b.targets >= 0]) == list(range(len(data.target_bytes)))
     rows = sorted(tuple(row.tolist()) for b in whole for row in b.inputs)
     assert sorted(tuple(row.tolist()) for share in shares for b in share for row in b.inputs) == rows
 
@@ -116,8 +121,8 @@ def test_packed_rows_hold_each_target_once_and_cut_no_piece(sizes, context, batc
     data = stream(sizes)
     total, out = len(data.target_bytes), []
     for batch in batches_of(cfg, data):
-        n, at = int((batch.at >= 0).sum()), len(out)
-        assert batch.inputs.shape == batch.at.shape and batch.at[0, :n].tolist() == list(range(at, at + n))
+        n, at = int((batch.targets >= 0).sum()), len(out)
+        assert batch.inputs.shape == batch.targets.shape and batch.targets[0, :n].tolist() == list(range(at, at + n))
         assert batch.inputs[0, :n].tolist() == data.tokens[at : at + n].tolist()
         cuts = batch.segments.cu_seqlens.tolist()
         assert cuts[0] == 0 and cuts[-1] == batch.inputs.shape[1] and max(np.diff(cuts)) <= context
@@ -139,7 +144,7 @@ def test_sliding_windows_score_each_target_once_with_the_longest_context(total, 
     where = {}
     for batch in batches_of(cfg, stream_):
         assert batch.inputs.shape[1] == seq
-        for inputs, at in zip(batch.inputs, batch.at, strict=True):
+        for inputs, at in zip(batch.inputs, batch.targets, strict=True):
             for j in np.flatnonzero(at >= 0):
                 assert at[j] == inputs[j] - 1 and int(inputs[j]) not in where
                 where[int(inputs[j])] = int(j)
@@ -281,7 +286,7 @@ def test_scores_round_the_softcap_only_when_asked(random_model, monkeypatch):
             asked.clear()
     assert torch.equal(nats[True, True], nats[True, False]) and torch.equal(nats[False, True], nats[False, False])
     assert 1e-4 < (nats[True, True] - nats[False, True]).abs().max() < 0.5
-    found = tg.probe_scoring(data, bf16, 64, lambda scorer: tg.evaluate(cfg, bf16, model, scorer), 3, 40, 1, 0)
+    found = probes.probe_scoring(tg, data, bf16, 64, lambda scorer: tg.evaluate(cfg, bf16, model, scorer), 3, 40, 1, 0)
     assert {name: verdict for name, (verdict, _) in found.items()} == dict(P1="PASS", P2="PASS", P3="PASS")
 
 

@@ -106,7 +106,7 @@ def test_flex_attention_equals_the_reference(sizes, window, monkeypatch):
     """Values alone, not compiled: FlexAttention has no backward on a CPU. Blocks are 128 wide, so the longer rows leave some out."""
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     bounds, inputs = cu_seqlens(sizes), [t.detach() for t in qkv(sum(sizes), 4, 2, 16)]
-    out = tg.flex_attention(tg.FLEX_TILES[len(sizes) % 5])(*inputs, bounds, max(sizes), window)
+    out = tg.flex_attention()(*inputs, bounds, max(sizes), window)
     torch.testing.assert_close(out, tg.document_attention_reference(*inputs, bounds, max(sizes), window), rtol=1e-5, atol=5e-6)
 
 
@@ -203,7 +203,8 @@ def test_a_wrong_attention_is_never_chosen(monkeypatch):
 def test_the_fastest_right_attention_is_chosen(monkeypatch):
     world = tg.World(0, 1, torch.device("cpu"), torch.float32)
     monkeypatch.setattr(tg, "attention_backends", lambda world: dict(fa3="a", varlen="b", sdpa="c"))
-    monkeypatch.setattr(tg, "attention_trial", lambda attend, world, segments: dict(a=(0.001, 0.5), b=(0.001, 0.25), c=(0.0, 0.01))[attend])
+    results = dict(a=(0.001, 0.5), b=(0.001, 0.25), c=(0.0, 0.01))
+    monkeypatch.setattr(tg, "attention_trial", lambda attend, world, lengths: results[attend])
     assert tg.choose_attention.__wrapped__("auto", world) == ("varlen", "b", "fa3:500.00ms varlen:250.00ms")
 
 
@@ -217,8 +218,9 @@ def test_an_attention_that_does_not_run_is_passed_over(monkeypatch):
 
     world, choose = tg.World(0, 1, torch.device("cpu"), torch.float32), tg.choose_attention.__wrapped__
     monkeypatch.setattr(tg, "attention_backends", lambda world: dict(fa3=other_arguments, cudnn=missing, cpu=tg.document_attention_cpu))
-    name, _, told = choose("auto", world)
-    assert name == "cpu" and re.fullmatch(r"fa3 does not run on this machine: TypeError\(\), cudnn does .*forward', cpu:[\d.]+ms", told)
+    name, _, trial_texts = choose("auto", world)
+    expected = r"fa3 does not run on this machine: TypeError\(\), cudnn does .*forward', cpu:[\d.]+ms"
+    assert name == "cpu" and re.fullmatch(expected, trial_texts)
     with pytest.raises(tg.RunError, match=r"ATTN_BACKEND=cudnn does not run on this machine: Could not .*; take another"):
         choose("cudnn", world)
     monkeypatch.setattr(tg, "attention_backends", lambda world: dict(cudnn=missing, sdpa=missing))  # the device is lost
@@ -260,42 +262,6 @@ def test_cudnn_attention_asks_torch_for_what_the_definition_says(monkeypatch):
             torch.testing.assert_close(ours, reference, rtol=1e-5, atol=5e-6)
     assert set(calls) == {("forward", None, 31, 31, True, 0.0, True, False, None), ("backward", None, 31, 31, 0.0, True, None)}
     assert attend(q, k, v, cu_seqlens(sizes), 31, 30)[5] == 30  # a window is varlen's
-
-
-def test_tiles_reach_flex_attention_and_fit_its_blocks(monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda q, k, v, kernel_options, **rest: seen.append(kernel_options) or q)
-    for tile in tg.FLEX_TILES:
-        tg.flex_attention(tile)(*qkv(8, 4, 2), cu_seqlens([8]), 8)
-    assert seen[0] == {} and seen[3] == dict(BLOCK_M=128, BLOCK_N=64, BLOCK_M1=64, BLOCK_N1=128, BLOCK_M2=128, BLOCK_N2=64)
-    for options in seen[1:]:  # what torch asks of them
-        assert options["BLOCK_N1"] % options["BLOCK_M1"] == options["BLOCK_M2"] % options["BLOCK_N2"] == 0
-        assert all(128 % size == 0 for size in options.values())
-
-
-def test_the_best_tile_is_found_once_for_each_device_and_kept(monkeypatch, tmp_path):
-    """By a fake clock: one tile is fast and wrong, one wants too much memory, and of the rest the third is the fastest."""
-    world, path, tried = tg.World(0, 1, torch.device("cpu"), torch.bfloat16), tmp_path / "new" / "flex_tiles.json", []
-    results = dict(zip(tg.FLEX_TILES, [(0.001, 3.0), (0.5, 0.1), (0.001, 2.0), None, (0.001, 4.0)], strict=True))
-
-    def trial(tile, world, segments):
-        tried.append(tile)
-        if results[tile] is None:
-            raise RuntimeError("out of resource: shared memory")
-        return results[tile]
-
-    monkeypatch.setattr(tg, "flex_attention", lambda tile=(): tile)
-    monkeypatch.setattr(tg, "attention_trial", trial)
-    assert tg.best_tile(world, [9], path) == tg.FLEX_TILES[2] and tried == list(tg.FLEX_TILES)
-    assert tg.best_tile(world, [9], path) == tg.FLEX_TILES[2] and len(tried) == 5  # from the file
-    half = tg.World(0, 1, torch.device("cpu"), torch.float16)
-    assert tg.best_tile(half, [9], path) == tg.FLEX_TILES[2] and len(tried) == 10 and len(json.loads(path.read_text())) == 2
-    path.write_text("{ cut off")
-    assert tg.best_tile(world, [9], path) == tg.FLEX_TILES[2] and len(tried) == 15
-    monkeypatch.setattr(tg, "attention_backends", lambda world: dict(flex="torch's own", sdpa="sdpa"))
-    results["torch's own"] = (0.001, 1.0)
-    choose = tg.choose_attention.__wrapped__
-    assert choose("flex", world)[1] == "torch's own" and choose("flex", world, str(path.parent))[1] == tg.FLEX_TILES[2]
 
 
 def test_backends_of_a_gpu_depend_on_its_age_and_on_what_is_installed(monkeypatch):

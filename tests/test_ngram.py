@@ -2,16 +2,20 @@
 
 import dataclasses
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import documents, tiny_config
+from conftest import ROOT, documents, tiny_config
 from hypothesis import given, settings, strategies as st
 from test_evaluation import METHODS, batches_of, per_target, some
 from test_ttt import QUIET, forged, ready, run_batch, run_ttt
 
 import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "tools"))
+import probes
 
 TILT = dict(ngram_tilt_enabled=True, token_order=4, token_threshold=0.5)
 
@@ -117,9 +121,9 @@ def test_the_evaluation_is_tilted(method, random_model):
     def nats_of(tokens):
         out = np.full(len(tokens), np.nan)
         for b in batches_of(cfg, data):
-            targets = torch.from_numpy(tokens[b.at].astype(np.int64))
+            targets = torch.from_numpy(tokens[b.targets].astype(np.int64))
             nats = model(b.inputs, targets, layers=tg.layer_order(cfg, True), segments=b.segments).numpy()
-            out[b.at[b.at >= 0]] = nats[b.at >= 0]
+            out[b.targets[b.targets >= 0]] = nats[b.targets >= 0]
         return out
 
     expected = expected_tilt(cfg, data, range(len(data.target_bytes)), nats_of)
@@ -131,7 +135,7 @@ def test_the_evaluation_is_tilted(method, random_model):
 def test_scoring_order_is_the_order_of_scoring(world, random_model):
     for changes in ({}, dict(ttt_lanes=3), dict(phased_ttt_num_phases=3)):
         cfg, data = tiny_config(**changes), some(14)
-        order = tg.scoring_order(cfg, tg.phase_segments(cfg, tg.document_batches(cfg, data)))
+        order = tg.scoring_order(cfg, tg.split_at_phases(cfg, tg.document_batches(cfg, data)))
         ledger = run_ttt(cfg, world, random_model(cfg), data)
         assert sorted(order) == list(range(len(data.target_bytes)))
         assert (np.diff(ledger.when[order]) >= 0).all()
@@ -140,7 +144,7 @@ def test_scoring_order_is_the_order_of_scoring(world, random_model):
 def test_test_time_training_is_tilted_and_learns_from_the_untilted_loss(world, random_model):
     cfg, data = tiny_config(**TILT), some(14)
     off, model = dataclasses.replace(cfg, ngram_tilt_enabled=False), random_model(cfg)
-    order = tg.scoring_order(cfg, tg.phase_segments(cfg, tg.document_batches(cfg, data)))
+    order = tg.scoring_order(cfg, tg.split_at_phases(cfg, tg.document_batches(cfg, data)))
     hints = np.array(plain_hints(data.tokens, order, 3, 0.5))
     tilted, plain = run_ttt(cfg, world, model, data), run_ttt(off, world, model, data)
     assert np.abs(tilted.nats - plain.nats)[hints < 0].max() < 1e-3, "fp32 in another kernel; the adapters are the same"
@@ -149,8 +153,8 @@ def test_test_time_training_is_tilted_and_learns_from_the_untilted_loss(world, r
     assert (tilted.nats > plain.nats - 1e-3)[wrong].all() and (plain.nats - tilted.nats)[right].max() > 1
     batch = tg.document_batches(cfg, data)[-1]
     _, a = run_batch(off, world, ready(model), data, batch)
-    b, scorer = tg.AdapterChain(cfg, world, len(batch.sizes), seed=3), tg.prepare(cfg, tg.Scorer(data, world), order)
-    tg.score_batch(cfg, world, ready(model), scorer, batch, b)
+    b, scorer = tg.AdapterChain(cfg, world, len(batch.sizes), seed=3), tg.announce_order(cfg, tg.Scorer(data, world), order)
+    tg.score_batch(cfg, ready(model), scorer, batch, b)
     assert np.array_equal(scorer.hints, hints) and (scorer.hints[scorer.own > 0] >= 0).any()
     for x, y in zip(a.loras, b.loras, strict=True):
         assert (x.B - y.B).norm() <= 1e-3 * y.B.norm() and y.B.norm() > 0
@@ -192,13 +196,15 @@ def probed(cfg, world, model, tilt=None) -> dict:
 
     def replay(scorer):
         if cfg.ttt_enabled:
-            return tg.TttRun(dataclasses.replace(cfg, **QUIET), world, ready(model), scorer, lambda line: None).run()
+            quiet = dataclasses.replace(cfg, **QUIET)
+            engine = tg.TttEngine(quiet, world, ready(model), scorer)
+            return tg.TttRun(quiet, engine, scorer, lambda line: None).run()
         return tg.evaluate(cfg, world, model, scorer)
 
     with pytest.MonkeyPatch.context() as patch:
         if tilt:
             patch.setattr(tg, "ngram_hints", lambda cfg, tokens, order, device: tilt(tokens))
-        return tg.probe_scoring(some(12), world, cfg.vocab_size, replay, 4, 60, 3, 0, isolated=False)
+        return probes.probe_scoring(tg, some(12), world, cfg.vocab_size, replay, 4, 60, 3, 0, documents_masked=False)
 
 
 PATHS = [dict(ttt_enabled=False), dict(ttt_enabled=False, eval_method="sliding", eval_seq_len=32), dict(ttt_lora_lr=0.02)]

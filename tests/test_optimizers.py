@@ -396,7 +396,8 @@ def train_and_score(cfg: tg.Config, world: tg.World) -> dict:
     model = trainer.model.requires_grad_(False).eval()
     sliding = dataclasses.replace(cfg, eval_method="sliding")
     out["scores"] = [tg.evaluate(c, world, model, tg.Scorer(data, world)) for c in (cfg, sliding)]
-    out["scores"].append(tg.TttRun(cfg, world, model, tg.Scorer(data, world), lambda line: None).run())
+    engine = tg.TttEngine(cfg, world, model, data)
+    out["scores"].append(tg.TttRun(cfg, engine, tg.Scorer(data, world), lambda line: None).run())
     out["after"] = {n: t.clone() for n, t in model.state_dict().items()}
     return out
 

@@ -140,7 +140,7 @@ def test_integers_stay_in_range(bits):
 def test_scale_is_the_fp16_of_clip_times_unbiased_std():
     W = normal(5, 33) * torch.tensor([1e-3, 0.1, 1, 7, 100])[:, None]
     expected = np.float16(12.85 * W.numpy().std(axis=1, ddof=1) / 31)
-    scale = tg.step_size(tg.clip_candidates(tiny_config(), W[None], 12.85), 31)
+    scale = tg.step_size(tg.clips_by_deviation(W[None], 12.85), 31)
     assert np.allclose(scale.numpy(), expected, rtol=2**-10)  # one fp16 step: std sums in another order
     assert scale.dtype == torch.float16 and scale.shape == (1, 1, 5)
 
@@ -227,13 +227,13 @@ def test_solvers_never_wait_for_the_device_and_run_few_kernels_a_column():
     def empty(*shape):
         return torch.empty(*shape, device="meta")
 
-    def launches(columns: int, choose=None) -> int:
+    def launches(columns: int, round_column=None) -> int:
         W, H = empty(2, 12, columns), empty(2, columns, columns)
         with CountLaunches() as counter:
-            if choose is None:
+            if round_column is None:
                 tg.gptq(W, H, empty(2, 12), 6, empty(2, columns).bool(), 8)
             else:
-                tg.walk_columns(tg.without_dead_columns(W, H), *tg.factor(H), empty(2, 12, columns), choose)
+                tg.walk_columns(tg.without_dead_columns(W, H), *tg.factorize(H), empty(2, 12, columns), round_column)
         return counter.count
 
     assert launches(12) - launches(4) <= 8 * 15
@@ -264,55 +264,60 @@ def test_without_a_gpu_the_definition_finds_the_paths():
     assert tg.choose_viterbi(torch.device("cpu")) is tg.viterbi
 
 
-def fake_hessians(cfg, tasks, seed=0) -> tg.Hessians:
+def fake_hessians(cfg, inputs, seed=0) -> tg.Hessians:
     hessians = tg.Hessians()
-    for i, task in enumerate(tasks):
-        if task.site not in hessians.H:
-            hessians.H[task.site] = correlated(task.W.shape[1], seed=seed + i) * (1 + i % 3)
-            hessians.count[task.site] = 100 + i
+    for i, x in enumerate(inputs):
+        if x.site not in hessians.H:
+            hessians.H[x.site] = correlated(x.W.shape[1], seed=seed + i) * (1 + i % 3)
+            hessians.count[x.site] = 100 + i
     return hessians
 
 
 @pytest.fixture(scope="module")
 def tiny(random_model):
-    """Configuration, state, tasks, Hessians and the GPTQ of a tiny model."""
+    """Configuration, state, inputs, Hessians and the GPTQ of a tiny model."""
     cfg = tiny_config(matrix_bits=4, embed_bits=4)
     state = random_model(cfg).state_dict()
-    tasks = tg.gptq_inputs(cfg, tg.unbank(cfg, state))
-    hessians = fake_hessians(cfg, tasks)
-    return cfg, state, tasks, hessians, tg.run_gptq(cfg, tasks, hessians, {})
+    inputs = tg.gptq_inputs(cfg, tg.unbank(cfg, state))
+    hessians = fake_hessians(cfg, inputs)
+    plain = dataclasses.replace(cfg, awq_lite_enabled=False, lqer_enabled=False)
+    return cfg, state, inputs, hessians, tg.run_gptq(plain, inputs, hessians, tg.clips_by_deviation)
+
+
+def protected(cfg, inputs, hessians) -> dict[str, tuple[int, ...]]:
+    return {x.name: x.hi_starts for x in tg.protect_groups(cfg, inputs, hessians) if x.hi_starts}
 
 
 def test_protected_groups_are_the_best_by_brute_force(tiny):
-    cfg, _, tasks, hessians, _ = tiny
+    cfg, _, inputs, hessians, _ = tiny
     for k, size in ((1, 8), (5, 8), (3, 24)):  # 24 does not divide 32: the remainder is no candidate
         scored = []
-        for task in tasks:
-            rms = [float((hessians.H[task.site][j, j] / hessians.count[task.site]) ** 0.5) for j in range(task.W.shape[1])]
-            for start in range(0, task.W.shape[1] - size + 1, size):
-                scored.append((sum(rms[j] * float(task.W[:, j].abs().mean()) for j in range(start, start + size)), task.name, start))
+        for x in inputs:
+            rms = [float((hessians.H[x.site][j, j] / hessians.count[x.site]) ** 0.5) for j in range(x.W.shape[1])]
+            for start in range(0, x.W.shape[1] - size + 1, size):
+                scored.append((sum(rms[j] * float(x.W[:, j].abs().mean()) for j in range(start, start + size)), x.name, start))
         best = sorted(scored, reverse=True)[:k]
-        chosen = tg.protected_groups(dataclasses.replace(cfg, awq_lite_group_top_k=k, awq_lite_group_size=size), tasks, hessians)
+        chosen = protected(dataclasses.replace(cfg, awq_lite_group_top_k=k, awq_lite_group_size=size), inputs, hessians)
         assert {(name, start) for name, starts in chosen.items() for start in starts} == {(name, start) for _, name, start in best}
-    assert tg.protected_groups(dataclasses.replace(cfg, awq_lite_enabled=False), tasks, hessians) == {}
-    wide = [t._replace(bits=8) for t in tasks]
-    assert tg.protected_groups(cfg, wide, hessians) == {}, "tensors that have as many bits already are no candidates"
+    assert protected(dataclasses.replace(cfg, awq_lite_enabled=False), inputs, hessians) == {}
+    wide = [t._replace(bits=8) for t in inputs]
+    assert protected(cfg, wide, hessians) == {}, "tensors that have as many bits already are no candidates"
 
 
 def test_low_rank_correction_lowers_the_error_of_the_worst_tensors(tiny):
-    cfg, _, tasks, _, stored = tiny
-    residual = {t.name: float((t.W - stored[t.name].decode()).norm()) for t in tasks}
+    cfg, _, inputs, _, stored = tiny
+    residual = {t.name: float((t.W - stored[t.name].decode()).norm()) for t in inputs}
     for asym in (True, False):
         c = dataclasses.replace(cfg, lqer_asym_enabled=asym, lqer_rank=4)
-        extra = tg.low_rank_corrections(c, tasks, stored)
+        extra = tg.low_rank_corrections(c, inputs, stored)
         assert list(extra) == sorted(residual, key=residual.get, reverse=True)[:3]
         assert {codec for s in extra.values() for codec, _ in s.parts} == {"low_rank_asym" if asym else "low_rank"}
-        for t in tasks:
+        for t in inputs:
             if t.name in extra:
                 corrected = tg.QuantizedTensor(stored[t.name].parts | extra[t.name].parts)
                 torch.testing.assert_close(corrected.decode(), stored[t.name].decode() + extra[t.name].decode())
                 assert (t.W - corrected.decode()).norm() < residual[t.name]
-    assert tg.low_rank_corrections(dataclasses.replace(cfg, lqer_enabled=False), tasks, stored) == {}
+    assert tg.low_rank_corrections(dataclasses.replace(cfg, lqer_enabled=False), inputs, stored) == {}
 
 
 CONFIGS = {
@@ -331,9 +336,9 @@ def test_every_tensor_gets_a_codec_and_comes_back(name, random_model):
     cfg = tiny_config(**CONFIGS[name])
     state = random_model(cfg).state_dict()
     tensors = tg.unbank(cfg, state)
-    tasks = tg.gptq_inputs(cfg, tensors)
+    inputs = tg.gptq_inputs(cfg, tensors)
     lines = []
-    stored = tg.quantize(cfg, state, fake_hessians(cfg, tasks), lines.append)
+    stored = tg.quantize(cfg, state, fake_hessians(cfg, inputs), lines.append)
     assert list(stored) == list(tensors), "the order of the state decides the bytes"
     matrices = {n for n in tensors if n == "tok_emb.weight" or ".c_" in n or ".proj." in n or ".fc." in n}
     for n, s in stored.items():
@@ -342,7 +347,7 @@ def test_every_tensor_gets_a_codec_and_comes_back(name, random_model):
         assert expected in codecs and codecs <= {expected, "low_rank_asym"}, n
         assert s.decode().dtype == torch.float32 and s.decode().shape == tensors[n].shape
         assert {t.dtype for t in s.parts.values()} <= {torch.int8, torch.int16, torch.float16}
-    settings = {t.name: (t.bits, t.clip_sigmas) for t in tasks}
+    settings = {t.name: (t.bits, t.clip_sigmas) for t in inputs}
     assert set(settings) == matrices
     for n, setting in settings.items():
         clip = 14.0 if n == "tok_emb.weight" else 11.5 if ".mlp." in n else 13.0
@@ -352,7 +357,7 @@ def test_every_tensor_gets_a_codec_and_comes_back(name, random_model):
     tg.GPT(cfg).load_state_dict(back)
     text = "\n".join(lines)
     assert "gptq" in text and ("awqgrpint8" in text) == cfg.awq_lite_enabled and ("low_rank_asym" in text) == cfg.lqer_enabled
-    assert next(t for t in tasks if t.name == "tok_emb.weight").site == "head"
+    assert next(t for t in inputs if t.name == "tok_emb.weight").site == "head"
 
 
 def test_unbank_names_the_matrices_as_published_and_rebank_undoes_it(random_model):
@@ -415,12 +420,12 @@ def test_hessian_is_of_the_matrix_it_is_used_for(world, random_model):
 
 
 def test_a_singular_hessian_is_an_error_with_advice(tiny):
-    cfg, _, tasks, _, _ = tiny
+    cfg, _, inputs, _, _ = tiny
     hessians = tg.Hessians()
-    for task in tasks:
-        hessians.H[task.site], hessians.count[task.site] = -torch.ones(task.W.shape[1], task.W.shape[1]), 1
+    for x in inputs:
+        hessians.H[x.site], hessians.count[x.site] = -torch.ones(x.W.shape[1], x.W.shape[1]), 1
     with pytest.raises(tg.RunError, match="GPTQ_CALIBRATION_BATCHES"):
-        tg.run_gptq(cfg, tasks, hessians, {})
+        tg.run_gptq(cfg, inputs, hessians, tg.clips_by_deviation)
 
 
 def test_eight_bits_keep_the_score_and_three_do_not(dataset, world, random_model):

@@ -73,8 +73,9 @@ def test_one_decibel_below_nearest_rounding_at_the_same_rate():
 
 def test_steps_are_half_octaves_of_an_exact_number():
     row, col = torch.tensor([-3, 0, 4], dtype=torch.int8), torch.tensor([0, -2, 127, -128], dtype=torch.int8)
-    parts = tg.Trellis.encode(torch.ones(3, 4, dtype=torch.int8), row, col, torch.tensor([20001], dtype=torch.int16),
-                              torch.tensor([-9], dtype=torch.int8))
+    parts = tg.Trellis.encode(
+        q=torch.ones(3, 4, dtype=torch.int8), row=row, col=col, step=torch.tensor([20001], dtype=torch.int16),
+        octave=torch.tensor([-9], dtype=torch.int8))
     steps = tg.Trellis.steps(parts)
     for r, a in enumerate(row.tolist()):
         for c, b in enumerate(col.tolist()):
@@ -106,7 +107,7 @@ def calibrated(dataset, world, random_model):
 
 
 def plan_of(cfg, state, hessians) -> tg.RateDistortion:
-    return tg.RateDistortion(tg.gptq_inputs(cfg, tg.unbank(cfg, state)), hessians)
+    return tg.RateDistortion(cfg, tg.unbank(cfg, state), hessians)
 
 
 def arrays_of(stored: dict) -> dict[str, np.ndarray]:
@@ -146,12 +147,12 @@ def test_steps_follow_the_water_filling(calibrated):
     """Every weight's step is delta / sqrt(g d), to the half octave of its row and that of its column."""
     cfg, state, hessians = calibrated
     plan = plan_of(cfg, state, hessians)
-    stored = plan(plan.delta(0.2))
+    stored = plan.encode(plan.delta(0.2))
     for task in tg.gptq_inputs(cfg, tg.unbank(cfg, state)):
         H = hessians.H[task.name if task.name == "tok_emb.weight" else task.site]
         g = (hessians.squares[task.name] / H.diagonal()).mean(1)
         g = g.clamp_min(tg.RD_FLOOR * g.mean())
-        perm, U = (x[0] for x in tg.factor(H[None], tg.RD_DAMPING))
+        perm, U = (x[0] for x in tg.factorize(H[None], tg.RD_DAMPING))
         d = torch.empty(len(perm))
         d[perm] = U.diagonal() ** -2
         parts = {part: t for (_, part), t in stored[task.name].parts.items()}
@@ -163,7 +164,7 @@ def test_all_tensors_sit_on_one_slope(calibrated):
     """Twice the delta: each weight loses a bit, and the loss that each tensor takes for it is in the same proportion to its weights."""
     cfg, state, hessians = calibrated
     plan = plan_of(cfg, state, hessians)
-    fine, coarse = (plan(plan.delta(loss)) for loss in (0.2, 0.8))
+    fine, coarse = (plan.encode(plan.delta(loss)) for loss in (0.2, 0.8))
     low, high = (loss_of(cfg, state, hessians, x) for x in (fine, coarse))
     weights = {t.name: t.W.numel() for t in tg.gptq_inputs(cfg, tg.unbank(cfg, state))}
     slopes = np.array([(high[name] - low[name]) / weights[name] for name in weights])
@@ -175,13 +176,13 @@ def test_less_loss_than_s14_at_as_many_bits(calibrated):
     cfg, state, hessians = calibrated
     s14 = dataclasses.replace(cfg, quant="s14", matrix_bits=5, embed_bits=6, lqer_enabled=False, awq_lite_enabled=False)
     published = {n: s for n, s in tg.quantize(s14, state, hessians, silent).items() if ("gptq", "q") in s.parts}
-    bits, plan = tg.coded_bits(arrays_of(published)).sum(), plan_of(cfg, state, hessians)
+    bits, plan = tg.coded_bits(cfg, arrays_of(published)).sum(), plan_of(cfg, state, hessians)
     low, high = 1e-5, 1.0
     for _ in range(8):
         middle = math.sqrt(low * high)
-        stored = plan(plan.delta(middle))
-        low, high = (middle, high) if tg.coded_bits(arrays_of(stored)).sum() > bits else (low, middle)
-    ours, theirs = (sum(loss_of(cfg, state, hessians, x).values()) for x in (plan(plan.delta(high)), published))
+        stored = plan.encode(plan.delta(middle))
+        low, high = (middle, high) if tg.coded_bits(cfg, arrays_of(stored)).sum() > bits else (low, middle)
+    ours, theirs = (sum(loss_of(cfg, state, hessians, x).values()) for x in (plan.encode(plan.delta(high)), published))
     assert ours < theirs / 2
 
 
@@ -191,7 +192,7 @@ def test_a_weight_that_needs_more_than_eight_bits_gets_a_coarser_step(calibrated
     state = dict(state, mlp_up_bank=state["mlp_up_bank"].clone())
     state["mlp_up_bank"][0, 3, 5] += outlier
     plan = plan_of(cfg, state, hessians)
-    stored = plan(plan.delta(1e-5))
+    stored = plan.encode(plan.delta(1e-5))
     for name, w in tg.unbank(cfg, state).items():
         if name in stored:
             q = stored[name].parts["trellis", "q"]

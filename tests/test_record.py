@@ -419,28 +419,33 @@ def test_a_small_run_on_one_cpu_is_a_record_with_caveats(tmp_path, capsys):
 RULES = [f"R{n}" for n in range(1, 13)]
 
 
-def make_audited_run(folder: Path, seed: int, **verdicts) -> Path:
-    """A run directory with a ledger as the trainer chains it."""
+def make_audited_run(folder: Path, seed: int, by_itself: bool = False, **verdicts) -> Path:
+    """A run directory with a ledger as the trainer chains it, and its audit: beside it, or within the result of an older script."""
     judged = {rule: ["PASS", "fine"] for rule in RULES} | verdicts
     folder.mkdir(parents=True)
     ledger = tg.Ledger(folder / "ledger.jsonl")
-    ledger.add("start", dict(seed=seed))
+    ledger.add("start", dict(seed=seed, code_sha256="0" * 64))
     ledger.add("end", dict(val_bpb=SEEDS[seed][2]))
     (folder / "token_nats_ttt.npy").write_bytes(b"nats" * seed)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     shutil.rmtree(folder)
-    make_run(folder, seed, audit=dict(mode="sample", verdicts=judged, lines=ledger.lines, last_hash=ledger.last),
-             overrides={"SEEDS_DECLARED": "42,314,0"})  # fmt: skip
+    kept = dict(lines=ledger.lines, last_hash=ledger.last)
+    audit = dict(mode="sample", verdicts=judged, findings={}, seconds={}) | kept
+    make_run(folder, seed, **(dict(audit=audit) if by_itself else dict(ledger=kept)), overrides={"SEEDS_DECLARED": "42,314,0"})
+    if not by_itself:
+        (folder / "audit.json").write_text(json.dumps(audit))
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
 
 
-def test_audited_runs_bring_their_ledgers_and_verdicts(tmp_path, capsys):
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_audited_runs_bring_their_ledgers_and_verdicts(by_itself, tmp_path, capsys):
     make_repository(tmp_path)
     lossy = {314: dict(R4=["NEEDS-RULING", "lossy"])}
-    runs = [make_audited_run(tmp_path / "runs" / str(seed), seed, **lossy.get(seed, {})) for seed in SEEDS]
+    runs = [make_audited_run(tmp_path / "runs" / str(seed), seed, by_itself, **lossy.get(seed, {})) for seed in SEEDS]
     assert new(tmp_path, runs) == 0
+    assert by_itself or "\nR4  NEEDS-RULING  lossy\n" in capsys.readouterr().err
     folder = tmp_path / "records" / "track_10min_16mb" / "2026-01-31_ToyStack"
     audit = submission(folder)["audit"]
     assert audit["verdicts"] == {rule: ["PASS", "seed 42: fine"] for rule in RULES} | {
@@ -449,7 +454,15 @@ def test_audited_runs_bring_their_ledgers_and_verdicts(tmp_path, capsys):
     assert submission(folder)["bytes_uncounted"] == {"lossless_caps.py": 9}
     assert "| R4 | NEEDS-RULING | seed 314: lossy |" in (folder / "README.md").read_text()
     assert (folder / "token_nats_ttt_seed314.npy").read_bytes() == b"nats" * 314
+    assert (folder / "audit_seed314.json").exists() != by_itself
     capsys.readouterr()
+    if not by_itself:
+        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+        replace(copy / "audit_seed314.json", "lossy", "fine")
+        assert "numbers: submission.json: audit: verdicts: R4" in failures(copy, capsys)
+        shutil.copyfile(copy / "audit_seed0.json", copy / "audit_seed314.json")
+        assert "audit_seed314.json is not the audit of the run with seed 314" in failures(copy, capsys)
+        shutil.rmtree(copy)
     for old, new_text in (('"seed":314', '"seed":315'), ('{"n":0', '{"n":1')):
         copy = Path(shutil.copytree(folder, tmp_path / "copy"))
         replace(copy / "ledger_seed314.jsonl", old, new_text)
@@ -457,6 +470,45 @@ def test_audited_runs_bring_their_ledgers_and_verdicts(tmp_path, capsys):
         shutil.rmtree(copy)
     shutil.copyfile(folder / "ledger_seed0.jsonl", folder / "ledger_seed42.jsonl")
     assert "is not the ledger of the run with seed 42" in failures(folder, capsys)
+
+
+def test_a_run_that_nobody_judged_is_judged_first(tmp_path, capsys, monkeypatch):
+    make_repository(tmp_path)
+    run = make_audited_run(tmp_path / "run", 42)
+    audit = json.loads((run / "audit.json").read_text())
+    (run / "audit.json").unlink()
+    asked = []
+
+    def judge(folder, script, data):
+        asked.append((folder, script, data))
+        (folder / "audit.json").write_text(json.dumps(audit))
+        return audit
+
+    monkeypatch.setattr(record, "judge", judge)
+    assert new(tmp_path, [run], "--script", str(tmp_path / "repo" / "packed.py"), "--data", "somewhere") == 0
+    assert asked == [(run, tmp_path / "repo" / "packed.py", Path("somewhere"))]
+    made = tmp_path / "records" / "track_10min_16mb" / "2026-01-31_ToyStack"
+    assert submission(made)["audit"]["verdicts"]["R5"] == ["PASS", "seed 42: fine"] and (made / "audit_seed42.json").exists()
+    (run / "audit.json").unlink()
+    monkeypatch.undo()
+    assert new(tmp_path, [run], "--name", "Other") == 1 and "is the script that ran" in capsys.readouterr().err
+
+
+def test_code_is_also_counted_as_upstream_does(tmp_path):
+    """In the record, from the readable script; not where a run has counted it itself."""
+    make_repository(tmp_path)
+    for name, result in (("Ours", {}), ("Older", dict(code_bytes_upstream_convention=None))):
+        run = make_run(tmp_path / name, 42, **result)
+        if name == "Ours":
+            found = json.loads((run / "result.json").read_text())
+            del found["code_bytes_upstream_convention"]
+            (run / "result.json").write_text(json.dumps(found))
+            (run / "run42.txt").write_text(make_log(found))
+        assert new(tmp_path, [run], "--name", name) == 0
+        made = submission(tmp_path / "records" / "track_10min_16mb" / f"2026-01-31_{name}")
+        assert made.get("bytes_code_upstream_convention") == (record.upstream_code_bytes(SCRIPT) if name == "Ours" else None)
+    readable = (ROOT / "train_gpt.py").read_text()
+    assert 10_000 < record.upstream_code_bytes(readable) < 90_000
 
 
 def test_a_record_of_fewer_seeds_than_declared_says_so(tmp_path):
@@ -488,3 +540,18 @@ def test_index_names_a_broken_record(world, tmp_path, capsys):
 
 def test_the_history_table_of_this_repository_is_current():
     assert record.render_index(ROOT / "records") in (ROOT / "records" / "README.md").read_text()
+    assert record.render_front(ROOT / "records") in (ROOT / "README.md").read_text()
+
+
+def test_index_rewrites_the_front_page_where_it_asks_for_it(world, tmp_path):
+    shutil.copytree(world / "records", tmp_path / "records")
+    front, history = tmp_path / "README.md", tmp_path / "records" / "README.md"
+    for page in (front, history):
+        page.write_text("before\n<!-- index: begin -->\nold\n<!-- index: end -->\nafter\n")
+    assert record.main(["index", "--records-dir", str(tmp_path / "records")]) == 0
+    text = front.read_text()
+    assert text.startswith("before\n<!-- index: begin -->\n| record |") and text.endswith("<!-- index: end -->\nafter\n")
+    row = "| [ToyStack](records/track_10min_16mb/2026-01-31_ToyStack), 10min_16mb | 1.05759 ± 0.00042 | "
+    assert row in text and text.count("\n") == 7 and "| date |" in history.read_text()
+    front.write_text("no markers")
+    assert record.main(["index", "--records-dir", str(tmp_path / "records")]) == 0 and front.read_text() == "no markers"

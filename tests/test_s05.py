@@ -28,6 +28,12 @@ def tiny(random_model):
     return cfg, state, fake_hessians(cfg, tg.gptq_inputs(cfg, tg.unbank(cfg, state)))
 
 
+def s14_hessians(cfg, state) -> tg.Hessians:
+    """Those of QUANT=s14, where the embedding has one too."""
+    cfg = dataclasses.replace(cfg, quant="s14")
+    return fake_hessians(cfg, tg.gptq_inputs(cfg, tg.unbank(cfg, state)))
+
+
 def quantized(tiny, **changes) -> dict[str, tg.QuantizedTensor]:
     cfg, state, hessians = tiny
     return tg.quantize(dataclasses.replace(cfg, **changes), state, hessians, lambda line: None)
@@ -39,13 +45,14 @@ def quantized(tiny, **changes) -> dict[str, tg.QuantizedTensor]:
 @pytest.mark.parametrize("kept", [0, 1, 5, 24, 66])
 def test_the_largest_traces_keep_their_bits(tiny, kept):
     cfg, state, hessians = tiny
-    tasks = tg.mixed_bits(dataclasses.replace(cfg, n_int6_layers=kept), tg.gptq_inputs(cfg, tg.unbank(cfg, state)), hessians)
-    assert len(tasks) == 24 and {t.bits for t in tasks} <= {5, 6}
-    traces = {bits: [float(hessians.H[t.site].trace()) for t in tasks if t.bits == bits] for bits in (5, 6)}
+    inputs = tg.mixed_bits(dataclasses.replace(cfg, n_int6_layers=kept), tg.gptq_inputs(cfg, tg.unbank(cfg, state)), hessians)
+    assert len(inputs) == 24 and {t.bits for t in inputs} <= {5, 6}
+    traces = {bits: [float(hessians.H[t.site].trace()) for t in inputs if t.bits == bits] for bits in (5, 6)}
     assert len(traces[6]) == min(kept, 24)
     assert min(traces[6], default=np.inf) >= max(traces[5], default=0)
-    plain = tg.gptq_inputs(tiny_config(), tg.unbank(cfg, state))
-    assert tg.mixed_bits(tiny_config(), plain, hessians) == plain, "S14 gives every matrix MATRIX_BITS"
+    plain = tg.S14.encode(tiny_config(), tg.unbank(cfg, state), s14_hessians(cfg, state))
+    bits = {t.bits for name, t in plain.items() if name != "tok_emb.weight"}
+    assert bits == {6}, "S14 gives every matrix MATRIX_BITS"
 
 
 def test_integers_use_their_bits_and_the_embedding_is_int8_rows(tiny):
@@ -68,9 +75,9 @@ def test_integers_use_their_bits_and_the_embedding_is_int8_rows(tiny):
 def test_the_chosen_percentile_is_the_best_of_one_sweep_each(tiny):
     """Candidates run as extra rows of one batch; here each runs alone."""
     cfg, state, hessians = tiny
-    tasks = tg.mixed_bits(cfg, tg.gptq_inputs(cfg, tg.unbank(cfg, state)), hessians)
-    stored, wins = tg.run_gptq(cfg, tasks, hessians, {}), set()
-    for task in tasks:
+    inputs = tg.mixed_bits(cfg, tg.gptq_inputs(cfg, tg.unbank(cfg, state)), hessians)
+    stored, wins = tg.run_gptq(cfg, inputs, hessians, tg.clips_by_percentile, damping=0.01), set()
+    for task in inputs:
         H = hessians.H[task.site].clone()
         H.diagonal().add_(0.01 * H.diagonal().mean())
         none, top, errors, scales = torch.zeros(1, H.shape[0], dtype=torch.bool), 2 ** (task.bits - 1) - 1, [], []
@@ -89,10 +96,10 @@ def test_the_chosen_percentile_is_the_best_of_one_sweep_each(tiny):
 
 
 def test_small_rows_share_the_floor():
-    clips = tg.clip_candidates(s05_config(), 0.05 * normal(2, 6, 32), 1.0)
+    clips = tg.clips_by_percentile(0.05 * normal(2, 6, 32), 1.0)
     assert clips.shape == (2, len(tg.PERCENTILES), 6) and clips.eq(1).all()
     big = 50 * normal(2, 6, 32)
-    clips = tg.clip_candidates(s05_config(), big, 1.0)
+    clips = tg.clips_by_percentile(big, 1.0)
     assert torch.equal(clips[:, -1], big.abs().amax(-1)) and (clips.diff(dim=1) >= 0).all()
 
 
@@ -119,7 +126,7 @@ def costs_by_hand(stored) -> list[tuple[float, str, int, int]]:
 def test_pruning_zeroes_the_cheapest_ones_and_nothing_else(tiny):
     stored = quantized(tiny)
     pruning, costs = tg.Pruning(stored), costs_by_hand(stored)
-    assert len(pruning.order) == len(costs)
+    assert len(pruning.ranked) == len(costs)
     for count in (0, 1, 1000, len(costs)):
         pruned, gone = pruning.apply(count), []
         for name, s in pruned.items():
@@ -134,14 +141,14 @@ def test_pruning_zeroes_the_cheapest_ones_and_nothing_else(tiny):
 
 def test_predicted_bits_are_the_entropy_of_what_is_left(tiny):
     pruning = tg.Pruning(quantized(tiny))
-    for count in (0, 7, 900, len(pruning.order)):
+    for count in (0, 7, 900, len(pruning.ranked)):
         bits = 0.0
         for s in pruning.apply(count).values():
             if ("gptq", "q") in s.parts:
                 _, n = np.unique(s.parts["gptq", "q"].numpy(), return_counts=True)
                 bits -= (n * np.log2(n / n.sum())).sum()
         assert pruning.code_bits(count) == pytest.approx(bits, rel=1e-9)
-    assert pruning.zeros_for(pruning.code_bits(0)) == 0 and pruning.zeros_for(0) == len(pruning.order)
+    assert pruning.zeros_for(pruning.code_bits(0)) == 0 and pruning.zeros_for(0) == len(pruning.ranked)
     middle = pruning.zeros_for(pruning.code_bits(500))
     assert pruning.code_bits(middle) <= pruning.code_bits(500) and middle <= 500
 
@@ -169,23 +176,31 @@ def test_the_artifact_lands_just_below_its_target(share, seed, compressor):
     full, lines = len(tg.pack(cfg, stored)), []
     code = 1000 + seed  # the script counts too
     cfg = dataclasses.replace(cfg, target_bytes=code + int(share * full))
-    pruned, blob = tg.pack_to_fit(cfg, stored, code, lines.append)
+    pruned, blob = tg.prune_to_fit(cfg, stored, code, lines.append)
     assert 0.99 * cfg.target_bytes < len(blob) + code <= cfg.target_bytes  # 40 kB: a byte of the coder's whims is 0.003 %
     assert blob == tg.pack(cfg, pruned) and len(lines) <= 5
 
 
 def test_without_need_nothing_is_pruned_and_without_hope_the_smallest_size_is_named(tiny):
     cfg, stored = noise(48, 0)
-    for same in (cfg, dataclasses.replace(cfg, target_bytes=0), dataclasses.replace(cfg, quant="s14", target_bytes=1000)):
-        assert tg.pack_to_fit(same, stored, 500, print)[0] is stored
+    for same in (cfg, dataclasses.replace(cfg, target_bytes=0)):
+        assert tg.prune_to_fit(same, stored, 500, print)[0] is stored
     smallest = len(tg.pack(cfg, tg.Pruning(stored).apply(10**9)))
     with pytest.raises(tg.RunError, match=f"TARGET_BYTES=1000.*{smallest + 500}"):
-        tg.pack_to_fit(dataclasses.replace(cfg, target_bytes=1000), stored, 500, lambda line: None)
+        tg.prune_to_fit(dataclasses.replace(cfg, target_bytes=1000), stored, 500, lambda line: None)
+
+
+def test_s14_is_never_pruned(tiny):
+    _, state, _ = tiny
+    cfg = tiny_config(quant="s14", target_bytes=1000)
+    hessians = s14_hessians(cfg, state)
+    stored, blob = tg.quantize_to_fit(cfg, state, hessians, 500, lambda line: None)
+    assert blob == tg.pack(cfg, stored) == tg.pack(cfg, tg.quantize(cfg, state, hessians, lambda line: None))
 
 
 def test_the_whole_is_deterministic_and_survives_packing(tiny):
     cfg = dataclasses.replace(tiny[0], target_bytes=32_000)
-    blobs = [tg.pack_to_fit(cfg, quantized(tiny), 0, lambda line: None)[1] for _ in range(2)]
+    blobs = [tg.prune_to_fit(cfg, quantized(tiny), 0, lambda line: None)[1] for _ in range(2)]
     assert blobs[0] == blobs[1] and len(blobs[0]) <= 32_000
     back = tg.unpack(cfg, blobs[0])
     assert ("int8_row", "q") in back["tok_emb.weight"].parts
@@ -260,7 +275,7 @@ def test_uncorrelated_inputs_make_the_choice_plain():
     task = tg.GptqInput("blocks.0.mlp.fc.weight", 3 * normal(12, 64), 5, 0.0, "site")
     hessians = tg.Hessians()
     hessians.H["site"], hessians.count["site"] = 7 * torch.eye(64), 1
-    stored = tg.run_gptq(s05_config(), [task], hessians, {})[task.name]
+    stored = tg.run_gptq(s05_config(), [task], hessians, tg.clips_by_percentile, damping=0.01)[task.name]
     errors = []
     for p in tg.PERCENTILES:
         scale = tg.step_size(task.W.abs().quantile(p, dim=1), 15).float()[:, None]
@@ -272,7 +287,7 @@ def test_a_correlated_hessian_still_beats_rounding():
     H, task = correlated(64), tg.GptqInput("blocks.0.mlp.fc.weight", 3 * normal(12, 64), 5, 0.0, "site")
     hessians = tg.Hessians()
     hessians.H["site"], hessians.count["site"] = H, 1
-    stored = tg.run_gptq(s05_config(), [task], hessians, {})[task.name]
+    stored = tg.run_gptq(s05_config(), [task], hessians, tg.clips_by_percentile, damping=0.01)[task.name]
     scale = stored.parts["gptq", "scale"].float()[:, None]
     plain = (task.W / scale).round().clamp(-15, 15) * scale
     ours, rounding = (torch.einsum("ri,ij,rj->", e, H, e) for e in (task.W - stored.decode(), task.W - plain))

@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 from test_evaluation import batches_of, per_target, some
 from test_ttt import forged
 
 import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "tools"))
+import probes
+import rules
 
 FORMS = ("published", "causal")
 
@@ -25,10 +30,10 @@ def slow_slot(cfg, model, data) -> np.ndarray:
     """Batch by batch, with AdamW written out and only head and cross-entropy repeated."""
     out, order = np.full(len(data.target_bytes), np.nan), tg.layer_order(cfg, True)
     for batch in batches_of(cfg, data):
-        targets = torch.from_numpy(data.tokens[batch.at + 1].astype(np.int64))
+        targets = torch.from_numpy(data.tokens[batch.targets + 1].astype(np.int64))
         learned = torch.from_numpy(data.tokens[batch.learn + 1].astype(np.int64))
         with torch.no_grad():
-            hidden = model.hidden(batch.inputs, None, order, tg.NO_ADAPTERS, None, None, None)
+            hidden = model.hidden(batch.inputs, order, None, None, tg.NO_ADAPTERS, None, None)
         alone = cfg.slot == "causal"
         shift = torch.zeros(len(hidden) if alone else 1, 1, cfg.model_dim, requires_grad=True)
         first, second = torch.zeros_like(shift), torch.zeros_like(shift)
@@ -47,7 +52,7 @@ def slow_slot(cfg, model, data) -> np.ndarray:
                 shift *= 1 - cfg.slot_lr * 1e-8
                 shift -= cfg.slot_lr * first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-5)
         with torch.no_grad():
-            out[batch.at[batch.at >= 0]] = nats(targets).numpy()[batch.at >= 0]
+            out[batch.targets[batch.targets >= 0]] = nats(targets).numpy()[batch.targets >= 0]
     return out
 
 
@@ -67,7 +72,7 @@ def test_what_a_row_learns_from_it_has_scored():
         for rank in range(size):
             scored = {}
             for batch in batches_of(cfg, data, rank, size):
-                for row, (at, learn) in enumerate(zip(batch.at, batch.learn, strict=True)):
+                for row, (at, learn) in enumerate(zip(batch.targets, batch.learn, strict=True)):
                     before = scored.setdefault(row, set())
                     start = max(int(at[at >= 0].min()) - 24, 0)  # a window scores its last 8 of 32 targets
                     assert set(learn[learn >= 0].tolist()) == before & set(range(start, start + 32))
@@ -145,7 +150,8 @@ def test_the_account_says_who_learned_early(world, random_model, tmp_path):
 def probed(form: str, world, random_model) -> dict:
     cfg, data = slot_config(form), some(8)
     model = random_model(cfg)
-    return tg.probe_scoring(data, world, cfg.vocab_size, lambda scorer: tg.evaluate(cfg, world, model, scorer), 3, 60, 3, 0, isolated=False)
+    return probes.probe_scoring(
+        tg, data, world, cfg.vocab_size, lambda scorer: tg.evaluate(cfg, world, model, scorer), 3, 60, 3, 0, documents_masked=False)
 
 
 @pytest.mark.parametrize("form, first", [("published", "FAIL"), ("causal", "PASS"), ("off", "PASS")])
@@ -154,6 +160,6 @@ def test_the_audit_tells_the_forms_apart(form, first, world, random_model):
     found = probed(form, world, random_model)
     assert [found[p][0] for p in ("P1", "P2", "P3")] == [first, first, "NOT-MEASURED"], found
     cfg = slot_config(form)
-    rules = tg.verdicts(cfg, found | dict(order=tg.holds(form != "published", "as the scorer says")))
-    assert rules["R6"][0] == (first if first == "FAIL" else "NOT-MEASURED"), "windows look across documents, so P3 does not apply"
-    assert rules["R5"][0] == first and rules["R7"][0] == dict(published="FAIL", causal="NEEDS-RULING", off="PASS")[form]
+    judged = rules.verdicts(cfg, found | dict(order=rules.finding(form != "published", "as the scorer says")))
+    assert judged["R6"][0] == (first if first == "FAIL" else "NOT-MEASURED"), "windows look across documents, so P3 does not apply"
+    assert judged["R5"][0] == first and judged["R7"][0] == dict(published="FAIL", causal="NEEDS-RULING", off="PASS")[form]

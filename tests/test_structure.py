@@ -35,6 +35,9 @@ CEILINGS = {  # section: (code tokens, code tokens a line)
     "BUDGET": (1897, 18.1), "SCORING": (3973, 17.0), "TEST-TIME TRAINING": (5048, 15.7),
     "KERNELS": (9960, 17.6), "MAIN": (4654, 13.7),
 }
+HABITS = {
+    "values in one assignment": 95, "lambda": 84, "walrus": 24, "nested comprehension": 24, "conditional in a conditional": 9,
+}
 WIDE_LINES, HEAVY_LINES = 880, 268  # over 110 columns; of outline.HEAVY tokens or more
 
 
@@ -132,6 +135,76 @@ def test_lines_stay_narrow_and_light():
     light = [n for part in OUTLINE for n in part.lines.values() if n < outline.HEAVY]
     assert sum(len(part.lines) for part in OUTLINE) - len(light) <= HEAVY_LINES
     assert sum(len(line) > 110 for line in LINES) <= WIDE_LINES
+
+
+def is_comprehension(node) -> bool:
+    return isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp))
+
+
+def inside(node, kind) -> bool:
+    """Whether a node of the kind lies below this one."""
+    return any(kind(n) for n in ast.walk(node) if n is not node)
+
+
+def is_conditional(node) -> bool:
+    return isinstance(node, ast.IfExp)
+
+
+def assigns_several(node) -> bool:
+    """`a, b, c = x, y, z`: three or more values in one statement."""
+    return isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and any(
+        isinstance(target, ast.Tuple) and len(target.elts) >= 3 for target in node.targets)
+
+
+@pytest.mark.parametrize("habit, found", [
+    ("values in one assignment", assigns_several),
+    ("lambda", lambda n: isinstance(n, ast.Lambda)),
+    ("walrus", lambda n: isinstance(n, ast.NamedExpr)),
+    ("nested comprehension", lambda n: is_comprehension(n) and inside(n, is_comprehension)),
+    ("conditional in a conditional", lambda n: is_conditional(n) and inside(n, is_conditional)),
+])  # fmt: skip
+def test_dense_habits_become_rarer(habit, found):
+    assert sum(found(node) for node in ast.walk(TREE)) <= HABITS[habit]
+
+
+def attributes_set(function) -> set[str]:
+    """Names x of `self.x = ..` in a function."""
+    stored = (n for n in ast.walk(function) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+    return {n.attr for n in stored if dotted(n.value) == "self"}
+
+
+def test_attributes_are_born_in_init():
+    late = []
+    for c in CLASSES:
+        methods = [f for f in c.body if isinstance(f, ast.FunctionDef)]
+        declared = {n.target.id for n in c.body if isinstance(n, ast.AnnAssign)}
+        born = declared.union(*(attributes_set(f) for f in methods if f.name == "__init__"))
+        late += [f"{c.name}.{name}" for f in methods for name in sorted(attributes_set(f) - born)]
+    assert not late
+
+
+MUTATORS = {"append", "extend", "insert", "update", "setdefault", "add", "pop", "remove", "clear"}
+
+
+def test_no_process_wide_state_that_changes():
+    """No list, dict or set of the module or of a class is written to."""
+    shared = {name for node in TREE.body if isinstance(node, (ast.Assign, ast.AnnAssign)) for name in bound_names(node)}
+    for c in CLASSES:
+        fields = [n for n in c.body if isinstance(n, ast.AnnAssign) and isinstance(n.value, (ast.List, ast.Dict, ast.Set))]
+        assert not fields, f"{c.name} has a mutable class attribute"
+    wrong = []
+    for f in FUNCTIONS:
+        own = {n.id for n in ast.walk(f) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        own |= {a.arg for a in (*f.args.args, *f.args.kwonlyargs)}
+        for n in ast.walk(f):
+            written = ""
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in MUTATORS:
+                written = dotted(n.func.value)
+            elif isinstance(n, ast.Subscript) and isinstance(n.ctx, (ast.Store, ast.Del)):
+                written = dotted(n.value)
+            if written in shared - own:
+                wrong.append(f"line {n.lineno}: {written}")
+    assert not wrong
 
 
 def test_no_long_function():

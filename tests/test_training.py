@@ -640,13 +640,15 @@ def test_test_time_training_compiles_into_few_whole_graphs(phased, cfg, world, r
     data = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False))
     model = random_model(cfg).requires_grad_(False).eval()
     start = copy.deepcopy(model.state_dict())
-    expected = tg.TttRun(cfg, world, model, tg.Scorer(data, world), quiet).run()
+    expected = tg.TttRun(cfg, tg.TttEngine(cfg, world, model, data), tg.Scorer(data, world), quiet).run()
     learned = copy.deepcopy(model.state_dict())
     model.load_state_dict(start)
     with clean_compiler():
         before = count_graphs()
-        ttt = tg.TttRun(dataclasses.replace(cfg, compile_backend="aot_eager"), world, model, tg.Scorer(data, world), quiet)
-        ttt.warm_up()
+        cfg = dataclasses.replace(cfg, compile_backend="aot_eager")
+        engine = tg.TttEngine(cfg, world, model, data)
+        engine.warm_up(quiet)
+        ttt = tg.TttRun(cfg, engine, tg.Scorer(data, world), quiet)
         ours = ttt.run()  # an error if anything were compiled here
         graphs = count_graphs() - before
     assert (ours.tokens, ours.bytes) == (expected.tokens, expected.bytes)
@@ -776,8 +778,8 @@ def test_nothing_is_compiled_while_a_graph_is_recorded(cfg, world, random_model,
         trainer.warm_up(quiet)
         trainer.loader.close()
         micro_batches = len(made)
-        scorer = tg.Scorer(tg.ValData.load(cfg, trainer.files), world)
-        tg.TttRun(cfg, world, random_model(cfg).requires_grad_(False), scorer, quiet).warm_up()
+        data = tg.ValData.load(cfg, trainer.files)
+        tg.TttEngine(cfg, world, random_model(cfg).requires_grad_(False), data).warm_up(quiet)
     assert 8 <= micro_batches < len(made) and not any(made)
 
 
@@ -805,6 +807,7 @@ def test_a_compilation_in_the_scored_evaluation_is_an_error(cfg, world, random_m
     data = tg.ValData.load(cfg, tg.Dataset.open(cfg, need_train=False))
     model = random_model(cfg).requires_grad_(False)
     with clean_compiler(), pytest.raises(tg.RunError, match="evaluation batch [0-9]+: the compiler was at work in timed code.*STAGE=eval"):
-        tg.TttRun(cfg, world, model, tg.Scorer(data, world), quiet).run()
+        tg.TttRun(cfg, tg.TttEngine(cfg, world, model, data), tg.Scorer(data, world), quiet).run()
     with clean_compiler():
-        assert tg.TttRun(dataclasses.replace(cfg, compile_allow_recompiles=True), world, model, tg.Scorer(data, world), quiet).run().tokens
+        cfg = dataclasses.replace(cfg, compile_allow_recompiles=True)
+        assert tg.TttRun(cfg, tg.TttEngine(cfg, world, model, data), tg.Scorer(data, world), quiet).run().tokens

@@ -59,7 +59,8 @@ class Ledger(tg.Scorer):
 def run_ttt(cfg, world, model, data) -> Ledger:
     ledger = Ledger(data, world)
     ledger.model = ready(model)
-    ledger.result = tg.TttRun(cfg, world, ledger.model, ledger, ledger.lines.append).run()
+    engine = tg.TttEngine(cfg, world, ledger.model, data)
+    ledger.result = tg.TttRun(cfg, engine, ledger, ledger.lines.append).run()
     ledger.nats = ledger.nats.numpy()
     return ledger
 
@@ -69,7 +70,7 @@ def run_batch(cfg, world, model, data, batch=None, chain=None, static_rows=0):
     batch, adam = batch or tg.document_batches(cfg, data)[0], tg.choose_kernels(cfg, world).adam
     chain = chain or tg.AdapterChain(cfg, world, max(static_rows, len(batch.sizes)), seed=3, adam=adam)
     ledger = Ledger(data, world)
-    tg.score_batch(cfg, world, model, ledger, batch, chain, static_rows)
+    tg.score_batch(cfg, model, ledger, batch, chain, static_rows)
     ledger.nats = ledger.nats.numpy()
     return ledger, chain
 
@@ -132,9 +133,10 @@ def test_the_plan_of_the_record():
     tokens[starts] = tg.BOS_ID
     batches = tg.document_batches(tg.Config(), tg.ValData(tokens, np.ones(150_000, np.int32)))
     assert (len(batches), len(batches[-1].sizes)) == (2084, 8)
-    segments = tg.phase_segments(tg.Config(), batches)
-    assert [(len(s), n) for s, n in segments] == [(105, 2500), (1979, 0)] and segments[0][0][0].number == 2083
-    three = tg.phase_segments(tg.Config(phased_ttt_num_phases=3), batches)
+    parts = tg.split_at_phases(tg.Config(), batches)
+    assert [(len(part), n) for part, n in parts] == [(105, 2500), (1979, 0)]
+    assert parts[0].batches[0].number == 2083
+    three = tg.split_at_phases(tg.Config(phased_ttt_num_phases=3), batches)
     assert [n for _, n in three] == [833, 1666, 2500, 0]
     done = list(itertools.accumulate(sum(len(b.sizes) for b in s) for s, _ in three))
     assert done == [848, 1688, 2504, 50000]
@@ -143,10 +145,10 @@ def test_the_plan_of_the_record():
 def plan(prefix: int, phases: int, sizes=(4, 4, 4, 3), **changes):
     cfg = tiny_config(phased_ttt_prefix_docs=prefix, phased_ttt_num_phases=phases, **changes)
     batches = [tg.Batch(i, np.arange(n), np.full(n, 5 + i), 8) for i, n in enumerate(sizes)]
-    return [([b.number for b in s], n) for s, n in tg.phase_segments(cfg, batches)]
+    return [([b.number for b in s], n) for s, n in tg.split_at_phases(cfg, batches)]
 
 
-def test_phases_cut_the_order():
+def test_phases_split_the_batches():
     assert plan(6, 1) == [([3, 2], 6), ([1, 0], 0)]
     assert plan(3, 1) == [([3], 3), ([2, 1, 0], 0)]
     assert plan(11, 2) == [([3, 2], 5), ([1], 11), ([0], 0)]
@@ -159,15 +161,17 @@ def test_phases_cut_the_order():
     assert plan(0, 1) == plan(0, 3) == plan(6, 1, phased_ttt_enabled=False) == nothing
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 8, 50])
-def test_deal_gives_every_item_to_one_lane_and_balances(lanes):
-    costs = sorted(np.random.default_rng(lanes).lognormal(size=200).tolist(), reverse=True)
-    hands = tg.deal(costs, lanes)
-    assert sorted(i for hand in hands for i in hand) == list(range(200)) and len(hands) == lanes
-    assert all(hand == sorted(hand) for hand in hands), "the order of the items is kept"
-    loads = [sum(costs[i] for i in hand) for hand in hands]
-    assert max(loads) - min(loads) <= max(costs), "the last item of the fullest lane went to what was then the emptiest"
-    assert tg.deal(costs, lanes) == hands
+@pytest.mark.parametrize("chains", [1, 2, 8, 50])
+def test_every_batch_is_assigned_to_one_chain_and_they_balance(chains, monkeypatch):
+    costs = sorted(np.random.default_rng(chains).lognormal(size=200).tolist(), reverse=True)
+    monkeypatch.setattr(tg, "batch_cost", lambda cfg, number: costs[number])
+    cfg, numbers = tiny_config(ttt_lanes=chains), list(range(200))
+    assigned = tg.assign_to_chains(cfg, numbers)
+    assert sorted(itertools.chain(*assigned)) == numbers and len(assigned) == chains
+    assert all(own == sorted(own) for own in assigned), "the order of the batches is kept"
+    loads = [sum(costs[i] for i in own) for own in assigned]
+    assert max(loads) - min(loads) <= max(costs), "the fullest chain was the emptiest before its last batch"
+    assert tg.assign_to_chains(cfg, numbers) == assigned
 
 
 def test_batch_cost_counts_the_positions_that_are_run(world):
@@ -177,8 +181,9 @@ def test_batch_cost_counts_the_positions_that_are_run(world):
         cfg = tiny_config(ttt_eval_seq_len=context)
         for batch in tg.document_batches(cfg, data):
             n, chunks = len(batch.sizes), -(-int(batch.sizes.max()) // batch.chunk)
-            run = sum(tg.build_chunk(scorer, batch, 0, n, i, context).inputs.numel() for i in range(chunks))
-            assert tg.batch_cost(batch, context) == run
+            assert int(batch.chunks.max()) == chunks
+            run = sum(tg.build_chunk(cfg, scorer, batch, i, 0, n).inputs.numel() for i in range(chunks))
+            assert tg.batch_cost(cfg, batch) == run
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -186,13 +191,14 @@ def test_a_chunk_holds_the_window_the_positions_and_the_targets(first, world):
     data, cfg = of_sizes(5, 30, 100), tiny_config(ttt_short_score_first_steps="", ttt_short_chunk_size=16)
     batch, context = tg.document_batches(cfg, data)[0], 64
     for index in range(7):
-        chunk = tg.build_chunk(tg.Scorer(data, world), batch, first, 4, index, context)
+        chunk = tg.build_chunk(cfg, tg.Scorer(data, world), batch, index, first, 4)
         for row in range(4):
             size = int(batch.sizes[first + row]) if first + row < 3 else 0
             at = list(range(index * 16, min((index + 1) * 16, size)))
             start = int(batch.starts[first + row]) if size else 0
-            mask = torch.from_numpy(chunk.at[row] >= 0)
-            assert chunk.at[row][mask].tolist() == [start + i for i in at]
+            mask = torch.from_numpy(chunk.targets[row] >= 0)
+            assert chunk.learns[row] == (size > (index + 1) * 16), "a last chunk is not learned from"
+            assert chunk.targets[row][mask].tolist() == [start + i for i in at]
             assert chunk.inputs[row].gather(0, chunk.positions[row])[mask].tolist() == data.tokens[[start + i for i in at]].tolist()
             if at:  # the tokens before the chunk, as many as fit
                 seen = int(chunk.positions[row, len(at) - 1]) + 1
@@ -259,7 +265,7 @@ def test_every_target_and_every_byte_once(changes, world, random_model):
     assert ledger.result.tokens == len(data.target_bytes) and ledger.result.bytes == data.target_bytes.sum()
     assert ledger.result.loss == pytest.approx(ledger.nats.astype(float).mean(), rel=1e-12)
     assert ledger.result.bpb == pytest.approx(ledger.nats.astype(float).sum() / math.log(2) / data.target_bytes.sum(), rel=1e-12)
-    reports = [line for line in ledger.lines if line.startswith("ttp:")]
+    reports = [line for line in ledger.lines if line.startswith("ttt batch:")]
     assert len(reports) == len(tg.document_batches(cfg, data))
 
 
@@ -298,10 +304,11 @@ def test_the_future_never_reaches_a_score(nth, share, whole, world):
 
 
 def test_the_past_does_reach_the_scores(whole, world):
-    """The previous test would see a leak: forging a document of the first batch changes the next of its chain, and all after the phase."""
+    """The previous test would see a leak: forging a document of the first batch changes the next of its chain, and
+    all after the phase."""
     cfg, model, data, ledger = whole
     batches = tg.document_batches(cfg, data)
-    assert [line for line in ledger.lines if line.startswith("ttpr:")], "there was a global phase"
+    assert "ttt_phase:1/1 end" in "\n".join(ledger.lines), "there was a global phase"
     last = batches[-1]
     other = run_ttt(cfg, world, model, forged(data, int(last.starts[0]) + 1, int(last.starts[0] + last.sizes[0])))
     for batch in batches[:2]:
@@ -361,7 +368,7 @@ def test_a_phase_learns_from_scored_documents_alone(world, random_model, monkeyp
     cfg, data = tiny_config(phased_ttt_num_phases=2, phased_ttt_prefix_docs=9), some(16)
     ledger, seen = Ledger(data, world), []
     monkeypatch.setattr(tg.BaseLearner, "learn", lambda self, tokens, log: seen.append((tokens, ledger.when.copy())))
-    tg.TttRun(cfg, world, ready(random_model(cfg)), ledger, lambda line: None).run()
+    tg.TttRun(cfg, tg.TttEngine(cfg, world, ready(random_model(cfg)), data), ledger, lambda line: None).run()
     starts, ends = data.documents()
     assert len(seen) == 2
     for (tokens, when), count, scored in zip(seen, (4, 9), (4, 12), strict=True):
@@ -464,7 +471,7 @@ def test_a_global_phase_equals_the_slow_loop(changes, world, random_model):
     for name, t in got.state_dict().items():
         moved = (expected[name] - model.state_dict()[name]).norm()
         assert (t - expected[name]).norm() <= 1e-3 * moved + 1e-6, name  # gradients summed in another order, fp32
-    assert lines and lines[0].startswith("tttg: c1/")
+    assert lines and lines[0].startswith("ttt_phase_chunk:1/")
 
 
 def test_the_last_chunk_of_a_phase_and_the_remainder_of_a_chunk_are_skipped(world, random_model):
@@ -544,11 +551,11 @@ def test_what_padding_holds_reaches_no_score(world, random_model, monkeypatch):
     model, real, padding = ready(random_model(cfg)), tg.build_chunk, []
     expected, chain = run_batch(cfg, world, model, data)
 
-    def build_chunk(scorer, batch, first, rows, index, context, width):
-        chunk = real(scorer, batch, first, rows, index, context, width)
-        seen = torch.from_numpy((chunk.at >= 0).sum(1)) - 1
+    def build_chunk(cfg, scorer, batch, index, first, rows):
+        chunk = real(cfg, scorer, batch, index, first, rows)
+        seen = torch.from_numpy((chunk.targets >= 0).sum(1)) - 1
         last = chunk.positions.gather(1, seen.clamp_min(0)[:, None])
-        behind = (torch.arange(width) > last) & (seen >= 0)[:, None]
+        behind = (torch.arange(chunk.inputs.shape[1]) > last) & (seen >= 0)[:, None]
         padding.append(int(behind.sum()))
         assert not chunk.inputs[behind].any()
         noise = torch.randint(0, 64, chunk.inputs.shape, generator=torch.Generator().manual_seed(index))
@@ -563,12 +570,12 @@ def test_what_padding_holds_reaches_no_score(world, random_model, monkeypatch):
 
 
 def graphed_run(cfg, world, model, data):
-    """A run after its warm-up, and its ledger."""
+    """A warmed engine, a run of it and the run's ledger."""
     ledger = Ledger(data, world)
     ledger.model = ready(model)
-    ttt = tg.TttRun(cfg, world, ledger.model, ledger, ledger.lines.append)
-    ttt.warm_up()
-    return ttt, ledger
+    engine = tg.TttEngine(cfg, world, ledger.model, data)
+    engine.warm_up(ledger.lines.append)
+    return engine, tg.TttRun(cfg, engine, ledger, ledger.lines.append), ledger
 
 
 @pytest.mark.parametrize("changes", [{}, dict(ngram_tilt_enabled=True, token_order=3), QUIET])
@@ -576,20 +583,22 @@ def test_a_run_in_graphs_is_a_run(changes, world, random_model, recordings, monk
     """Bit for bit what the same padded rows give without graphs, phases included; every graph is recorded in the warm-up."""
     cfg, data = tiny_config(cuda_graphs=True, ttt_bucket=32, **changes), some(10, longest=80)
     model = random_model(cfg)
-    ttt, ledger = graphed_run(cfg, world, model, data)
+    engine, ttt, ledger = graphed_run(cfg, world, model, data)
     batches = tg.document_batches(cfg, data)
     shapes = {(b.chunk, tg.window_width(cfg, b.chunk, i)) for b in batches for i in range(-(-int(b.sizes.max()) // b.chunk))}
     graphs = len(shapes)
-    phases = len({count for _, count in ttt.base.shares}) * 4 if ttt.base else 0
-    assert len(ttt.forward.recorded) == graphs >= 3 and len(ttt.base.graphs.recorded if ttt.base else ()) == phases
+    base = engine.base
+    phases = len({count for _, count in base.shares}) * 4 if base else 0
+    assert len(engine.forward.recorded) == graphs >= 3 and len(base.graphs.recorded if base else ()) == phases
     assert len(tg.Graphed.made) == graphs + phases == len(recordings) / 2
     replays = sum(recording.replays for recording in recordings)
     score = ttt.run()  # an error if anything were recorded here
     assert len(tg.Graphed.made) == graphs + phases and sum(recording.replays for recording in recordings) > replays
-    assert not ttt.base or min(recording.replays for recording in recordings[2 * graphs : 2 * graphs + 2]) > 0, "phases are replayed"
+    if base:
+        assert min(r.replays for r in recordings[2 * graphs : 2 * graphs + 2]) > 0, "phases are replayed"
     monkeypatch.setattr(tg.Graphed, "__call__", lambda self, *args, **kwargs: self.forward(*args, **kwargs))
-    plain, expected = graphed_run(cfg, world, model, data)
-    assert plain.static_rows == ttt.static_rows > 0
+    unrecorded, plain, expected = graphed_run(cfg, world, model, data)
+    assert unrecorded.static_rows == engine.static_rows > 0
     assert plain.run() == score and np.array_equal(expected.nats.numpy(), ledger.nats.numpy())
 
 
@@ -603,7 +612,11 @@ def test_the_adam_kernel_gives_the_scores_of_adamw(world, random_model):
 def test_a_graph_recorded_in_the_scored_evaluation_is_an_error(world, random_model, recordings):
     cfg, data = tiny_config(cuda_graphs=True, **QUIET), some(14)
     model = random_model(cfg)
-    run = lambda cfg: tg.TttRun(cfg, world, ready(model), tg.Scorer(data, world), lambda line: None).run()  # noqa: E731
+
+    def run(cfg):
+        engine = tg.TttEngine(cfg, world, ready(model), data)
+        return tg.TttRun(cfg, engine, tg.Scorer(data, world), lambda line: None).run()
+
     with pytest.raises(tg.RunError, match=r"evaluation batch \d+: the compiler was at work in timed code \(CUDA graph of .*STAGE=eval"):
         run(cfg)
     assert run(dataclasses.replace(cfg, compile_allow_recompiles=True)).tokens == len(data.target_bytes)
@@ -620,7 +633,8 @@ def test_chains_follow_one_another_in_the_same_place(world, random_model):
     assert places == [t.data_ptr() for lora in chain.loras for t in lora[:2]]
     a, b = (run_batch(cfg, world, model, data, chain=x) for x in (fresh, chain))
     assert np.array_equal(a[0].nats, b[0].nats) and not np.array_equal(a[0].nats, first.nats)
-    assert all(torch.equal(x.A, y.A) and torch.equal(x.B, y.B) for x, y in zip(a[1].loras, b[1].loras, strict=True))
+    for x, y in zip(a[1].loras, b[1].loras, strict=True):
+        assert torch.equal(x.A, y.A) and torch.equal(x.B, y.B)
 
 
 def nats_of(cfg, world, model, data, **changes) -> np.ndarray:
@@ -708,7 +722,8 @@ def run_ranks(cfg, model, data, size: int) -> Result:
         try:
             own, world = ready(model), Rank(rank, size, torch.device("cpu"), torch.float32)
             scorer = Door(data, world)
-            out[rank] = tg.TttRun(cfg, world, own, scorer, lambda line: None).run(), own, scorer
+            engine = tg.TttEngine(cfg, world, own, data)
+            out[rank] = tg.TttRun(cfg, engine, scorer, lambda line: None).run(), own, scorer
         except BaseException as e:
             errors.append(e)
             meeting.abort()
@@ -725,7 +740,8 @@ def run_ranks(cfg, model, data, size: int) -> Result:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_score_does_not_depend_on_the_ranks(size, random_model):
-    """Three lanes and chunks of four sequences: uneven on 2 and on 3 ranks. Smear off: a row's first token has no predecessor."""
+    """Three chains and chunks of four sequences: uneven on 2 and on 3 ranks. Smear off: a row's first token has no
+    predecessor."""
     cfg = tiny_config(ttt_lanes=3, global_ttt_chunk_tokens=256, global_ttt_lr=0.01, global_ttt_batch_seqs=3, smear_gate_enabled=False)
     model, data = random_model(cfg), some(14)
     one, many = run_ranks(cfg, model, data, 1), run_ranks(cfg, model, data, size)
@@ -738,7 +754,7 @@ def test_the_score_does_not_depend_on_the_ranks(size, random_model):
     assert one.score[2:] == many.score[2:]
 
 
-def test_more_ranks_than_sequences_or_lanes(random_model):
+def test_more_ranks_than_sequences_or_chains(random_model):
     cfg = tiny_config(ttt_lanes=1, global_ttt_chunk_tokens=64)
     model, data = random_model(cfg), some(8)
     assert run_ranks(cfg, model, data, 3).score.loss == pytest.approx(run_ranks(cfg, model, data, 1).score.loss, abs=1e-4)
@@ -755,7 +771,9 @@ def test_compile_warm_up_touches_neither_weights_nor_randomness(world, random_mo
     cfg = tiny_config()
     model = ready(random_model(cfg))
     before, state = digest(model), torch.get_rng_state()
-    tg.warm_up_ttt(cfg, world, model, tg.AdapterChain(cfg, world, 2, seed=0), [(8, 8), (8, 16), (16, 64)], lambda line: None)
+    engine = tg.TttEngine(cfg, world, model, of_sizes(5, 8))
+    engine.warm_up_scoring([(8, 8), (8, 16), (16, 64)], lambda line: None)
+    assert engine.chain.adapters.head.B.any(), "it has learned"
     assert digest(model) == before and torch.equal(torch.get_rng_state(), state)
 
 
@@ -793,18 +811,16 @@ def test_the_work_of_a_batch_equals_torchs_counter(learns, world, random_model, 
         return model(inputs, targets, **how)
 
     with Products() as counter:
-        tg.score_batch(cfg, world, forward, scorer, batch, chain)
+        tg.score_batch(cfg, forward, scorer, batch, chain)
     assert scorer.work.model == pytest.approx(counter.total - sum(zeros), rel=0.02 if learns else 0.002)
     useful = scorer.work.useful / scorer.work.model
-    assert useful < 0.7 if learns else useful == pytest.approx(batch.sizes.sum() / (len(batch.sizes) * batch.chunk))
+    scored = batch.sizes.sum() / (len(batch.sizes) * batch.chunk)
+    assert useful < 0.7 if learns else useful == pytest.approx(scored)
     assert scorer.work.hardware == scorer.work.model
 
 
 def test_a_global_phase_is_work_that_scores_nothing(world, random_model):
     cfg, data = tiny_config(phased_ttt_num_phases=1, phased_ttt_prefix_docs=9), some(16)
-    runs = [tg.TttRun(c, world, ready(random_model(c)), tg.Scorer(data, world), lambda line: None)
-            for c in (cfg, dataclasses.replace(cfg, phased_ttt_enabled=False))]
-    for run in runs:
-        run.run()
-    phased, plain = (run.scorer.work for run in runs)
+    quiet = dataclasses.replace(cfg, **QUIET)
+    phased, plain = (run_ttt(c, world, random_model(c), data).work for c in (cfg, quiet))
     assert phased.model > 1.01 * plain.model and phased.useful == pytest.approx(plain.useful, rel=0.05)

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 from foreign import named, read_json, seed_tables
-from record import Broken, mean_std, spread, table
+from record import mean_std, spread
+from rules import Broken, table
 from scipy import stats
 
 ALPHA = 0.01          # the contest's rule: 0.005 nats better at p < 0.01
@@ -28,6 +29,10 @@ MOST_SEEDS = 1000
 
 
 # -- TESTS: of the claim that a is lower than b --------------------------------------------------------------------------
+
+TITLES = {"welch": "A lower than B", "welch_margin": "A lower by the margin", "paired": "the same, paired by seed",
+          "paired_margin": "by the margin, paired by seed"}
+
 
 class Summary(NamedTuple):
     mean: float
@@ -48,24 +53,25 @@ def summary(values: list[float]) -> Summary:
     return Summary(*spread(values), len(values))
 
 
-def welch(a: Summary, b: Summary, margin: float = 0.0) -> Test:
-    """Welch's t-test that mean(b) - mean(a) exceeds `margin`; degrees of freedom by Welch and Satterthwaite."""
-    va, vb = a.std**2 / a.n, b.std**2 / b.n
-    if va + vb == 0:
+def run_test(test, a: list[float], b: list[float], margin: float, **options) -> Test:
+    """Run one of scipy's t-tests of the claim that mean(b) - mean(a) exceeds `margin`."""
+    found = test(np.array(b) - margin, a, alternative="greater", **options)
+    return Test(float(found.statistic), float(found.df), float(found.pvalue))
+
+
+def welch(a: list[float], b: list[float], margin: float = 0.0) -> Test:
+    """Welch's t-test; degrees of freedom by Welch and Satterthwaite. Raises Broken without spread."""
+    if len(set(a)) == len(set(b)) == 1:
         raise Broken("no spread on either side: these are copies, not seeds")
-    t = (b.mean - a.mean - margin) / math.sqrt(va + vb)
-    df = (va + vb) ** 2 / (va**2 / (a.n - 1) + vb**2 / (b.n - 1))
-    return Test(t, df, float(stats.t.sf(t, df)))
+    return run_test(stats.ttest_ind, a, b, margin, equal_var=False)
 
 
-def paired(a: dict[str, float], b: dict[str, float], margin: float = 0.0) -> tuple[Test, int] | None:
-    """Student's t-test on the differences of equal seeds, and how many there are; None below two or without spread."""
-    differences = [b[seed] - a[seed] for seed in a if seed in b and not seed.startswith("#")]
-    if len(differences) < 2 or len(set(differences)) == 1:
+def paired(a: dict[str, float], b: dict[str, float], margin: float = 0.0) -> Test | None:
+    """Student's t-test on the differences of equal seeds; None below two of them or without spread."""
+    seeds = [seed for seed in a if seed in b and not seed.startswith("#")]
+    if len(seeds) < 2 or len({b[seed] - a[seed] for seed in seeds}) == 1:
         return None
-    d = summary(differences)
-    t = (d.mean - margin) / (d.std / math.sqrt(d.n))
-    return Test(t, d.n - 1, float(stats.t.sf(t, d.n - 1))), d.n
+    return run_test(stats.ttest_rel, [a[seed] for seed in seeds], [b[seed] for seed in seeds], margin)
 
 
 def power(difference: float, std: float, n: int, alpha: float = ALPHA) -> float:
@@ -133,15 +139,13 @@ def load(text: str) -> Sample:
 
 def compare_unit(a: dict[str, float], b: dict[str, float], margin: float | None, alpha: float) -> dict:
     """Everything about one unit, as plain numbers."""
-    sa, sb = summary(list(a.values())), summary(list(b.values()))
+    values = list(a.values()), list(b.values())
+    sa, sb = map(summary, values)
     std, gain = math.sqrt((sa.std**2 + sb.std**2) / 2), sb.mean - sa.mean
-    tests = {"welch": welch(sa, sb)}
+    tests = {"welch": welch(*values), "paired": paired(a, b)}
     if margin is not None:
-        tests["welch_margin"] = welch(sa, sb, margin)
-    if (pair := paired(a, b)) is not None:
-        tests["paired"] = pair[0]
-        if margin is not None:
-            tests["paired_margin"] = paired(a, b, margin)[0]
+        tests |= {"welch_margin": welch(*values, margin), "paired_margin": paired(a, b, margin)}
+    tests = {name: tests[name] for name in TITLES if tests.get(name) is not None}
     return {
         "a": sa._asdict(), "b": sb._asdict(), "gain": gain, "margin": margin, "pooled_std": std,
         "common_seeds": len(a.keys() & b.keys()), "tests": {name: test._asdict() for name, test in tests.items()},
@@ -184,10 +188,6 @@ def sentence(u: dict, alpha: float, margin_nats: float) -> str:
         return f"Shown, and by the margin: {better}, p = {p:.3g}; more than {margin_nats} nats ({u['margin']:.5f} bpb): p = {pm:.3g}."
     more = f"; {needed} seeds a side would show it if the difference is real" if needed else ""
     return f"Shown, but not by the margin: {better}, p = {p:.3g}; more than {margin_nats} nats ({u['margin']:.5f} bpb): p = {pm:.3g}{more}."
-
-
-TITLES = {"welch": "A lower than B", "welch_margin": "A lower by the margin", "paired": "the same, paired by seed",
-          "paired_margin": "by the margin, paired by seed"}
 
 
 def render(c: dict) -> str:

@@ -1,6 +1,6 @@
 """Print the sections of the script: where each begins, its code tokens, tokens a line and packed bytes.
 
-    python tools/outline.py [train_gpt.py]
+    python tools/outline.py [train_gpt.py] [--packed]
 
 Code tokens are those of Python's tokenizer without comments, docstrings, newlines and indents. Packed bytes are what the section
 adds to the compressed script: the difference between packing with it and without it.
@@ -116,11 +116,12 @@ def packed_bytes(source: str) -> dict[str, int]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path, nargs="?", default=Path(__file__).parents[1] / "train_gpt.py")
+    parser.add_argument("--packed", action="store_true", help="measure packed bytes too; a minute")
     args = parser.parse_args(argv)
     try:
         source = args.script.read_text()
         sections = outline(source)
-        packed = packed_bytes(source)
+        packed = packed_bytes(source) if args.packed else {}
     except (OSError, SyntaxError) as e:
         print(f"error: cannot read {args.script}: {e}", file=sys.stderr)
         return 1
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = [n for s in sections for n in s.lines.values()]
     wide = sum(len(line) > 110 for line in source.splitlines())
     print(f"{'file':<20}{'':>6}{len(lines):>12}{sum(lines):>8}{sum(lines) / len(lines):>8.1f}"
-          f"{sum(n >= HEAVY for n in lines):>7}{packed['total']:>9}")
+          f"{sum(n >= HEAVY for n in lines):>7}{packed.get('total', 0):>9}")
     print(f"{wide} lines over 110 columns")
     return 0
 

@@ -552,7 +552,7 @@ def check_scripts(record: Record) -> str:
         if (sha256(code), len(code)) != (run.result["code_sha256"], run.result["code_bytes"]):
             raise Broken(f"train_gpt.py is not the script that seed {run.result['seed']} ran")
     readable = (record.folder / "train_gpt_readable.py").read_text()
-    if pack_code.pack(readable, pack_code.dropped_parts(code)) != code:
+    if pack_code.pack(readable, pack_code.dropped_parts(code), pack_code.is_base85(code)) != code:
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("python-minifier", "brotli"))
         raise Broken(f"train_gpt_readable.py does not pack to train_gpt.py (with {versions})")
     return f"train_gpt.py is the script that ran, {len(code):,} bytes, and its readable twin packs to it"
@@ -641,13 +641,33 @@ def render_index(records_dir: Path) -> str:
     return table(["date", "track", "name", "bpb", "seeds", "bytes", "hardware", "link"], sorted(rows, reverse=True), ":--")
 
 
-def index(args: argparse.Namespace) -> int:
-    readme = args.records_dir / "README.md"
-    old = readme.read_text()
+def render_front(records_dir: Path) -> str:
+    """Render the table of the front page: what was reached, with how many bytes and seeds, on what."""
+    rows = []
+    for path in records_dir.glob("*/[!.]*/submission.json"):
+        s = parse_json(path.read_text())
+        link = f"[{s['name']}]({path.parent.relative_to(records_dir.parent).as_posix()}), {s['track']}"
+        bpb = mean_std(s["val_bpb"], s["val_bpb_std"])
+        row = [link, bpb, cell(s["bytes_total"]), str(len(s["seeds"])), s["hardware"]]
+        rows.append((s["date"], s["track"], row))
+    head = ["record", "bits per byte", "bytes", "seeds", "hardware"]
+    return table(head, [row for *_, row in sorted(rows, reverse=True)], ":--")
+
+
+def rewrite_block(page: Path, text: str) -> None:
+    """Put a text between the index markers of a page. Raises Broken where there are none."""
+    old = page.read_text()
     if not INDEX.search(old):
-        raise Broken(f"{readme} has no index markers")
-    table_text = render_index(args.records_dir)
-    pack_code.write_atomically(readme, INDEX.sub(lambda m: f"{m[1]}{table_text}\n{m[2]}", old).encode())
+        raise Broken(f"{page} has no index markers")
+    pack_code.write_atomically(page, INDEX.sub(lambda m: f"{m[1]}{text}\n{m[2]}", old).encode())
+
+
+def index(args: argparse.Namespace) -> int:
+    """Rewrite the table of all records, and that of the front page beside the records folder, if it has one."""
+    rewrite_block(args.records_dir / "README.md", render_index(args.records_dir))
+    front = args.records_dir.parent / "README.md"
+    if front.exists() and INDEX.search(front.read_text()):
+        rewrite_block(front, render_front(args.records_dir))
     return 0
 
 
@@ -684,7 +704,7 @@ def main(argv: list[str] | None = None) -> int:
     check.set_defaults(command=validate)
     check.add_argument("folder", type=Path)
     check.add_argument("--allow-over-cap", action="store_true")
-    history = commands.add_parser("index", help="rewrite the table in the records directory's README.md")
+    history = commands.add_parser("index", help="rewrite the tables in the README.md of the records and beside them")
     history.set_defaults(command=index)
     history.add_argument("--records-dir", type=Path, default=Path("records"))
     args = parser.parse_args(argv)
