@@ -3,9 +3,9 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # the S14 recipe on 8 GPUs; no variables needed
     PRESET=demo python train_gpt.py                            # the same pipeline on a laptop CPU, minutes
-    python train_gpt.py --help                                 # every variable: type, default, range, meaning
+    python train_gpt.py --help                                 # every variable: value, meaning, range
 
-train -> average -> Hessians -> integers -> artifact on disk -> read back from it -> score -> test-time training.
+train -> average -> Hessians -> integers -> artifact on disk -> read back -> score -> test-time training.
 
 Reads top to bottom, a name is used below its definition: CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING,
 QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, KERNELS, MAIN.
@@ -24,7 +24,7 @@ V vocabulary, L blocks, S depths (positions in the unrolled layer order), W rank
 # Words:
 #   nats, bpb    -ln p of a token; the same of a text in bits, over its bytes: what is scored
 #   depth        one application of a block; with loops there are more depths than blocks
-#   stream       what blocks read and add to, a vector a token; the last depths have two: attention's, the MLP's
+#   stream       what blocks read and add to, a vector a token; the last depths have two, of attention and MLP
 #   segment      a document, or a piece of it, in a packed row; attention stays inside
 #   bank         one tensor that holds the matrices of one kind of all blocks
 #   codec        how a tensor becomes small integers and scales, and comes back
@@ -50,9 +50,11 @@ import importlib.util
 import inspect
 import io
 import json
+import linecache
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -60,6 +62,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -81,11 +84,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 BOS_ID = 1                                # every document starts with it; there is no end-of-document token
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 ARTIFACT_CAP_BYTES = 16_000_000           # decimal, model file plus shipped code
-CU_SEQLENS_BUCKET = 64                    # cu_seqlens are padded to multiples of this: few shapes for the compiler
+CU_SEQLENS_BUCKET = 64                    # cu_seqlens are padded to multiples of this: few shapes to compile
 
 
 class RunError(Exception):
-    """A failure with an explanation for the person at the keyboard: what, where, what was expected, what to do."""
+    """A failure explained for the person at the keyboard: what, where, what was expected, what to do."""
 
 
 # ==================================================================================================
@@ -93,99 +96,141 @@ class RunError(Exception):
 # ==================================================================================================
 
 S14_SCHEDULE = "1024@0.100,2048@0.700,3072@1.000"
-COMPILE_BACKENDS = ("auto", "none", "inductor", "aot_eager", "eager")
-ATTN_BACKENDS = ("auto", "fa3", "fa4", "cudnn", "varlen", "flex", "cpu", "sdpa")
 MLP_KERNELS = ("eager", "pre_post", "act_grad", "lsb")
 COMPRESSORS = ("range", "pergroup", "brotli")
+STAGE_FLAGS = dict(prequant_only="train", quantize_only="quantize", ttt_eval_only="eval")  # published names
+LARGEST = sys.float_info.max
 
-PRESETS: dict[str, dict[str, Any]] = {  # overrides of the defaults; a variable set by hand wins
-    "s14": {},
-    "s55": dict(
-        train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, eval_seq_len=2048, qk_gain_init=5.0,
-        awq_lite_enabled=False, gptq_reserve_seconds=0.5, quant="s14", eval_include_tail=False, rope_train_seq_len=2048,
-        ttt_eval_seq_len=2048, ttt_batch_size=64, ttt_mask="", ttt_local_lr_mult=1.0, ttt_short_score_first_enabled=False,
-        ttt_short_score_first_steps="", phased_ttt_num_phases=3,
-    ),
-    "s05": dict(  # PR #1105 with mixed bits; not here: its loader, bigram hash and value embeddings, SWA, late fake quantization
-        train_seq_len=2048, train_seq_schedule="", seq_change_warmup_steps=0, rope_train_seq_len=2048, warmdown_iters=4000, min_lr=0.05,
-        mlp_mult=3.5, num_loops=0, parallel_start_layer=0, smear_gate_enabled=False, sparse_attn_gate_enabled=False,
-        quant="s05", gptq_calibration="self", awq_lite_enabled=False, lqer_enabled=False, compressor="brotli",
-        eval_method="sliding", eval_seq_len=2048, eval_stride=64, ttt_enabled=False,
-    ),
-    "demo": dict(
-        data_path="data/demo", vocab_size=1024, num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=6, rope_dims=8,
-        loop_start=2, loop_end=3, num_loops=1, parallel_start_layer=4, train_batch_tokens=4096, train_microbatch_tokens=4096,
-        train_seq_len=512, train_seq_schedule="256@0.5,512@1.0", seq_change_warmup_steps=8, compile_shape_warmup=False, warmup_steps=0,
-        eval_seq_len=512, ttt_eval_seq_len=512, rope_train_seq_len=512, eval_stride=256, val_batch_tokens=65536,
-        max_wallclock_seconds=80.0, gptq_reserve_seconds=24.0, rd_reserve_seconds=0.0, gptq_calibration_batches=8, max_eval_seconds=0.0,
-        train_log_every=20, muon_momentum_warmup_steps=100, ema_decay=0.95, ttt_lora_rank=8, ttt_lora_alpha=14.0, ttt_lora_lr=1e-2,
-        ttt_batch_size=16, ttt_chunk_size=128, ttt_short_score_first_steps="256:32,512:64", ttt_lanes=1, phased_ttt_prefix_docs=40,
-        global_ttt_chunk_tokens=4096, global_ttt_batch_seqs=8, awq_lite_group_size=32, lqer_asym_group=32,
-    ),
+PRESETS = {  # variables to set together; what is set by hand wins
+    "s14": "",
+    "s55": """
+        TRAIN_SEQ_LEN=2048 TRAIN_SEQ_SCHEDULE= SEQ_CHANGE_WARMUP_STEPS=0 ROPE_TRAIN_SEQ_LEN=2048
+        EVAL_SEQ_LEN=2048 EVAL_INCLUDE_TAIL=0 QK_GAIN_INIT=5.0
+        QUANT=s14 AWQ_LITE_ENABLED=0 GPTQ_RESERVE_SECONDS=0.5
+        TTT_EVAL_SEQ_LEN=2048 TTT_BATCH_SIZE=64 TTT_MASK= TTT_LOCAL_LR_MULT=1.0
+        TTT_SHORT_SCORE_FIRST_ENABLED=0 TTT_SHORT_SCORE_FIRST_STEPS= PHASED_TTT_NUM_PHASES=3
+    """,
+    # PR #1105 with mixed bits, but not its loader, bigram hash, value embeddings, SWA, late fake quantization
+    "s05": """
+        TRAIN_SEQ_LEN=2048 TRAIN_SEQ_SCHEDULE= SEQ_CHANGE_WARMUP_STEPS=0 ROPE_TRAIN_SEQ_LEN=2048
+        WARMDOWN_ITERS=4000 MIN_LR=0.05
+        MLP_MULT=3.5 NUM_LOOPS=0 PARALLEL_START_LAYER=0 SMEAR_GATE_ENABLED=0 SPARSE_ATTN_GATE_ENABLED=0
+        QUANT=s05 GPTQ_CALIBRATION=self AWQ_LITE_ENABLED=0 LQER_ENABLED=0 COMPRESSOR=brotli
+        EVAL_METHOD=sliding EVAL_SEQ_LEN=2048 EVAL_STRIDE=64 TTT_ENABLED=0
+    """,
+    "demo": """
+        DATA_PATH=data/demo VOCAB_SIZE=1024 VAL_BATCH_TOKENS=65536 TRAIN_LOG_EVERY=20
+        NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 XSA_LAST_N=6 ROPE_DIMS=8
+        LOOP_START=2 LOOP_END=3 NUM_LOOPS=1 PARALLEL_START_LAYER=4
+        TRAIN_BATCH_TOKENS=4096 TRAIN_MICROBATCH_TOKENS=4096 TRAIN_SEQ_LEN=512
+        TRAIN_SEQ_SCHEDULE=256@0.5,512@1.0 SEQ_CHANGE_WARMUP_STEPS=8 COMPILE_SHAPE_WARMUP=0 WARMUP_STEPS=0
+        EVAL_SEQ_LEN=512 TTT_EVAL_SEQ_LEN=512 ROPE_TRAIN_SEQ_LEN=512 EVAL_STRIDE=256
+        MAX_WALLCLOCK_SECONDS=80 GPTQ_RESERVE_SECONDS=24 RD_RESERVE_SECONDS=0 MAX_EVAL_SECONDS=0
+        MUON_MOMENTUM_WARMUP_STEPS=100 EMA_DECAY=0.95
+        GPTQ_CALIBRATION_BATCHES=8 AWQ_LITE_GROUP_SIZE=32 LQER_ASYM_GROUP=32
+        TTT_LORA_RANK=8 TTT_LORA_ALPHA=14 TTT_LORA_LR=1e-2 TTT_BATCH_SIZE=16 TTT_CHUNK_SIZE=128
+        TTT_SHORT_SCORE_FIRST_STEPS=256:32,512:64 TTT_LANES=1
+        PHASED_TTT_PREFIX_DOCS=40 GLOBAL_TTT_CHUNK_TOKENS=4096 GLOBAL_TTT_BATCH_SEQS=8
+    """,
 }
 
-REFUSED = {  # names that appear in published commands but never did anything, and names whose meaning is gone
-    "LQER_GROUP_SIZE": "nothing ever read it; the group size of the asymmetric factors is LQER_ASYM_GROUP",
-    "TTT_LR": "nothing ever read it; the learning rate of the adapters is TTT_LORA_LR times TTT_LOCAL_LR_MULT",
-    "TTT_NO_QV_MASK": "nothing ever read it; use TTT_MASK=no_qv",
-    "NGRAM_HINT_PRECOMPUTE_OUTSIDE": "hints are computed inside the evaluation's clock",
-    "TARGET_MB": "published runs gave it in MiB, and their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES",
-    "AUDIT": "nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length",
-    "CONTROL_TENSOR_NAME_PATTERNS": "every tensor but the embedding is fp32; `parameters` says which optimizer owns which tensor",
-}
+ALIASES = {"VAL_BATCH_SIZE": "VAL_BATCH_TOKENS", "LR_FLOOR": "MIN_LR"}  # published names of our variables
 
-GONE = {  # published names that are accepted with one value, or with any (None), and then do nothing
-    "ASYM_LOGIT_RESCALE": (None, "both caps are LOGIT_SOFTCAP: published code never trains them"),
-    "TIE_EMBEDDINGS": ("1", "the head is the embedding matrix"),
-    "EMBED_LR": (None, "the head is the embedding matrix; TIED_EMBED_LR applies"),
-    "MATRIX_CLIP_SIGMAS": (None, "it matches no tensor of a model with a tied head"),
-    "PARALLEL_FINAL_LANE": ("mean", "the head reads the mean of both lanes"),
-    "LQER_SCOPE": ("all", "every quantized matrix may be corrected"),
-    "LQER_GAIN_SELECT": ("0", "the tensors with the largest residual are corrected"),
-    "TTT_OPTIMIZER": ("adam", "adapters are trained by AdamW"),
-    "TTT_GRAD_STEPS": ("1", "one update a scored chunk"),
-    "MIDRUN_CAP_SCHEDULE": ("", "TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate"),
-    "MIDRUN_CAP_LOG_UPDATES": ("0", "there is no MIDRUN_CAP_SCHEDULE"),
-    "COMPILE_SHAPE_WARMUP_ITERS": ("1", "one pass a shape compiles it"),
-    "COMPILE_SHAPE_WARMUP_LOOP_MODES": ("auto", "the loop modes that the run will meet are warmed"),
-    "TTT_EVAL_BATCHES": ("", "every batch is reported, and the order of scoring is fixed"),
-    "TTT_TRAIN_MIN_DOC_LEN": ("0", "every document is learned from"),
-    "TTT_TRAIN_MAX_DOC_LEN": ("0", "every document is learned from; PHASED_TTT_PREFIX_DOCS bounds the global phases"),
-    "TTT_SHORT_LORA_ENABLED": ("0", "short documents have the adapters of all"),
-    "TTT_SHORT_LORA_RANK": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_SHORT_LORA_LR": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_SHORT_LORA_WEIGHT_DECAY": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_SHORT_LORA_BETA2": (None, "TTT_SHORT_LORA_ENABLED is 0"),
-    "TTT_WARM_START_MEAN_ENABLED": ("0", "adapters start from those of the batch before"),
-    "TTT_WARM_START_MEAN_DOC_LEN": (None, "TTT_WARM_START_MEAN_ENABLED is 0"),
-    "TTT_WARM_START_MEAN_MOMENTUM": (None, "TTT_WARM_START_MEAN_ENABLED is 0"),
-}
+# Variables of published commands and scripts that are not ours: pattern of the name, setting with which it is
+# accepted and changes nothing (- = with none, * = with any), and why. The first pattern that fits decides.
+PUBLISHED = """
+LQER_GROUP_SIZE - nothing ever read it; the group size of the asymmetric factors is LQER_ASYM_GROUP
+TTT_LR - nothing ever read it; the adapters' learning rate is TTT_LORA_LR times TTT_LOCAL_LR_MULT
+TTT_NO_QV_MASK - nothing ever read it; use TTT_MASK=no_qv
+MUON_BETA2 - nothing ever read it; the momentum is MUON_MOMENTUM
+GPTQ_CALIB_BATCHES - nothing ever read it; use GPTQ_CALIBRATION_BATCHES
+GPTQ_CALIBRATION_MODE - GPTQ_CALIBRATION chooses the data of the Hessians
+TARGET_MB - published runs gave it in MiB: their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES
+AUDIT - nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length
+*_NAME_PATTERNS - the table `parameters` says which tensor has which optimizer and codec
+GPTQ_BLOCK_SIZE * blocks of columns bound the memory of GPTQ, not its result
+MATRIX_LR_EARLY * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
+MATRIX_LR_LATE * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
+BANK_SPLIT * it divides MATRIX_LR_EARLY from MATRIX_LR_LATE, which do nothing
+ASYM_LOGIT_RESCALE * both caps are LOGIT_SOFTCAP: published code never trains them
+EMBED_LR * the head is the embedding matrix; TIED_EMBED_LR applies
+HEAD_LR * the head is the embedding matrix; TIED_EMBED_LR applies
+MATRIX_CLIP_SIGMAS * it matches no tensor of a model with a tied head
+TIE_EMBEDDINGS TIE_EMBEDDINGS=1 the head is the embedding matrix
+PARALLEL_FINAL_LANE PARALLEL_FINAL_LANE=mean the head reads the mean of both lanes
+LQER_SCOPE LQER_SCOPE=all every quantized matrix may be corrected
+LQER_GAIN_SELECT LQER_GAIN_SELECT=0 the tensors with the largest residual are corrected
+COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_ITERS=1 one pass a shape compiles it
+COMPILE_SHAPE_WARMUP_LOOP_MODES COMPILE_SHAPE_WARMUP_LOOP_MODES=auto the modes the run meets are warmed
+MIDRUN_CAP_* MIDRUN_CAP_SCHEDULE= TRAIN_SEQ_SCHEDULE and WARMDOWN_FRAC shape the learning rate
+TRAIN_BATCH_TOKENS_SCHEDULE TRAIN_BATCH_TOKENS_SCHEDULE= every step has TRAIN_BATCH_TOKENS tokens
+TTT_OPTIMIZER TTT_OPTIMIZER=adam adapters are trained by AdamW
+TTT_GRAD_STEPS TTT_GRAD_STEPS=1 one update a scored chunk
+TTT_UPDATE_EVERY TTT_UPDATE_EVERY=1 one update a scored chunk
+TTT_LORA_EMA_DECAY TTT_LORA_EMA_DECAY=0 chunks are scored by the adapters themselves, not by an average
+TTT_EVAL_BATCHES TTT_EVAL_BATCHES= every batch is reported, and the order of scoring is fixed
+TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MIN_DOC_LEN=0 every document is learned from
+TTT_TRAIN_MAX_DOC_LEN TTT_TRAIN_MAX_DOC_LEN=0 every document is learned from
+TTT_SHORT_LORA_* TTT_SHORT_LORA_ENABLED=0 short documents have the adapters of all
+TTT_WARM_START_MEAN_* TTT_WARM_START_MEAN_ENABLED=0 adapters start from those of the batch before
+SLOT_ENABLED SLOT_ENABLED=0 SLOT says which kind: published or causal
+NGRAM_HINT_PRECOMPUTE_OUTSIDE NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 hints are made inside the evaluation's clock
+WITHIN_TAU WITHIN_BOOST=0 experts for tokens within a word read the target: not legal
+WITHIN_BOOST WITHIN_BOOST=0 experts for tokens within a word read the target: not legal
+WORD_TAU WORD_BOOST=0 experts for the start of a word read the target: not legal
+WORD_BOOST WORD_BOOST=0 experts for the start of a word read the target: not legal
+AGREE_ADD_BOOST AGREE_ADD_BOOST=0 there is one expert, so none to agree with
+FUSED_NGRAM_* FUSED_NGRAM_EVAL=0 its experts read the target: not legal; NGRAM_TILT_ENABLED=1 is legal
+ENGRAM ENGRAM=0 there is no n-gram embedding
+NGRAM_[BHOD]* ENGRAM=0 there is no n-gram embedding
+TRIGRAM TRIGRAM=0 there is no n-gram embedding
+BIGRAM_* BIGRAM_VOCAB_SIZE=0 there is no bigram hash embedding
+VE_* VE_ENABLED=0 there are no value embeddings
+VALUE_RESIDUAL VALUE_RESIDUAL=0 the values of the first block are not added to later ones
+GATED_ATTENTION GATED_ATTENTION=0 its gate starts open; GATED_ATTN_ENABLED=1 is the nearest
+GATED_XSA* GATED_XSA=0 XSA has no gate of its own
+DTG_* DTG_ENABLED=0 blocks have no gate over the token
+MTP_* MTP_NUM_HEADS=0 only the next token is predicted
+SWA_* SWA_ENABLED=0 no snapshots are averaged; EMA_DECAY averages the weights of every step
+LAWA_* LAWA_ENABLED=0 no snapshots are averaged; EMA_DECAY averages the weights of every step
+QAT_* QAT_ENABLED=0 nothing is quantized while training
+LATE_QAT_* LATE_QAT_THRESHOLD=0 nothing is quantized while training
+MIXED_QUANT MIXED_QUANT=0 QUANT=s05 has its mixed bits
+SKYLIGHT_* SKYLIGHT_MUON=0 there is one Muon
+"""
 
-FAMILIES = (  # an unknown variable that starts like this is a typo, not somebody else's
-    "ADAM_", "ASYM_", "ATTN_", "AUDIT", "AWQ_", "BETA", "CASEOPS_", "CHECKPOINT_", "COMPILE_", "CUDA_GR", "EMA_", "EMBED_",
-    "ENABLE_LOOP", "EVAL_", "FUSED_CE", "GATED_ATTN_", "GATE_WIN", "GLOBAL_TTT_", "GPTQ_", "LN_SCALE", "LOGIT_", "LOOP_", "LQER_",
-    "MATRIX_", "MAX_EVAL_", "MAX_WALL", "MIDRUN_", "MIN_LR", "MLP_", "MUON_", "NGRAM_", "NUM_HEADS", "NUM_KV", "NUM_LAYERS",
-    "NUM_LOOPS", "N_INT6", "PARALLEL_", "PHASED_TTT_", "QK_", "QUANT", "RD_", "ROPE_", "SCALAR_", "SEEDS_", "SEQ_",
-    "SKIP_GATES", "SLOT_", "SMEAR_", "SPARSE_ATTN_", "TARGET_", "TIED_", "TIE_EMB", "TOKEN_BOOST", "TOKEN_ORDER", "TOKEN_THR", "TRAIN_",
-    "TTT_", "VAL_", "WARMDOWN_", "WARMUP_", "WINDOW_", "XSA_",
+# First words that other programs' variables have too: there, a typo has to share two words with one of ours.
+FOREIGN_WORDS = (
+    "ARTIFACT CUDA DATA DEVICE ENABLE FORCE GLOBAL MAX MIN MODEL N NUM PARALLEL PROFILE RUN SKIP STAGE "
+    "TARGET TOKEN WINDOW"
 )
 
 
-def knob(default: Any, doc: str, lo: float = -math.inf, hi: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
-    """Declare one variable: default, meaning, accepted range or choices."""
-    return field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices))
+def knob(
+    default: Any, doc: str, lo: float = 0, hi: float = LARGEST, choices: str = "", needs: str | None = None,
+    because: str = "", model: bool = False, recipe: bool = True, group: str = "",
+) -> Any:
+    """Declare one variable: default, meaning, accepted range of a number or a|b|c of a text.
+
+    needs: when it has an effect, see `unmet`; None = while the switch NAME_ENABLED is on, for NAME_REST.
+    because: what to say when it has none, where that says more. model: artifact and run must agree on it.
+    recipe: it is part of the run's identity, see `config_hash`. group: title of the variables from here on.
+    """
+    words = tuple(choices.split("|")) if choices else ()
+    about = dict(doc=doc, lo=lo, hi=hi, choices=words, needs=needs, because=because)
+    return field(default=default, metadata=about | dict(model=model, recipe=recipe, group=group))
 
 
 def parse_steps(text: str, separator: str) -> tuple[tuple[float, float], ...]:
-    """'256:8,2000:24' -> ((256.0, 8.0), (2000.0, 24.0)), sorted by the first number. Raises ValueError."""
-    pairs = [item.split(separator) for item in filter(None, (part.strip() for part in text.split(",")))]
+    """Read '256:8,2000:24' as ((256.0, 8.0), (2000.0, 24.0)), by the first number. Raises ValueError."""
+    pairs = [item.split(separator) for item in text.split(",") if item.strip()]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{text!r}: expected a comma list of A{separator}B")
     return tuple(sorted((float(a), float(b)) for a, b in pairs))
 
 
 def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], ...]:
-    """'1024@0.1,2048@1' -> ((1024, 0.1), (2048, 1.0)): each context length lasts until its fraction of the run.
+    """Read '1024@0.1,2048@1' as ((1024, 0.1), (2048, 1.0)): contexts, each until its fraction of the run.
 
     Blank means one stage of `default_len`. Raises ValueError on a malformed stage.
     """
@@ -193,255 +238,348 @@ def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], 
     if not all(n >= 1 and not n % 1 and 0 < end <= 1 for n, end in stages):
         raise ValueError("expected LENGTH@END_FRACTION with a whole LENGTH > 0 and 0 < END_FRACTION <= 1")
     stages = [(int(n), end) for n, end in stages]
-    return tuple(stages) if stages[-1][1] >= 1 else (*stages, (stages[-1][0], 1.0))
+    last_length, last_end = stages[-1]
+    if last_end < 1:
+        stages.append((last_length, 1.0))
+    return tuple(stages)
 
 
 def rule_violations(c: Config):
-    """Cross-field rules: yields (fields involved, what is wrong and what would be right)."""
-    if c.model_dim % c.num_heads:
-        yield ("model_dim", "num_heads"), f"MODEL_DIM={c.model_dim} must be divisible by NUM_HEADS={c.num_heads}"
-    if c.num_heads % c.num_kv_heads:
-        yield ("num_heads", "num_kv_heads"), f"NUM_HEADS={c.num_heads} must be divisible by NUM_KV_HEADS={c.num_kv_heads}"
-    if c.rope_dims % 2 or c.rope_dims > c.head_dim:
-        yield ("rope_dims", "model_dim", "num_heads"), f"ROPE_DIMS={c.rope_dims} must be even and at most the head size {c.head_dim}"
-    if c.rope_yarn and c.rope_dims < 4:
-        yield ("rope_yarn", "rope_dims"), f"ROPE_YARN=1 needs ROPE_DIMS of at least 4, got {c.rope_dims}"
-    if not c.window_pattern or set(c.window_pattern) - set("SL"):
-        yield ("window_pattern",), f"WINDOW_PATTERN={c.window_pattern!r}: expected letters S and L, such as SSL"
-    if c.gate_window > c.model_dim:
-        yield ("gate_window", "model_dim"), f"GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
-    if c.num_loops and not c.loop_start <= c.loop_end < c.num_layers:
-        yield ("loop_start", "loop_end", "num_layers", "num_loops"), (
-            f"need LOOP_START <= LOOP_END < NUM_LAYERS, got {c.loop_start}, {c.loop_end}, {c.num_layers} (NUM_LOOPS=0 turns loops off)")
-    if c.attn_out_gate_enabled + c.gated_attn_enabled + c.sparse_attn_gate_enabled > 1:
-        yield ("attn_out_gate_enabled", "gated_attn_enabled", "sparse_attn_gate_enabled"), (
-            "at most one of ATTN_OUT_GATE_ENABLED, GATED_ATTN_ENABLED, SPARSE_ATTN_GATE_ENABLED may be 1")
+    """Check what no range of one variable can say: yields a sentence that names all variables involved."""
+    yield from model_violations(c)
+    yield from schedule_violations(c)
+    yield from evaluation_violations(c)
+
     if (c.stage != "all") + c.prequant_only + c.quantize_only + c.ttt_eval_only > 1:
-        yield ("stage", "prequant_only", "quantize_only", "ttt_eval_only"), (
-            "set only one of STAGE, PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY")
+        yield "set only one of STAGE, PREQUANT_ONLY, QUANTIZE_ONLY, TTT_EVAL_ONLY"
+    if not all(item.strip().isdecimal() for item in c.seeds_declared.split(",") if item):
+        yield f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
+    if c.mlp_backward == "cutlass" and c.mlp_kernel != "act_grad":
+        yield f"MLP_BACKWARD=cutlass needs what MLP_KERNEL=act_grad stores, not {c.mlp_kernel}"
+
+    if c.quant == "s05" and c.matrix_bits < 3:
+        yield f"QUANT=s05 takes a bit from most matrices: MATRIX_BITS={c.matrix_bits} must be at least 3"
+    if not c.lqer_enabled:
+        return
+    if c.lqer_asym_enabled and any(c.lqer_rank * n % c.lqer_asym_group for n in (c.model_dim, c.mlp_dim)):
+        yield (f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} "
+               f"(MLP_MULT) must be multiples of LQER_ASYM_GROUP={c.lqer_asym_group}, or LQER_ASYM_ENABLED=0")
+    smallest = min(c.kv_dim, c.model_dim, c.mlp_dim)
+    if c.lqer_rank > smallest:
+        yield (f"LQER_RANK={c.lqer_rank} must be at most the smallest side of a matrix, {smallest} "
+               "(MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT)")
+
+
+def model_violations(c: Config):
+    """Rules of the network's shape."""
+    if c.model_dim % c.num_heads:
+        yield f"MODEL_DIM={c.model_dim} must be divisible by NUM_HEADS={c.num_heads}"
+    if c.num_heads % c.num_kv_heads:
+        yield f"NUM_HEADS={c.num_heads} must be divisible by NUM_KV_HEADS={c.num_kv_heads}"
+    if c.rope_dims % 2 or c.rope_dims > c.head_dim:
+        size = f"head size {c.head_dim} (MODEL_DIM / NUM_HEADS)"
+        yield f"ROPE_DIMS={c.rope_dims} must be even and at most the {size}"
+    if c.rope_yarn and c.rope_dims < 4:
+        yield f"ROPE_YARN=1 needs ROPE_DIMS of at least 4, got {c.rope_dims}"
+    if not c.window_pattern or set(c.window_pattern) - set("SL"):
+        yield f"WINDOW_PATTERN={c.window_pattern!r}: expected letters S and L, such as SSL"
+    if c.gate_window > c.model_dim:
+        yield f"GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
+    if c.num_loops and not c.loop_start <= c.loop_end < c.num_layers:
+        found = f"{c.loop_start}, {c.loop_end}, {c.num_layers}"
+        yield f"need LOOP_START <= LOOP_END < NUM_LAYERS, got {found} (NUM_LOOPS=0 turns loops off)"
+    if c.attn_out_gate_enabled + c.gated_attn_enabled + c.sparse_attn_gate_enabled > 1:
+        yield "at most one of ATTN_OUT_GATE_ENABLED, GATED_ATTN_ENABLED, SPARSE_ATTN_GATE_ENABLED may be 1"
+
+
+def schedule_violations(c: Config):
+    """Rules of the training's batches, contexts and seconds."""
+    micro = f"TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens}"
     if c.train_batch_tokens % c.train_microbatch_tokens:
-        yield ("train_batch_tokens", "train_microbatch_tokens"), (
-            f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens}")
+        yield f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of {micro}"
     try:
         lengths = [length for length, _ in c.seq_schedule]
     except ValueError as e:
-        yield ("train_seq_schedule",), f"TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r}: {e}"
+        yield f"TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r}: {e}"
     else:
-        schedule = ("train_seq_len", "train_seq_schedule")
         if max(lengths) != c.train_seq_len:
-            yield schedule, (f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest context of TRAIN_SEQ_SCHEDULE={c.train_seq_schedule!r} "
-                             "(a blank schedule trains at TRAIN_SEQ_LEN throughout)")
-        if bad := [n for n in lengths if c.train_microbatch_tokens % n]:
-            yield (*schedule, "train_microbatch_tokens"), (
-                f"TRAIN_MICROBATCH_TOKENS={c.train_microbatch_tokens} must be a multiple of every context length, not of {bad}")
-    name = "ttt_short_score_first_steps"
+            yield (f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest context of TRAIN_SEQ_SCHEDULE="
+                   f"{c.train_seq_schedule!r} (a blank schedule trains at TRAIN_SEQ_LEN throughout)")
+        bad = [n for n in lengths if c.train_microbatch_tokens % n]
+        if bad:
+            yield (f"{micro} must be a multiple of every context length, not of {bad} "
+                   "(TRAIN_SEQ_SCHEDULE, TRAIN_SEQ_LEN)")
+
+    if c.max_wallclock_seconds and not c.train_budget_seconds:
+        kept = f", RD_RESERVE_SECONDS={c.rd_reserve_seconds:g} being kept too" if c.quant == "rd" else ""
+        yield (f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS="
+               f"{c.max_wallclock_seconds:g}{kept}")
+    if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
+        yield "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
+
+
+def evaluation_violations(c: Config):
+    """Rules of scoring and of test-time training."""
+    if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
+        yield f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
+    if c.slot != "off" and (c.ttt_enabled or c.eval_method != "sliding"):
+        yield f"SLOT={c.slot} needs sliding windows: set EVAL_METHOD=sliding and TTT_ENABLED=0"
+    if c.ttt_adam_kernel == "triton" and c.ttt_beta1:
+        yield "TTT_ADAM_KERNEL=triton needs TTT_BETA1=0"
+    if c.phased_ttt_enabled and c.ttt_enabled and c.global_ttt_chunk_tokens < c.eval_seq_len:
+        yield (f"GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} must hold at least one sequence of "
+               f"EVAL_SEQ_LEN={c.eval_seq_len}")
     try:
         steps = parse_steps(c.ttt_short_score_first_steps, ":")
     except ValueError as e:
-        yield (name,), f"{name.upper()}: {e}"
-    else:
-        short = {chunk for _, chunk in steps} or {c.ttt_short_chunk_size}
-        chunks = {c.ttt_chunk_size} | (short if c.ttt_short_score_first_enabled else set())
-        if c.ttt_enabled and any(chunk % 1 or not 1 <= chunk <= c.ttt_eval_seq_len for chunk in chunks):
-            yield ("ttt_chunk_size", "ttt_short_chunk_size", "ttt_eval_seq_len", name), (
-                f"chunks are whole numbers of tokens from 1 to TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}, not {sorted(chunks)}: "
-                f"TTT_CHUNK_SIZE={c.ttt_chunk_size}, {name.upper()}={getattr(c, name)!r}, TTT_SHORT_CHUNK_SIZE={c.ttt_short_chunk_size}")
-    if not all(item.strip().isdigit() for item in filter(None, c.seeds_declared.split(","))):
-        yield ("seeds_declared",), f"SEEDS_DECLARED={c.seeds_declared!r}: expected a comma list of seeds"
-    if c.max_wallclock_seconds and not c.train_budget_seconds:
-        yield ("max_wallclock_seconds", "gptq_reserve_seconds", "rd_reserve_seconds"), (
-            f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
-            + f", RD_RESERVE_SECONDS={c.rd_reserve_seconds:g} being kept too" * (c.quant == "rd"))
-    if c.train_seq_schedule_mode == "wallclock" and not c.max_wallclock_seconds and not c.iterations:
-        yield ("max_wallclock_seconds", "iterations"), "MAX_WALLCLOCK_SECONDS=0 needs ITERATIONS > 0"
-    if c.mlp_backward == "cutlass" and c.mlp_kernel != "act_grad":
-        yield ("mlp_backward", "mlp_kernel"), f"MLP_BACKWARD=cutlass needs what MLP_KERNEL=act_grad stores, not {c.mlp_kernel}"
-    if c.eval_stride > c.eval_seq_len and c.eval_method == "sliding":
-        yield ("eval_stride", "eval_seq_len"), f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}"
-    if c.slot != "off" and (c.ttt_enabled or c.eval_method != "sliding"):
-        yield ("slot", "ttt_enabled", "eval_method"), f"SLOT={c.slot} needs sliding windows: set EVAL_METHOD=sliding and TTT_ENABLED=0"
-    if c.quant == "s05" and c.matrix_bits < 3:
-        yield ("quant", "matrix_bits"), f"QUANT=s05 takes a bit from most matrices: MATRIX_BITS={c.matrix_bits} must be at least 3"
-    if c.lqer_enabled and c.lqer_asym_enabled and any(c.lqer_rank * n % c.lqer_asym_group for n in (c.model_dim, c.mlp_dim)):
-        yield ("lqer_rank", "lqer_asym_group", "model_dim", "mlp_mult"), (
-            f"LQER_RANK={c.lqer_rank} times MODEL_DIM={c.model_dim} and times the MLP width {c.mlp_dim} must be multiples of "
-            f"LQER_ASYM_GROUP={c.lqer_asym_group} (or LQER_ASYM_ENABLED=0)")
-    if c.lqer_enabled and c.lqer_rank > min(c.kv_dim, c.model_dim, c.mlp_dim):
-        yield ("lqer_rank", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"), (
-            f"LQER_RANK={c.lqer_rank} must be at most the smallest side of a matrix, {min(c.kv_dim, c.model_dim, c.mlp_dim)}")
-    if c.ttt_adam_kernel == "triton" and c.ttt_beta1:
-        yield ("ttt_adam_kernel", "ttt_beta1"), "TTT_ADAM_KERNEL=triton needs TTT_BETA1=0"
-    if c.phased_ttt_enabled and c.ttt_enabled and c.global_ttt_chunk_tokens < c.eval_seq_len:
-        yield ("global_ttt_chunk_tokens", "eval_seq_len"), (
-            f"GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} must hold at least one sequence of EVAL_SEQ_LEN={c.eval_seq_len}")
+        yield f"TTT_SHORT_SCORE_FIRST_STEPS: {e}"
+        return
+    chunks = {c.ttt_chunk_size}
+    if c.ttt_short_score_first_enabled:
+        chunks |= {chunk for _, chunk in steps} or {c.ttt_short_chunk_size}
+    if c.ttt_enabled and any(chunk % 1 or not 1 <= chunk <= c.ttt_eval_seq_len for chunk in chunks):
+        yield (f"chunks are whole numbers of tokens from 1 to TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}, "
+               f"not {sorted(chunks)}: TTT_CHUNK_SIZE={c.ttt_chunk_size}, TTT_SHORT_CHUNK_SIZE="
+               f"{c.ttt_short_chunk_size}, TTT_SHORT_SCORE_FIRST_STEPS={c.ttt_short_score_first_steps!r}")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every variable of a run. Field `num_layers` is environment variable NUM_LAYERS. Defaults are S14 (PR #2014)."""
+    """Hold every variable of a run; field num_layers is variable NUM_LAYERS. Defaults are S14 (PR #2014)."""
 
-    # run
-    preset: str = knob("s14", "table of overrides to start from", choices=tuple(PRESETS))
-    stage: str = knob("all", "which part of the pipeline to run", choices=("all", "train", "quantize", "eval", "warm"))
-    prequant_only: bool = knob(False, "same as STAGE=train")
-    quantize_only: bool = knob(False, "same as STAGE=quantize: start from final_model.pt")
-    ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact")
-    seed: int = knob(1337, "seeds weights and adapters; the data order does not depend on it", lo=0)
-    seeds_declared: str = knob("", "comma list of the seeds that will be run and averaged, fixed before the first of them")
-    run_id: str = knob("", "name of the run; blank = date and time")
-    artifact_dir: str = knob("", "folder for log, checkpoint and artifact; blank = logs/RUN_ID")
-    resume: bool = knob(False, "continue from checkpoint.pt of ARTIFACT_DIR")
-    checkpoint_seconds: float = knob(0.0, "write checkpoint.pt this often while training; 0 = only when interrupted", lo=0)
-    device: str = knob("auto", "where to run; auto = cuda if there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
-    activation_dtype: str = knob("auto", "activations and embedding; auto = bf16 on cuda, else fp32", choices=("auto", "bf16", "fp32"))
-    compile_backend: str = knob("auto", "of torch.compile; auto = inductor on cuda, else none", choices=COMPILE_BACKENDS)
+    preset: str = knob("s14", "table of overrides to start from", choices="|".join(PRESETS), group="the run")
+    stage: str = knob("all", "which part of the pipeline to run",
+        choices="all|train|quantize|eval|warm", recipe=False)
+    prequant_only: bool = knob(False, "same as STAGE=train", recipe=False)
+    quantize_only: bool = knob(False, "same as STAGE=quantize: start from final_model.pt", recipe=False)
+    ttt_eval_only: bool = knob(False, "same as STAGE=eval: start from the artifact", needs="", recipe=False)
+    seed: int = knob(1337, "seeds weights and adapters; the data order does not depend on it", recipe=False)
+    seeds_declared: str = knob("",
+        "comma list of the seeds that will be run and averaged, fixed before the first of them", recipe=False)
+    run_id: str = knob("", "name of the run; blank = date and time", recipe=False)
+    artifact_dir: str = knob("", "folder for log, checkpoint and artifact; blank = logs/RUN_ID", recipe=False)
+    resume: bool = knob(False, "continue from checkpoint.pt of ARTIFACT_DIR", recipe=False)
+    checkpoint_seconds: float = knob(0.0,
+        "write checkpoint.pt this often while training; 0 = only when interrupted", recipe=False)
+    device: str = knob("auto", "where to run; auto = cuda if there is one, else cpu",
+        choices="auto|cuda|cpu|mps")
+    activation_dtype: str = knob("auto", "activations and embedding; auto = bf16 on cuda, else fp32",
+        choices="auto|bf16|fp32")
+    compile_backend: str = knob("auto", "of torch.compile; auto = inductor on cuda, else none",
+        choices="auto|none|inductor|aot_eager|eager")
     dynamo_cache_size_limit: int = knob(128, "graphs torch.compile may keep per function", lo=1)
     dynamo_accumulated_cache_size_limit: int = knob(1024, "graphs torch.compile may keep in all", lo=1)
-    compile_allow_recompiles: bool = knob(False, "go on when torch.compile is at work in timed code; 0 = an error that names the reasons")
-    compile_cache_dir: str = knob("", "keep compiled code here for later runs (STAGE=warm makes all of it); blank = torch's own place")
-    cuda_graphs: bool = knob(False, "replay a micro-batch and a step of test-time training as CUDA graphs; not yet measured on a GPU")
-    profile: int = knob(0, "profile this many steps, after the third, for tools/step_profile.py; costs time, so not for records", lo=0)
-    # kernels
-    attn_backend: str = knob("auto", "attention of packed rows; auto = the fastest one here that is right", choices=ATTN_BACKENDS)
-    mlp_kernel: str = knob("eager", "GEMMs with the activation inside, by what they store for the backward", choices=MLP_KERNELS)
-    mlp_backward: str = knob("triton", "what multiplies by the derivative that MLP_KERNEL=act_grad stored", choices=("triton", "cutlass"))
-    cutlass_path: str = knob("", "CUTLASS's folder, for MLP_BACKWARD=cutlass; blank = that of the installed package nvidia-cutlass")
-    qk_kernel: str = knob("eager", "one kernel from merged projection to normed, rotated heads", choices=("eager", "triton"))
-    xsa_kernel: str = knob("eager", "one kernel for XSA and head gate", choices=("eager", "triton"))
-    fused_ce_kernel: str = knob("eager", "loss and its gradient in one pass over the logits", choices=("eager", "triton"))
-    # data
-    data_dir: str = knob("./data/", "root of the default data paths")
-    data_path: str = knob("", "folder of the shards; blank = the published CaseOps export below DATA_DIR")
-    tokenizer_path: str = knob("", "SentencePiece model; blank = tokenizer.model beside the shards, or the published one")
+    compile_allow_recompiles: bool = knob(
+        False, "go on when torch.compile is at work in timed code; 0 = an error that names the reasons",
+        needs="compile_backend!=none|cuda_graphs", recipe=False)
+    compile_cache_dir: str = knob(
+        "", "keep compiled code here for later runs (STAGE=warm makes all of it); blank = torch's own place",
+        recipe=False)
+    cuda_graphs: bool = knob(False,
+        "replay a micro-batch and a step of test-time training as CUDA graphs; not yet measured on a GPU")
+    profile: int = knob(0,
+        "profile this many steps, after the third, for tools/step_profile.py; costs time, so not for records")
+
+    attn_backend: str = knob("auto", "attention of packed rows; auto = the fastest one here that is right",
+        choices="auto|fa3|fa4|cudnn|varlen|flex|cpu|sdpa", group="kernels")
+    mlp_kernel: str = knob("eager", "GEMMs with the activation inside, by what they store for the backward",
+        choices="|".join(MLP_KERNELS))
+    mlp_backward: str = knob("triton", "what multiplies by the derivative that MLP_KERNEL=act_grad stored",
+        choices="triton|cutlass", needs="mlp_kernel!=eager")
+    cutlass_path: str = knob(
+        "",
+        "CUTLASS's folder, for MLP_BACKWARD=cutlass; blank = that of the installed package nvidia-cutlass",
+        needs="mlp_backward=cutlass", recipe=False)
+    qk_kernel: str = knob("eager", "one kernel from merged projection to normed, rotated heads",
+        choices="eager|triton")
+    xsa_kernel: str = knob(
+        "eager", "one kernel for XSA and head gate", choices="eager|triton",
+        needs="xsa_last_n,attn_gate!=none", because="XSA_LAST_N is 0 or there is no head gate")
+    fused_ce_kernel: str = knob("eager", "loss and its gradient in one pass over the logits",
+        choices="eager|triton")
+
+    data_dir: str = knob("./data/", "root of the default data paths", recipe=False, group="data")
+    data_path: str = knob("", "folder of the shards; blank = the published CaseOps export below DATA_DIR",
+        recipe=False)
+    tokenizer_path: str = knob("",
+        "SentencePiece model; blank = tokenizer.model beside the shards, or the published one", recipe=False)
     caseops_enabled: bool = knob(True, "bytes come from the sidecar; 0 = from the SentencePiece pieces")
-    vocab_size: int = knob(8192, "token ids are below this", lo=2, hi=65536)
-    val_doc_fraction: float = knob(1.0, "score a fixed random share of the documents; below 1 is for development", lo=1e-6, hi=1)
-    # model
-    num_layers: int = knob(11, "blocks", lo=1)
-    model_dim: int = knob(512, "width of the residual stream", lo=1)
-    num_heads: int = knob(8, "query heads", lo=1)
-    num_kv_heads: int = knob(4, "key/value heads", lo=1)
-    mlp_mult: float = knob(4.0, "MLP width over MODEL_DIM", lo=0.01)
-    mlp_slope: float = knob(0.5, "slope of leaky ReLU below zero, before the square", lo=0, hi=1)
-    logit_softcap: float = knob(30.0, "logits become c tanh(logits / c)", lo=1e-3)
-    fused_ce_enabled: bool = knob(True, "softcap and cross-entropy of training in fp32; 0 = softcap rounded to the activation dtype")
-    rope_base: float = knob(10000.0, "base of the rotary frequencies", lo=1)
-    rope_dims: int = knob(16, "rotated dimensions of each head", lo=2)
-    rope_yarn: bool = knob(False, "stretch ROPE_BASE where the context exceeds ROPE_TRAIN_SEQ_LEN")
-    rope_train_seq_len: int = knob(3072, "context the rotary base is meant for", lo=1)
-    ln_scale: bool = knob(True, "scale the normed input of block i by 1/sqrt(i+1)")
-    qk_gain_init: float = knob(5.25, "initial gain of the normed queries")
-    xsa_last_n: int = knob(11, "blocks, counted from the last, whose heads drop the part along their own value", lo=0)
-    window_pattern: str = knob("L", "S = the last WINDOW_SIZE tokens, L = the whole document so far; repeated over the blocks")
-    window_size: int = knob(1024, "tokens seen by the attention of an S block, itself included", lo=1)
-    skip_gates_enabled: bool = knob(True, "gated skips; 0 = plain weighted sums")
-    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", lo=0)
-    loop_start: int = knob(3, "first block of the repeated segment", lo=0)
-    loop_end: int = knob(5, "last block of the repeated segment, inclusive", lo=0)
-    parallel_start_layer: int = knob(8, "first block of the two-lane decoder; 0 = one lane", lo=0)
-    attn_out_gate_enabled: bool = knob(False, "head gate 2 sigmoid(W src[:GATE_WINDOW])")
-    attn_out_gate_src: str = knob("proj", "input of that gate: the block's normed input or the raw queries", choices=("proj", "q"))
-    gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over all channels")
-    gated_attn_init_std: float = knob(0.01, "initial std of its weights", lo=0)
-    sparse_attn_gate_enabled: bool = knob(True, "head gate sigmoid(SPARSE_ATTN_GATE_SCALE W n[:GATE_WINDOW])")
-    sparse_attn_gate_init_std: float = knob(0.0, "initial std of its weights", lo=0)
-    sparse_attn_gate_scale: float = knob(0.5, "factor inside the sigmoid")
-    gate_window: int = knob(12, "channels read by the sparse, output and smear gates", lo=1)
-    smear_gate_enabled: bool = knob(True, "add a gated share of the previous token's embedding")
-    smear_gate_bos_fix: bool = knob(True, "never smear across a document start")
-    tied_embed_init_std: float = knob(0.005, "initial std of the embedding", lo=0)
-    # optimizers
-    matrix_optimizer: str = knob("muon", "optimizer of the weight banks", choices=("muon",))
-    matrix_lr: float = knob(0.026, "learning rate of the weight banks", lo=0)
-    tied_embed_lr: float = knob(0.03, "AdamW, the tied embedding and the untied head", lo=0)
-    scalar_lr: float = knob(0.02, "AdamW, all small tensors", lo=0)
-    muon_momentum: float = knob(0.97, "Nesterov momentum", lo=0, hi=0.9999)
-    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", lo=0, hi=0.9999)
-    muon_momentum_warmup_steps: int = knob(1500, "steps until MUON_MOMENTUM is reached", lo=0)
+    vocab_size: int = knob(8192, "token ids are below this", lo=2, hi=65536, model=True)
+    val_doc_fraction: float = knob(1.0,
+        "score a fixed random share of the documents; below 1 is for development", lo=1e-6, hi=1)
+
+    num_layers: int = knob(11, "blocks", lo=1, model=True, group="model")
+    model_dim: int = knob(512, "width of the residual stream", lo=1, model=True)
+    num_heads: int = knob(8, "query heads", lo=1, model=True)
+    num_kv_heads: int = knob(4, "key/value heads", lo=1, model=True)
+    mlp_mult: float = knob(4.0, "MLP width over MODEL_DIM", lo=0.01, model=True)
+    mlp_slope: float = knob(0.5, "slope of leaky ReLU below zero, before the square", hi=1, model=True)
+    logit_softcap: float = knob(30.0, "logits become c tanh(logits / c)", lo=1e-3, model=True)
+    fused_ce_enabled: bool = knob(True,
+        "softcap and cross-entropy of training in fp32; 0 = softcap rounded to the activation dtype")
+    rope_base: float = knob(10000.0, "base of the rotary frequencies", lo=1, model=True)
+    rope_dims: int = knob(16, "rotated dimensions of each head", lo=2, model=True)
+    rope_yarn: bool = knob(False, "stretch ROPE_BASE where the context exceeds ROPE_TRAIN_SEQ_LEN",
+        model=True)
+    rope_train_seq_len: int = knob(3072, "context the rotary base is meant for",
+        lo=1, needs="rope_yarn", model=True)
+    ln_scale: bool = knob(True, "scale the normed input of block i by 1/sqrt(i+1)", model=True)
+    qk_gain_init: float = knob(5.25, "initial gain of the normed queries", lo=-LARGEST)
+    xsa_last_n: int = knob(11,
+        "blocks, counted from the last, whose heads drop the part along their own value", model=True)
+    window_pattern: str = knob(
+        "L", "S = the last WINDOW_SIZE tokens, L = the whole document so far; repeated over the blocks",
+        model=True)
+    window_size: int = knob(1024, "tokens seen by the attention of an S block, itself included",
+        lo=1, needs="windowed", because="WINDOW_PATTERN has no S", model=True)
+    skip_gates_enabled: bool = knob(True, "gated skips; 0 = plain weighted sums", model=True)
+    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", model=True)
+    loop_start: int = knob(3, "first block of the repeated segment", needs="num_loops", model=True)
+    loop_end: int = knob(5, "last block of the repeated segment, inclusive", needs="num_loops", model=True)
+    parallel_start_layer: int = knob(8, "first block of the two-lane decoder; 0 = one lane", model=True)
+    attn_out_gate_enabled: bool = knob(False, "head gate 2 sigmoid(W src[:GATE_WINDOW])", model=True)
+    attn_out_gate_src: str = knob("proj", "input of that gate: the block's normed input or the raw queries",
+        choices="proj|q", model=True)
+    gated_attn_enabled: bool = knob(False, "head gate sigmoid(W n) over all channels", model=True)
+    gated_attn_init_std: float = knob(0.01, "initial std of its weights")
+    sparse_attn_gate_enabled: bool = knob(True, "head gate sigmoid(SPARSE_ATTN_GATE_SCALE W n[:GATE_WINDOW])",
+        model=True)
+    sparse_attn_gate_init_std: float = knob(0.0, "initial std of its weights")
+    sparse_attn_gate_scale: float = knob(0.5, "factor inside the sigmoid", lo=-LARGEST, model=True)
+    gate_window: int = knob(12, "channels read by the sparse, output and smear gates", lo=1, model=True)
+    smear_gate_enabled: bool = knob(True, "add a gated share of the previous token's embedding", model=True)
+    smear_gate_bos_fix: bool = knob(True, "never smear across a document start", model=True)
+    tied_embed_init_std: float = knob(0.005, "initial std of the embedding")
+
+    matrix_optimizer: str = knob("muon", "optimizer of the weight banks", choices="muon", group="optimizers")
+    matrix_lr: float = knob(0.026, "learning rate of the weight banks")
+    tied_embed_lr: float = knob(0.03, "AdamW, the embedding")
+    scalar_lr: float = knob(0.02, "AdamW, all small tensors")
+    muon_momentum: float = knob(0.97, "Nesterov momentum", hi=0.9999)
+    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", hi=0.9999)
+    muon_momentum_warmup_steps: int = knob(1500, "steps until MUON_MOMENTUM is reached")
     muon_backend_steps: int = knob(5, "Polar Express iterations; more than 5 still runs 5", lo=1)
     muon_row_normalize: bool = knob(True, "divide rows of the update by their norm before orthogonalising")
-    muon_wd: float = knob(0.095, "decoupled weight decay of the banks", lo=0)
-    embed_wd: float = knob(0.085, "decoupled weight decay of embedding and head", lo=0)
-    adam_wd: float = knob(0.02, "decoupled weight decay of the small tensors", lo=0)
-    beta1: float = knob(0.9, "AdamW", lo=0, hi=0.9999)
-    beta2: float = knob(0.99, "AdamW", lo=0, hi=0.99999)
-    adam_eps: float = knob(1e-8, "AdamW", lo=0)
-    grad_clip_norm: float = knob(0.3, "global norm of the reduced gradient; 0 = off", lo=0)
-    ema_decay: float = knob(0.9965, "moving average of the weights, per step; 0 = off", lo=0, hi=0.999999)
-    # schedule
-    iterations: int = knob(20000, "upper bound on training steps", lo=0)
-    max_wallclock_seconds: float = knob(600.0, "training budget, calibration included; 0 = ITERATIONS decides", lo=0)
-    force_stop_step: int = knob(0, "stop at this step whatever the clock says; not record-legal", lo=0)
+    muon_wd: float = knob(0.095, "decoupled weight decay of the banks")
+    embed_wd: float = knob(0.085, "decoupled weight decay of embedding and head")
+    adam_wd: float = knob(0.02, "decoupled weight decay of the small tensors")
+    beta1: float = knob(0.9, "AdamW", hi=0.9999)
+    beta2: float = knob(0.99, "AdamW", hi=0.99999)
+    adam_eps: float = knob(1e-8, "AdamW")
+    grad_clip_norm: float = knob(0.3, "global norm of the reduced gradient; 0 = off")
+    ema_decay: float = knob(0.9965, "moving average of the weights, per step; 0 = off", hi=0.999999)
+
+    iterations: int = knob(20000, "upper bound on training steps", group="schedule of the training")
+    max_wallclock_seconds: float = knob(600.0,
+        "training budget, calibration included; 0 = ITERATIONS decides")
+    force_stop_step: int = knob(0, "stop at this step whatever the clock says; not record-legal")
     train_batch_tokens: int = knob(786432, "tokens per step, all ranks", lo=1)
-    train_microbatch_tokens: int = knob(98304, "tokens per packed row; the data order depends on it, not on the ranks", lo=1)
-    train_seq_len: int = knob(3072, "longest attention context of training; must be the longest of the schedule", lo=1)
+    train_microbatch_tokens: int = knob(98304,
+        "tokens per packed row; the data order depends on it, not on the ranks", lo=1)
+    train_seq_len: int = knob(3072,
+        "longest attention context of training; must be the longest of the schedule", lo=1)
     train_seq_schedule: str = knob(S14_SCHEDULE, "LENGTH@END_FRACTION,...; blank = TRAIN_SEQ_LEN throughout")
-    train_seq_schedule_mode: str = knob("wallclock", "what progress means", choices=("wallclock", "step"))
-    seq_change_warmup_steps: int = knob(32, "ramp the learning rate over this many steps after a context change", lo=0)
-    enable_looping_at: float = knob(0.35, "progress at which the loops switch on", lo=0)
-    warmdown_frac: float = knob(0.85, "share of the run, at its end, over which the learning rate falls", lo=0, hi=1)
-    warmdown_iters: int = knob(0, "if set: the warmdown lasts this many steps instead", lo=0)
-    min_lr: float = knob(0.1, "floor of the learning rate, as a share of its peak", lo=0, hi=1)
-    warmup_steps: int = knob(20, "untimed steps per loop mode before the clock starts, rolled back exactly", lo=0)
+    train_seq_schedule_mode: str = knob("wallclock", "what progress means", choices="wallclock|step")
+    seq_change_warmup_steps: int = knob(
+        32, "ramp the learning rate over this many steps after a context change", needs="changes_context",
+        because="the context never changes")
+    enable_looping_at: float = knob(0.35, "progress at which the loops switch on", needs="num_loops")
+    warmdown_frac: float = knob(0.85, "share of the run, at its end, over which the learning rate falls",
+        hi=1, needs="!warmdown_iters")
+    warmdown_iters: int = knob(0, "if set: the warmdown lasts this many steps instead")
+    min_lr: float = knob(0.1, "floor of the learning rate, as a share of its peak", hi=1)
+    warmup_steps: int = knob(20, "untimed steps per loop mode before the clock starts, rolled back exactly")
     compile_shape_warmup: bool = knob(True, "compile every (context, loop mode) before the clock starts")
-    train_log_every: int = knob(500, "steps between log lines", lo=1)
-    val_loss_every: int = knob(0, "steps between validations, clock stopped; 0 = only at the end", lo=0)
-    # quantization
-    quant: str = knob("rd", "rd: every weight at one slope of loss against coded bits; s14: fixed bits and clips; s05: PR #1105",
-                      choices=("rd", "s14", "s05"))
-    target_bytes: int = knob(16_000_000, "QUANT=rd and s05: most bytes of artifact and running script; 0 = no limit", lo=0)
-    rd_loss: float = knob(1e-3, "QUANT=rd: predicted loss of quantization, nats per token, below which no more bytes are spent", lo=1e-7)
-    matrix_bits: int = knob(6, "bits of the matrices; with QUANT=s05 of the chosen ones, the others have one less", lo=2, hi=8)
-    n_int6_layers: int = knob(10, "matrices that keep MATRIX_BITS with QUANT=s05: those with the largest Hessian trace", lo=0)
-    embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8)
-    embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row", lo=0.1)
-    mlp_clip_sigmas: float = knob(11.5, "clip of the MLP matrices", lo=0.1)
-    attn_clip_sigmas: float = knob(13.0, "clip of the attention matrices", lo=0.1)
-    gated_attn_quant_gate: bool = knob(True, "attention gates as int8 rows; 0 = fp16")
-    gptq_calibration: str = knob("train", "data of the Hessians: training windows, or the model's own text", choices=("train", "self"))
-    gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians", lo=1)
-    gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians", lo=0)
-    rd_reserve_seconds: float = knob(6.0, "QUANT=rd: another part of it, for the gradients", lo=0)
-    awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most")
-    awq_lite_bits: int = knob(8, "bits of those groups; tensors with as many bits are no candidates", lo=3, hi=8)
+    train_log_every: int = knob(500, "steps between log lines", lo=1, recipe=False)
+    val_loss_every: int = knob(0, "steps between validations, clock stopped; 0 = only at the end")
+
+    quant: str = knob(
+        "rd",
+        "rd: every weight at one slope of loss against coded bits; s14: fixed bits and clips; s05: PR #1105",
+        choices="rd|s14|s05", group="quantization")
+    target_bytes: int = knob(16_000_000,
+        "QUANT=rd and s05: most bytes of artifact and running script; 0 = no limit", needs="quant!=s14")
+    rd_loss: float = knob(
+        1e-3,
+        "QUANT=rd: predicted loss of quantization, nats per token, below which no more bytes are spent",
+        lo=1e-7, needs="quant=rd")
+    matrix_bits: int = knob(
+        6, "bits of the matrices; with QUANT=s05 of the chosen ones, the others have one less", lo=2, hi=8,
+        needs="quant!=rd")
+    n_int6_layers: int = knob(
+        10, "matrices that keep MATRIX_BITS with QUANT=s05: those with the largest Hessian trace",
+        needs="quant=s05")
+    embed_bits: int = knob(7, "bits of the embedding", lo=2, hi=8, needs="quant=s14")
+    embed_clip_sigmas: float = knob(14.0, "clip of the embedding, in standard deviations of the row",
+        lo=0.1, needs="quant=s14")
+    mlp_clip_sigmas: float = knob(11.5, "clip of the MLP matrices", lo=0.1, needs="quant=s14")
+    attn_clip_sigmas: float = knob(13.0, "clip of the attention matrices", lo=0.1, needs="quant=s14")
+    gated_attn_quant_gate: bool = knob(True, "attention gates as int8 rows; 0 = fp16",
+        needs="gated_attn_enabled|sparse_attn_gate_enabled")
+    gptq_calibration: str = knob("train", "data of the Hessians: training windows, or the model's own text",
+        choices="train|self")
+    gptq_calibration_batches: int = knob(16, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians",
+        lo=1, needs="gptq_calibration=train")
+    gptq_reserve_seconds: float = knob(4.0, "part of the training budget kept for the Hessians",
+        needs="gptq_calibration=train,max_wallclock_seconds")
+    rd_reserve_seconds: float = knob(6.0, "QUANT=rd: another part of it, for the gradients",
+        needs="quant=rd,gptq_calibration=train,max_wallclock_seconds")
+    awq_lite_enabled: bool = knob(True, "int8 for the column groups that matter most", needs="quant!=rd")
+    awq_lite_bits: int = knob(8, "bits of those groups; tensors with as many bits are no candidates",
+        lo=3, hi=8)
     awq_lite_group_size: int = knob(64, "columns per group", lo=1)
-    awq_lite_group_top_k: int = knob(1, "groups protected, over all tensors", lo=0)
-    lqer_enabled: bool = knob(True, "low-rank correction of the worst residuals")
+    awq_lite_group_top_k: int = knob(1, "groups protected, over all tensors")
+    lqer_enabled: bool = knob(True, "low-rank correction of the worst residuals", needs="quant!=rd")
     lqer_rank: int = knob(4, "rank of the correction", lo=1)
-    lqer_top_k: int = knob(3, "tensors corrected", lo=0)
-    lqer_factor_bits: int = knob(4, "bits of symmetric factors", lo=2, hi=8)
-    lqer_asym_enabled: bool = knob(True, "2-bit left and grouped 4-bit right factors instead of symmetric ones")
+    lqer_top_k: int = knob(3, "tensors corrected")
+    lqer_factor_bits: int = knob(4, "bits of symmetric factors",
+        lo=2, hi=8, needs="lqer_enabled,!lqer_asym_enabled")
+    lqer_asym_enabled: bool = knob(True,
+        "2-bit left and grouped 4-bit right factors instead of symmetric ones")
     lqer_asym_group: int = knob(64, "values per scale of the right factor", lo=1)
-    compressor: str = knob("range", "coder of the artifact; pergroup needs the lrzip program", choices=COMPRESSORS)
-    # evaluation
-    eval_method: str = knob("packed", "diagnostics: whole documents packed, or sliding windows", choices=("packed", "sliding"))
+    compressor: str = knob("range", "coder of the artifact; pergroup needs the lrzip program",
+        choices="|".join(COMPRESSORS))
+
+    eval_method: str = knob("packed", "diagnostics: whole documents packed, or sliding windows",
+        choices="packed|sliding", group="evaluation")
     eval_seq_len: int = knob(3072, "longest context of the diagnostics", lo=1)
-    eval_stride: int = knob(1536, "targets scored per sliding window after the first", lo=1)
+    eval_stride: int = knob(1536, "targets scored per sliding window after the first",
+        lo=1, needs="eval_method=sliding")
     eval_include_tail: bool = knob(True, "score the last, partial sequence too")
     val_batch_tokens: int = knob(524288, "tokens per evaluation batch, 8 packed rows", lo=8)
-    eval_softcap_fp32: bool = knob(True, "softcap of every score in fp32; 0 = rounded to the activation dtype, as published scores were")
-    ngram_tilt_enabled: bool = knob(False, "raise the probability of the token that mostly followed the same words earlier in the stream")
-    token_order: int = knob(16, "tokens of that n-gram, the guessed one included", lo=3, hi=256)
-    token_threshold: float = knob(0.8, "guess only where this share of the continuations so far agrees", lo=0, hi=1)
-    token_boost: float = knob(2.625, "what a guess gains, in nats before renormalising", lo=0, hi=50)
-    slot: str = knob("off", "learn a shift of the final hidden states: published = from the targets themselves, not legal; causal = from "
-                     "targets scored before", choices=("off", "published", "causal"))
-    slot_lr: float = knob(0.003, "AdamW of that shift", lo=0)
-    slot_steps: int = knob(5, "updates of the shift per batch of windows", lo=1)
-    max_eval_seconds: float = knob(600.0, "budget of the scored evaluation; 0 = no limit", lo=0)
-    # test-time training: one adapter set per document
-    ttt_enabled: bool = knob(True, "score with test-time training")
+    eval_softcap_fp32: bool = knob(True,
+        "softcap of every score in fp32; 0 = rounded to the activation dtype, as published scores were")
+    ngram_tilt_enabled: bool = knob(False,
+        "raise the probability of the token that mostly followed the same words earlier in the stream")
+    token_order: int = knob(16, "tokens of that n-gram, the guessed one included",
+        lo=3, hi=256, needs="ngram_tilt_enabled")
+    token_threshold: float = knob(0.8, "guess only where this share of the continuations so far agrees",
+        hi=1, needs="ngram_tilt_enabled")
+    token_boost: float = knob(2.625, "what a guess gains, in nats before renormalising",
+        hi=50, needs="ngram_tilt_enabled")
+    slot: str = knob(
+        "off",
+        "learn a shift of the states; published = from the targets, not legal; causal = from scored ones",
+        choices="off|published|causal")
+    slot_lr: float = knob(0.003, "AdamW of that shift", needs="slot!=off")
+    slot_steps: int = knob(5, "updates of the shift per batch of windows", lo=1, needs="slot!=off")
+    max_eval_seconds: float = knob(600.0, "budget of the scored evaluation; 0 = no limit")
+
+    ttt_enabled: bool = knob(True, "score with test-time training",
+        group="test-time training: one adapter set per document")
     ttt_lora_rank: int = knob(80, "rank of the adapters", lo=1)
-    ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank")
-    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", lo=0)
-    ttt_local_lr_mult: float = knob(0.75, "factor on TTT_LORA_LR", lo=0)
-    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", lo=0)
-    ttt_beta1: float = knob(0.0, "AdamW of the adapters", lo=0, hi=0.9999)
-    ttt_beta2: float = knob(0.99, "AdamW of the adapters", lo=0, hi=0.99999)
-    ttt_adam_kernel: str = knob("eager", "AdamW without a first moment, which TTT_BETA1=0 does not need", choices=("eager", "triton"))
-    ttt_mask: str = knob("no_qv", "which attention adapters to leave out", choices=("", "all", "baseline_all", "no_q", "no_v", "no_qv"))
-    ttt_q_lora: str = knob("auto", "query adapter; auto = as TTT_MASK says", choices=("auto", "0", "1"))
-    ttt_v_lora: str = knob("auto", "value adapter; auto = as TTT_MASK says", choices=("auto", "0", "1"))
+    ttt_lora_alpha: float = knob(144.0, "adapters are scaled by alpha / rank", lo=-LARGEST)
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters")
+    ttt_local_lr_mult: float = knob(0.75, "factor on TTT_LORA_LR")
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters")
+    ttt_beta1: float = knob(0.0, "AdamW of the adapters", hi=0.9999)
+    ttt_beta2: float = knob(0.99, "AdamW of the adapters", hi=0.99999)
+    ttt_adam_kernel: str = knob("eager", "AdamW without a first moment, which TTT_BETA1=0 does not need",
+        choices="eager|triton")
+    ttt_mask: str = knob("no_qv", "which attention adapters to leave out",
+        choices="|all|baseline_all|no_q|no_v|no_qv")
+    ttt_q_lora: str = knob("auto", "query adapter; auto = as TTT_MASK says", choices="auto|0|1")
+    ttt_v_lora: str = knob("auto", "value adapter; auto = as TTT_MASK says", choices="auto|0|1")
     ttt_k_lora: bool = knob(True, "key adapter")
     ttt_o_lora: bool = knob(True, "adapter beside the attention block, reading its normed input")
     ttt_mlp_lora: bool = knob(True, "adapter beside the MLP, reading its normed input")
@@ -449,29 +587,43 @@ class Config:
     ttt_eval_seq_len: int = knob(3072, "context of a scored chunk", lo=1)
     ttt_batch_size: int = knob(24, "documents side by side", lo=1)
     ttt_chunk_size: int = knob(48, "tokens scored between two updates", lo=1)
-    ttt_bucket: int = knob(128, "CUDA_GRAPHS=1: windows are padded to multiples of this many tokens, and each width is a graph", lo=1)
-    ttt_short_doc_len: int = knob(2000, "documents up to this length are short", lo=0)
+    ttt_bucket: int = knob(
+        128, "CUDA_GRAPHS=1: windows are padded to multiples of this many tokens, and each width is a graph",
+        lo=1, needs="ttt_enabled,cuda_graphs,!rope_yarn")
+    ttt_short_doc_len: int = knob(2000, "documents up to this length are short",
+        needs="ttt_short_score_first_enabled,!ttt_short_score_first_steps")
     ttt_short_score_first_enabled: bool = knob(True, "smaller chunks for short documents")
-    ttt_short_chunk_size: int = knob(24, "chunk of short documents when TTT_SHORT_SCORE_FIRST_STEPS is blank", lo=1)
+    ttt_short_chunk_size: int = knob(24, "chunk of short documents when TTT_SHORT_SCORE_FIRST_STEPS is blank",
+        lo=1, needs="ttt_short_score_first_enabled,!ttt_short_score_first_steps")
     ttt_short_score_first_steps: str = knob("256:8,2000:24", "MAX_LENGTH:CHUNK,...")
-    ttt_lanes: int = knob(8, "independent adapter lineages; ranks share them out, so the score does not depend on the ranks", lo=1)
-    # test-time training: global phases
-    phased_ttt_enabled: bool = knob(True, "learn from scored documents with all weights between phases")
-    phased_ttt_prefix_docs: int = knob(2500, "documents scored before the last global phase", lo=0)
+    ttt_lanes: int = knob(8,
+        "independent adapter lineages; ranks share them out, so the score does not depend on the ranks", lo=1)
+
+    phased_ttt_enabled: bool = knob(True, "learn from scored documents with all weights between phases",
+        needs="ttt_enabled", group="test-time training: global phases")
+    phased_ttt_prefix_docs: int = knob(2500, "documents scored before the last global phase")
     phased_ttt_num_phases: int = knob(1, "global phases", lo=1)
-    global_ttt_lr: float = knob(0.001, "SGD, peak of a cosine", lo=0)
-    global_ttt_momentum: float = knob(0.9, "SGD", lo=0, hi=0.9999)
-    global_ttt_epochs: int = knob(1, "passes over the scored tokens", lo=1)
-    global_ttt_chunk_tokens: int = knob(32768, "tokens per update", lo=1)
-    global_ttt_batch_seqs: int = knob(32, "sequences per forward", lo=1)
-    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at the first chunk of the warm-up", lo=0)
-    global_ttt_warmup_chunks: int = knob(0, "linear warm-up", lo=0)
-    global_ttt_grad_clip: float = knob(1.0, "global norm; 0 = off", lo=0)
-    global_ttt_respect_doc_boundaries: bool = knob(True, "mask attention across documents")
+    global_ttt_lr: float = knob(0.001, "SGD, peak of a cosine", needs="phased_ttt_enabled")
+    global_ttt_momentum: float = knob(0.9, "SGD", hi=0.9999, needs="phased_ttt_enabled")
+    global_ttt_epochs: int = knob(1, "passes over the scored tokens", lo=1, needs="phased_ttt_enabled")
+    global_ttt_chunk_tokens: int = knob(32768, "tokens per update", lo=1, needs="phased_ttt_enabled")
+    global_ttt_batch_seqs: int = knob(32, "sequences per forward", lo=1, needs="phased_ttt_enabled")
+    global_ttt_warmup_start_lr: float = knob(0.0, "learning rate at the first chunk of the warm-up",
+        needs="phased_ttt_enabled")
+    global_ttt_warmup_chunks: int = knob(0, "linear warm-up", needs="phased_ttt_enabled")
+    global_ttt_grad_clip: float = knob(1.0, "global norm; 0 = off", needs="phased_ttt_enabled")
+    global_ttt_respect_doc_boundaries: bool = knob(True, "mask attention across documents",
+        needs="phased_ttt_enabled")
 
     def __post_init__(self):
-        if problems := [message for _, message in rule_violations(self)]:
+        """Check the rules. The published flags for a stage become STAGE."""
+        problems = list(rule_violations(self))
+        if problems:
             raise ValueError("\n".join(problems))
+        for flag, stage in STAGE_FLAGS.items():
+            if getattr(self, flag):
+                object.__setattr__(self, "stage", stage)
+                object.__setattr__(self, flag, False)
 
     @property
     def head_dim(self) -> int:
@@ -485,15 +637,24 @@ class Config:
     def mlp_dim(self) -> int:
         return int(self.mlp_mult * self.model_dim)
 
+    @property
+    def windowed(self) -> bool:
+        """Whether any block sees a window only."""
+        return "S" in self.window_pattern
+
     def window(self, layer: int) -> int:
         """Tokens that block's attention sees, itself included; 0 = the whole document so far."""
-        return self.window_size if self.window_pattern[layer % len(self.window_pattern)] == "S" else 0
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        return self.window_size if letter == "S" else 0
 
     @property
     def attn_gate(self) -> str:
         """The per-head output gate: none, out, dense or sparse."""
-        flags = dict(out=self.attn_out_gate_enabled, dense=self.gated_attn_enabled, sparse=self.sparse_attn_gate_enabled)
-        return next((name for name, on in flags.items() if on), "none")
+        if self.attn_out_gate_enabled:
+            return "out"
+        if self.gated_attn_enabled:
+            return "dense"
+        return "sparse" if self.sparse_attn_gate_enabled else "none"
 
     @property
     def micro_batches(self) -> int:
@@ -507,180 +668,256 @@ class Config:
 
     @property
     def reserve_seconds(self) -> float:
-        """Seconds of the training budget that calibration gets; on the model's own text it reads no training data and needs none."""
-        gradients = self.rd_reserve_seconds if self.quant == "rd" else 0.0
-        return self.gptq_reserve_seconds + gradients if self.gptq_calibration == "train" else 0.0
+        """Seconds of the training budget for calibration; the model's own text needs none."""
+        if self.gptq_calibration != "train":
+            return 0.0
+        return self.gptq_reserve_seconds + (self.rd_reserve_seconds if self.quant == "rd" else 0.0)
 
     @property
     def seq_schedule(self) -> tuple[tuple[int, float], ...]:
         return parse_seq_schedule(self.train_seq_schedule, self.train_seq_len)
 
     @property
+    def changes_context(self) -> bool:
+        return len(self.seq_schedule) > 1
+
+    @property
     def lora_sites(self) -> tuple[str, ...]:
         """Where adapters sit in a block: subset of q k v o mlp. The head always has one."""
-        left_out = {"no_q": "q", "no_v": "v", "no_qv": "qv"}.get(self.ttt_mask, "")
-        wanted = dict(
-            q=self.ttt_q_lora == "1" or (self.ttt_q_lora == "auto" and "q" not in left_out),
-            k=self.ttt_k_lora,
-            v=self.ttt_v_lora == "1" or (self.ttt_v_lora == "auto" and "v" not in left_out),
-            o=self.ttt_o_lora,
-            mlp=self.ttt_mlp_lora,
-        )
-        return tuple(site for site, on in wanted.items() if on)
+        masked = {"no_q": "q", "no_v": "v", "no_qv": "qv"}.get(self.ttt_mask, "")
+        chosen = dict(
+            q=self.ttt_q_lora, k=self.ttt_k_lora, v=self.ttt_v_lora, o=self.ttt_o_lora, mlp=self.ttt_mlp_lora)
+        unmasked = [site for site, on in chosen.items() if on != "auto" or site not in masked]
+        return tuple(site for site in unmasked if chosen[site] in ("auto", "1", True))
+
+    @property
+    def published_data(self) -> Path:
+        """The folder of the CaseOps export below DATA_DIR."""
+        return Path(self.data_dir) / "datasets/fineweb10B_sp8192_caseops/datasets"
 
     @property
     def shards_path(self) -> Path:
-        export = "fineweb10B_sp8192_caseops/datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
-        return Path(self.data_path) if self.data_path else Path(self.data_dir) / "datasets" / export
+        if self.data_path:
+            return Path(self.data_path)
+        return self.published_data / "datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
 
     @property
     def tokenizer_file(self) -> Path:
-        published = "fineweb10B_sp8192_caseops/datasets/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
         if self.tokenizer_path:
             return Path(self.tokenizer_path)
-        beside = self.shards_path / "tokenizer.model"
-        return beside if self.data_path else Path(self.data_dir) / "datasets" / published
+        if self.data_path:
+            return self.shards_path / "tokenizer.model"
+        return self.published_data / "tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
 
 
-S14_KNOBS = tuple(name for name in Config.__dataclass_fields__ if name.startswith(("awq_", "lqer_"))
-                  or name.endswith(("_clip_sigmas", "_bits")))
-TTT_KNOBS = tuple(name for name in Config.__dataclass_fields__ if "ttt_" in name and name != "ttt_enabled")
-PHASE_KNOBS = tuple(name for name in TTT_KNOBS if not name.startswith("ttt_") and name != "phased_ttt_enabled")
+VARIABLES = {f.name.upper(): f for f in fields(Config)}
+MODEL_FIELDS = tuple(f.name for f in fields(Config) if f.metadata["model"])  # the same in a loaded artifact
+NEED = re.compile(r"(!?)(\w+)(?:(!?=)(\w+))?")
 
-NO_EFFECT = (  # (variables, when they do nothing, why)
-    (("eval_stride",), lambda c: c.eval_method != "sliding", "EVAL_METHOD is not sliding"),
-    (("token_order", "token_threshold", "token_boost"), lambda c: not c.ngram_tilt_enabled, "NGRAM_TILT_ENABLED is 0"),
-    (("slot_lr", "slot_steps"), lambda c: c.slot == "off", "SLOT is off"),
-    (("rope_train_seq_len",), lambda c: not c.rope_yarn, "ROPE_YARN is 0"),
-    (("attn_out_gate_src",), lambda c: c.attn_gate != "out", "ATTN_OUT_GATE_ENABLED is 0"),
-    (("gated_attn_init_std",), lambda c: c.attn_gate != "dense", "GATED_ATTN_ENABLED is 0"),
-    (("sparse_attn_gate_init_std", "sparse_attn_gate_scale"), lambda c: c.attn_gate != "sparse", "SPARSE_ATTN_GATE_ENABLED is 0"),
-    (("gated_attn_quant_gate",), lambda c: c.attn_gate not in ("dense", "sparse"), "there is no gate matrix to quantize"),
-    (("xsa_kernel",), lambda c: not c.xsa_last_n or c.attn_gate == "none", "XSA_LAST_N is 0 or there is no head gate"),
-    (("mlp_backward",), lambda c: c.mlp_kernel == "eager", "MLP_KERNEL is eager"),
-    (("cutlass_path",), lambda c: c.mlp_backward != "cutlass", "MLP_BACKWARD is not cutlass"),
-    (("fused_ce_kernel",), lambda c: not c.fused_ce_enabled, "FUSED_CE_ENABLED is 0"),
-    (("window_size",), lambda c: "S" not in c.window_pattern, "WINDOW_PATTERN has no S"),
-    (("loop_start", "loop_end", "enable_looping_at"), lambda c: not c.num_loops, "NUM_LOOPS is 0"),
-    (("smear_gate_bos_fix",), lambda c: not c.smear_gate_enabled, "SMEAR_GATE_ENABLED is 0"),
-    (("warmdown_frac",), lambda c: c.warmdown_iters > 0, "WARMDOWN_ITERS is set"),
-    (("seq_change_warmup_steps",), lambda c: len(c.seq_schedule) == 1, "the context never changes"),
-    (("embed_bits", "embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas"),
-     lambda c: c.quant == "s05", "QUANT=s05 has its own steps and an int8 embedding"),
-    (("gptq_calibration_batches", "gptq_reserve_seconds", "rd_reserve_seconds"),
-     lambda c: c.gptq_calibration == "self", "GPTQ_CALIBRATION is self"),
-    (S14_KNOBS, lambda c: c.quant == "rd", "QUANT is rd"),
-    (("n_int6_layers",), lambda c: c.quant != "s05", "QUANT is not s05"),
-    (("rd_loss", "rd_reserve_seconds"), lambda c: c.quant != "rd", "QUANT is not rd"),
-    (("target_bytes",), lambda c: c.quant == "s14", "QUANT is s14"),
-    (("awq_lite_bits", "awq_lite_group_size", "awq_lite_group_top_k"), lambda c: not c.awq_lite_enabled, "AWQ_LITE_ENABLED is 0"),
-    (("lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_asym_enabled", "lqer_asym_group"),
-     lambda c: not c.lqer_enabled, "LQER_ENABLED is 0"),
-    (("lqer_factor_bits",), lambda c: c.lqer_enabled and c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 1"),
-    (("lqer_asym_group",), lambda c: c.lqer_enabled and not c.lqer_asym_enabled, "LQER_ASYM_ENABLED is 0"),
-    (("compile_allow_recompiles",), lambda c: c.compile_backend == "none" and not c.cuda_graphs, "COMPILE_BACKEND is none"),
-    (("gptq_reserve_seconds", "rd_reserve_seconds"), lambda c: not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS is 0"),
-    (TTT_KNOBS, lambda c: not c.ttt_enabled, "TTT_ENABLED is 0"),
-    (("ttt_bucket",), lambda c: not c.cuda_graphs or c.rope_yarn, "CUDA_GRAPHS is 0 or ROPE_YARN is 1"),
-    (PHASE_KNOBS, lambda c: c.ttt_enabled and not c.phased_ttt_enabled, "PHASED_TTT_ENABLED is 0"),
-    (("ttt_short_chunk_size", "ttt_short_score_first_steps"),
-     lambda c: not c.ttt_short_score_first_enabled, "TTT_SHORT_SCORE_FIRST_ENABLED is 0"),
-    (("ttt_short_chunk_size",), lambda c: c.ttt_short_score_first_enabled and c.ttt_short_score_first_steps,
-     "TTT_SHORT_SCORE_FIRST_STEPS decides"),
-    (("ttt_short_doc_len",),
-     lambda c: not c.ttt_short_score_first_enabled or c.ttt_short_score_first_steps, "TTT_SHORT_SCORE_FIRST_STEPS decides"),
-)
+
+def as_text(value: Any) -> str:
+    """Write a value as the environment would say it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def needs_of(name: str) -> str:
+    """Look up the `needs` of a field; NAME_REST needs NAME_ENABLED unless its knob says else."""
+    needs = VARIABLES[name.upper()].metadata["needs"]
+    if needs is not None:
+        return needs
+    others = (f.name for f in fields(Config) if f.name != name and f.name.endswith("_enabled"))
+    return max((switch for switch in others if name.startswith(switch[:-7])), key=len, default="")
+
+
+def unmet(c: Config, needs: str) -> str:
+    """Say which part of `needs` does not hold in c; '' if all does.
+
+    Comma = and, | = or, x = true, nonzero, not blank, !x = the opposite, x=v, x!=v. x is a field or property;
+    what a field needs itself is needed too.
+    """
+    for clause in filter(None, needs.split(",")):
+        reasons = [unmet_need(c, need) for need in clause.split("|")]
+        if all(reasons):
+            return " and ".join(reasons)
+    return ""
+
+
+def unmet_need(c: Config, need: str) -> str:
+    """Say why one need of `unmet` does not hold, or return ''."""
+    negation, name, operator, wanted = NEED.fullmatch(need).groups()
+    value = getattr(c, name)
+    if operator:
+        holds = (as_text(value) == wanted) == (operator == "=")
+    else:
+        holds = bool(value) != bool(negation)
+    if not holds:
+        return f"{name.upper()} is {as_text(value) or 'blank'}"
+    if negation or name.upper() not in VARIABLES:
+        return ""
+    return unmet(c, needs_of(name))
+
+
+def check_needs() -> None:
+    """Raise AttributeError when a `needs` is malformed or names what is no field or property."""
+    for name in Config.__dataclass_fields__:
+        for need in filter(None, re.split("[,|]", needs_of(name))):
+            getattr(Config, NEED.fullmatch(need)[2])
+
+
+check_needs()
+
+
+def accepted(f) -> str:
+    """Describe the values a variable takes."""
+    lo, hi, choices = map(f.metadata.get, ("lo", "hi", "choices"))
+    if choices:
+        return "one of " + ", ".join(choice or "(blank)" for choice in choices)
+    if f.type in ("bool", "str"):
+        return {"bool": "0 or 1", "str": "text"}[f.type]
+    kind = "a whole number" if f.type == "int" else "a number"
+    if hi < LARGEST:
+        return f"{kind} in [{lo}, {hi}]"
+    return f"{kind} of at least {lo}" if lo > -LARGEST else kind
 
 
 def parse_knob(f, raw: str) -> Any:
-    """One environment string -> one checked value. Raises ValueError saying what would be accepted."""
-    meta = f.metadata
-    if f.type == "bool":
-        if raw not in ("0", "1"):
-            raise ValueError("expected 0 or 1")
-        return raw == "1"
+    """Turn the text of one variable into its checked value. Raises ValueError that says what is accepted."""
+    lo, hi, choices = map(f.metadata.get, ("lo", "hi", "choices"))
     try:
-        value = {"int": int, "float": float, "str": str}[f.type](raw)
+        value = {"int": int, "float": float, "bool": ("0", "1").index, "str": str}[f.type](raw)
     except ValueError:
-        raise ValueError(f"expected {'a whole number' if f.type == 'int' else 'a number'}") from None
-    if meta["choices"] and value not in meta["choices"]:
-        raise ValueError(f"expected one of {', '.join(c or '(blank)' for c in meta['choices'])}")
-    if f.type != "str" and not meta["lo"] <= value <= meta["hi"]:
-        raise ValueError(f"expected a value in [{meta['lo']}, {meta['hi']}]")
-    return value
+        value = math.nan
+    valid = raw in (choices or (raw,)) if f.type == "str" else lo <= value <= hi
+    if not valid:
+        raise ValueError(f"expected {accepted(f)}")
+    return bool(value) if f.type == "bool" else value
+
+
+def family(name: str) -> str:
+    """Shorten a name to what it shares with its relatives: one word, or two where others use the first."""
+    words = name.split("_")
+    return "_".join(words[: 1 + (words[0] in FOREIGN_WORDS.split())])
+
+
+FAMILIES = frozenset(family(name) for name in VARIABLES if "_" in name)
+
+
+def meant(name: str) -> str:
+    """Guess which variable an unknown name was meant to be; '' if it looks like another program's."""
+    capitals = name.upper()
+    near = difflib.get_close_matches(capitals, VARIABLES, n=1, cutoff=0.83)
+    if near and (near[0] == capitals or "_" in name + near[0] or len(near[0]) > 8):
+        return near[0]
+    if "_" in name and family(name) in FAMILIES:
+        return difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.0)[0]
+    return ""
+
+
+def same_text(a: str, b: str) -> bool:
+    """Compare two values as numbers where they are numbers."""
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return a == b
+
+
+def published(name: str, env) -> tuple[str, str]:
+    """Look up a variable of other scripts: why it is refused, why it changes nothing; '' and '' if none."""
+    for line in PUBLISHED.strip().splitlines():
+        pattern, setting, why = line.split(" ", 2)
+        if not re.fullmatch(pattern.replace("*", ".*"), name):
+            continue
+        switch, _, off = setting.partition("=")
+        if switch == "*" or (switch in env and same_text(env[switch], off)):
+            return "", why
+        return why if switch == "-" else f"{why} ({setting} is accepted)", ""
+    return "", ""
+
+
+def preset_values(preset: str) -> dict[str, Any]:
+    """The value of every field before anything is set by hand."""
+    values = {f.name: f.default for f in fields(Config)}
+    for setting in PRESETS.get(preset, "").split():
+        name, _, raw = setting.partition("=")
+        values[name.lower()] = parse_knob(VARIABLES[name], raw)
+    return values | dict(preset=preset)
 
 
 def config_from_env(env) -> Config:
-    """Environment -> checked Config. Raises ValueError that lists every problem at once."""
-    known = {f.name.upper(): f for f in fields(Config)}
-    values, errors, failed = {}, [], set()
-    preset = env.get("PRESET", "s14")
-    values.update(PRESETS.get(preset, {}))
+    """Turn an environment into a checked Config. Raises ValueError that lists every problem at once."""
+    values = preset_values(env.get("PRESET", "s14"))
+    given, errors = {}, []
     for name in sorted(env):
-        if name in REFUSED:
-            errors.append(f"{name}: {REFUSED[name]}")
-        elif name in GONE:
-            accepted, why = GONE[name]
-            if accepted not in (None, env[name]):
-                errors.append(f"{name}={env[name]!r}: only {accepted!r} is left: {why}")
-        elif name in known:
+        variable = ALIASES.get(name, name)
+        refusal, harmless = published(name, env)
+        if variable in VARIABLES:
             try:
-                values[name.lower()] = parse_knob(known[name], env[name])
+                value = parse_knob(VARIABLES[variable], env[name])
             except ValueError as e:
                 errors.append(f"{name}={env[name]!r}: {e}")
-                failed.add(name.lower())
-        elif name.startswith(FAMILIES):
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            errors.append(f"{name}: no such variable; the nearest is {near}")
-    probe = object.__new__(Config)  # the rules look at a candidate that need not be valid
-    for f in fields(Config):
-        object.__setattr__(probe, f.name, values.get(f.name, f.default))
-    errors += [message for involved, message in rule_violations(probe) if not failed & set(involved)]
+                continue
+            first, same = given.setdefault(variable, (name, value))
+            if same != value:
+                errors.append(f"{first}={env[first]!r} and {name}={env[name]!r} are two names of one variable")
+            values[variable.lower()] = value
+        elif refusal:
+            errors.append(f"{name}={env[name]!r}: {refusal}")
+        elif not harmless and meant(name):
+            errors.append(f"{name}: no such variable; the nearest is {meant(name)}")
+
+    try:
+        cfg = Config(**values)
+    except ValueError as e:  # a rule about a value that was refused says nothing new
+        refused = {ALIASES.get(name, name) for name in env} - set(given)
+        for rule in str(e).splitlines():
+            if not refused & set(re.findall(r"\w+", rule)):
+                errors.append(rule)
     if errors:
         raise ValueError("\n".join(errors))
-    alias = dict(prequant_only="train", quantize_only="quantize", ttt_eval_only="eval")
-    for flag, stage in alias.items():
-        if values.get(flag):
-            values |= {"stage": stage, flag: False}
-    return Config(**values)
+    return cfg
 
 
 def overrides(cfg: Config) -> dict[str, str]:
     """What this run changes against its preset, as the environment would say it, PRESET included."""
-    base = {f.name: f.default for f in fields(cfg)} | PRESETS[cfg.preset]
-    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != base[f.name]}
-    return {name.upper(): str(int(value)) if isinstance(value, bool) else str(value) for name, value in changed.items()}
+    base = preset_values(cfg.preset) | dict(preset="s14")
+    return {name.upper(): as_text(getattr(cfg, name)) for name in base if getattr(cfg, name) != base[name]}
 
 
 def without_effect(cfg: Config, env) -> list[str]:
     """Variables somebody set that this configuration never looks at, with the reason."""
-    gone = [f"{name} ({why})" for name, (_, why) in GONE.items() if name in env]
-    return gone + [f"{name.upper()} ({why})" for names, dead, why in NO_EFFECT for name in names if name.upper() in env and dead(cfg)]
+    notes = []
+    for name in sorted(env):
+        variable = ALIASES.get(name, name)
+        if variable in VARIABLES:
+            unmet_part = unmet(cfg, needs_of(variable.lower()))
+            reason = unmet_part and (VARIABLES[variable].metadata["because"] or unmet_part)
+        else:
+            _, reason = published(name, env)
+        if reason:
+            notes.append(f"{name} ({reason})")
+    return notes
 
 
 def config_hash(cfg: Config) -> str:
-    """Identity of the recipe: everything but the seed, the stage, the run's name, where files lie and what is logged."""
-    skip = {"seed", "run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "resume", "stage", "prequant_only",
-            "quantize_only", "ttt_eval_only", "checkpoint_seconds", "train_log_every", "seeds_declared",
-            "compile_allow_recompiles", "compile_cache_dir", "cutlass_path"}
-    recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in skip}
+    """Identify the recipe: everything but seed, stage, the run's name, where files lie and what is logged."""
+    recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["recipe"]}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def help_text() -> str:
-    """Every variable, one line each: what `--help` prints."""
-    lines = [__doc__.strip(), "", "Variables (type, default, accepted, meaning):"]
-    for f in fields(Config):
-        meta = f.metadata
-        accepted = "|".join(meta["choices"]) if meta["choices"] else "0|1" if f.type == "bool" else ""
-        if not accepted and f.type != "str" and (meta["lo"], meta["hi"]) != (-math.inf, math.inf):
-            accepted = f"[{meta['lo']:g}, {meta['hi']:g}]"
-        default = int(f.default) if f.type == "bool" else f.default
-        lines.append(f"  {f.name.upper():36} {f.type:6} {default!s:12} {accepted:28} {meta['doc']}")
-    lines += ["", "Presets (a variable set by hand wins):"]
-    lines += [f"  {name}: " + (" ".join(f"{k.upper()}={int(v) if isinstance(v, bool) else v}" for k, v in preset.items()) or "the defaults")
-              for name, preset in PRESETS.items()]
-    lines += ["", "Refused:"] + [f"  {name}: {why}" for name, why in REFUSED.items()]
+def help_text(preset: str) -> str:
+    """What `--help` prints: every variable with the preset's value, its meaning and what it accepts."""
+    lines = [__doc__.strip()]
+    for name, value in preset_values(preset).items():
+        f = VARIABLES[name.upper()]
+        if f.metadata["group"]:
+            lines += ["", f"{f.metadata['group'].capitalize()}:"]
+        setting = f"  {name.upper()}={as_text(value)}"
+        text = f"{setting:<40} {f.metadata['doc']} ({accepted(f)})"
+        lines.append(textwrap.fill(text, 110, subsequent_indent=" " * 41, break_on_hyphens=False))
+
+    lines += ["", "Published variables that are not here, the setting accepted (- = none, * = any), and why:"]
+    for line in PUBLISHED.strip().splitlines():
+        lines.append(textwrap.fill("  " + line, 110, subsequent_indent="    ", break_on_hyphens=False))
     return "\n".join(lines)
 
 
@@ -693,9 +930,12 @@ class Launch(NamedTuple):
 
 
 def launch_from_env(env) -> Launch:
-    """Rank, rank on this machine and number of ranks; one process when torchrun did not start us. Raises ValueError."""
-    given = {name: env.get(name, default) for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
-    if bad := [f"{name}={value!r}: expected a whole number, as torchrun sets it" for name, value in given.items() if not value.isdigit()]:
+    """Read rank, local rank and number of ranks; one process without torchrun. Raises ValueError."""
+    given = {name: env.get(name, "0") for name in ("RANK", "LOCAL_RANK")}
+    given["WORLD_SIZE"] = env.get("WORLD_SIZE", "1")
+    expected = "expected a whole number, as torchrun sets it"
+    bad = [f"{name}={text!r}: {expected}" for name, text in given.items() if not text.isdecimal()]
+    if bad:
         raise ValueError("\n".join(bad))
     return Launch(*map(int, given.values()))
 
@@ -1355,10 +1595,10 @@ class ValData:
 
 
 # ==================================================================================================
-# MODEL - one network, one forward: training, scoring, calibration and test-time training differ by its arguments.
+# MODEL - one network, one forward: training, scoring, calibration and test-time training by its arguments.
 # ==================================================================================================
 
-# The same network in 140 lines of plain loops, with nothing folded or fused: tests/spec_model.py. Read that first.
+# The same network in 140 lines of plain loops, nothing folded or fused: tests/spec_model.py. Read that first.
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
@@ -1369,8 +1609,9 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 def softcapped_ce(logits: Tensor, targets: Tensor, cap: float, round_cap: bool = False) -> Tensor:
     """Compute the cross-entropy of the capped logits in nats, per token and in fp32.
 
-    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before
-    the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
+    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The
+    upcast comes before the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the
+    same, to compare with runs that did.
     """
     z = softcap(logits, cap)
     if round_cap:
@@ -1417,7 +1658,7 @@ def add_norm(weights: Tensor | None, *streams: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first 2 n of d dimensions, half-split (partial rotary embedding): x (B, T, heads, d), n = cos.shape[-1]."""
+    """Turn the first 2 n of d dimensions of x (B, T, heads, d), half-split; n = cos.shape[-1]."""
     n = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     x1, x2, rest = x.tensor_split((n, 2 * n), dim=-1)
@@ -1428,8 +1669,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def split_heads(
     qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split one merged projection into queries and keys, normed per head and rotated, queries times their gain, and values.
+    """Split a merged projection into queries and keys, normed per head and rotated, and values.
 
+    Queries are multiplied by their gain.
     qkv (B, T, (H + 2 G) d), gain (H,), cos and sin (T, 1, n) -> q (B, T, H, d), k and v (B, T, G, d).
     """
     heads = len(gain)
@@ -1441,7 +1683,7 @@ def split_heads(
 
 
 def without_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Compute XSA, y - (y.v / v.v) v, for each head of y (B, T, H, d) and its value v (B, T, G, d), in fp32."""
+    """Compute XSA, y - (y.v / v.v) v, in fp32 for heads y (B, T, H, d) and their values v (B, T, G, d)."""
     grouped = y.unflatten(2, (v.shape[2], -1)).float()  # (B, T, G, H/G, d)
     own = v.unsqueeze(3).float()                        # (B, T, G, 1, d)
     square = own.square().sum(-1, keepdim=True).clamp_min(1e-24)
@@ -1458,10 +1700,10 @@ def gate_heads(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 
 def window_mask(n: int, window: int, like: Tensor, positions: Tensor | None = None) -> Tensor | None:
-    """Make what is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
+    """Make what is added to the scores (n, n) of a segment: a query sees itself and window - 1 tokens before.
 
-    None where plain causal attention is the same: no window (0), or one that the segment fits into. positions (.., m): just the
-    queries there, -> (.., 1, m, n), never None.
+    None where plain causal attention is the same: no window (0), or one that the segment fits into. positions
+    (.., m): just the queries there, -> (.., 1, m, n), never None.
     """
     if positions is None and not 0 < window < n:
         return None
@@ -1522,7 +1764,7 @@ class Lora(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """Adapters by site. q k v sit on the projections; o and mlp run beside the sublayer and read its normed input."""
+    """Adapters by site: q k v on the projections, o and mlp beside the sublayer, reading its normed input."""
 
     q: Lora | None = None
     k: Lora | None = None
@@ -1532,11 +1774,12 @@ class Adapters(NamedTuple):
     head: Lora | None = None  # of no depth, reads the final normed hidden state
 
     def by_depth(self, blocks: list[Block]) -> list[Adapters]:
-        """Cut into one Adapters per depth, given its block. unbind, not indexing: its backward writes each gradient once."""
+        """Cut into one Adapters per depth, given its block."""
         found: list[dict[str, Lora]] = [{} for _ in blocks]
         for site, lora in self._asdict().items():
             if lora is None or site == "head":
                 continue
+            # unbind, not indexing: its backward writes each gradient once
             pairs = zip(lora.A.unbind(0), lora.B.unbind(0), strict=True)
             for sites, block, (A, B) in zip(found, blocks, pairs, strict=True):
                 sites[site] = block.fold_adapter(site, Lora(A, B, lora.scale))
@@ -1555,7 +1798,7 @@ NO_ADAPTERS = Adapters()
 
 
 class Weights(NamedTuple):
-    """The matrices of one block, (n_out, n_in) each, in the activation dtype, its constant and learned scales folded in."""
+    """The matrices of one block, (n_out, n_in), in the activation dtype, its scales folded in."""
 
     qkv: Tensor  # Q, K and V below one another
     o: Tensor
@@ -1590,6 +1833,7 @@ class Cache:
 class Context(NamedTuple):
     """What all depths of one forward share."""
 
+    tokens: Tensor  # (B, T): a depth may look something up by token
     rope: tuple[Tensor, Tensor]  # cos and sin (T, 1, rope_dims / 2)
     segments: Segments | None
     cache: Cache | None
@@ -1645,8 +1889,9 @@ def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
 def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Compute cos and sin (length, 1, rope_dims / 2) of the row positions.
 
-    Only differences of positions matter, so documents need no reset. The frequencies are rounded to bf16 because published
-    checkpoints were trained with rounded ones. With ROPE_YARN the base grows where `context` exceeds ROPE_TRAIN_SEQ_LEN.
+    Only differences of positions matter, so documents need no reset. The frequencies are rounded to bf16
+    because published checkpoints were trained with rounded ones. With ROPE_YARN the base grows where
+    `context` exceeds ROPE_TRAIN_SEQ_LEN.
     """
     base = cfg.rope_base
     if cfg.rope_yarn and context > cfg.rope_train_seq_len:
@@ -1673,7 +1918,7 @@ class Role(NamedTuple):
     """What a tensor, or each of the equal parts of a bank, is for."""
 
     name: str                # of the matrix in a block; "": the tensor is no bank
-    products: str            # "every": for every token; "scored": not for those that are only context; "": multiplies nothing
+    products: str            # "every" token; those "scored", not those that are context; "": none
     stored: StoredAs | None  # None: for training only, in no artifact
 
 
@@ -1688,7 +1933,7 @@ class Parameter(NamedTuple):
     present: bool
 
 
-SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the order of the forward
+SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the forward's order
 HALF = StoredAs("float16", "", "", "", "rest", False)
 INT8_ROWS = HALF._replace(codec="int8_row")
 ELEMENTWISE = (Role("", "", HALF),)
@@ -1718,7 +1963,7 @@ def gptq_matrix(name: str, products: str, clip_sigmas: str, site: str, sort_rows
 
 
 def bank_parameters(cfg: Config) -> list[Parameter]:
-    """List the banks: the matrices of all blocks, stacked so that the optimizer shards whole matrices over the ranks.
+    """List the banks: the matrices of all blocks, stacked so that whole matrices are sharded over the ranks.
 
     A bank holds its roles one after another, each with one matrix (n_out, n_in) per block.
     """
@@ -1744,41 +1989,45 @@ def block_parameters(cfg: Config, block: str) -> list[Parameter]:
     dense = cfg.attn_gate == "dense"
     gain = partial(nn.init.constant_, val=cfg.qk_gain_init)
     gate_shape = (heads, D if dense else cfg.gate_window)
-    gate_init = partial(nn.init.normal_, std=cfg.gated_attn_init_std if dense else cfg.sparse_attn_gate_init_std)
+    gate_std = cfg.gated_attn_init_std if dense else cfg.sparse_attn_gate_init_std
+    gate_init = partial(nn.init.normal_, std=gate_std)
     gate = (Role("", "scored", INT8_ROWS if cfg.gated_attn_quant_gate else HALF),)
     out_gate = (Role("", "scored", HALF),)
     has_gate = cfg.attn_gate in ("dense", "sparse")
+    out_name = f"{block}.attn.attn_gate_proj.weight"
     return [
         Parameter(f"{block}.attn_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.mlp_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.resid_mix", (2, D), init_resid_mix, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.attn.q_gain", (heads,), gain, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.attn.attn_gate_w", gate_shape, gate_init, "scalars", gate, has_gate),
-        Parameter(
-            f"{block}.attn.attn_gate_proj.weight", gate_shape, nn.init.zeros_, "scalars", out_gate, cfg.attn_gate == "out"),
+        Parameter(out_name, gate_shape, nn.init.zeros_, "scalars", out_gate, cfg.attn_gate == "out"),
     ]
 
 
 @cache
 def parameters(cfg: Config) -> tuple[Parameter, ...]:
-    """List every tensor of the network, once: shape, initial values, optimizer, FLOPs and stored form are read from here.
+    """List every tensor of the network, once.
 
-    Names are those of published checkpoints.
+    Shape, initial values, optimizer, FLOPs and stored form are read from here. Names are those of published
+    checkpoints.
     """
     L, D = cfg.num_layers, cfg.model_dim
     skips = (len(layer_order(cfg, looping=True)) // 2, D)
     lanes, smear = cfg.parallel_start_layer > 0, cfg.smear_gate_enabled
-    head = StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)
+    embedding = (cfg.vocab_size, D)
+    head = (Role("", "scored", StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)),)
     embedding_init = partial(nn.init.normal_, std=cfg.tied_embed_init_std)
     stream_share = partial(nn.init.constant_, val=1.1)
     rows = [
         *bank_parameters(cfg),
         Parameter("skip_weights", skips, nn.init.ones_, "scalars", ELEMENTWISE, True),
         Parameter("skip_gates", skips, nn.init.zeros_, "scalars", ELEMENTWISE, cfg.skip_gates_enabled),
-        Parameter("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", ELEMENTWISE, lanes),  # by sublayer, stream
+        # by sublayer, stream
+        Parameter("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", ELEMENTWISE, lanes),
         Parameter("parallel_resid_lambdas", (L, 2), stream_share, "scalars", ELEMENTWISE, lanes),
         Parameter("smear_lambda", (1,), nn.init.zeros_, "scalars", ELEMENTWISE, smear),
-        Parameter("tok_emb.weight", (cfg.vocab_size, D), embedding_init, "embedding", (Role("", "scored", head),), True),
+        Parameter("tok_emb.weight", embedding, embedding_init, "embedding", head, True),
     ]
     for layer in range(L):
         rows += block_parameters(cfg, f"blocks.{layer}")
@@ -1800,7 +2049,7 @@ class Matrix(NamedTuple):
 
 @cache
 def matrices(cfg: Config) -> tuple[Matrix, ...]:
-    """List the tensors as artifacts name and order them: parameters that are no bank, then each block's matrices."""
+    """List the tensors as artifacts name and order them: what is no bank, then each block's matrices."""
     whole, parts = [], []
     for row in parameters(cfg):
         for k, role in enumerate(row.roles):
@@ -1858,7 +2107,7 @@ class Attention(nn.Module):
             self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
 
     def gate(self, x: Tensor, q_raw: Tensor) -> Tensor:
-        """Compute how much of each head's output passes (B, T, H). x lacks the norm scale, which the weights take over."""
+        """Compute how much of each head's output passes (B, T, H); the weights take over x's norm scale."""
         cfg, source = self.cfg, x
         if cfg.attn_gate == "dense":
             weight = self.norm_scale * self.attn_gate_w
@@ -1874,7 +2123,7 @@ class Attention(nn.Module):
         return 2 * gate if cfg.attn_gate == "out" else gate
 
     def qkv(self, x: Tensor, weights: Weights, lora: Adapters) -> Tensor:
-        """Compute (B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
+        """Compute the merged projection and the deltas of the adapters there are: (B, T, (H + 2 G) d)."""
         D, kv = self.cfg.model_dim, self.cfg.kv_dim
         merged = F.linear(x, weights.qkv)
         return add_deltas(merged, x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
@@ -1883,7 +2132,7 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor,
         context: Context, depth: int, positions: Tensor | None,
     ) -> Tensor:
-        """Attend within segments, to the cache, or within whole rows: -> (B, T, H, d), or only at the positions."""
+        """Attend within segments, to the cache, or within whole rows -> (B, T, H, d), or at the positions."""
         if context.segments is not None:
             rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
             cu_seqlens, max_len = context.segments
@@ -1896,7 +2145,7 @@ class Attention(nn.Module):
         self, x: Tensor, weights: Weights, lora: Adapters,
         context: Context, depth: int, positions: Tensor | None,
     ) -> Tensor:
-        """Map x (B, T, D), normed without its norm scale, -> (B, T, D); with positions (B, n): (B, n, D), only there."""
+        """Map x (B, T, D), normed without its norm scale -> (B, T, D); or (B, n, D) at positions (B, n)."""
         cfg, kernels = self.cfg, context.kernels
         if context.tap is not None:
             context.tap(f"{self.name}.attn_in", self.norm_scale * x)
@@ -1928,7 +2177,7 @@ class Block(nn.Module):
         self.attn = Attention(cfg, layer, self.norm_scale)
 
     def fold(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, dtype: torch.dtype) -> Weights:
-        """Move the scales of a sublayer's input and output into its matrices: a pass over weights instead of activations."""
+        """Move the scales of a sublayer into its matrices: a pass over weights instead of activations."""
         o, up, down = others
         qkv = self.norm_scale * torch.cat((q, k, v))
         o = self.attn_scale[:, None] * o
@@ -1958,8 +2207,9 @@ class Block(nn.Module):
     ) -> Streams:
         """Run attention and MLP, one after the other on one stream, or side by side on two.
 
-        x0 (B, T, D): the embedding, of which attention reads a share, per channel. positions (B, n): where alone to compute
-        what follows the keys and values. lane_mix: `GPT.lane_mix`, where there are two streams.
+        x0 (B, T, D): the embedding, of which attention reads a share, per channel. positions (B, n): where
+        alone to compute what follows the keys and values. lane_mix: `GPT.lane_mix`, where there are two
+        streams.
         """
         mixed, normed = add_norm(self.resid_mix, streams.attn, x0)
         attn = self.attn(normed, weights, lora, context, depth, positions)
@@ -1974,7 +2224,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The S14 network, its tensors as `parameters` lists them. Masters are fp32, the embedding has the activation dtype."""
+    """The S14 network, its tensors as `parameters` lists them. Masters are fp32, the embedding has the
+    activation dtype.
+    """
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, kernels: Kernels = DEFINITIONS):
         super().__init__()
@@ -2000,7 +2252,8 @@ class GPT(nn.Module):
             gate = torch.sigmoid(F.linear(source, self.smear_gate.weight.to(x.dtype)))
             gate = self.smear_lambda.to(x.dtype) * gate
             if cfg.smear_gate_bos_fix:
-                # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
+                # BOS starts a new document: its predecessor belongs to someone else's text and must not leak
+                # into it.
                 gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
             x = torch.cat((x[:, :1], after + gate * before), dim=1)
         return rms_norm(x)
@@ -2017,7 +2270,9 @@ class GPT(nn.Module):
         return out
 
     def skip(self, x: Tensor, skipped: Tensor, index: int) -> Tensor:
-        """Combine the decoder's x with an encoder output; rows of the weights count decoder depths, not blocks."""
+        """Combine the decoder's x with an encoder output; rows of the weights count decoder depths, not
+        blocks.
+        """
         skipped = self.skip_weights[index].to(x.dtype) * skipped
         if not self.cfg.skip_gates_enabled:
             return x + skipped
@@ -2025,7 +2280,9 @@ class GPT(nn.Module):
         return torch.lerp(skipped, x, gate.to(x.dtype))
 
     def lane_mix(self, layer: int) -> Tensor:
-        """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what the MLP writes."""
+        """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what
+        the MLP writes.
+        """
         own = self.parallel_resid_lambdas[layer, :, None]
         written = self.parallel_post_lambdas[layer].T  # rows of the parameter are the sublayers that write
         return torch.cat((own, written), dim=1)[..., None]
@@ -2036,9 +2293,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Map tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`.
 
-        With positions the last depth computes of the others only keys and values. The first half of `layers` pushes skips,
-        the second half pops them. From the first decoder depth with block >= PARALLEL_START_LAYER on there are two streams:
-        attention reads and skips join the first, the MLP reads the second, and both sublayers write to both.
+        With positions the last depth computes of the others only keys and values. The first half of `layers`
+        pushes skips, the second half pops them. From the first decoder depth with block >=
+        PARALLEL_START_LAYER on there are two streams: attention reads and skips join the first, the MLP reads
+        the second, and both sublayers write to both.
         """
         cfg, start = self.cfg, 0 if cache is None else cache.length
         end = start + tokens.shape[1]
@@ -2050,7 +2308,7 @@ class GPT(nn.Module):
         longest = tokens.shape[1] if bounded is None else bounded.max_len
         cos, sin = rotary_tables(cfg, end, longest, tokens.device)
         rope = (cos[start:], sin[start:])
-        context = Context(rope, segments, cache, self.kernels, tap)
+        context = Context(tokens, rope, segments, cache, self.kernels, tap)
         weights = self.weights(x0.dtype)
         loras = adapters.by_depth([self.blocks[layer] for layer in layers])
         streams, skips, half = Streams(x0), [], len(layers) // 2
@@ -2088,13 +2346,15 @@ class GPT(nn.Module):
         training: bool = False,
         tap=None,
     ) -> Tensor:
-        """Compute nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
+        """Compute nats per target, fp32. The only entry: training, scoring, calibration, writing and
+        test-time training.
 
-        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
-        dimension for several candidates each; None: the capped logits (B, T, V). layers: `layer_order`. segments: of a packed
-        row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1,
-        1, D): added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
-        FUSED_CE_ENABLED says, not EVAL_SOFTCAP_FP32; without adapters.
+        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those
+        positions; one more dimension for several candidates each; None: the capped logits (B, T, V). layers:
+        `layer_order`. segments: of a packed row; not with positions. cache: what these rows held before; not
+        with either. adapters: one set per row. shift (B or 1, 1, D): added to the final hidden states.
+        tap(site, x): sees the input of every matrix. training: the cap is rounded as FUSED_CE_ENABLED says,
+        not EVAL_SOFTCAP_FP32; without adapters.
         """
         cfg, head = self.cfg, self.tok_emb.weight
         x = self.hidden(tokens, layers, segments, cache, adapters, positions, tap)
@@ -2112,7 +2372,7 @@ class GPT(nn.Module):
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of a forward pass; a multiplication and an addition are two. Elementwise work is not counted."""
+    """Floating-point operations of a forward's products: two a multiplication and addition."""
 
     matmul: float     # with the model's own matrices
     lora: float       # with those of adapters
@@ -2126,18 +2386,21 @@ def causal_pairs(lengths: np.ndarray, window: int) -> float:
 
 
 def adapter_flops(site: str, lora: Lora, depths: int, scored: float) -> float:
-    """Count the products of one site's adapters for a token, two FLOPs each; at the last depth some only for scored tokens."""
+    """Count the FLOPs of a site's adapters for a token; at the last depth some are for scored tokens only."""
     spared = dict(o=1 / depths, mlp=1 / depths, head=1.0).get(site, 0.0) * (1 - scored)
     per_document = (lora.A.numel() + lora.B.numel()) / lora.A.shape[-3]
     return 2 * per_document * (1 - spared)
 
 
-def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0) -> Flops:
-    """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, logits and adapters,
-    and attention by the causal pairs there really are.
+def flops_per_token(
+    cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0
+) -> Flops:
+    """Count the forward FLOPs of a token, averaged over segments of these lengths.
 
-    scored: share of the tokens, at the end of the segments, that are scored; the last depth computes keys and values of the
-    others, but not what follows. Zeros that adapters are padded with do not count.
+    Counted are the matrices of every layer application, logits and adapters, and attention by its causal
+    pairs.
+    scored: share of the tokens, at the end of the segments, that are scored; the last depth computes keys and
+    values of the others, but not what follows. Zeros that adapters are padded with do not count.
     """
     layers = layer_order(cfg, looping)
     products = 0.0
@@ -2154,7 +2417,8 @@ def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO
     return Flops(2 * products, deltas, 4 * cfg.model_dim * pairs / n.sum())
 
 
-PASSES = {  # how often a pass does the forward's FLOPs with matrices, adapters and in attention, and the latter again
+# How often a pass does the forward's FLOPs with matrices, adapters and in attention, and the latter again.
+PASSES = {
     "score": (1, 1, 1, 0.0),
     "train": (3, 3, 3, 0.5),  # the backward of flash attention repeats one of the forward's two products
     "adapt": (2, 3, 3, 0.5),  # frozen matrices have no gradient of their own
@@ -2162,7 +2426,7 @@ PASSES = {  # how often a pass does the forward's FLOPs with matrices, adapters 
 
 
 class FlopCount:
-    """Counts the FLOPs of one rank: of the model, of these those of scored tokens, and all that the hardware ran."""
+    """Count the FLOPs of one rank: the model's, of these those of scored tokens, and all the hardware's."""
 
     def __init__(self):
         self.model = 0.0
@@ -2170,7 +2434,7 @@ class FlopCount:
         self.hardware = 0.0
 
     def add(self, flops: Flops, kind: str, tokens: int, scored: float) -> None:
-        """Add one of PASSES over `tokens` positions, padding and context included, `scored` of which count for the loss."""
+        """Add one of PASSES over `tokens` positions, padding included; the loss counts `scored` of them."""
         matmul, lora, attention, again = PASSES[kind]
         per_token = matmul * flops.matmul + lora * flops.lora + attention * flops.attention
         self.model += tokens * per_token
@@ -2189,7 +2453,7 @@ def build_model(cfg: Config, world: World, kernels: Kernels = DEFINITIONS) -> GP
 
 
 def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False):
-    """The forward that everything calls: compiled without graph breaks where COMPILE_BACKEND says so, else the model itself.
+    """Return the forward that everything calls: compiled if COMPILE_BACKEND says so, else the model itself.
 
     The same code serves packed rows of any number of segments and, if `growing`, rows of any width.
     """
@@ -2203,7 +2467,9 @@ def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False
     torch._dynamo.utils.set_compilation_metrics_limit(1 << 16)  # `compilations` counts all of them
     compiled = torch.compile(model, backend=backend, dynamic=None if growing else False, fullgraph=True)
 
-    def forward(tokens: Tensor, targets: Tensor | None, segments: Segments | None = None, **options) -> Tensor:
+    def forward(
+        tokens: Tensor, targets: Tensor | None, segments: Segments | None = None, **options
+    ) -> Tensor:
         for t, size in ((segments and segments.cu_seqlens, 0), (tokens if growing else None, 1)):
             if t is not None:
                 torch._dynamo.maybe_mark_dynamic(t, size)
@@ -2485,7 +2751,7 @@ def context_length(cfg: Config, progress: float) -> int:
 
 
 def rewarmup(cfg: Config, steps_since_change: int | None) -> float:
-    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None: no change."""
+    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step; None: 1."""
     if steps_since_change is None or not cfg.seq_change_warmup_steps:
         return 1.0
     return min(1.0, steps_since_change / cfg.seq_change_warmup_steps)
@@ -2624,7 +2890,7 @@ class Utilization:
     def interval(self) -> str:
         """Describe the time since the last call, for the log.
 
-        Of the model's FLOPs both shares; then one each, of the datasheet's peak if there is one: that of scored
+        Of the model's FLOPs both shares; then one each, of the datasheet's peak where known: that of scored
         tokens, of all that the hardware ran, and of the model once more, with pauses in the time.
         """
         work = self.work
@@ -3880,25 +4146,18 @@ def dequantized_state(cfg: Config, stored: Quantized) -> Tensors:
 # PACKING - tensors <-> bytes. The only section that knows the artifact's layout.
 # ==================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGA1", 4  # bump the version whenever any byte of the output could change its meaning
-CHECKPOINT_FORMAT = 2  # of final_model.pt; published files have none, and neither had ours when parallel_post_lambdas was transposed
-MODEL_FIELDS = (  # what must agree between the artifact and the run that loads it
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "logit_softcap",
-    "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
-    "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "attn_out_gate_enabled",
-    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled",
-    "smear_gate_bos_fix",
+ARTIFACT_MAGIC = b"PGA1"
+ARTIFACT_VERSION = 4   # bump it whenever any byte of the output could change its meaning
+HEADER_START = 26      # behind magic, version, header size and checksum
+CHECKPOINT_FORMAT = 2  # of final_model.pt; published files have none
+STREAMS = (  # in their order in an artifact
+    "tok_emb", "attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "rest", "row_order",
 )
-VERSION_3_FIELDS = (  # whose values artifacts of version 3 list in this order
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope", "tie_embeddings", "logit_softcap",
-    "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len", "ln_scale", "xsa_last_n", "window_pattern", "window_size",
-    "skip_gates_enabled", "num_loops", "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled",
-    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale", "gate_window", "smear_gate_enabled",
-    "smear_gate_bos_fix", "asym_logit_rescale",
-)
-
-STREAMS = ("tok_emb", "attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "rest", "row_order")
+SMALL_STREAMS = ("rest", "row_order")  # no integers of matrices
 TOKEN_STREAM = "tok_emb"  # a row per token: rows of rare tokens resemble each other
+
+Array = np.ndarray
+Arrays = dict[str, Array]  # all parts of all tensors by name, "tensor:codec.part": int8, int16 or fp16
 
 
 class ArtifactError(RunError):
@@ -3906,521 +4165,815 @@ class ArtifactError(RunError):
 
 
 HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becomes an ArtifactError
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
-    brotli.error, subprocess.TimeoutExpired,
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError,
+    TypeError, ValueError, brotli.error, subprocess.TimeoutExpired,
 )
 
 
-def need_lrzip() -> str:
-    """Path of the lrzip program. Raises RunError saying how to get it."""
-    if path := shutil.which("lrzip"):
+# Coders: bytes <-> fewer bytes
+
+
+class Brotli:
+    """brotli at its best: all streams of COMPRESSOR=brotli, the small ones of COMPRESSOR=pergroup."""
+
+    @staticmethod
+    def require() -> None:
+        """Need nothing that this script does not import."""
+
+    @staticmethod
+    def encode(data: bytes) -> bytes:
+        return brotli.compress(data, quality=11, lgwin=24)
+
+    @staticmethod
+    def decode(data: bytes, size: int) -> bytes:
+        """Decode to `size` bytes, holding little more than that. The caller checks how many came."""
+        return brotli.Decompressor().process(data, output_buffer_limit=size + 1)
+
+
+class Lrzip:
+    """The lrzip program, with one thread, so that the bytes do not depend on the machine (PR #1855)."""
+
+    @staticmethod
+    def require() -> str:
+        """Find the program. Raises RunError saying how to get it."""
+        path = shutil.which("lrzip")
+        if path is None:
+            raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it "
+                           "(on Debian and Ubuntu: apt-get install lrzip), or set COMPRESSOR=range")
         return path
-    raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and Ubuntu: "
-                   "apt-get install lrzip), or set COMPRESSOR=range")
+
+    @staticmethod
+    def encode(data: bytes) -> bytes:
+        return Lrzip.run(["-z", "-L", "9"], data, len(data))
+
+    @staticmethod
+    def decode(data: bytes, size: int) -> bytes:
+        """Decode to `size` bytes, which the data's own header must announce too: the program sees no bomb."""
+        announced = int.from_bytes(data[6:14], "little")
+        if data[:4] != b"LRZI" or announced != size:
+            raise ArtifactError(f"a stream of the artifact is no lrzip form of {size} bytes; make it again")
+        return Lrzip.run(["-d"], data, size)
+
+    @staticmethod
+    def run(flags: list[str], data: bytes, size: int) -> bytes:
+        """Run the program on `data`, which has or will have `size` bytes when decoded.
+
+        Its time and, on Linux, memory and disk have limits of several times what that size usually takes,
+        whatever the data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
+        """
+        seconds = 1 + size // 50_000
+        limits = dict(CPU=seconds, AS=(512 << 20) + 16 * size, FSIZE=(32 << 10) + size)
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "in.lrz")
+            result = Path(folder, "out")
+            source.write_bytes(data)
+            command = [Lrzip.require(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
+            streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            with subprocess.Popen(command, **streams) as process:
+                for name, limit in limits.items():
+                    if hasattr(resource, "prlimit"):
+                        resource.prlimit(process.pid, getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+                try:
+                    output, _ = process.communicate(timeout=10 * seconds)
+                finally:
+                    process.kill()
+            if process.returncode or not result.exists():
+                words = output.decode(errors="replace").strip()
+                raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: "
+                                    f"{words}; make the artifact again")
+            return result.read_bytes()
 
 
-def need_constriction() -> Any:
-    """The constriction library. Raises RunError saying how to get it."""
-    try:
-        return importlib.import_module("constriction")
-    except ImportError:
-        raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip install -r requirements.txt, "
-                       "or set COMPRESSOR=brotli") from None
+# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine,
+# and no table is sent: encoder and decoder count what they have seen. All of it, up to `code_arrays`, is
+# written once for both: an encoder leaves the values it is given as they are, a decoder fills them in, a
+# counter of bits adds up what they would cost.
+
+# 2^(n/8), rounded down: three square roots of 2^n.
+EIGHTH_OCTAVES = np.array(
+    [math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)]
+)  # fmt: skip
+MAGNITUDE_CLASSES = 41  # of a mean magnitude, a quarter of an octave each, from 1/8 (class 0) to 128
+CLASS_OF_ONE = 12       # the class of a mean of 1: three octaves above 1/8
+COUNT_STEP = 64         # what one symbol adds to its count
+MAGNITUDES = np.minimum(np.arange(256), 256 - np.arange(256))  # of the int8 that a byte stands for
+
+# Means are in units of 2^-12, so class 0 is around 2^(12 - 3) and ends an eighth of an octave above that; the
+# others follow, each a quarter of an octave wide.
+CLASS_ENDS = EIGHTH_OCTAVES[8 * (12 - 3) + 1 :: 2][: MAGNITUDE_CLASSES - 1]
 
 
-def lrzip(data: bytes, size: int | None = None) -> bytes:
-    """lrzip's form of `data`, or what it stands for, `size` bytes, which its own header must announce too: the program sees no bomb.
-
-    One thread, so that the bytes do not depend on the machine. Its time and, on Linux, memory and disk have limits of several times what
-    that size usually takes, whatever the data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
-    """
-    if size is not None and (data[:4] != b"LRZI" or int.from_bytes(data[6:14], "little") != size):
-        raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes")
-    flags, size = (["-z", "-L", "9"], len(data)) if size is None else (["-d"], size)
-    seconds = 1 + size // 50_000
-    with tempfile.TemporaryDirectory() as folder:
-        source, result = Path(folder, "in.lrz"), Path(folder, "out")
-        source.write_bytes(data)
-        command = [need_lrzip(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            for limit, most in dict(CPU=seconds, AS=(512 << 20) + 16 * size, FSIZE=(32 << 10) + size).items():
-                if hasattr(resource, "prlimit"):
-                    resource.prlimit(process.pid, getattr(resource, f"RLIMIT_{limit}"), (most, most))
-            try:
-                said, complaint = process.communicate(timeout=10 * seconds)
-            finally:
-                process.kill()
-        if process.returncode or not result.exists():
-            words = (complaint.strip() or said.strip()).decode(errors="replace")
-            raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: {words}")
-        return result.read_bytes()
-
-
-CODERS = {  # how a stream's bytes are coded: (encode, decode to a known size, holding little more than that)
-    "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24),
-               lambda data, size: brotli.Decompressor().process(data, output_buffer_limit=size + 1)),
-    "lrzip": (lrzip, lrzip),
-}
-
-
-def stream_coder(compressor: str, stream: str) -> str:
-    """Which coder a stream gets: pergroup means lrzip for the integer matrices and brotli for the rest."""
-    return compressor if compressor != "pergroup" else "brotli" if stream in ("rest", "row_order") else "lrzip"
-
-
-# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine, and no table is sent:
-# encoder and decoder count what they have seen. All of it is written once for both, from `code_arrays` below up to here: an
-# encoder leaves the values it is given as they are, a decoder fills them in, a counter of bits adds up what they would cost.
-EIGHTH_OCTAVES = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
-MAGNITUDE_CLASSES, CLASS_OF_ONE = 41, 12  # classes of mean magnitude, in quarters of an octave from 1/8 to 128; a mean of 1 is class 12
-level = partial(np.arange(MAGNITUDE_CLASSES, dtype=np.int8).repeat(np.diff((0, *EIGHTH_OCTAVES[73:153:2], 2**20))).take, mode="clip")  # of a mean in 2^-12
-COUNT_STEP = 64  # what one symbol adds to its count
+def magnitude_class(mean: Array) -> Array:
+    """Find the class of mean magnitudes in units of 2^-12, int8: the first and the last have no end."""
+    return CLASS_ENDS.searchsorted(mean, side="right").astype(np.int8)
 
 
 @cache
-def gaussian_counts() -> np.ndarray:
-    """Counts to start from, int64 (2 * MAGNITUDE_CLASSES, 256), for each class under both quantizers of a trellis: a Gaussian of its mean
-    magnitude m, worth 256 symbols, and a floor. At k it has fallen by k^2 / (pi m^2 ln 2) octaves, here eighths, m^2 in 2^-10."""
-    magnitude = np.minimum(np.arange(256), 256 - np.arange(256))  # of an int8 whose bits are the index
-    weight = EIGHTH_OCTAVES[np.maximum(8 * 14 - magnitude**2 * 3762 // EIGHTH_OCTAVES[32 + 4 * np.arange(MAGNITUDE_CLASSES)][:, None], 0)]
-    return np.tile(1 + 256 * COUNT_STEP * weight // weight.sum(1, keepdims=True), (2, 1))
+def gaussian_counts() -> Array:
+    """Make the counts to start from, int64 (2 * MAGNITUDE_CLASSES, 256): each class under both quantizers of
+    a trellis.
+
+    They are a Gaussian of the class's mean magnitude m, worth 256 symbols, and a floor. At k it has fallen by
+    k^2 / (pi m^2 ln 2) octaves: in eighths of them, with m^2 in units of 2^-10, by 8 * 2^10 / (pi ln 2) =
+    3762 k^2 / m^2.
+    """
+    squared_mean = EIGHTH_OCTAVES[8 * 4 + 4 * np.arange(MAGNITUDE_CLASSES)][:, None]  # 2^(10 - 6) for class 0
+    fallen = MAGNITUDES**2 * 3762 // squared_mean
+    weight = EIGHTH_OCTAVES[np.maximum(8 * 14 - fallen, 0)]
+    counts = 1 + 256 * COUNT_STEP * weight // weight.sum(1, keepdims=True)
+    return np.tile(counts, (2, 1))
+
+
+def library_tables(counts: Array) -> Array:
+    """Scale counts (contexts, symbols) to the frequencies that the library is given, integers.
+
+    Its tables have 24 bits and no zeros: it adds 1 to each frequency. The frequencies have exactly the sum
+    that makes its own scaling a multiplication by one; what is missing after rounding down goes to the most
+    frequent symbol.
+    """
+    contexts, symbols = counts.shape
+    room = 2**24 - symbols
+    tables = counts * room // counts.sum(1, keepdims=True)
+    tables[np.arange(contexts), counts.argmax(1)] += room - tables.sum(1)
+    return tables
 
 
 class RangeCoder:
-    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, only adds up the bits of each owner."""
+    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, adds up the bits of
+    each owner."""
 
     def __init__(self, data: bytes | None = None, owners: int = 0):
-        library, self.bits = need_constriction().stream, np.zeros(owners)
-        self.model, self.encoder = library.model.Categorical, library.queue.RangeEncoder()
-        self.decoder = None if data is None else library.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+        library = RangeCoder.require().stream
+        self.bits = np.zeros(owners)
+        self.model = library.model.Categorical
+        self.encoder = library.queue.RangeEncoder()
+        self.decoder = None
+        if data is not None:
+            words = np.frombuffer(data, "<u4").astype(np.uint32)
+            self.decoder = library.queue.RangeDecoder(words)
 
-    def code(self, counts: np.ndarray, context: np.ndarray, values: np.ndarray, owner: np.ndarray) -> None:
-        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count them.
-        `owner`, of n values, says whose they are.
+    @staticmethod
+    def require() -> Any:
+        """Import the constriction library. Raises RunError saying how to get it."""
+        try:
+            return importlib.import_module("constriction")
+        except ImportError:
+            raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip "
+                           "install -r requirements.txt, or set COMPRESSOR=brotli") from None
 
-        The library's tables have 24 bits and no zeros: it adds 1 to each frequency. They are given as integers with exactly the
-        sum that makes its scaling a multiplication by one.
-        """
+    def encoded(self) -> bytes:
+        """Return what was encoded."""
+        return self.encoder.get_compressed().astype("<u4").tobytes()
+
+    def code(self, counts: Array, context: Array, values: Array, owner: Array) -> None:
+        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,)
+        names, then count them. `owner`, of n values, says whose they are."""
         contexts, symbols = counts.shape
-        sizes = np.bincount(context, minlength=contexts)
-        used = np.flatnonzero(sizes)
-        tables, sizes = counts[used], sizes[used]
-        most, tables = tables.argmax(1), tables * (2**24 - symbols) // tables.sum(1, keepdims=True)
-        tables[np.arange(len(used)), most] += 2**24 - symbols - tables.sum(1)
+        frequency = np.bincount(context, minlength=contexts)
+        used = np.flatnonzero(frequency)
+        tables = library_tables(counts[used])
         if len(self.bits):
-            bits = (24 - np.log2(tables + 1))[used.searchsorted(context), values]
+            cost = 24 - np.log2(tables + 1)
+            bits = cost[used.searchsorted(context), values]
             self.bits += np.bincount(owner.ravel(), bits, len(self.bits))
         else:
-            order = np.argsort(context, kind="stable")
-            ordered, tables = (values[order] if self.decoder is None else values).astype(np.int32), tables.astype(np.float32)
-            if symbols == 16:  # small tables are cheap: one for each number, in one call
-                calls = [(ordered, self.model(perfect=False), [np.repeat(tables, sizes, axis=0)])]
-            else:
-                parts = (slice(end - n, end) for n, end in zip(sizes.tolist(), sizes.cumsum().tolist(), strict=True))
-                calls = ((ordered[part], self.model(table, perfect=False), []) for part, table in zip(parts, tables, strict=True))
-            for numbers, model, parameters in calls:
-                if self.decoder is None:
-                    self.encoder.encode(numbers, model, *parameters)
-                else:
-                    numbers[:] = self.decoder.decode(model, *(parameters or [len(numbers)]))
+            by_context = np.argsort(context, kind="stable")
+            numbers = values[by_context].astype(np.int32)
+            self.transfer(numbers, tables.astype(np.float32), frequency[used])
             if self.decoder is not None:
-                values[order] = ordered
+                values[by_context] = numbers
         index = context.astype(np.uint32) * np.uint32(symbols) + values
         counts += COUNT_STEP * np.bincount(index, minlength=counts.size).reshape(counts.shape)
 
+    def transfer(self, numbers: Array, tables: Array, sizes: Array) -> None:
+        """Encode int32 `numbers`, or decode them in place: sizes[i] of them with tables[i], then the next."""
+        if tables.shape[1] == 16:  # small tables are cheap: one for each number, in one call
+            self.library_call(numbers, self.model(perfect=False), np.repeat(tables, sizes, axis=0))
+            return
+        parts = np.split(numbers, sizes.cumsum()[:-1])
+        for table, part in zip(tables, parts, strict=True):
+            self.library_call(part, self.model(table, perfect=False))
 
-def code_numbers(coder: RangeCoder, values: np.ndarray, owner: np.ndarray) -> None:
-    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it; the lowest
-    four of sixteen are alone. Blocks grow with what is known, and what is known fades: layers differ."""
-    counts, done = np.full((1 + 16 + 256 + 1, 16), COUNT_STEP // 4), 0
-    least, pace = 4, 6
-    while done < len(values):
-        here = slice(done, done + least + done // pace)
-        block, prefix = values[here], np.zeros(len(values[here]), np.uint16)
-        for shift, first in zip(range(8 * values.itemsize - 4, -1, -4), (0, 1, 17, 273), strict=False):
+    def library_call(self, numbers: Array, model, *tables: Array) -> None:
+        """Encode `numbers` by one call, or decode them in place; `tables`, if any, has one for each number.
+        """
+        if self.decoder is None:
+            self.encoder.encode(numbers, model, *tables)
+        else:
+            numbers[:] = self.decoder.decode(model, *(tables or [len(numbers)]))
+
+
+CODERS = dict(brotli=Brotli, lrzip=Lrzip, range=RangeCoder)  # the last codes numbers, not bytes
+
+
+def stream_coder(compressor: str, stream: str) -> str:
+    """Name a stream's coder: pergroup means lrzip for the integer matrices and brotli for the rest."""
+    if compressor != "pergroup":
+        return compressor
+    return "brotli" if stream in SMALL_STREAMS else "lrzip"
+
+
+def require_coders(compressor: str) -> None:
+    """Check that all coders of COMPRESSOR are there. Raises RunError saying how to get one that is not."""
+    for stream in STREAMS:
+        CODERS[stream_coder(compressor, stream)].require()
+
+
+# Of the tables of a number's four nibbles: the first has one, the second and third have one for each value of
+# what is above them, the fourth has one.
+TABLE_STARTS = (0, 1, 1 + 16, 1 + 16 + 256)
+
+
+def code_numbers(coder: RangeCoder, values: Array, owner: Array) -> None:
+    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above
+    it.
+
+    Blocks grow with what is known, and what is known fades: layers differ.
+    """
+    last_table = TABLE_STARTS[-1]
+    floor = COUNT_STEP // 4
+    counts = np.full((last_table + 1, 16), floor)
+    shifts = range(8 * values.itemsize - 4, -1, -4)
+    start = 0
+    while start < len(values):
+        end = start + 4 + start // 6
+        block = values[start:end]
+        above = np.zeros(len(block), np.uint16)
+        for shift, first_table in zip(shifts, TABLE_STARTS, strict=False):
             nibble = (block >> shift & 15).astype(np.uint8)
-            coder.code(counts, first + prefix * (first < 273), nibble, owner[here])
-            prefix = prefix * 16 + nibble
-        block[:] = prefix
-        counts -= (counts - COUNT_STEP // 4) // pace
-        done = here.stop
+            table = first_table + above * (first_table < last_table)
+            coder.code(counts, table, nibble, owner[start:end])
+            above = above * 16 + nibble
+        block[:] = above
+        counts -= (counts - floor) // 6
+        start = end
 
 
-def plan_rows(q: np.ndarray, similar: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What an encoder tells about rows: class of magnitude + 64 * (weight of the reference in halves), uint8, and the reference.
+def find_references(q: Array, similar: bool) -> tuple[Array, Array, Array]:
+    """Choose for each row of int8 (rows, cols) the row it is coded against, if `similar` rows are to be
+    found.
 
-    A reference is the most similar row that a decoder has by then: one higher up in any segment. It costs about two bytes and must
-    save more, and the class is that of the whole matrix unless the row differs enough to pay for saying so. Scalar products are
-    exact in fp32, so the choice is the same on every machine.
+    That is the most similar row that a decoder has by then: one higher up in any segment. A reference costs
+    about two bytes and must save more. Scalar products are exact in fp32, so the choice is the same on every
+    machine. Returns the reference, uint16 (rows,), its weight in halves, uint8 (rows,), 0 for no reference,
+    and what is left, int8 (rows, cols).
     """
     rows, cols = q.shape
-    index, weight, step, residual = np.zeros(rows, np.uint16), np.zeros(rows, np.uint8), np.arange(rows) % TRELLIS_SEGMENT, q.copy()
-    if similar:
-        order, starts = step.argsort(kind="stable"), np.bincount(step).cumsum().tolist()
-        x = torch.from_numpy(q[order, :256]).float()  # enough to find it
-        norm = (x.square().sum(1) + 1).sqrt()
-        for start, end in pairwise(starts):
-            here, best = order[start:end], order[(x[start:end] @ x[:start].T).div_(norm[:start]).argmax(1).numpy()]
-            left = np.stack([q[here] - (q[best].astype(np.int16) * halves + 1 >> 1) for halves in range(3)])
-            error = np.square(left, dtype=np.int32).sum(2) * [[2.0 ** (-18 / cols)], [1], [1]]
-            index[here], weight[here] = best, error.argmin(0)
-            residual[here] = left[weight[here], np.arange(len(here))]
+    reference = np.zeros(rows, np.uint16)
+    halves = np.zeros(rows, np.uint8)
+    residual = q.copy()
+
+    step = np.arange(rows) % TRELLIS_SEGMENT
+    by_step = step.argsort(kind="stable")
+    step_ends = np.bincount(step).cumsum().tolist()
+    x = torch.from_numpy(q[by_step, :256]).float()  # so many columns are enough to find it
+    norm = (x.square().sum(1) + 1).sqrt()
+    for start, end in pairwise(step_ends if similar else ()):
+        own = by_step[start:end]
+        similarity = (x[start:end] @ x[:start].T).div_(norm[:start])
+        best = by_step[similarity.argmax(1).numpy()]
+        wide = q[best].astype(np.int16)
+        left = np.stack([q[own] - (wide * weight + 1 >> 1) for weight in range(3)])
+        bonus = [[2.0 ** (-18 / cols)], [1], [1]]  # for no reference
+        error = np.square(left, dtype=np.int32).sum(2) * bonus
+        reference[own] = best
+        halves[own] = error.argmin(0)
+        residual[own] = left[halves[own], np.arange(len(own))]
+    return reference, halves, residual
+
+
+def plan_rows(q: Array, similar: bool) -> tuple[Array, Array]:
+    """Choose what an encoder tells about the rows of int8 (rows, cols): class of magnitude + 64 * (weight of
+    the reference in halves), uint8 (rows,), and the reference, uint16 (rows,).
+
+    The class is that of the whole matrix unless the row differs enough to pay for saying so.
+    """
+    reference, halves, residual = find_references(q, similar)
     total = np.abs(residual).view(np.uint8).sum(1, dtype=np.int64) << 12
-    usual, own = (level(x).astype(int) for x in (total.sum() // q.size, total // cols))
-    return (np.where(cols * (own - usual) ** 2 < 400, usual, own) + 64 * weight).astype(np.uint8), index
+    usual = magnitude_class(total.sum() // q.size).astype(int)
+    own = magnitude_class(total // q.shape[1]).astype(int)
+    differs = q.shape[1] * (own - usual) ** 2 >= 400
+    return (np.where(differs, own, usual) + 64 * halves).astype(np.uint8), reference
 
 
-def code_matrices(coder: RangeCoder, counts: np.ndarray, q: np.ndarray, owners: list[int], trellis: bool, similar: bool) -> np.ndarray:
-    """Code int8 matrices (n, rows, cols), side by side: step t takes row t of every segment of every matrix. Returns them.
+def code_plan(coder: RangeCoder, q: Array, owner: Array, similar: bool) -> tuple[Array, Array, int]:
+    """Code what is told about the rows of int8 matrices (n, rows, cols) before the rows themselves.
 
-    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all segments)
-    and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256. Symbols are
-    no more than the largest magnitude (sent) needs: 0 and up, then the negative ones.
+    Returns the two arrays of `plan_rows`, (n * rows,), and the largest magnitude of a symbol, at least 1.
+    """
+    plan = np.zeros(len(owner), np.uint8)
+    reference = np.zeros(len(owner), np.uint16)
+    largest = np.full(1, 127, np.uint8)  # less one
+    if coder.decoder is None:
+        plans, references = zip(*(plan_rows(matrix, similar) for matrix in q), strict=True)
+        plan = np.concatenate(plans)
+        reference = np.concatenate(references)
+        if not (plan > 63).any():  # differences to references may have any magnitude
+            largest[:] = max(1, int(q.max()), -int(q.min())) - 1
+
+    code_numbers(coder, plan, owner)
+    refers = plan > 63
+    chosen = reference[refers]
+    code_numbers(coder, chosen, owner[refers])
+    reference[refers] = chosen
+    code_numbers(coder, largest, owner[:1])
+    return plan, reference, 1 + int(largest[0])
+
+
+def by_step(a: Array, n: int, rows: int) -> Array:
+    """Arrange (n * rows, ...) as (steps, segments, n, width): step t has row t of every segment of every
+    matrix."""
+    a = a.reshape(n, rows, -1)
+    padded = np.pad(a, ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0)))
+    segments = padded.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2])
+    return np.ascontiguousarray(segments.transpose(2, 1, 0, 3))
+
+
+def predict_rows(x: Array, reference: Array, halves: Array) -> Array:
+    """Predict the rows of a step from those known so far, x (steps, segments, n, cols): int8 (segments, n,
+    cols).
+
+    `reference`, `halves` (segments, n, 1): the number of a row in its matrix, and its weight.
+    """
+    if not halves.any():
+        return np.int8(0)
+    segment, step = np.divmod(reference[..., 0], TRELLIS_SEGMENT)
+    earlier = x[step, segment, np.arange(x.shape[2])].astype(np.int16)
+    return (earlier * halves + 1 >> 1).astype(np.int8)
+
+
+def code_matrices(
+    coder: RangeCoder, counts: Array, q: Array, owners: list[int], trellis: bool, similar: bool,
+) -> Array:  # fmt: skip
+    """Code int8 matrices (n, rows, cols) side by side: step t takes row t of every segment of every matrix.
+    Returns them.
+
+    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it,
+    over all segments) and on the active quantizer of its trellis. Rows with a reference are coded as the
+    difference to it, modulo 256.
     """
     n, rows, cols = q.shape
-    info, index, most = np.zeros(n * rows, np.uint8), np.zeros(n * rows, np.uint16), np.full(1, 127, np.uint8)
-    if coder.decoder is None:
-        info, index = (np.concatenate(x) for x in zip(*(plan_rows(m, similar) for m in q), strict=True))
-        most[:] = 127 if (info > 63).any() else max(1, q.max(), -int(q.min())) - 1
-    owner = np.repeat(owners, rows)
-    code_numbers(coder, info, owner)
-    referring = index[info > 63]
-    code_numbers(coder, referring, owner[info > 63])
-    index[info > 63] = referring
-    code_numbers(coder, most, owner[:1])
-    symbols = min(2 * int(most[0]) + 3, 256)
-    gap = np.uint8(256 - symbols)
+    plan, reference, largest = code_plan(coder, q, np.repeat(owners, rows), similar)
+    x = by_step(q, n, rows)
+    plan = by_step(plan, n, rows)
+    reference = by_step(reference, n, rows).astype(np.int64)
+    halves = plan >> 6
+    row_class = (plan & 63).astype(np.int8)
+    row_scale = EIGHTH_OCTAVES[8 * 15 - 2 * row_class.astype(int)].astype(np.uint32)  # 2^12 / the row's mean
 
-    def steps(a: np.ndarray) -> np.ndarray:
-        """(n * rows, ...) -> (steps, segments, n, width)."""
-        a = np.pad(a.reshape(n, rows, -1), ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0)))
-        return np.ascontiguousarray(a.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2]).transpose(2, 1, 0, 3))
+    seen = 8  # rows of the class's own mean, to begin with
+    total = np.full((n, cols), seen << 12)
+    column_class = np.zeros((n, cols), np.int8)
+    owner = np.array(owners)[:, None]
+    state = np.zeros(x.shape[1:], np.uint8)
+    next_state = np.array(TRELLIS_NEXT, np.uint8).ravel()
 
-    x, info, index, owner = steps(q), steps(info), steps(index).astype(np.int64), np.array(owners)[:, None]
-    row, halves = np.minimum(info & 63, MAGNITUDE_CLASSES - 1).astype(np.int8), info >> 6
-    scale = EIGHTH_OCTAVES[120 - 2 * row.astype(int)].astype(np.uint32)
-    column, total, seen = np.zeros((n, cols), np.int8), np.full((n, cols), 8 << 12), 8
-    state, following = np.zeros(x.shape[1:], np.uint8), np.array(TRELLIS_NEXT, np.uint8).ravel()
-    kept = np.arange(symbols) + gap * (np.arange(symbols) > symbols // 2)
-    tables = counts[:, kept]
+    is_symbol = largest >= MAGNITUDES  # of the 256 bytes; symbols number those, from 0 on
+    to_symbol = (is_symbol.cumsum() - 1).astype(np.uint8)
+    from_symbol = np.flatnonzero(is_symbol).astype(np.uint8)
+    tables = counts[:, from_symbol]
     for t in range(min(rows, TRELLIS_SEGMENT)):
         live = -(-(rows - t) // TRELLIS_SEGMENT)  # segments with a row t
-        here, prediction = x[t, :live], np.int8(0)
-        if halves[t].any():
-            segment, step = np.divmod(index[t, :live, :, 0], TRELLIS_SEGMENT)
-            known = x[step, np.minimum(segment, x.shape[1] - 1), np.arange(n)].astype(np.int16)
-            prediction = (known * halves[t, :live] + 1 >> 1).astype(np.int8)
-        context = np.clip(row[t, :live] + column, 0, MAGNITUDE_CLASSES - 1).astype(np.uint8) + MAGNITUDE_CLASSES * (state[:live] & 1)
-        residual = here - prediction
-        symbol = residual.view(np.uint8) - gap * (residual < 0)
-        coded = symbol.reshape(-1)
-        coder.code(tables, context.reshape(-1), coded, np.broadcast_to(owner, here.shape))
-        coded += gap * (coded > symbols // 2)
-        residual = coded.view(np.int8).reshape(symbol.shape)
-        here[:] = residual + prediction
-        total += (np.abs(residual).view(np.uint8) * scale[t, :live]).sum(0, dtype=np.uint32)
+        own = x[t, :live]
+        prediction = predict_rows(x, reference[t, :live], halves[t, :live])
+        classes = np.clip(row_class[t, :live] + column_class, 0, MAGNITUDE_CLASSES - 1).astype(np.uint8)
+        context = classes + MAGNITUDE_CLASSES * (state[:live] & 1)
+
+        symbol = to_symbol.take((own - prediction).view(np.uint8).reshape(-1))
+        coder.code(tables, context.reshape(-1), symbol, np.broadcast_to(owner, own.shape))
+        residual = from_symbol.take(symbol).view(np.int8).reshape(own.shape)
+        own[:] = residual + prediction
+
+        magnitude = np.abs(residual).view(np.uint8)
+        total += (magnitude * row_scale[t, :live]).sum(0, dtype=np.uint32)
         seen += live
-        column = level(total // seen) - CLASS_OF_ONE
+        column_class = magnitude_class(total // seen) - CLASS_OF_ONE
         if trellis:
-            state = following.take(2 * state + (x[t] & 1).view(np.uint8))
-    counts[:, kept] = tables
+            state = next_state.take(2 * state + (x[t] & 1).view(np.uint8))
+    counts[:, from_symbol] = tables
     return x.transpose(2, 1, 0, 3).reshape(n, -1, cols)[:, :rows]
 
 
-def stream_of(cfg: Config, array: str) -> tuple[str, bool]:
-    """Look up the stream of an array "tensor:codec.part", and whether its rows are sorted: integers have that of their row."""
-    tensor, _, part = array.rpartition(":")
-    found = stored_matrices(cfg).get(tensor)
-    how = found.role.stored if found and part.endswith(".q") else HALF
-    return how.stream, how.sort_rows
+# Arrays "tensor:codec.part" <-> streams
 
 
-def code_arrays(cfg: Config, arrays: dict[str, np.ndarray], coders: dict[str, RangeCoder]) -> dict[str, np.ndarray]:
-    """Code every array "tensor:codec.part" with its stream's coder. Returns them.
+def layout(cfg: Config, arrays: Arrays) -> dict[str, StoredAs]:
+    """Look up how each array is kept: integers as the row of their tensor says, all else like HALF."""
+    stored = stored_matrices(cfg)
+    found = dict.fromkeys(arrays, HALF)
+    for name in arrays:
+        tensor, _, part = name.rpartition(":")
+        if part.endswith(".q") and tensor in stored:
+            found[name] = stored[tensor].role.stored
+    return found
 
-    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All other numbers of one
-    kind (the same tensor of every block, codec and part) share theirs.
+
+def code_arrays(cfg: Config, arrays: Arrays, coders: dict[str, RangeCoder]) -> Arrays:
+    """Code every array with its stream's coder. Returns them.
+
+    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All
+    other numbers of one kind (the same tensor of every block, codec and part) share theirs.
     """
-    start, groups, out = gaussian_counts(), {}, dict(arrays)
-    for i, (name, a) in enumerate(arrays.items()):
-        stream = STREAMS.index(stream_of(cfg, name)[0])
+    groups: dict[tuple, list[str]] = {}
+    for name, stored in layout(cfg, arrays).items():
+        a = arrays[name]
         if a.size:
-            kind = (kind_of(name),) if STREAMS[stream] == "rest" else (":trellis." in name, a.shape)
-            groups.setdefault((stream, *kind), []).append((i, name, a))
+            alike = a.shape if stored.stream != "rest" else ()  # matrices are coded side by side
+            key = STREAMS.index(stored.stream), kind_of(name), alike
+            groups.setdefault(key, []).append(name)
+
+    out = dict(arrays)
+    number = {name: i for i, name in enumerate(arrays)}
+    start = gaussian_counts()
     counts = start.copy()
-    for (number, *kind), group in sorted(groups.items()):
-        stream, (owners, names, given) = STREAMS[number], zip(*group, strict=True)
+    for (place, kind, _), names in sorted(groups.items()):
+        stream = STREAMS[place]
+        given = [arrays[name] for name in names]
+        owners = [number[name] for name in names]
         if stream == "rest":
-            sizes, flat = [a.size for a in given], np.concatenate([a.reshape(-1) for a in given])
+            sizes = [a.size for a in given]
+            flat = np.concatenate([a.reshape(-1) for a in given])
             code_numbers(coders[stream], flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
-            coded = [x.reshape(a.shape) for x, a in zip(np.split(flat, np.cumsum(sizes)[:-1]), given, strict=True)]
+            parts = np.split(flat, np.cumsum(sizes)[:-1])
+            coded = [part.reshape(a.shape) for part, a in zip(parts, given, strict=True)]
         else:
             counts = start + (counts - start) // 8
-            coded = code_matrices(coders[stream], counts, np.stack(given), owners, kind[0], stream == TOKEN_STREAM)
+            similar = stream == TOKEN_STREAM
+            trellis = ":trellis." in kind
+            coded = code_matrices(coders[stream], counts, np.stack(given), owners, trellis, similar)
         out |= zip(names, coded, strict=True)
     return out
 
 
-def coded_bits(cfg: Config, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Bits (fp64) that COMPRESSOR=range needs for each array "tensor:codec.part" (int8, int16 or fp16) of an artifact of just these, in
-    their order, without coding anything: what `pack` writes is within 0.1 %, and up to 8 bytes a stream. Tables are shared."""
+def coded_bits(cfg: Config, arrays: Arrays) -> Array:
+    """Count the bits (fp64) that COMPRESSOR=range needs for each array of an artifact of just these, in their
+    order.
+
+    Nothing is coded: what `pack` writes is within 0.1 %, and up to 8 bytes a stream. Tables are shared.
+    """
     counter = RangeCoder(owners=len(arrays))
     code_arrays(cfg, arrays, dict.fromkeys(STREAMS, counter))
     return counter.bits
 
 
-def similarity_order(q: np.ndarray) -> np.ndarray:
-    """Greedy chain of rows: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,).
+def similarity_order(q: Array) -> Array:
+    """Chain rows greedily: from row 0 on, always the nearest unused row in L1, ties to the lowest index.
+    uint16 (rows,).
 
-    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are computed."""
-    rows = torch.from_numpy(q).to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
-    distance, used, order = torch.cdist(rows, rows, p=1).cpu().numpy(), np.zeros(len(q), np.float32), np.zeros(len(q), np.uint16)
+    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are
+    computed.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = torch.from_numpy(q).to(device, torch.float32)
+    distance = torch.cdist(rows, rows, p=1).cpu().numpy()
+    used = np.zeros(len(q), np.float32)
+    row_order = np.zeros(len(q), np.uint16)
     for i in range(1, len(q)):
-        used[order[i - 1]] = np.inf
-        order[i] = (distance[order[i - 1]] + used).argmin()
-    return order
+        last = row_order[i - 1]
+        used[last] = np.inf
+        row_order[i] = (distance[last] + used).argmin()
+    return row_order
 
 
-def byte_planes(a: np.ndarray) -> np.ndarray:
-    """All first bytes, then all second bytes, ...: halves of fp16 compress better apart."""
+def byte_planes(a: Array) -> Array:
+    """View an array as all first bytes, then all second bytes, ...: halves of fp16 compress better apart."""
     return np.ascontiguousarray(a).reshape(-1).view(np.uint8).reshape(a.size, a.itemsize).T
 
 
 def stream_views(
-    cfg: Config, compressor: str, arrays: dict[str, np.ndarray], order_of
-) -> tuple[dict[str, list[np.ndarray]], list]:
-    """What a stream's bytes are when they are not range-coded: uint8 arrays one after another, views of `arrays` to read or to fill in.
+    cfg: Config, compressor: str, arrays: Arrays, order_of: Callable[[Array], Array]
+) -> tuple[dict[str, list[Array]], list]:
+    """Say what a stream's bytes are when they are not range-coded: views of the arrays, uint8, to read or to
+    fill in.
 
-    Integer matrices of `pergroup` are transposed, and copies where a tensor's row says that its rows are sorted: those are returned too, as
-    (matrix, `order_of` it, which is uint16 in stream row_order, its rows in that order). All others are byte planes.
+    lrzip gets matrices transposed, column after column; everything else is byte planes. Where a tensor's row
+    says so, its rows are sorted by `order_of` it, uint16 in stream row_order: such arrays are returned too,
+    as (array, order, its rows in that order, a copy).
     """
-    views, copies = {stream: [] for stream in STREAMS}, []
-    for name, a in arrays.items():
-        stream, sort = stream_of(cfg, name)
-        if stream_coder(compressor, stream) != "lrzip":
-            views[stream].append(byte_planes(a))
+    views = {stream: [] for stream in STREAMS}
+    in_order = []
+    for name, stored in layout(cfg, arrays).items():
+        a = arrays[name]
+        if stream_coder(compressor, stored.stream) != "lrzip":
+            views[stored.stream].append(byte_planes(a))
             continue
-        if sort:
-            copies.append((a, order := order_of(a), a := a[order]))
-            views["row_order"].append(byte_planes(order))
-        views[stream].append(a.view(np.uint8).T)
-    return views, copies
+        if stored.sort_rows:
+            row_order = order_of(a)
+            views["row_order"].append(byte_planes(row_order))
+            rows = a[row_order]
+            in_order.append((a, row_order, rows))
+            a = rows
+        views[stored.stream].append(a.view(np.uint8).T)
+    return views, in_order
 
 
-def encode_streams(cfg: Config, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
-    """Arrays "tensor:codec.part" -> the bytes of every stream."""
+def encode_streams(cfg: Config, arrays: Arrays) -> dict[str, bytes]:
+    """Encode arrays to the bytes of every stream."""
     if cfg.compressor == "range":
         coders = {stream: RangeCoder() for stream in STREAMS}
         code_arrays(cfg, arrays, coders)
-        return {stream: coder.encoder.get_compressed().astype("<u4").tobytes() for stream, coder in coders.items()}
+        return {stream: coder.encoded() for stream, coder in coders.items()}
     views, _ = stream_views(cfg, cfg.compressor, arrays, similarity_order)
-    raw = {stream: b"".join(view.tobytes() for view in own) for stream, own in views.items()}
+
+    def encode(stream: str) -> bytes:
+        raw = b"".join(view.tobytes() for view in views[stream])
+        return CODERS[stream_coder(cfg.compressor, stream)].encode(raw) if raw else b""
+
     with ThreadPoolExecutor() as pool:
-        return dict(zip(raw, pool.map(lambda s: CODERS[stream_coder(cfg.compressor, s)][0](raw[s]) if raw[s] else b"", raw), strict=True))
+        return dict(zip(STREAMS, pool.map(encode, STREAMS), strict=True))
 
 
-def decode_streams(
-    cfg: Config, compressor: str, arrays: dict[str, np.ndarray], coded: dict[str, bytes]
-) -> dict[str, np.ndarray]:
-    """The inverse of `encode_streams`: fills in `arrays` and returns them. Raises ArtifactError or what a coder raises."""
+def decode_streams(cfg: Config, compressor: str, arrays: Arrays, coded: dict[str, bytes]) -> Arrays:
+    """Invert `encode_streams`: fill in `arrays` and return them. Raises ArtifactError or what a coder raises.
+    """
     if compressor == "range":
         return code_arrays(cfg, arrays, {stream: RangeCoder(data) for stream, data in coded.items()})
-    views, copies = stream_views(cfg, compressor, arrays, lambda a: np.zeros(len(a), "<u2"))
-    sizes = {stream: sum(view.size for view in own) for stream, own in views.items()}
-    with ThreadPoolExecutor() as pool:
-        raw = pool.map(lambda s: CODERS[stream_coder(compressor, s)][1](coded[s], sizes[s]) if coded[s] else b"", STREAMS)
-    for stream, data in zip(STREAMS, raw, strict=True):
-        if len(data) != sizes[stream]:
-            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes instead of {sizes[stream]}; make it again")
+
+    def unknown_order(a: Array) -> Array:
+        return np.zeros(len(a), "<u2")
+
+    def decode(stream: str) -> None:
+        size = sum(view.size for view in views[stream])
+        coder = CODERS[stream_coder(compressor, stream)]
+        data = coder.decode(coded[stream], size) if coded[stream] else b""
+        if len(data) != size:
+            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes, expected "
+                                f"{size}; make it again")
         left = io.BytesIO(data)
         for view in views[stream]:
             view[:] = np.frombuffer(left.read(view.size), np.uint8).reshape(view.shape)
-    for a, order, rows in copies:
-        a[order] = rows
+
+    views, in_order = stream_views(cfg, compressor, arrays, unknown_order)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(decode, STREAMS))
+    for a, row_order, rows in in_order:
+        a[row_order] = rows
     return arrays
+
+
+# The artifact: a header and the streams
 
 
 @cache
 def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
-    return {m.name: m.shape for m in matrices(cfg) if m.role.stored is not None}
+    """List names and shapes of the tensors that an artifact of this configuration holds, in their order
+    there."""
+    return {name: matrix.shape for name, matrix in stored_matrices(cfg).items()}
 
 
-def arrays_of(stored: dict[str, QuantizedTensor]) -> dict[str, np.ndarray]:
-    """All parts of all tensors, named "tensor:codec.part"."""
-    return {f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()}
+def arrays_of(stored: dict[str, QuantizedTensor]) -> Arrays:
+    """Name all parts of all tensors "tensor:codec.part"."""
+    arrays = {}
+    for name, tensor in stored.items():
+        for (codec, part), t in tensor.parts.items():
+            arrays[f"{name}:{codec}.{part}"] = t.numpy()
+    return arrays
+
+
+def not_finite(arrays: Arrays) -> str:
+    """Name the arrays with a number that is none; "" if there are none."""
+    return ", ".join(name for name, a in arrays.items() if not np.isfinite(a).all())
+
+
+def parts_in_header(shape: tuple[int, ...], stored: QuantizedTensor) -> list:
+    """List the parts of a tensor, [codec, part, sizes], where a size -1 - i is the tensor's own size i."""
+    listed = []
+    for (codec, part), t in stored.parts.items():
+        sizes = [-1 - shape.index(n) if n in shape else n for n in t.shape]
+        listed.append([codec, part, sizes])
+    return listed
+
+
+def checksum(lengths: bytes, body: bytes) -> bytes:
+    """Hash all of an artifact but its magic and the checksum itself, to 16 bytes."""
+    return hashlib.blake2b(lengths + body, digest_size=16).digest()
 
 
 def pack(cfg: Config, stored: dict[str, QuantizedTensor]) -> bytes:
-    """Tensors -> artifact. Deterministic: the same tensors give the same bytes. Raises RunError if they are not the model's.
+    """Pack tensors into an artifact; the same tensors give the same bytes. Raises RunError if they are not
+    the model's.
 
-    magic "PGA1" | u16 version | u32 header size | 16-byte blake2b of all but the magic and itself | header | streams.
-    The header is brotli-coded JSON: [compressor, MODEL_FIELDS by name, bytes of each stream, kinds, kind of each tensor]. A
-    kind lists the parts of a tensor, [codec, part, sizes]; a size -1 - i is the tensor's own size i. Names and shapes of tensors
-    follow from the model, dtypes from the codec.
+    magic "PGA1" | u16 version | u32 header size | checksum, 16 bytes | header | streams. The header is
+    brotli-coded JSON: [compressor, MODEL_FIELDS by name, bytes of each stream, `parts_in_header` of each
+    tensor]. Names and shapes of tensors follow from the model, dtypes from the codec.
     """
     shapes = tensor_shapes(cfg)
     if shapes.keys() != stored.keys():
-        raise RunError(f"these are not the model's tensors: {', '.join(sorted(shapes.keys() ^ stored.keys()))}")
-    stored = {name: stored[name] for name in shapes}
-    arrays, kinds = arrays_of(stored), [
-        [[codec, part, [-1 - shape.index(n) if n in shape else n for n in t.shape]] for (codec, part), t in s.parts.items()]
-        for shape, s in zip(shapes.values(), stored.values(), strict=True)]
-    if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
-        raise RunError(f"not all finite: {', '.join(bad)}; the weights are no model's, look at the training loss")
+        raise RunError("these are not the model's tensors: "
+                       f"{', '.join(sorted(shapes.keys() ^ stored.keys()))}; set the model's own variables")
+    arrays = arrays_of({name: stored[name] for name in shapes})
+    if bad := not_finite(arrays):
+        raise RunError(f"not all finite: {bad}; the weights are no model's, look at the training loss")
     streams = encode_streams(cfg, arrays)
-    distinct = [json.loads(text) for text in dict.fromkeys(map(json.dumps, kinds))]
-    header = [cfg.compressor, {f: getattr(cfg, f) for f in sorted(MODEL_FIELDS)}, [len(data) for data in streams.values()], distinct,
-              [distinct.index(kind) for kind in kinds]]
-    head = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
-    body = head + b"".join(streams.values())
-    prefix = struct.pack("<HI", ARTIFACT_VERSION, len(head))
-    return ARTIFACT_MAGIC + prefix + hashlib.blake2b(prefix + body, digest_size=16).digest() + body
+
+    parts = [parts_in_header(shape, stored[name]) for name, shape in shapes.items()]
+    model = {name: getattr(cfg, name) for name in sorted(MODEL_FIELDS)}
+    sizes = [len(data) for data in streams.values()]
+    text = json.dumps([cfg.compressor, model, sizes, parts], separators=(",", ":"))
+    header = brotli.compress(text.encode(), quality=11)
+
+    lengths = struct.pack("<HI", ARTIFACT_VERSION, len(header))
+    body = header + b"".join(streams.values())
+    return ARTIFACT_MAGIC + lengths + checksum(lengths, body) + body
 
 
 class Header(NamedTuple):
     """What an artifact says about itself, nothing of it checked against a model."""
 
-    version: int
     compressor: str
-    model: dict[str, Any]  # MODEL_FIELDS
-    kinds: list  # of tensors, as `pack` writes them
-    chosen: list[int]  # the kind of each tensor
-    sizes: dict[str, int]  # bytes of each stream
-    start: int  # of the first stream
+    model: dict[str, Any]   # MODEL_FIELDS
+    sizes: dict[str, int]   # bytes of each stream
+    parts: list             # of each tensor, as `parts_in_header`
+    start: int              # of the first stream
+    caps: tuple[str, ...]   # scalars behind the network's own tensors, dropped if they are LOGIT_SOFTCAP
+    transposed: tuple[str, ...]  # arrays whose last two axes are swapped
+
+
+LOGIT_CAPS = ("softcap_pos", "softcap_neg")  # of logits of either sign: tensors once, which nobody trained
+VERSION_3_FIELDS = (  # whose values artifacts of version 3 list in this order
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope",
+    "tie_embeddings", "logit_softcap", "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len",
+    "ln_scale", "xsa_last_n", "window_pattern", "window_size", "skip_gates_enabled", "num_loops",
+    "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "attn_out_gate_enabled",
+    "attn_out_gate_src", "gated_attn_enabled", "sparse_attn_gate_enabled", "sparse_attn_gate_scale",
+    "gate_window", "smear_gate_enabled", "smear_gate_bos_fix", "asym_logit_rescale",
+)
+
+
+def from_version_3(compressor: str, values: list, sizes: list[int], kinds: list, chosen: list[int]) -> tuple:
+    """Say what a header of version 3 says like one of this version, and add the names for `caps` and
+    `transposed`.
+
+    Version 3 listed values without names, each kind of tensor once, and the stream of an untied head. It had
+    two caps of the logits, and parallel_post_lambdas as [lane that receives, sublayer that writes]. Raises
+    ArtifactError.
+    """
+    model = dict(zip(VERSION_3_FIELDS, values, strict=True))
+    for name, known in dict(tie_embeddings=True, parallel_final_lane="mean").items():
+        if model.pop(name) != known:
+            raise ArtifactError(f"the artifact needs another {name.upper()} than {known}, which is all that "
+                                "this script knows: use the script it was written by")
+    caps = LOGIT_CAPS if model.pop("asym_logit_rescale") else ()
+    sizes.pop(STREAMS.index("rest"))  # of the head
+    parts = [kinds[kind] for kind in chosen]
+    return compressor, model, sizes, parts, caps, ("parallel_post_lambdas:float16.w",)
 
 
 def read_header(blob: bytes) -> Header:
-    """Header of an artifact of this version or the one before, checksum verified. Raises ArtifactError."""
-    if blob[:4] != ARTIFACT_MAGIC or len(blob) < 26:
-        raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} in {len(blob)} bytes")
+    """Read the header of an artifact of this version or the one before, its checksum verified. Raises
+    ArtifactError."""
+    if blob[:4] != ARTIFACT_MAGIC or len(blob) < HEADER_START:
+        raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} "
+                            f"in {len(blob)} bytes; set ARTIFACT_DIR to the run's folder")
     version, size = struct.unpack("<HI", blob[4:10])
     if version not in (3, ARTIFACT_VERSION):
-        raise ArtifactError(f"artifact version {version}; this script reads 3 and {ARTIFACT_VERSION}: use the script it was written by")
-    if hashlib.blake2b(blob[4:10] + blob[26:], digest_size=16).digest() != blob[10:26]:
-        raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy or make it again")
+        raise ArtifactError(f"artifact version {version}; this script reads 3 and {ARTIFACT_VERSION}: use "
+                            "the script it was written by")
+    if checksum(blob[4:10], blob[HEADER_START:]) != blob[10:HEADER_START]:
+        raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy "
+                            "it or make it again")
+    start = HEADER_START + size
     try:
-        header = json.loads(brotli.Decompressor().process(blob[26 : 26 + size], output_buffer_limit=1 << 20))
-        compressor, model, sizes, kinds, chosen = header
-        if version < ARTIFACT_VERSION:
-            model = dict(zip(VERSION_3_FIELDS, model, strict=True))
-            sizes.pop(STREAMS.index("rest"))  # of an untied head, before the rest
-        if compressor not in COMPRESSORS or min(sizes) < 0 or 26 + size + sum(sizes) != len(blob):
+        text = brotli.Decompressor().process(blob[HEADER_START:start], output_buffer_limit=1 << 20)
+        header = json.loads(text)
+        header = from_version_3(*header) if version == 3 else (*header, (), ())
+        compressor, model, sizes, parts, caps, transposed = header
+        if compressor not in COMPRESSORS or min(sizes) < 0 or start + sum(sizes) != len(blob):
             raise ValueError("its streams do not fill it")
-        return Header(version, compressor, dict(model), kinds, chosen, dict(zip(STREAMS, sizes, strict=True)), 26 + size)
+        if not isinstance(model, dict):
+            raise ValueError("its variables have no names")
+        sizes = dict(zip(STREAMS, sizes, strict=True))
+        return Header(compressor, model, sizes, parts, start, caps, transposed)
     except HOSTILE as e:
         raise ArtifactError(f"the header of this artifact makes no sense: {e!r}; make it again") from None
 
 
-def check_model_fields(cfg: Config, saved: dict) -> None:
-    """Raises ArtifactError naming every variable by which this run differs from the one that wrote the artifact. A variable
-    younger than the artifact had its default."""
-    values = [(f.name, saved.get(f.name, f.default), getattr(cfg, f.name)) for f in fields(Config) if f.name in MODEL_FIELDS]
-    differ = [f"{name.upper()}: artifact {theirs}, this run {ours}" for name, theirs, ours in values if theirs != ours]
+def check_model_fields(cfg: Config, saved: dict[str, Any]) -> None:
+    """Compare the variables of a header, `saved`, with this run's. Raises ArtifactError naming every one that
+    differs.
+
+    A variable younger than the artifact had its default; one that this script does not know differs.
+    """
+    expected = {f.name: f.default for f in fields(Config) if f.name in MODEL_FIELDS} | saved
+    differ = []
+    for name, theirs in expected.items():
+        if name not in MODEL_FIELDS:
+            differ.append(f"{name.upper()}: artifact {theirs}, unknown to this script")
+        elif theirs != getattr(cfg, name):
+            differ.append(f"{name.upper()}: artifact {theirs}, this run {getattr(cfg, name)}")
     if differ:
-        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run that wrote it")
+        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these "
+                            "variables as in the run that wrote it, or use its script")
 
 
-def stored_shapes(cfg: Config, header: Header) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of an artifact, in their order there. Version 3 had two caps that nobody trained, behind the
-    network's own tensors."""
+def empty_arrays(cfg: Config, header: Header) -> Arrays:
+    """Make the arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of
+    known codecs, as large as the model's tensors allow."""
     shapes = tensor_shapes(cfg)
-    if not header.model.get("asym_logit_rescale"):
-        return shapes
-    own = {name: shape for name, shape in shapes.items() if "." not in name}
-    return own | dict(softcap_pos=(), softcap_neg=()) | shapes
-
-
-def from_version_3(cfg: Config, model: dict, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays as this version has them: without the two caps, and with the lambdas of the two lanes by (sublayer, lane)."""
-    gone = dict(tie_embeddings=True, parallel_final_lane="mean")
-    caps = [arrays.pop(name, np.half(cfg.logit_softcap)) for name in ("softcap_pos:float16.w", "softcap_neg:float16.w")]
-    if any(model[name] != value for name, value in gone.items()) or any(cap != np.half(cfg.logit_softcap) for cap in caps):
-        raise ValueError("it has an untied head, a single final lane or caps of its own, which only the script it was written by knows")
-    lambdas = "parallel_post_lambdas:float16.w"
-    return arrays | {lambdas: arrays[lambdas].swapaxes(1, 2)} if lambdas in arrays else arrays
-
-
-def empty_arrays(cfg: Config, header: Header) -> dict[str, np.ndarray]:
-    """The arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of known codecs, as large as
-    the model's tensors allow."""
-    out: dict[str, np.ndarray] = {}
-    for (name, shape), chosen in zip(stored_shapes(cfg, header).items(), header.chosen, strict=True):
+    if header.caps:  # they were the last of the network's own tensors
+        own = {name: shape for name, shape in shapes.items() if "." not in name}
+        shapes = own | dict.fromkeys(header.caps, ()) | shapes
+    arrays: Arrays = {}
+    for (name, shape), parts in zip(shapes.items(), header.parts, strict=True):
+        if not parts:
+            raise ValueError(f"{name} has no parts")
         room = 4 * math.prod(shape) + 16  # integers, low-rank factors and scales
-        for codec, part, sizes in header.kinds[chosen]:
-            sizes = [shape[-1 - n] if n < 0 else n for n in sizes]
+        for codec, part, sizes in parts:
+            array = f"{name}:{codec}.{part}"
+            sizes = tuple(shape[-1 - n] if n < 0 else n for n in sizes)
             room -= math.prod(sizes)
-            if room < 0 or f"{name}:{codec}.{part}" in out or (part in ("q", "w") and tuple(sizes) != shape):
+            is_whole = sizes == shape or part not in ("q", "w")
+            if room < 0 or array in arrays or not is_whole:
                 raise ValueError(f"{name}, of shape {shape}, can not have {codec}.{part} of shape {sizes}")
-            out[f"{name}:{codec}.{part}"] = np.zeros(sizes, "<" + CODEC_PARTS[codec][part])
-    return out
+            arrays[array] = np.zeros(sizes, "<" + CODEC_PARTS[codec][part])
+    return arrays
 
 
 def unpack(cfg: Config, blob: bytes) -> dict[str, QuantizedTensor]:
-    """Artifact -> tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes, and never needs more memory than the
-    integers of four such models."""
+    """Unpack an artifact into its tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes,
+    and never needs more memory than the integers of four such models."""
     header = read_header(blob)
     check_model_fields(cfg, header.model)
-    ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
+    streams = io.BytesIO(blob[header.start :])
     try:
-        coded = {stream: blob[start:end] for stream, (start, end) in zip(STREAMS, pairwise(ends), strict=True)}
+        coded = {stream: streams.read(size) for stream, size in header.sizes.items()}
         arrays = decode_streams(cfg, header.compressor, empty_arrays(cfg, header), coded)
-        if header.version < ARTIFACT_VERSION:
-            arrays = from_version_3(cfg, header.model, arrays)
-        if bad := [name for name, a in arrays.items() if not np.isfinite(a).all()]:
-            raise ValueError(f"not all finite: {', '.join(bad)}")
+        if bad := not_finite(arrays):
+            raise ValueError(f"not all finite: {bad}")
     except HOSTILE as e:
         raise ArtifactError(f"this artifact makes no sense: {e!r}; make it again") from None
-    out: dict[str, QuantizedTensor] = {name: QuantizedTensor({}) for name in tensor_shapes(cfg)}
+
+    out: dict[str, QuantizedTensor] = {}
     for name, a in arrays.items():
         tensor, _, part = name.rpartition(":")
-        out[tensor].parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
+        if tensor in header.caps:
+            check_cap(cfg, "the artifact", tensor, a)
+            continue
+        a = a.swapaxes(1, 2) if name in header.transposed else a
+        stored = out.setdefault(tensor, QuantizedTensor({}))
+        stored.parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
     return out
 
 
+def check_cap(cfg: Config, file: Any, name: str, cap: Array) -> None:
+    """Check that a cap of the logits, a tensor of its own once, is LOGIT_SOFTCAP. Raises ArtifactError."""
+    if (cap.astype(float) != cfg.logit_softcap).any():
+        raise ArtifactError(f"{file} has {name} {cap}, this run LOGIT_SOFTCAP={cfg.logit_softcap:g} for "
+                            "logits of both signs: set it to that, or use the script it was written by")
+
+
 def bytes_by_part(blob: bytes) -> dict[str, int]:
-    """Bytes of each stream of an artifact, and of its header; they add up to its size."""
+    """Count the bytes of each stream of an artifact, and of its header; they add up to its size."""
     header = read_header(blob)
     return dict(header=header.start, **header.sizes)
 
 
 def load_artifact(cfg: Config, world: World, path: Path, kernels: Kernels = DEFINITIONS) -> GPT:
-    """The model that the bytes on disk stand for. Raises ArtifactError."""
+    """Load the model that the bytes on disk stand for. Raises ArtifactError."""
     model = GPT(cfg, world.dtype, kernels)
     try:
         model.load_state_dict(dequantized_state(cfg, unpack(cfg, path.read_bytes())))
     except OSError as e:
-        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
-    except (LookupError, RuntimeError, ValueError) as e:
+        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the "
+                            "run's folder") from None
+    except (*HOSTILE, RuntimeError) as e:
         raise ArtifactError(f"{path} does not hold the tensors of this model: {e}; make it again") from None
     return model.to(world.device).requires_grad_(False)
 
 
-def load_weights(cfg: Config, path: Path) -> dict[str, Tensor]:
-    """State dict from final_model.pt, ours or a published one, which has no format number. Raises RunError."""
-    state = load_tensors(path, "cpu")
-    if isinstance(state, dict) and "format" in state:
-        if state["format"] != CHECKPOINT_FORMAT:
-            raise RunError(f"{path} has format {state['format']}, this script reads {CHECKPOINT_FORMAT}: use the script it was written by")
-        return state["model"]
+# Final_model.pt
+
+
+def checkpoint_state(cfg: Config, path: Path, saved: Any) -> dict[str, Tensor]:
+    """Find the state dict in what final_model.pt holds, ours or a published one. Raises RunError.
+
+    Without a format number it is a published one, whose parallel_post_lambdas are [sublayer that writes, lane
+    that receives], or one of ours of old, which had them the other way round.
+    """
+    if "format" in saved:
+        if saved["format"] != CHECKPOINT_FORMAT:
+            raise RunError(f"{path} has format {saved['format']}, this script reads {CHECKPOINT_FORMAT}: use "
+                           "the script it was written by")
+        return saved["model"]
     ledger = path.with_name("ledger.jsonl")
-    trained_here = ledger.exists() and any('"phase"' in line and '"train"' in line for line in ledger.open())
-    if trained_here and "parallel_post_lambdas" in state:
-        raise RunError(f"{path} was written by an older version of this script, with parallel_post_lambdas transposed: train again, or "
-                       f"save dict(format={CHECKPOINT_FORMAT}, model=state) with state['parallel_post_lambdas'].mT in its place")
-    caps = [state.pop(name).item() for name in ("softcap_pos", "softcap_neg") if name in state]
-    if any(cap != cfg.logit_softcap for cap in caps):
-        raise RunError(f"{path} has the caps {caps}, this run LOGIT_SOFTCAP={cfg.logit_softcap:g} for logits of both signs")
-    return state
+    lines = ledger.read_bytes().splitlines() if ledger.exists() else []
+    trained_here = any(b'"phase"' in line and b'"train"' in line for line in lines)
+    if trained_here and "parallel_post_lambdas" in saved:
+        raise RunError(f"{path} was written by an older version of this script, with parallel_post_lambdas "
+                       f"transposed: train again, or save dict(format={CHECKPOINT_FORMAT}, model=state) with "
+                       "state['parallel_post_lambdas'].mT in its place")
+    for name in saved.keys() & {*LOGIT_CAPS}:
+        check_cap(cfg, path, name, saved[name].float().numpy())
+    return {name: t for name, t in saved.items() if name not in LOGIT_CAPS}
 
 
 def load_checkpoint_model(cfg: Config, world: World, path: Path, kernels: Kernels = DEFINITIONS) -> GPT:
-    """A model from final_model.pt, ours or a published one. Raises RunError."""
-    state = load_weights(cfg, path)
+    """Load a model from final_model.pt, ours or a published one. Raises RunError."""
+    saved = load_tensors(path, "cpu")
     model = GPT(cfg, world.dtype, kernels)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as e:
+        model.load_state_dict(checkpoint_state(cfg, path, saved))
+    except (AttributeError, LookupError, RuntimeError, TypeError) as e:
         raise RunError(f"{path} does not fit this configuration: {e}") from None
     return model.to(world.device)
 
@@ -4719,10 +5272,11 @@ def forecast_size(
 # ==================================================================================================
 
 class Ledger:
-    """Keep the account of a run, line by line: {"n", "prev", "kind", .., "hash"}, where "prev" is the hash of the line before.
+    """Keep the account of a run, line by line: {"n", "prev", "kind", .., "hash"}; "prev" is the hash of the
+    line before.
 
-    An edit breaks the chain. A later stage in the same folder goes on behind the last line. Without a path, as on all ranks but
-    the first, nothing is kept.
+    An edit breaks the chain. A later stage in the same folder goes on behind the last line. Without a path,
+    as on all ranks but the first, nothing is kept.
     """
 
     def __init__(self, path: Path | None):
@@ -4736,7 +5290,8 @@ class Ledger:
                 self.lines = entry["n"] + 1
                 self.last = entry["hash"]
             except (OSError, ValueError, LookupError, TypeError):
-                raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose another ARTIFACT_DIR") from None
+                raise RunError(f"{path} does not end with a whole ledger line: move it away, or choose "
+                               "another ARTIFACT_DIR") from None
 
     @staticmethod
     def digest(entry: dict) -> str:
@@ -4756,57 +5311,8 @@ class Ledger:
             with self.path.open("a") as f:
                 f.write(json.dumps(entry, separators=(",", ":")) + "\n")
         except OSError as e:
-            raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another ARTIFACT_DIR") from None
-
-
-class AccessLog:
-    """Log what Python opens, connects to and starts within `with`, and refuse training data: opening a training shard is a RunError.
-
-    It is an audit hook and cannot be removed, so a process has one: `access_log()`.
-    """
-
-    def __init__(self):
-        self.on = False
-        self.seen: list[tuple[str, Any]] = []
-        sys.addaudithook(self.hook)
-
-    def hook(self, event: str, args: tuple) -> None:
-        """Take down an event. Raises RunError where a training shard is opened."""
-        if not self.on or event not in ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
-            return
-        what = args[1] if event == "socket.connect" else args[0]
-        self.seen.append((event, what))
-        if event == "open" and not isinstance(what, int) and Path(os.fsdecode(what)).name.startswith("fineweb_train_"):
-            raise RunError(f"{os.fsdecode(what)}: training data was about to be read in an evaluation: a bug, please report it")
-
-    def __enter__(self) -> AccessLog:
-        self.on = True
-        self.seen = []
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.on = False
-
-    def unexpected(self, data: Path, own_files: list[Path]) -> list[list[str]]:
-        """List [event, file, host or program], each once: no file of the run, of Python or of the system, but any other beside the data."""
-        system = (sys.prefix, sys.base_prefix, torch.__path__[0], tempfile.gettempdir(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
-        own, software = (tuple(str(Path(path).resolve()) for path in paths) for paths in (own_files, (*system, Path(__file__).parent)))
-        beside_the_data = f"{data.resolve()}{os.sep}"
-        found = {}
-        for event, what in self.seen:
-            if event == "open" and isinstance(what, int):
-                continue  # it is open already
-            name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what or "")
-            if event == "open":
-                name = str(Path(name).resolve())
-                known = name.startswith(software) and not name.startswith(beside_the_data)
-                if known or name.startswith(own) or ".cache/" in name:
-                    continue
-            found[event, name] = None
-        return [list(entry) for entry in found]
-
-
-access_log = cache(AccessLog)
+            raise RunError(f"cannot append to {self.path}: {e.strerror or e}; free space or choose another "
+                           "ARTIFACT_DIR") from None
 
 
 class Score(NamedTuple):
@@ -4819,20 +5325,23 @@ class Score(NamedTuple):
 
 
 def graded(forward, tokens: Tensor, hints: Tensor | None, boost: float) -> tuple[Tensor, Tensor]:
-    """Grade tokens (B, n) or (B, n, K) twice: nats as the model sees them, to learn from, and nats that count. forward(tokens) -> nats.
+    """Grade tokens (B, n) or (B, n, K) twice: nats as the model sees them, to learn from, and nats that
+    count.
 
-    The two differ where there is a hint, (B, n), -1 = none: its probability q is multiplied by e^boost and all probabilities are
-    divided by their new sum, 1 + q (e^boost - 1), whatever the target is.
+    forward(tokens) -> nats. The two differ where there is a hint, (B, n), -1 = none: its probability q is
+    multiplied by e^boost and all probabilities are divided by their new sum, 1 + q (e^boost - 1), whatever
+    the target is.
     """
     if hints is None:
         nats = forward(tokens)
         return nats, nats
     hint = hints.unsqueeze(-1)
     candidates = tokens.view(*hints.shape, -1)
-    nats = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
-    nats, hinted = nats[..., :-1], nats[..., -1:]
+    both = forward(torch.cat((candidates, hint.clamp_min(0)), -1))
+    nats, hinted = both[..., :-1], both[..., -1:]
 
-    log_sum = torch.log1p((-hinted).exp() * math.expm1(boost))
+    probability = (-hinted).exp()
+    log_sum = torch.log1p(probability * math.expm1(boost))
     tilted = nats - boost * (candidates == hint) + log_sum
     counted = torch.where(hint < 0, nats, tilted)
     return nats.reshape(tokens.shape), counted.reshape(tokens.shape)
@@ -4841,8 +5350,8 @@ def graded(forward, tokens: Tensor, hints: Tensor | None, boost: float) -> tuple
 class Scorer:
     """Stand between an evaluation and the validation tokens; target i is token i + 1.
 
-    `inputs_for` shows what comes before targets, `score` grades them, each once, `targets_to_learn` hands out graded ones to
-    learn from, `sync` merges the ranks and writes the receipts.
+    `inputs_for` shows what comes before targets, `score` grades them, each once, `targets_to_learn` hands out
+    graded ones to learn from, `sync` merges the ranks and writes the receipts.
     """
 
     def __init__(self, data: ValData, world: World, name: str = "", ledger: Ledger | None = None):
@@ -4866,19 +5375,25 @@ class Scorer:
         self.boost = 0.0
         self.steps = 0.0  # that optimizers may take
         self.shown: list[np.ndarray] = []  # targets whose inputs are out, to be graded next
-        self.unwritten: dict[tuple[str, bool], list[np.ndarray]] = {}  # targets by (what with, early) since the last receipt
+        # Targets by (what for, whether before they were graded), since the last receipt.
+        self.unwritten: dict[tuple[str, bool], list[np.ndarray]] = {}
         self.receipts: list[tuple[str, bool, np.ndarray]] = []  # since the last sync
 
     def inputs_for(self, start: int, targets: np.ndarray) -> np.ndarray:
-        """Show the inputs of targets, -1 = none: tokens from `start` to the one before the last of them. The next `score` must grade
-        them all: nothing is seen that is not scored."""
+        """Show the inputs of targets, -1 = none: tokens from `start` to the one before the last of them.
+
+        The next `score` must grade them all: nothing is seen that is not scored.
+        """
         wanted = targets[targets >= 0]
         self.shown.append(wanted)
         return self._data.tokens[start : wanted.max(initial=-1) + 1]
 
     def set_hints(self, order: np.ndarray, guess, boost: float) -> None:
-        """Take hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded. Nothing else is handed the
-        stream at once, so it is asked again with a forged future, from a drawn target on; RunError where that changes a hint before."""
+        """Take hints for `graded`: guess(tokens, order) -> (N,), order (N,) as the targets will be graded.
+
+        Nothing else is handed the stream at once, so it is asked again with a forged future, from a drawn
+        target on; RunError where that changes a hint up to there.
+        """
         tokens = self._data.tokens
         cut = int(np.random.default_rng(self.total).integers(self.total))
         future = order[cut:] + 1
@@ -4890,7 +5405,8 @@ class Scorer:
         self.hints = guess(tokens, order)
         past = order[: cut + 1]
         if (self.hints[past] != guess(forged, order)[past]).any():
-            raise RunError(f"{self.name}: a hint depends on its target or on what comes after it: a bug, please report it")
+            raise RunError(f"{self.name}: a hint depends on its target or on what comes after it: a bug, "
+                           "please report it")
 
     def on_device(self, values: np.ndarray) -> Tensor:
         """Copy whole numbers to the device, as int64."""
@@ -4901,16 +5417,21 @@ class Scorer:
         return None if self.hints is None else self.on_device(self.hints[targets])
 
     def score(self, targets: np.ndarray, forward) -> Tensor:
-        """Grade targets (B, n), -1 = none, none of them graded before (RunError): forward(tokens (B, n) int64) -> nats (B, n), which
-        come back; what counts is what `graded` makes of them."""
+        """Grade targets (B, n), -1 = none, none of them graded before (RunError).
+
+        forward(tokens (B, n) int64) -> nats (B, n), which come back; what counts is what `graded` makes of
+        them.
+        """
         places = np.flatnonzero(targets >= 0)
         index = targets.reshape(-1)[places]
         if (self.own[index] | self.graded[index]).any() or len(np.unique(index)) < len(index):
-            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored twice: a bug, please report it")
+            raise RunError(f"{self.name}: a target in [{index.min()}, {index.max()}] was about to be scored "
+                           "twice: a bug, please report it")
         seen = np.concatenate([*self.shown, index[:0]])
         self.shown = []
         if not np.isin(seen, index).all():
-            raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are scored: a bug, please report it")
+            raise RunError(f"{self.name}: what comes before target {seen.max()} was read, and others are "
+                           "scored: a bug, please report it")
 
         self.steps = 0
         tokens = self.on_device(self._data.tokens[targets + 1])
@@ -4925,12 +5446,17 @@ class Scorer:
         return nats
 
     def targets_to_learn(self, targets: np.ndarray, what: str = "adapters", early: bool = False) -> Tensor:
-        """Hand out targets to learn from, as for `score`: one step of an optimizer may follow, with what = "base" any number until `score`.
-        RunError: one has not been graded; `early`, for methods that break this rule, puts that into the ledger instead."""
+        """Hand out the tokens of targets to learn from, as for `score`. Raises RunError where one has not
+        been graded.
+
+        One step of an optimizer may follow, with another `what` than adapters any number until the next
+        `score`. `early`, for methods that break the rule, puts that into the ledger instead of raising.
+        """
         index = targets[targets >= 0]
         ready = bool((self.own[index] | self.graded[index]).all())
         if not ready and not early:
-            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it was scored: a bug, report it")
+            raise RunError(f"{self.name}: learning from a target in [{index.min()}, {index.max()}] before it "
+                           "was scored: a bug, please report it")
         self.steps = 1 if what == "adapters" else math.inf
         self.unwritten.setdefault((what, not ready), []).append(index)
         return self.on_device(self._data.tokens[targets + 1])
@@ -4940,7 +5466,8 @@ class Scorer:
         """Refuse, meanwhile, every step of a torch optimizer that nothing was handed out for: RunError."""
         def before_step(*_):
             if self.steps < 1:
-                raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: a bug, please report it")
+                raise RunError(f"{self.name}: an optimizer step on nothing that was released for learning: "
+                               "a bug, please report it")
             self.steps -= 1
 
         with register_optimizer_step_pre_hook(before_step):
@@ -4952,14 +5479,18 @@ class Scorer:
 
     def receipt(self) -> None:
         """Close an entry for what was scored, and for what was learned from, since the last receipt."""
-        for (what, early), parts in self.unwritten.items():
-            self.receipts.append((what, early, np.unique(np.concatenate(parts))))
+        for kind, parts in self.unwritten.items():
+            index = np.unique(np.concatenate(parts))
+            if len(index):
+                self.receipts.append((*kind, index))
         self.unwritten = {}
 
     def ledger_line(self, nats: np.ndarray, what: str, early: bool, index: np.ndarray) -> tuple[str, dict]:
-        """Write a receipt as a line of the ledger: ranges [a, b) of targets, and for scores nats and bytes of each range."""
-        runs = np.split(index, np.flatnonzero(np.diff(index) > 1) + 1)
-        line = {"pass": self.name, "ranges": [[int(run[0]), int(run[-1]) + 1] for run in runs if len(run)]}
+        """Write a receipt as a ledger line: ranges [a, b) of targets, with nats and bytes for scores."""
+        gaps = np.flatnonzero(np.diff(index) > 1)
+        runs = np.split(index, gaps + 1)
+        ranges = [[int(run[0]), int(run[-1]) + 1] for run in runs]
+        line = {"pass": self.name, "ranges": ranges}
         if what != "score":
             return "update", line | dict(what=what, early=early)
         line["nats"] = [float(nats[run].sum(dtype=np.float64)) for run in runs]
@@ -4967,7 +5498,7 @@ class Scorer:
         return "score", line
 
     def sync(self) -> None:
-        """Merge the ranks, all together, and write the receipts. Raises RunError when two ranks have graded the same target."""
+        """Merge the ranks and write the receipts. Raises RunError where two have graded the same target."""
         self.receipt()
         counts = torch.tensor(self.own, device=self.world.device)
         self.world.sum_(counts)
@@ -4984,7 +5515,10 @@ class Scorer:
         self.receipts = []
 
     def finish(self) -> Score:
-        """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target. Raises RunError when one was left out."""
+        """Merge the ranks and sum up in fp64; rank 0 leaves the nats of every target.
+
+        Raises RunError where one was left out.
+        """
         self.sync()
         self.world.sum_(self.nats)  # zero where another rank has graded
         nats = self.nats.cpu().numpy()
@@ -4992,7 +5526,8 @@ class Scorer:
         count = int(self.graded.sum())
         size = int(self._data.target_bytes.sum())
         if count != self.total or not math.isfinite(total):
-            raise RunError(f"scored {count} targets instead of {self.total}, {total:g} nats: a bug, please report it with the log")
+            raise RunError(f"{self.name}: scored {count} targets instead of {self.total}, {total:g} nats: "
+                           "a bug, please report it with the log")
 
         if self.ledger is not None and self.ledger.path is not None:
             buffer = io.BytesIO()
@@ -5006,10 +5541,10 @@ class Scorer:
 def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torch.device | str) -> np.ndarray:
     """Guess each target of the stream from those scored before it (the token-only n-gram of PR #2135).
 
-    tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often followed the same
-    TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where its share is below TOKEN_THRESHOLD or
-    there is none. Sorts instead of a loop over hash tables; contexts are told apart exactly, from 1 token to 2, 4, 8, ...: they
-    are equal if both halves are.
+    tokens (N + 1,), order (N,): the targets as they are scored -> (N,) int32: the token that most often
+    followed the same TOKEN_ORDER - 1 tokens of a document so far, of several the first to get there; -1 where
+    its share is below TOKEN_THRESHOLD or there is none. Sorts instead of a loop over hash tables; contexts
+    are told apart exactly, from 1 token to 2, 4, 8, ...: they are equal if both halves are.
     """
     n = cfg.token_order - 1
     stream = torch.from_numpy(tokens.astype(np.int64)).to(device)
@@ -5034,7 +5569,7 @@ def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torc
     rank = torch.arange(len(order), device=device)
     pairs, by_pair = (context * base + follows).sort(stable=True)
     count = torch.empty_like(rank)
-    count[by_pair] = rank - torch.searchsorted(pairs, pairs) + 1  # how often this token has followed, this time included
+    count[by_pair] = rank - torch.searchsorted(pairs, pairs) + 1  # how often it has followed, now included
     most = (context * base + count).cummax(0).values
     leader = torch.searchsorted(most, most)  # where the highest count so far was reached
 
@@ -5047,7 +5582,10 @@ def ngram_hints(cfg: Config, tokens: np.ndarray, order: np.ndarray, device: torc
 
 
 def announce_order(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
-    """Tell the scorer in which order its targets come, and the hints that NGRAM_TILT_ENABLED asks for; on the evaluation's clock."""
+    """Tell the scorer in which order its targets come, and the hints that NGRAM_TILT_ENABLED asks for.
+
+    This is on the evaluation's clock.
+    """
     scorer.order = order
     if cfg.ngram_tilt_enabled:
         device = scorer.world.device if scorer.world.device.type == "cuda" else "cpu"
@@ -5056,17 +5594,20 @@ def announce_order(cfg: Config, scorer: Scorer, order: np.ndarray) -> Scorer:
 
 
 class EvalBatch(NamedTuple):
-    """Inputs (B, T) int64 on the device, the target that each predicts or -1 (B, T), and the attention segments of a packed row."""
+    """Hold inputs (B, T) int64 on the device and the target that each predicts, or -1 (B, T)."""
 
     inputs: Tensor
     targets: np.ndarray
     lengths: np.ndarray  # of the attention segments
-    segments: Segments | None = None
+    segments: Segments | None = None  # of a packed row
     learn: np.ndarray | None = None  # (B, T), as targets: those that SLOT learns from
 
 
 def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int, int]]:
-    """Cut the stream into rows of at most `row_tokens` inputs that never cut a piece: a document, or `context` tokens of a long one."""
+    """Cut the stream into rows of at most `row_tokens` inputs: (start, end).
+
+    They never cut a piece: a document, or `context` tokens of a long one.
+    """
     cuts = document_cu_seqlens(scorer.documents()[0], scorer.total, context, bucket=1)
     rows, start = [], 0
     while start < scorer.total:
@@ -5077,29 +5618,30 @@ def packed_rows(scorer: Scorer, context: int, row_tokens: int) -> list[tuple[int
 
 
 def packed_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
-    """Yield whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows; which rows exist does not depend on the ranks."""
-    context, device = cfg.eval_seq_len, scorer.world.device
+    """Yield whole documents (cut at EVAL_SEQ_LEN) side by side in padded rows, the same for any ranks."""
+    context = cfg.eval_seq_len
     whole_stream = -(-scorer.total // context) * context
     row_tokens = min(max(cfg.val_batch_tokens // 8, context), whole_stream)
 
     for start, end in packed_rows(scorer, context, row_tokens)[rank::size]:
-        targets = np.full((1, row_tokens), -1)
-        targets[0, : end - start] = np.arange(start, end)
+        targets = np.arange(start, start + row_tokens)[None]
+        targets = np.where(targets < end, targets, -1)
         inputs = np.zeros((1, row_tokens), np.int64)
         inputs[0, : end - start] = scorer.inputs_for(start, targets)
 
         starts = np.flatnonzero(inputs[0] == BOS_ID)
-        if end - start < row_tokens:
-            starts = np.append(starts, end - start)  # the padding
+        starts = np.append(starts, end - start)  # the padding is a document of its own
         cuts = document_cu_seqlens(starts, row_tokens, context)
-        segments = Segments(torch.from_numpy(cuts).to(device), context)
-        yield EvalBatch(torch.from_numpy(inputs).to(device), targets, np.diff(cuts), segments)
+        segments = Segments(torch.from_numpy(cuts).to(scorer.world.device), context)
+        yield EvalBatch(scorer.on_device(inputs), targets, np.diff(cuts), segments)
 
 
 def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
-    """Yield windows every EVAL_STRIDE tokens, documents not masked; each scores the targets that no earlier window has scored.
+    """Yield windows every EVAL_STRIDE tokens, documents not masked; each scores what no earlier window has
+    scored.
 
-    Each row walks through a stretch of its own: most of what its window shows has been scored by the same row in earlier batches.
+    Each row walks through a stretch of its own: most of what its window shows has been scored by the same row
+    in earlier batches.
     """
     seq, stride = cfg.eval_seq_len, cfg.eval_stride
     starts = np.arange(0, max(1, scorer.total - (seq - stride)), stride)
@@ -5125,14 +5667,13 @@ def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
         for row, window in enumerate(windows):
             shown = scorer.inputs_for(starts[window], targets[row])
             inputs[row, : len(shown)] = shown
-        lengths = np.full(len(windows), seq)
-        yield EvalBatch(torch.from_numpy(inputs).to(scorer.world.device), targets, lengths, learn=learn)
+        yield EvalBatch(scorer.on_device(inputs), targets, np.full(len(windows), seq), learn=learn)
 
 
 class Method(NamedTuple):
     """Say what a way of scoring is, for `evaluate`, and for the probes of tools/probes.py."""
 
-    batches: Any            # (cfg, scorer, rank, size) -> EvalBatch after EvalBatch; None: TttRun deals its own
+    batches: Any            # (cfg, scorer, rank, size) -> EvalBatches; None: TttRun makes its own
     documents_masked: bool  # no document sees another
     small: dict             # upper limits of variables with which a few short documents go through all of it
 
@@ -5145,10 +5686,12 @@ METHODS = dict(
 
 @torch.enable_grad()
 def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
-    """Learn a shift of the final hidden states that lowers the loss on some targets of a batch of windows (SLOT, PR #1105).
+    """Learn a shift of the final hidden states that lowers the loss on some targets of windows (SLOT, PR
+    #1105).
 
-    published: one shift for the batch, from all its targets, those about to be scored included, which breaks the rules. causal:
-    one for each window, from targets that its row has scored before. score(tokens, shift=...) -> nats. -> (1 or B, 1, D).
+    published: one shift for the batch, from all its targets, those about to be scored included, which breaks
+    the rules. causal: one for each window, from targets that its row has scored before. score(tokens,
+    shift=...) -> nats. -> (1 or B, 1, D).
     """
     device, causal = scorer.world.device, cfg.slot == "causal"
     tokens = scorer.targets_to_learn(learn, "slot", early=not causal)
@@ -5167,7 +5710,10 @@ def slot_shift(cfg: Config, scorer: Scorer, score, learn: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def evaluate(cfg: Config, world: World, forward, scorer: Scorer, looping: bool = True) -> Score:
-    """Score everything behind the scorer with fixed weights, each rank its share of the batches. forward: `GPT.forward`, compiled or not."""
+    """Score everything behind the scorer with fixed weights, each rank its share of the batches.
+
+    forward: `GPT.forward`, compiled or not.
+    """
     layers = layer_order(cfg, looping)
     batches = METHODS[cfg.eval_method].batches
     with announce_order(cfg, scorer, scorer.order).only_released_steps():
@@ -6922,8 +7468,8 @@ def choose_kernels(cfg: Config, world: World) -> Kernels:
 def pick_kernels(cfg: Config, world: World) -> tuple[Kernels, str]:
     """Choose the kernels of this run; a script without KERNELS has the definitions.
 
-    -> (kernels, the attention's name and how it was chosen). Raises RunError where a variable asks such a script
-    for a kernel.
+    -> (kernels, the attention's name and how it was chosen). Raises RunError where a variable asks such a
+    script for a kernel.
     """
     if "choose_kernels" in globals():
         kernels = choose_kernels(cfg, world)
@@ -6936,8 +7482,8 @@ def pick_kernels(cfg: Config, world: World) -> tuple[Kernels, str]:
     if cfg.cuda_graphs:
         wanted.append("CUDA_GRAPHS=1")
     if wanted:
-        raise RunError(f"{' '.join(wanted)}: no kernels in this script, its section KERNELS was cut off; take the "
-                       "whole script, or set *_KERNEL to eager, ATTN_BACKEND to auto and CUDA_GRAPHS to 0")
+        raise RunError(f"{' '.join(wanted)}: no kernels in this script, its section KERNELS was cut off; "
+                       "take the whole script, or set *_KERNEL=eager, ATTN_BACKEND=auto and CUDA_GRAPHS=0")
     return DEFINITIONS, "sdpa (KERNELS was cut off)"
 
 
@@ -6950,21 +7496,24 @@ class Note(NamedTuple):
 
 
 NOTES = dict(
-    data=Note("train_shards: {train_shards}\nval_tokens: {val_tokens}", dict(val_tokens="val_tokens", docs_val="docs_val")),
+    data=Note(
+        "train_shards: {train_shards}\nval_tokens: {val_tokens}",
+        dict(val_tokens="val_tokens", docs_val="docs_val")),
     trained=Note(
         "peak memory allocated: {allocated} MiB reserved: {reserved} MiB",
-        {name: name for name in ("steps", "train_seconds", "train_tokens", "step_avg_ms", "loss_curve", "mfu")}),
+        dict(steps="steps", train_seconds="seconds", train_tokens="tokens", step_avg_ms="step_ms",
+             loss_curve="losses", mfu="mfu")),
     calibrated=Note("GPTQ:collected {count} Hessians in {seconds:.1f}s", dict(calib_seconds="budgeted")),
     scored=Note(
         "{name} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{milliseconds:.0f}ms",
-        {"{key}_val_loss": "loss", "{key}_val_bpb": "bpb", "{key}_mfu": "mfu", "val_loss": "loss", "val_bpb": "bpb",
-         "target_tokens": "tokens", "val_bytes": "bytes"}),
+        {"{key}_val_loss": "loss", "{key}_val_bpb": "bpb", "{key}_mfu": "mfu",
+         "val_loss": "loss", "val_bpb": "bpb", "target_tokens": "tokens", "val_bytes": "bytes"}),
     artifact=Note(
         "Code size (uncompressed): {code_bytes} bytes\n"
         "Serialized model {form}: {bytes} bytes\n"
         "Total submission size {form}: {total} bytes",
-        dict(artifact_file="file", artifact_bytes="bytes", artifact_sha256="sha256", bytes_by_part="parts", code_bytes="code_bytes",
-             code_sha256="code_sha256", bytes_total="total", over_cap="over_cap"),
+        dict(artifact_file="file", artifact_bytes="bytes", artifact_sha256="sha256", bytes_by_part="parts",
+             code_bytes="code_bytes", code_sha256="code_sha256", bytes_total="total", over_cap="over_cap"),
         ledger=True),
 )
 
@@ -6981,7 +7530,7 @@ def state_hash(*states: Any) -> str:
 
 
 class Run:
-    """Hold what all stages of a run share: configuration, ranks, files, log, ledger, clock, and the numbers collected so far."""
+    """Hold what stages share: configuration, ranks, files, log, ledger, clock and the numbers so far."""
 
     def __init__(self, cfg: Config, world: World, out: Path):
         self.cfg = cfg
@@ -6993,15 +7542,19 @@ class Run:
         self.artifact = out / "final_model.int6.ptz"
         self.log = Log(out / f"{self.id}.txt" if world.main else None)
         self.ledger = Ledger(out / "ledger.jsonl" if world.main else None)
-        self.clock = Clock(world, lambda name, seconds: self.ledger.add("phase", dict(name=name, seconds=seconds)))
+        self.clock = Clock(world, self.note_phase)
         if cfg.stage not in ("train", "warm"):
-            {"pergroup": need_lrzip, "range": need_constriction}.get(cfg.compressor, str)()  # before an hour of training, not after
+            require_coders(cfg.compressor)  # before an hour of training, not after
 
         self.files = Dataset.open(cfg, need_train=cfg.stage != "eval")
         self.data = ValData.load(cfg, self.files)
         self.kernels, self.attention = pick_kernels(cfg, world)
         self.result: dict[str, Any] = {}
         self.last_pass = ""  # over the validation tokens
+
+    def note_phase(self, name: str, seconds: float) -> None:
+        """Keep a stretch of the clock in the ledger."""
+        self.ledger.add("phase", dict(name=name, seconds=seconds))
 
     def note(self, kind: str, **facts: Any) -> None:
         """Write facts to the log, the result and the ledger, as NOTES says for their kind."""
@@ -7018,7 +7571,7 @@ class Run:
 
     @contextlib.contextmanager
     def unchanged(self, state):
-        """Keep the hash of what state() returns and of the random generators, before a warm-up and after it."""
+        """Keep the hash of what state() returns and of the random generators, before and after a warm-up."""
         def look() -> str:
             return state_hash(state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
 
@@ -7037,7 +7590,8 @@ class Run:
         score = method(scorer)
         seconds = time.perf_counter() - start
         mfu = Utilization(self.world, scorer.work, seconds).result(seconds)
-        self.note("scored", name=name, key=scorer.name, milliseconds=1000 * seconds, mfu=mfu, **score._asdict())
+        facts = score._asdict() | dict(milliseconds=1000 * seconds, mfu=mfu)
+        self.note("scored", name=name, key=scorer.name, **facts)
         return seconds
 
     def diagnostic(self, name: str, key: str, forward) -> float:
@@ -7048,40 +7602,49 @@ class Run:
 
 def environment(world: World) -> dict:
     """List versions and machine."""
-    return dict(hardware=hardware_name(world), python_version=platform.python_version(), torch_version=torch.__version__,
-                triton_version=triton_version(), world_size=world.size)
+    return dict(
+        hardware=hardware_name(world), world_size=world.size, python_version=platform.python_version(),
+        torch_version=torch.__version__, triton_version=triton_version())
 
 
 def log_start(run: Run, env) -> None:
-    """Log overrides, variables without effect, the whole configuration and the source: a log is a complete account of its run."""
+    """Log what the run depends on: overrides, variables without effect, configuration, the source."""
     cfg, log = run.cfg, run.log
     script = Path(__file__)
     changed = " ".join(f"{name}={value}" for name, value in overrides(cfg).items())
-    log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, torch {torch.__version__}, "
-        f"python {platform.python_version()}")
+    log(f"train_gpt {config_hash(cfg)} seed:{cfg.seed} on {hardware_name(run.world)}, "
+        f"torch {torch.__version__}, python {platform.python_version()}")
     log(f"overrides: {changed or 'none'}")
     for note in without_effect(cfg, env):
         log(f"no effect: {note}")
     log("Hyperparameters:", console=False)
     for name in sorted(f.name for f in fields(cfg)):
         log(f"  {name}: {getattr(cfg, name)}", console=False)
-    log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
-    run.note("data", train_shards=len(run.files.train), val_tokens=len(run.data.target_bytes), docs_val=len(run.data.documents()[0]))
+    source = "".join(linecache.getlines(log_start.__code__.co_filename))  # also of a script that is packed
+    log(f"{'=' * 100}\n{source}\n{'=' * 100}", console=False)
+
+    documents, _ = run.data.documents()
+    targets = len(run.data.target_bytes)
+    run.note("data", train_shards=len(run.files.train), val_tokens=targets, docs_val=len(documents))
     if cfg.quant == "rd" and cfg.target_bytes and cfg.stage != "eval":
         log(bits_available(cfg, script.stat().st_size))
 
-    kernels = dict(mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel, adam=cfg.ttt_adam_kernel)
+    kernels = dict(
+        mlp=cfg.mlp_kernel, qk=cfg.qk_kernel, xsa=cfg.xsa_kernel, ce=cfg.fused_ce_kernel,
+        adam=cfg.ttt_adam_kernel)
     chosen = " ".join(f"{name}:{kind}" for name, kind in kernels.items())
     log(f"kernels: attention:{run.attention} {chosen}")
 
 
 def bits_available(cfg: Config, code_bytes: int) -> str:
     """Say how many bits TARGET_BYTES leaves for a weight, and what that means."""
-    weights = sum(math.prod(m.shape) for m in matrices(cfg) if m.role.stored is not None and m.role.stored.codec == "gptq")
+    stored = [m for m in matrices(cfg) if m.role.stored is not None]
+    weights = sum(math.prod(m.shape) for m in stored if m.role.stored.codec == "gptq")
     bits = 8 * (cfg.target_bytes - code_bytes) / weights
     verdicts = ((0.2, "CANNOT FIT"), (2, "fits, at a loss: 3 are usual"), (math.inf, "fits"))
     verdict = next(verdict for limit, verdict in verdicts if bits < limit)
-    return f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code_bytes}, {bits:.2f} bits each: {verdict}"
+    return (f"budget: {weights} weights in TARGET_BYTES {cfg.target_bytes} less a script of {code_bytes}, "
+            f"{bits:.2f} bits each: {verdict}")
 
 
 def open_account(run: Run) -> None:
@@ -7091,10 +7654,12 @@ def open_account(run: Run) -> None:
     if cfg.tokenizer_file.exists():
         tokenizer = sha256_file(cfg.tokenizer_file)
     run.ledger.add("start", dict(
-        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage, code_sha256=sha256_file(Path(__file__)),
-        config_hash=config_hash(cfg), overrides=overrides(cfg), seed=cfg.seed, seeds_declared=cfg.seeds_declared,
+        schema=1, time=datetime.now(UTC).isoformat(timespec="seconds"), stage=cfg.stage,
+        code_sha256=sha256_file(Path(__file__)), config_hash=config_hash(cfg), overrides=overrides(cfg),
+        seed=cfg.seed, seeds_declared=cfg.seeds_declared,
         manifest_sha256=files.manifest_sha256, shards=files.hashes, tokenizer_sha256=tokenizer,
-        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()), environment=environment(run.world)))
+        val_tokens=len(run.data.target_bytes), val_bytes=int(run.data.target_bytes.sum()),
+        environment=environment(run.world)))
 
 
 def train_stage(run: Run) -> GPT:
@@ -7137,7 +7702,8 @@ def train_stage(run: Run) -> GPT:
 def resume(run: Run, trainer: Trainer) -> None:
     """Go on where an interrupted run left its checkpoint. Raises RunError without one."""
     if not run.checkpoint.exists():
-        raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the interrupted run's folder, or RESUME=0")
+        raise RunError(f"RESUME=1, but there is no {run.checkpoint}: set ARTIFACT_DIR to the folder of the "
+                       "interrupted run, or RESUME=0")
     trainer.load_state(load_tensors(run.checkpoint, run.world.device))
     run.log(f"resumed after step {trainer.step}")
 
@@ -7148,13 +7714,13 @@ def note_training(run: Run, trainer: Trainer, wall_seconds: float) -> None:
     allocated = max(peak_memory_mib(device), run.clock.peak_mib.get("train", 0))
     reserved = torch.cuda.max_memory_reserved() >> 20 if device.type == "cuda" else allocated
     run.note(
-        "trained", allocated=allocated, reserved=reserved, steps=trainer.step, train_seconds=seconds,
-        train_tokens=trainer.step * run.cfg.train_batch_tokens, step_avg_ms=1000 * seconds / trainer.step,
-        loss_curve=trainer.losses, mfu=trainer.utilization.result(wall_seconds))
+        "trained", allocated=allocated, reserved=reserved, steps=trainer.step, seconds=seconds,
+        tokens=trainer.step * run.cfg.train_batch_tokens, step_ms=1000 * seconds / trainer.step,
+        losses=trainer.losses, mfu=trainer.utilization.result(wall_seconds))
 
 
 def warm_stage(run: Run) -> None:
-    """Compile everything that training and the scored evaluation will run, on fresh weights; nothing is learned."""
+    """Compile what training and the scored evaluation will run, on fresh weights; nothing is learned."""
     cfg, world = run.cfg, run.world
     run.clock.phase("compile")
     trainer = Trainer(cfg, world, run.files, run.kernels)
@@ -7168,7 +7734,7 @@ def warm_stage(run: Run) -> None:
 
 
 def quantize_stage(run: Run, model: GPT | None) -> None:
-    """Collect Hessians, quantize and pack; the artifact is read back and compared before the stage is done."""
+    """Collect Hessians, quantize and pack; the artifact is read back and compared."""
     cfg, world, log = run.cfg, run.world, run.log
     if model is None:
         model = load_checkpoint_model(cfg, world, run.weights, run.kernels)
@@ -7190,13 +7756,14 @@ def quantize_stage(run: Run, model: GPT | None) -> None:
         start = time.perf_counter()
         stored, blob = quantize_to_fit(
             cfg, model.state_dict(), hessians, Path(__file__).stat().st_size, log, model.kernels.viterbi)
-        log(f"Serialize: {cfg.quant} quantization and {cfg.compressor} compression done in {time.perf_counter() - start:.1f}s")
+        seconds = time.perf_counter() - start
+        log(f"Serialize: {cfg.quant} quantization and {cfg.compressor} compression done in {seconds:.1f}s")
         write_atomic(run.artifact, blob)
         run.clock.phase("unpack")
         back = unpack(cfg, run.artifact.read_bytes())
         for name, s in stored.items():
             if not torch.equal(s.decode(), back[name].decode()):
-                raise RunError(f"{run.artifact}: {name} does not survive packing: a bug, please report it with the log")
+                raise RunError(f"{run.artifact}: {name} does not survive packing: a bug, please report it")
     world.barrier()
 
 
@@ -7206,17 +7773,19 @@ def count_bytes(run: Run) -> None:
     code, model = script.stat().st_size, artifact.stat().st_size
     total = code + model
     run.note(
-        "artifact", form=f"quantized+{run.cfg.compressor}", file=artifact.name, bytes=model, sha256=sha256_file(artifact),
-        parts=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script), total=total,
-        over_cap=total > ARTIFACT_CAP_BYTES)
+        "artifact", form=f"quantized+{run.cfg.compressor}",
+        file=artifact.name, bytes=model, sha256=sha256_file(artifact),
+        parts=bytes_by_part(artifact.read_bytes()), code_bytes=code, code_sha256=sha256_file(script),
+        total=total, over_cap=total > ARTIFACT_CAP_BYTES)
     if total > ARTIFACT_CAP_BYTES:
         run.log(
-            f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; nothing is deleted, the run is "
-            "marked. Ship the packed script (tools/pack_code.py), or set QUANT=rd TARGET_BYTES, or raise *_CLIP_SIGMAS")
+            f"OVER THE CAP: {total} bytes are {total - ARTIFACT_CAP_BYTES} more than {ARTIFACT_CAP_BYTES}; "
+            "nothing is deleted, the run is marked. Ship the packed script (tools/pack_code.py), or set "
+            "QUANT=rd and TARGET_BYTES, or raise *_CLIP_SIGMAS")
 
 
 def score_artifact(run: Run) -> None:
-    """Load the artifact from its bytes, score it as it is, and then, with TTT_ENABLED, as it adapts to what it has scored."""
+    """Load the artifact from its bytes, score it as it is, and then, with TTT_ENABLED, as it adapts."""
     cfg = run.cfg
     run.clock.phase("unpack")
     start = time.perf_counter()
@@ -7247,10 +7816,68 @@ def adapt_and_score(run: Run, model: GPT) -> float:
 
     run.clock.phase("eval")
     run.log("beginning TTT eval timer")
-    seconds = run.score("quantized_ttt_phased", scorer, lambda scorer: TttRun(cfg, engine, scorer, run.log).run())
+    ttt = TttRun(cfg, engine, scorer, run.log)  # its clock runs from here
+    seconds = run.score("quantized_ttt_phased", scorer, lambda _: ttt.run())
     run.log(f"total_eval_time:{seconds:.1f}s")
     run.log(f"ttt_utilization: {Utilization(run.world, scorer.work, seconds).interval()}")
     return seconds
+
+
+class AccessLog:
+    """Log what Python opens, connects to and starts within `with`; opening a training shard is a RunError.
+
+    It is an audit hook and cannot be removed, so a process has one: `access_log()`.
+    """
+
+    EVENTS = ("open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+
+    def __init__(self):
+        self.on = False
+        self.seen: dict[tuple[str, str], None] = {}  # (event, file, host or program)
+        sys.addaudithook(self.hook)
+
+    def hook(self, event: str, args: tuple) -> None:
+        """Take down an event. Raises RunError where a training shard is opened."""
+        if not self.on or event not in self.EVENTS:
+            return
+        what = args[event == "socket.connect"]
+        if isinstance(what, int):
+            return  # a file that is open already
+        name = str(what[0]) if isinstance(what, tuple) else os.fsdecode(what)
+        if event == "open":
+            name = os.path.realpath(name)
+        self.seen[event, name] = None
+        if "fineweb_train_" in os.path.basename(name):
+            raise RunError(f"{name}: training data was about to be read in an evaluation: a bug, report it")
+
+    def __enter__(self) -> AccessLog:
+        self.on = True
+        self.seen = {}
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.on = False
+
+    def unexpected(self, data: Path, own_files: list[Path]) -> list[tuple[str, str]]:
+        """List (event, file, host or program), but files of the run, of Python and of the system.
+
+        Files beside the data count wherever the data lies.
+        """
+        known = tuple(map(os.path.realpath, (
+            sys.prefix, sys.base_prefix, torch.__path__[0], Path(__file__).parent, tempfile.gettempdir(),
+            "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")))
+        own = tuple(map(os.path.realpath, own_files))
+        beside = os.path.realpath(data) + os.sep
+
+        def expected(file: str) -> bool:
+            if file.startswith(own) or ".cache/" in file:
+                return True
+            return file.startswith(known) and not file.startswith(beside)
+
+        return [(event, name) for event, name in self.seen if event != "open" or not expected(name)]
+
+
+access_log = cache(AccessLog)
 
 
 def eval_stage(run: Run) -> None:
@@ -7260,7 +7887,7 @@ def eval_stage(run: Run) -> None:
         score_artifact(run)
     own_files = [run.out, cfg.shards_path / "manifest.json", cfg.tokenizer_file, *files.val, *files.sidecar]
     of_ranks = run.world.gather(log.unexpected(cfg.shards_path, own_files))
-    run.ledger.add("access", dict(seen=sorted(entry for seen in of_ranks for entry in seen)))
+    run.ledger.add("access", dict(seen=sorted(set().union(*of_ranks))))
 
 
 def documents_of(manifest: dict, split: str) -> int | None:
@@ -7270,28 +7897,34 @@ def documents_of(manifest: dict, split: str) -> int | None:
 
 
 def complete_result(run: Run) -> dict:
-    """Put the numbers collected so far among what says which run they are of; what no stage has measured is None."""
+    """Put the numbers so far among what says which run they are of; what no stage has measured is None."""
     cfg, files = run.cfg, run.files
     phases = run.clock.table()
-    scores = [f"{stage}val_{unit}" for stage in ("", "pre_quant_", "quantized_", "ttt_") for unit in ("loss", "bpb")]
-    unmeasured = dict.fromkeys((*scores, "steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds"))
+    stages = ("", "pre_quant_", "quantized_", "ttt_")
+    scores = [f"{stage}val_{unit}" for stage in stages for unit in ("loss", "bpb")]
+    others = ("steps", "step_avg_ms", "train_tokens", "train_seconds", "calib_seconds", "eval_seconds")
+    measured = dict.fromkeys((*scores, *others)) | run.result
+    manifest = files.manifest
     data = dict(
-        manifest_sha256=files.manifest_sha256, train_shards=len(files.train), docs_train=documents_of(files.manifest, "train"),
-        train_tokens=files.manifest.get("splits", {}).get("train", {}).get("tokens"), docs_val=documents_of(files.manifest, "val"),
-        tokenizer_sha256=files.manifest.get("tokenizer_sha256"))
+        manifest_sha256=files.manifest_sha256, tokenizer_sha256=manifest.get("tokenizer_sha256"),
+        train_shards=len(files.train), train_tokens=manifest.get("splits", {}).get("train", {}).get("tokens"),
+        docs_train=documents_of(manifest, "train"), docs_val=documents_of(manifest, "val"))
     return dict(
-        schema_version=1, run_id=run.id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage, overrides=overrides(cfg),
-        config_hash=config_hash(cfg), **unmeasured | run.result, phases=phases, wall_seconds=sum(p["seconds"] for p in phases),
-        compilations=run.clock.compiled, peak_mem_mib=max(p["peak_mib"] for p in phases), **environment(run.world), data=data,
+        schema_version=1, run_id=run.id, seed=cfg.seed, preset=cfg.preset, stage=cfg.stage,
+        overrides=overrides(cfg), config_hash=config_hash(cfg), **measured,
+        phases=phases, wall_seconds=sum(p["seconds"] for p in phases),
+        peak_mem_mib=max(p["peak_mib"] for p in phases), compilations=run.clock.compiled,
+        **environment(run.world), data=data,
         train_budget_seconds=cfg.max_wallclock_seconds, eval_budget_seconds=cfg.max_eval_seconds)
 
 
 def finish(run: Run) -> None:
-    """Close the account, write result.json, print the tables, how the run is judged, and the result as one line of JSON."""
+    """Close the account, write result.json, print the tables, how to judge the run, and the result."""
     result = complete_result(run)
     times = ("train_seconds", "calib_seconds", "eval_seconds", "train_budget_seconds", "eval_budget_seconds")
     run.ledger.add("end", dict(
-        val_loss=result["val_loss"], val_bpb=result["val_bpb"], tokens=result.get("target_tokens"), bytes=result.get("val_bytes"),
+        val_loss=result["val_loss"], val_bpb=result["val_bpb"],
+        tokens=result.get("target_tokens"), bytes=result.get("val_bytes"),
         **{name: result[name] for name in times}, **{"pass": run.last_pass}))
     result["ledger"] = dict(lines=run.ledger.lines, last_hash=run.ledger.last)
 
@@ -7309,7 +7942,8 @@ def finish(run: Run) -> None:
 def summary_table(result: dict) -> list[str]:
     """Write out the numbers that a person wants first."""
     lines = ["", f"{'stage':<28}{'val_bpb':>10}{'val_loss':>10}"]
-    for name, key in (("trained (EMA)", "pre_quant"), ("quantized", "quantized"), ("test-time trained", "ttt")):
+    stages = {"trained (EMA)": "pre_quant", "quantized": "quantized", "test-time trained": "ttt"}
+    for name, key in stages.items():
         if result[f"{key}_val_bpb"] is not None:
             lines.append(f"{name:<28}{result[f'{key}_val_bpb']:>10.5f}{result[f'{key}_val_loss']:>10.5f}")
     if "artifact_bytes" in result:
@@ -7339,19 +7973,23 @@ def run_stages(cfg: Config, world: World, env) -> None:
 
 
 def main() -> int:
-    """Run from the command line. Exit codes: 0 done, 1 the run failed with an explanation, 2 bad configuration, 130 interrupted."""
+    """Run from the command line. Exit codes: 0 done, 1 failed with an explanation, 2 bad configuration, 130
+    interrupted.
+    """
     if set(sys.argv[1:]) & {"-h", "--help"}:
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-        print(help_text())
+        print(help_text(os.environ.get("PRESET", "s14")))
         return 0
     if sys.argv[1:]:
-        print(f"unknown arguments {sys.argv[1:]}: everything is set by environment variables; see --help", file=sys.stderr)
+        print(f"unknown arguments {sys.argv[1:]}: everything is set by environment variables; see --help",
+              file=sys.stderr)
         return 2
     try:
         cfg, launch = config_from_env(os.environ), launch_from_env(os.environ)
     except ValueError as e:
-        print("bad configuration:\n" + "\n".join(f"  {line}" for line in str(e).splitlines()), file=sys.stderr)
+        problems = "\n".join(f"  {line}" for line in str(e).splitlines())
+        print(f"bad configuration:\n{problems}", file=sys.stderr)
         return 2
     world = None
     try:
@@ -7362,11 +8000,12 @@ def main() -> int:
         print(f"error: {e}", file=sys.stderr)
         return 130 if isinstance(e, Interrupted) else 1
     except torch.OutOfMemoryError as e:
-        print(f"error: out of device memory: {e}\nLower TRAIN_MICROBATCH_TOKENS (the batch stays the same), VAL_BATCH_TOKENS or "
-              "TTT_BATCH_SIZE", file=sys.stderr)
+        print(f"error: out of device memory: {e}\nLower TRAIN_MICROBATCH_TOKENS (the batch stays the same), "
+              "VAL_BATCH_TOKENS or TTT_BATCH_SIZE", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what was finished is on disk: go on with STAGE=quantize or STAGE=eval", file=sys.stderr)
+        print("interrupted; what was finished is on disk: go on with STAGE=quantize or STAGE=eval",
+              file=sys.stderr)
         return 130
     finally:
         if world is not None:

@@ -156,7 +156,7 @@ def bench_pack() -> list[dict]:
     share = counts[counts > 0] / counts.sum()
     entropy, raw, rows = -(share * share.log2()).sum().item(), symbols.tobytes(), []
     for coder in ("brotli",):
-        encode, decode = tg.CODERS[coder]
+        encode, decode = tg.CODERS[coder].encode, tg.CODERS[coder].decode
         packed = encode(raw)
         assert decode(packed, len(raw)) == raw
         bits = 8 * len(packed) / len(symbols)

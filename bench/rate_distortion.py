@@ -132,8 +132,7 @@ def unavailable(checkpoint: Checkpoint, method: str) -> str:
     """Why a method cannot run here; blank if it can."""
     try:
         cfg = tg.config_from_env(checkpoint.env | {k: str(v).rstrip("%") for k, v in METHODS[method][0].items()})
-        if cfg.compressor == "pergroup":
-            tg.need_lrzip()
+        tg.require_coders(cfg.compressor)
     except (ValueError, tg.RunError) as e:
         return str(e).splitlines()[0]
     return ""

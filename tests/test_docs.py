@@ -34,7 +34,7 @@ def test_links_lead_somewhere(page):
         if link.startswith("http"):
             continue
         path, _, anchor = link.partition("#")
-        target = (ROOT / page).parent / path
+        target = (ROOT / page).parent / path if path else ROOT / page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.resolve().relative_to(ROOT.resolve()).as_posix()), link
 

@@ -7,8 +7,8 @@ The packed file is what runs and what is counted; the readable script is its twi
 change: every statement, assertion and check survives, so both behave alike. `--check` writes nothing unless the packed
 script answers `--help` exactly like the readable one.
 
-`--drop` leaves out what a configuration does not use: KERNELS (it then runs on the definitions, on a CPU), any section
-that no other one reads, and `help`, what every variable means. The packed script names what it lacks in its first line.
+`--drop` leaves out what a configuration does not use: KERNELS (the script then runs on its definitions), any section that
+no other one needs, and `help`, what every variable means. The packed script names what it lacks in its first line.
 """
 
 import argparse
@@ -31,34 +31,28 @@ from python_minifier.f_string import OuterFString
 # The source is compiled under a name that no file has and registered in linecache under that name: there tracebacks,
 # inspect.getsource and the compilers that read a function's text find it. The interpreter's built-in traceback printer
 # reads files only, hence the hook, for the process that runs the script.
+#
+# In Latin-1 every byte is a character, so the compressed bytes stand in a string as they are, but for a few escapes: 2 %
+# more than the bytes, where base85 takes 25 %.
 STUB = """\
+# coding:latin-1
+import brotli,linecache,sys,traceback
+_s=brotli.decompress(\"""{payload}\""".encode("latin-1")).decode()
+"""
+BASE85_STUB = """\
 import base64,brotli,linecache,sys,traceback
 _s=brotli.decompress(base64.b85decode("{payload}")).decode()
+"""  # of records made before
+STUB_END = """\
 _f=__file__+":source"
 linecache.cache[_f]=len(_s),None,_s.splitlines(True),_f
 if __name__=="__main__":sys.excepthook=traceback.print_exception
 exec(compile(_s,_f,"exec"))
 """
-PAYLOAD = re.compile(rb'b85decode\("([^"]+)"\)')
+BASE85_PAYLOAD = re.compile(rb'b85decode\("([^"]+)"\)')
+PAYLOAD = re.compile(rb'brotli\.decompress\((""".*""")\.encode', re.DOTALL)
 LACKS = re.compile(rb"\A# without ([^\n]+)\n")
 HELP_SECONDS = 120
-STAND_INS = {  # section: what answers in its place, where the rest of the script asks it for something
-    "KERNELS": '''
-def choose_attention(wanted, world, cache_dir=""):
-    return "definition", document_attention_reference, ""
-
-
-def choose_kernels(cfg, world):
-    knobs = ("mlp_kernel", "qk_kernel", "xsa_kernel", "fused_ce_kernel", "ttt_adam_kernel")
-    asked = [f"{name.upper()}={getattr(cfg, name)}" for name in knobs if getattr(cfg, name) != "eager"]
-    if asked or world.device.type == "cuda":
-        raise RunError(f"{' '.join(asked) or world.device} needs KERNELS, which this script was packed without: "
-                       "pack it without --drop KERNELS")
-    return DEFINITIONS
-
-
-''',
-}
 
 
 def names_to_keep(tree: ast.Module) -> set[str]:
@@ -110,6 +104,27 @@ def without_help(source: str) -> str:
     return b"".join(lines).decode()
 
 
+class WithoutAnswered(ast.NodeTransformer):
+    """Remove what runs only `if "NAME" in globals()`, for the names given: the script itself does without them."""
+
+    def __init__(self, names: set[str]):
+        self.names = names
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        self.generic_visit(node)
+        guards = {f"{name!r} in globals()" for name in self.names}
+        if ast.unparse(node.test) in guards:
+            node.body = [ast.Pass()]
+        return node
+
+
+def needs(rest: str, section: str) -> set[str]:
+    """Find the names of a section that the rest of the script cannot do without."""
+    names = bound_names(section) - bound_names(rest)
+    unguarded = ast.unparse(WithoutAnswered(names).visit(ast.parse(rest)))
+    return names & global_names(symtable.symtable(unguarded, "rest", "exec"))
+
+
 def drop(source: str, parts: list[str]) -> str:
     """Leave sections, or "help", out of a readable script. Raises ValueError naming what the rest needs of a section."""
     for part in parts:
@@ -117,12 +132,9 @@ def drop(source: str, parts: list[str]) -> str:
             source = without_help(source)
             continue
         above, section, below = cut_section(source, part)
-        missing = bound_names(section) & global_names(symtable.symtable(above + below, "rest", "exec"))
-        stand_in = STAND_INS.get(part, "") if missing else ""
-        missing -= bound_names(stand_in) | bound_names(above + below)
-        if missing:
+        source = above + below
+        if missing := needs(source, section):
             raise ValueError(f"cannot leave out {part}: the rest of the script needs {', '.join(sorted(missing))}")
-        source = above + stand_in + below
     return source
 
 
@@ -144,12 +156,34 @@ def minify(source: str) -> str:
             remove_asserts=False, remove_debug=False, preserve_shebang=False)
 
 
-def pack(source: str, parts: list[str] | None = None) -> bytes:
-    """Make the self-extracting script, without the `parts` that `drop` names. Equal sources give equal bytes."""
+def literal(data: bytes) -> str:
+    """Write bytes as the inside of a string between triple quotes, one Latin-1 character a byte.
+
+    Escaped is what a source file cannot hold or would change: backslash, NUL, carriage return, and a quote that would end
+    the string.
+    """
+    if data.endswith(b'"'):
+        return literal(data[:-1]) + '\\"'
+    text = data.decode("latin-1").replace("\\", "\\\\")
+    return text.replace("\0", "\\x00").replace("\r", "\\r").replace('""', '"\\"')
+
+
+def pack(source: str, parts: list[str] | None = None, base85: bool = False) -> bytes:
+    """Make the self-extracting script, without the `parts` that `drop` names. Equal sources give equal bytes.
+
+    base85: as records were packed before.
+    """
     parts = parts or []
     compressed = brotli.compress(minify(drop(source, parts)).encode(), quality=11, lgwin=24)
     title = f"# without {','.join(parts)}\n" if parts else ""
-    return (title + STUB.format(payload=base64.b85encode(compressed).decode())).encode()
+    if base85:
+        return (title + BASE85_STUB.format(payload=base64.b85encode(compressed).decode()) + STUB_END).encode()
+    return (title + STUB.format(payload=literal(compressed)) + STUB_END).encode("latin-1")
+
+
+def is_base85(packed: bytes) -> bool:
+    """Tell whether a packed script has the form that records had before."""
+    return BASE85_PAYLOAD.search(packed) is not None
 
 
 def dropped_parts(packed: bytes) -> list[str]:
@@ -160,10 +194,12 @@ def dropped_parts(packed: bytes) -> list[str]:
 
 def unpack(packed: bytes) -> str:
     """The minified source inside a packed script."""
+    if old := BASE85_PAYLOAD.search(packed):
+        return brotli.decompress(base64.b85decode(old[1])).decode()
     payload = PAYLOAD.search(packed)
     if payload is None:
-        raise ValueError("not a packed script: it holds no base85 payload")
-    return brotli.decompress(base64.b85decode(payload[1])).decode()
+        raise ValueError("not a packed script: it holds no payload")
+    return brotli.decompress(ast.literal_eval(payload[1].decode("latin-1")).encode("latin-1")).decode()
 
 
 def help_output(code: bytes, name: str, library: Path) -> str:

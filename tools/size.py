@@ -103,7 +103,7 @@ def inventory(cfg: tg.Config, blob: bytes, code_bytes: int) -> list[Item]:
     bits = {name: entropy_bits(a) for name, a in arrays.items()}
     coded = dict(zip(arrays, tg.coded_bits(cfg, arrays), strict=True)) if header.compressor == "range" else bits
     weight = {name: coded[name] + 1e-6 * a.nbytes for name, a in arrays.items()}  # a stream of constants has no entropy
-    stream_of = {name: tg.stream_of(cfg, name)[0] for name in arrays}
+    stream_of = {name: stored.stream for name, stored in tg.layout(cfg, arrays).items()}
     for name, w in weight.items():
         totals[stream_of[name]] += w
     for name, a in arrays.items():
