@@ -3266,8 +3266,7 @@ Rounded = tuple[Tensor, Tensor]  # integers and the values they stand for, in st
 
 
 class Hessians:
-    """Add up GPTQ's H = sum of x^T x over the inputs of every matrix, by site. Handed to the forward as
-    its tap."""
+    """Add up GPTQ's H = sum of x^T x over the inputs of every matrix, by site: the tap of a forward."""
 
     def __init__(self):
         self.H: Tensors = {}
@@ -3328,8 +3327,7 @@ def write_sequences(
 
 
 def calibration_parts(cfg: Config) -> int:
-    """Return the windows a micro-batch of calibration is cut into: gradients want more samples and less
-    memory."""
+    """Return how many windows a micro-batch is cut into: gradients want more samples and less memory."""
     most = 8 if scheme_of(cfg).GRADIENTS else 1
     return min(most, cfg.train_microbatch_tokens // cfg.train_seq_len)
 
@@ -3407,8 +3405,8 @@ def inverse_cholesky(H: Tensor) -> Tensor:
 def factorize(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
     """Damp H (n, cols, cols) and choose the order in which GPTQ takes the columns, largest diagonal first.
 
-    Returns that permutation (n, cols) and `inverse_cholesky` of H permuted. A column that no input uses
-    (dead) counts as 1.
+    Returns that permutation (n, cols) and `inverse_cholesky` of H permuted. The diagonal of a column that no
+    input uses (dead) counts as 1.
     """
     H = H.clone()
     diag = H.diagonal(0, 1, 2)
@@ -3422,8 +3420,7 @@ def factorize(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def positive_definite(name: str):
-    """Turn a Cholesky factorization that fails inside into a RunError. name: the first of the matrices
-    concerned."""
+    """Turn a Cholesky factorization that fails inside into a RunError that names a matrix."""
     try:
         yield
     except torch.linalg.LinAlgError as e:
@@ -3502,8 +3499,7 @@ TRELLIS_ERROR = 0.24  # mean squared error of its nearest path, in steps squared
 
 
 def to_segments(x: Tensor) -> Tensor:
-    """Cut columns x (n, rows) into segments side by side (height, segments), the last of each filled up
-    with zeros."""
+    """Cut columns x (n, rows) into segments side by side (height, segments), filled up with zeros."""
     rows = x.shape[1]
     height = min(max(rows, 1), TRELLIS_SEGMENT)
     return F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()
@@ -3542,8 +3538,7 @@ def nearest_integers(a: Tensor) -> Rounded:
 
 
 def viterbi(x: Tensor) -> Rounded:
-    """Find the integers of the nearest path through each segment of x (height, segments), and their
-    values, same shape."""
+    """Find the nearest path through each segment of x (height, segments): integers and values, same shape."""
     k, value = nearest_integers(x.abs())
     into = TRELLIS_INTO.to(x.device)
     source = into.T // 2
@@ -3570,15 +3565,13 @@ def viterbi(x: Tensor) -> Rounded:
 
 
 def trellis_path(x: Tensor, search: Callable = viterbi) -> Rounded:
-    """Find the integers |k| <= 127 whose values are nearest to x (n, rows), in steps, over whole segments;
-    and those values."""
+    """Find the integers |k| <= 127 whose values are nearest to x (n, rows), in steps, over whole segments."""
     k, value = search(to_segments(x))
     return from_segments(k, x.shape), from_segments(value, x.shape)
 
 
 class QuantizedTensor(NamedTuple):
-    """One tensor of the artifact: its codecs, whose decoded values add up, and their parts by (codec,
-    part)."""
+    """One tensor of the artifact: the parts of its codecs, whose decoded values add up, by (codec, part)."""
 
     parts: dict[tuple[str, str], Tensor]
     bits: int = 0  # that GPTQ was given; 0 where that is not known
@@ -3611,10 +3604,9 @@ def round_rows(w: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
 
 
 def rescale(q: Tensor, scale: Tensor) -> Tensor:
-    """Multiply integers by their scales -> fp32. Scales (n,) belong to rows, or to n equal shares of the
-    values in order."""
-    shares = q.float().reshape(len(scale), -1)
-    return (shares * scale.float()[:, None]).view(q.shape)
+    """Multiply integers by their scales -> fp32. Scales (n,) belong to n equal shares, such as the rows."""
+    shares = q.float().reshape(scale.numel(), -1)
+    return (shares * scale.float().view(-1, 1)).view(q.shape)
 
 
 class Float16:
@@ -3643,8 +3635,7 @@ class Int8Rows:
 
 
 class Gptq:
-    """What `gptq` chose: integers, a scale per row, and a finer scale for protected column groups
-    (AWQ-lite, PR #1908)."""
+    """Integers and a scale per row from `gptq`, a finer scale for protected groups (AWQ-lite, PR #1908)."""
 
     @staticmethod
     def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: tuple, hi_size: int) -> Tensors:
@@ -3667,13 +3658,12 @@ class Gptq:
         return w
 
 
-OCTAVES = torch.tensor([math.ldexp(1, n) for n in range(-128, 128)], dtype=torch.float64)
-HALF_OCTAVES = torch.stack((OCTAVES, OCTAVES * math.sqrt(2)), 1).flatten().float()
+OCTAVES = tuple(math.ldexp(1, n) for n in range(-128, 128))
+HALF_OCTAVES = torch.tensor([(x, x * math.sqrt(2)) for x in OCTAVES]).flatten()
 
 
 class Trellis:
-    """A trellis of integers down the rows of each column, with a step for each row and each column, in half
-    octaves.
+    """A trellis of integers down each column, with a step for each row and each column, in half octaves.
 
     q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,),
     common to all.
@@ -3683,8 +3673,7 @@ class Trellis:
 
     @staticmethod
     def steps(parts: Tensors) -> Tensor:
-        """Compute the steps (rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half
-        octaves from a table."""
+        """Compute the steps (rows, cols) fp32, the same everywhere: 15 bits, half octaves from a table."""
         codes = parts["row"].int()[:, None] + parts["col"].int()
         common = math.ldexp(int(parts["step"]), int(parts["octave"]))
         return common * HALF_OCTAVES.to(codes.device)[256 + codes]
@@ -3695,8 +3684,7 @@ class Trellis:
 
 
 class LowRank:
-    """Low-rank correction A B, symmetric integer factors, one fp16 scale per row of either (LQER,
-    arXiv:2402.02446)."""
+    """Low-rank correction A B, symmetric integers, a scale per row of either (LQER, arXiv:2402.02446)."""
 
     @staticmethod
     def encode(A: Tensor, B: Tensor, bits: int) -> Tensors:
@@ -3711,8 +3699,7 @@ class LowRank:
 
 
 class LowRankAsym:
-    """Low-rank correction, A in {-2..1} with one scale, B in {-8..7} with one scale per group of values
-    (PR #1797)."""
+    """Low-rank correction A B, A in {-2..1} with one scale, B in {-8..7} with one per group (PR #1797)."""
 
     @staticmethod
     def encode(A: Tensor, B: Tensor, group: int) -> Tensors:
@@ -3785,8 +3772,7 @@ def mixed_bits(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list
 
 
 def protect_groups(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
-    """Choose the groups of columns to protect (AWQ-lite), the best of all matrices with fewer than
-    AWQ_LITE_BITS.
+    """Choose the groups of columns to protect (AWQ-lite), of all matrices with fewer than AWQ_LITE_BITS.
 
     They are those with the largest sum of rms(x_j) mean|W_j|.
     """
@@ -3807,8 +3793,7 @@ PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QU
 
 
 def clips_by_deviation(W: Tensor, sigmas: float) -> Tensor:
-    """End the grid of each row of W (n, rows, cols) at a multiple of its standard deviation (SDClip): (n,
-    1, rows)."""
+    """End the grid of a row of W (n, rows, cols) at `sigmas` standard deviations (SDClip): (n, 1, rows)."""
     return sigmas * W.std(-1)[:, None]
 
 
@@ -3822,9 +3807,9 @@ def clips_by_percentile(W: Tensor, sigmas: float) -> Tensor:
 
 
 def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Find the nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank,
-    rows, cols).
+    """Find the nearest A B to E (rows, cols): A (rows, r), B (r, cols) with orthonormal rows.
 
+    r is the smallest of rank, rows and cols.
     These are the leading singular vectors, by the eigenvectors of the smaller Gram matrix in fp64. The
     largest number in each row of B is positive: that makes the result unique, and the same on every device up
     to rounding.
@@ -3864,8 +3849,10 @@ def low_rank_corrections(cfg: Config, inputs: list[GptqInput], stored: Quantized
 def gptq_group(
     cfg: Config, group: list[GptqInput], hessians: Hessians, clips: Callable, damping: float
 ) -> Quantized:
-    """Run GPTQ for matrices of one shape and setting, all candidates at once: rows do not influence each
-    other."""
+    """Run GPTQ for matrices of one shape and setting.
+
+    Rows do not influence each other, so the candidates of a matrix run as more rows of it.
+    """
     first, size = group[0], cfg.awq_lite_group_size
     W = torch.stack([x.W for x in group])
     H = torch.stack([hessians.H[x.site] for x in group])
@@ -3896,8 +3883,7 @@ def gptq_group(
 def run_gptq(
     cfg: Config, inputs: list[GptqInput], hessians: Hessians, clips: Callable, damping: float = 0.0
 ) -> Quantized:
-    """Quantize all matrices by GPTQ, with protected columns and low-rank corrections as AWQ_LITE_* and LQER_*
-    say.
+    """Quantize by GPTQ, with protected columns and low-rank corrections as AWQ_LITE_* and LQER_* say.
 
     clips(W, clip_sigmas): candidates for the ends of the grids; a matrix takes the one that leaves the
     smallest squared error. damping: of H, before the solver adds its own. Raises RunError when a Hessian is
@@ -3927,16 +3913,14 @@ def half_octaves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_weights(H: Tensor, squares: Tensor) -> Tensor:
-    """Estimate the mean squared gradient of each row's output: (n, rows), with a floor of RD_FLOOR times
-    its mean."""
+    """Estimate the mean squared gradient of a row's output, at least RD_FLOOR times its mean: (n, rows)."""
     diag = H.diagonal(0, 1, 2)
     g = (squares / diag.clamp_min(1e-9 * diag.amax())[:, None]).mean(-1)
     return g.clamp_min(RD_FLOOR * g.mean(-1, keepdim=True)).clamp_min(1e-30)
 
 
 def variance_histogram(W: Tensor, g: Tensor, d: Tensor) -> Tensor:
-    """Count the variances of the weights, in steps squared at a delta of 1, in sixteenths of an octave
-    from 2^-128 to 2^128."""
+    """Count the weights by variance, in steps squared at a delta of 1, in sixteenths of an octave."""
     power = W.square()
     variance = power.mean(2, keepdim=True) * power.mean(1, keepdim=True)
     variance /= power.mean((1, 2), keepdim=True).clamp_min(1e-30)
@@ -3946,8 +3930,7 @@ def variance_histogram(W: Tensor, g: Tensor, d: Tensor) -> Tensor:
 
 
 def coarser(excess: Tensor) -> Tensor:
-    """Return the half octaves by which a step must grow for integers that are so many times too large; 0
-    below 1."""
+    """Return the half octaves by which a step must grow if its integers are so many times too large."""
     return (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
 
 
@@ -4007,8 +3990,7 @@ class MatrixGroup:
 
 
 class RateDistortion:
-    """QUANT=rd: every weight at one slope of predicted loss against coded bits: one number, `delta`, sets the
-    size of all.
+    """Put every weight at one slope of predicted loss against coded bits: `delta` alone sets the size of all.
 
     The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean
     squared gradient of the row's output (diagonal Fisher information, with the labels of the text). GPTQ
@@ -4050,8 +4032,7 @@ class RateDistortion:
         return out
 
     def bits(self, delta: float) -> float:
-        """Predict the bits of the integers: for a Gaussian weight, half the logarithm of its variance in
-        steps squared."""
+        """Predict the bits of the integers: half the logarithm of a weight's variance in steps squared."""
         octaves = (1 + 4.3 * self.ratios / delta**2).log2()
         return float((self.variances * octaves).sum() / 2)
 
@@ -4079,8 +4060,7 @@ class S14:
 
 
 class S05:
-    """Mixed bits, the best of several grids, an int8 embedding (PR #1105). H is damped twice, as
-    published."""
+    """Mixed bits, the best of several grids, an int8 embedding (PR #1105); H damped twice, as published."""
 
     EMBEDDING = "int8_row"
     GRADIENTS = False
@@ -4123,8 +4103,7 @@ def full_fp32():
 
 
 def complete(cfg: Config, tensors: Tensors, quantized: Quantized) -> Quantized:
-    """Encode the tensors that no scheme has quantized, each by its codec. Returns all, in their order, on
-    the CPU."""
+    """Encode the tensors that are not quantized yet, each by its codec. Returns all, in order, on the CPU."""
     stored = dict(quantized)
     for name, m in stored_matrices(cfg).items():
         if name not in quantized:
@@ -4158,8 +4137,7 @@ def quantize(cfg: Config, state: Tensors, hessians: Hessians, log: Log) -> Quant
 
 
 def dequantized_state(cfg: Config, stored: Quantized) -> Tensors:
-    """Return what the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are
-    zero."""
+    """Return the fp32 state dict that an artifact stands for; tensors that no artifact keeps are zero."""
     values = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.role.stored is None}
     values |= {name: t.decode() for name, t in stored.items()}
     return rebank(cfg, values)
@@ -5006,7 +4984,7 @@ def load_checkpoint_model(cfg: Config, world: World, path: Path, kernels: Kernel
 # ==================================================================================================
 
 class Pruning:
-    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first.
+    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrix_parts become zero, cheapest first.
 
     What one costs is the square of the weight it stands for. `code_bits` predicts, without a coder, how many
     bits a number of zeros leaves.
@@ -5014,18 +4992,18 @@ class Pruning:
 
     def __init__(self, stored: Quantized):
         self.stored = stored
-        self.names = [name for name, t in stored.items() if ("gptq", "q") in t.parts]
-        matrices = [stored[name].parts_of("gptq") for name in self.names]
-        self.q = torch.cat([parts["q"].flatten() for parts in matrices])
-        self.sizes = [parts["q"].numel() for parts in matrices]
+        self.names = [name for name, t in stored.items() if "gptq" in t.codecs()]
+        matrix_parts = [stored[name].parts_of("gptq") for name in self.names]
+        self.q = torch.cat([parts["q"].flatten() for parts in matrix_parts])
+        self.sizes = [parts["q"].numel() for parts in matrix_parts]
 
         ones = (self.q.abs() == 1).nonzero()[:, 0]
-        cost = torch.cat([Gptq.decode(parts).flatten() for parts in matrices])[ones].square()
+        cost = torch.cat([Gptq.decode(parts).flatten() for parts in matrix_parts])[ones].square()
         self.ranked = ones[cost.argsort(stable=True)]
 
-        owner = torch.arange(len(matrices)).repeat_interleave(torch.tensor(self.sizes))
+        owner = torch.arange(len(matrix_parts)).repeat_interleave(torch.tensor(self.sizes))
         bins = 256 * owner + self.q + 128  # by matrix and integer
-        self.counts = torch.bincount(bins, minlength=256 * len(matrices)).view(-1, 256)
+        self.counts = torch.bincount(bins, minlength=256 * len(matrix_parts)).view(-1, 256)
         self.bins = bins[self.ranked]
 
     def code_bits(self, count: int) -> float:
@@ -5108,12 +5086,11 @@ class Pass(NamedTuple):
 
 
 class StepSearch:
-    """QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs
-    fewer.
+    """Search for as many bytes as TARGET_BYTES leaves beside the script, unless RD_LOSS needs fewer.
 
-    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes
-    within 0.2 % on both sides of the target end the search: some matrices from the finer pass, the others
-    from the coarser, as many as fit.
+    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. 0.05 % below
+    the target is near enough. Two passes within 0.2 % on both sides of it end the search as well: some
+    matrices from the finer pass, the others from the coarser, as many as fit.
     """
 
     def __init__(self, cfg: Config, tensors: Tensors, plan: RateDistortion, code_bytes: int):
@@ -5123,29 +5100,28 @@ class StepSearch:
         self.coarsest = plan.delta(max(100.0, cfg.rd_loss))
         bits = plan.bits(plan.finest)
         others = sum(t.numel() for t in tensors.values()) - plan.weights
-        guess = Point(bits, code_bytes + bits / 8 + 2 * others)  # two bytes a number outside the matrices
+        guess = Point(bits, code_bytes + bits / 8 + 2 * others)  # two bytes for every other number
         self.points = [guess]  # and one for each pass so far
 
-    def attempt(self, matrices: Quantized) -> Pass:
+    def attempt(self, quantized: Quantized) -> Pass:
         """Pack the model with these matrices."""
-        blob = pack(self.cfg, complete(self.cfg, self.tensors, matrices))
-        return Pass(len(blob) + self.code_bytes, matrices, blob)
+        blob = pack(self.cfg, complete(self.cfg, self.tensors, quantized))
+        return Pass(len(blob) + self.code_bytes, quantized, blob)
 
     def next_delta(self) -> tuple[float, float]:
         """Choose the delta of the next pass, and predict its size."""
         plan, last = self.plan, self.points[-1]
-        slope = 1 / 8
-        if len(self.points) > 2:
+        slope = 1 / 8  # bytes a bit; measured as soon as there are two passes
+        if len(self.points) > 2 and last.bits != self.points[-2].bits:
             before = self.points[-2]
-            if last.bits != before.bits:
-                slope = (last.size - before.size) / (last.bits - before.bits)
-                slope = min(max(slope, 1 / 16), 1 / 4)
+            slope = (last.size - before.size) / (last.bits - before.bits)
+            slope = min(max(slope, 1 / 16), 1 / 4)
 
         delta = plan.finest
         if last.size > self.target or len(self.points) > 1:
             missing = 0.99975 * self.target - last.size
-            delta = max(plan.delta_for(last.bits + missing / slope), plan.finest)
-            delta = min(delta, self.coarsest)
+            delta = plan.delta_for(last.bits + missing / slope)
+            delta = min(max(delta, plan.finest), self.coarsest)
         return delta, last.size + slope * (plan.bits(delta) - last.bits)
 
     def bracket(self, log: Log) -> tuple[Pass | None, Pass]:
@@ -5181,8 +5157,7 @@ class StepSearch:
     def mix(self, over: Pass, under: Pass) -> Pass:
         """Take as many matrices of the finer pass as fit, by bisection.
 
-        Matrices are of unequal size: another order of them may end closer to the target, so up to eight are
-        tried.
+        Matrices are of unequal size, so another order of them may end closer: up to eight are tried.
         """
         names, coarse = list(under.matrices), under.matrices
         for turn in range(min(8, len(names))):
@@ -5223,8 +5198,7 @@ def fit_by_steps(
 ) -> Fitted:
     """Search the delta that all steps depend on."""
     tensors = unbank(cfg, state)
-    plan = RateDistortion(cfg, tensors, hessians, search)
-    steps = StepSearch(cfg, tensors, plan, code_bytes)
+    steps = StepSearch(cfg, tensors, RateDistortion(cfg, tensors, hessians, search), code_bytes)
     over, best = steps.bracket(log)
     if over:
         best = steps.mix(over, best)
@@ -5233,23 +5207,21 @@ def fit_by_steps(
     return stored, best.blob
 
 
-def size_of(cfg: Config, tensors: Tensors, quantized: Quantized, code_bytes: int) -> float:
-    """Predict the bytes of artifact and script by `coded_bits`."""
-    stored = complete(cfg, tensors, quantized)
-    return code_bytes + coded_bits(cfg, arrays_of(stored)).sum() / 8
+def coded_size(cfg: Config, tensors: Tensors, quantized: Quantized) -> float:
+    """Predict the bytes of an artifact by `coded_bits`."""
+    return coded_bits(cfg, arrays_of(complete(cfg, tensors, quantized))).sum() / 8
 
 
 def forecast_as_encoded(cfg: Config, tensors: Tensors, hessians: Hessians, code_bytes: int) -> str:
     """Forecast the size that comes of the scheme's bits and grids."""
-    size = size_of(cfg, tensors, scheme_of(cfg).encode(cfg, tensors, hessians), code_bytes)
+    size = code_bytes + coded_size(cfg, tensors, scheme_of(cfg).encode(cfg, tensors, hessians))
     return f"{size:.0f} bytes with the script"
 
 
 def forecast_steps(cfg: Config, tensors: Tensors, hessians: Hessians, code_bytes: int) -> str:
-    """Forecast the size without the trellis, on steps that err as much, and the loss if that is more than
-    TARGET_BYTES."""
+    """Forecast the size at RD_LOSS, without the trellis, on steps that err as much; and a target's loss."""
     plan = RateDistortion(cfg, tensors, hessians)
-    size = size_of(cfg, tensors, plan.encode(plan.finest, scalar_rounding), code_bytes)
+    size = code_bytes + coded_size(cfg, tensors, plan.encode(plan.finest, scalar_rounding))
     text = f"{size:.0f} bytes with the script for RD_LOSS {cfg.rd_loss:g}"
     if 0 < cfg.target_bytes < size:
         delta = plan.delta_for(plan.bits(plan.finest) + 8 * (cfg.target_bytes - size))
@@ -5257,11 +5229,8 @@ def forecast_steps(cfg: Config, tensors: Tensors, hessians: Hessians, code_bytes
     return text
 
 
-BUDGETS = {  # how a scheme meets a size, and how it forecasts one
-    S14: (fit_as_encoded, forecast_as_encoded),
-    S05: (fit_by_pruning, forecast_as_encoded),
-    Rd: (fit_by_steps, forecast_steps),
-}
+FITS = {S14: fit_as_encoded, S05: fit_by_pruning, Rd: fit_by_steps}  # as `quantize_to_fit`
+FORECASTS = {S14: forecast_as_encoded, S05: forecast_as_encoded, Rd: forecast_steps}
 
 
 @torch.no_grad()
@@ -5269,14 +5238,12 @@ BUDGETS = {  # how a scheme meets a size, and how it forecasts one
 def quantize_to_fit(
     cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Callable | None = None
 ) -> tuple[Quantized, bytes]:
-    """Quantize and pack, so that artifact and script fit into TARGET_BYTES. Returns the tensors and the
-    artifact.
+    """Quantize and pack, so that artifact and script fit into TARGET_BYTES.
 
-    code_bytes: of the script; search: `viterbi` or an equal. Raises RunError naming the smallest size when
-    nothing fits.
+    code_bytes: of the script; search: `viterbi` or an equal. Returns the tensors and the artifact. Raises
+    RunError naming the smallest size when nothing fits.
     """
-    fit, _ = BUDGETS[scheme_of(cfg)]
-    return fit(cfg, state, hessians, code_bytes, log, search)
+    return FITS[scheme_of(cfg)](cfg, state, hessians, code_bytes, log, search)
 
 
 @torch.no_grad()
@@ -5284,10 +5251,9 @@ def quantize_to_fit(
 def forecast_size(
     cfg: Config, world: World, model: GPT, state: Tensors, tokens: np.ndarray, code_bytes: int
 ) -> str:
-    """Forecast the size that an artifact of these weights would have, with the script, calibrated on one
-    micro-batch.
+    """Forecast the size of artifact and script if training ended here, calibrated on one micro-batch.
 
-    Changes neither the model nor a random generator.
+    state: the weights to pack; tokens: the micro-batch. Changes neither the model nor a random generator.
     """
     live = dict(model.named_parameters())
     weights = {}
@@ -5298,8 +5264,8 @@ def forecast_size(
     n = (len(tokens) - 1) // parts
     for k in range(parts):
         calibrate(cfg, world, model, weights, tokens[k * n : (k + 1) * n + 1], hessians)
-    _, forecast = BUDGETS[scheme_of(cfg)]
-    return f"predicted_size: {forecast(cfg, unbank(cfg, weights), hessians, code_bytes)}"
+    text = FORECASTS[scheme_of(cfg)](cfg, unbank(cfg, weights), hessians, code_bytes)
+    return f"predicted_size: {text}"
 
 
 # ==================================================================================================
