@@ -24,7 +24,7 @@ V vocabulary, L blocks, S depths (positions in the unrolled layer order), W rank
 # Words:
 #   nats, bpb    -ln p of a token; the same of a text in bits, over its bytes: what is scored
 #   depth        one application of a block; with loops there are more depths than blocks
-#   stream       what blocks read and add to, a vector a token; the last depths have two: attention's, the MLP's
+#   stream       what blocks read and add to, a vector a token; the last depths have two, of attention and MLP
 #   segment      a document, or a piece of it, in a packed row; attention stays inside
 #   bank         one tensor that holds the matrices of one kind of all blocks
 #   codec        how a tensor becomes small integers and scales, and comes back
@@ -84,7 +84,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 BOS_ID = 1                                # every document starts with it; there is no end-of-document token
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 ARTIFACT_CAP_BYTES = 16_000_000           # decimal, model file plus shipped code
-CU_SEQLENS_BUCKET = 64                    # cu_seqlens are padded to multiples of this: few shapes for the compiler
+CU_SEQLENS_BUCKET = 64                    # cu_seqlens are padded to multiples of this: few shapes to compile
 
 
 class RunError(Exception):
@@ -1595,10 +1595,10 @@ class ValData:
 
 
 # ==================================================================================================
-# MODEL - one network, one forward: training, scoring, calibration and test-time training differ by its arguments.
+# MODEL - one network, one forward: training, scoring, calibration and test-time training by its arguments.
 # ==================================================================================================
 
-# The same network in 140 lines of plain loops, with nothing folded or fused: tests/spec_model.py. Read that first.
+# The same network in 140 lines of plain loops, nothing folded or fused: tests/spec_model.py. Read that first.
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
@@ -1609,8 +1609,9 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 def softcapped_ce(logits: Tensor, targets: Tensor, cap: float, round_cap: bool = False) -> Tensor:
     """Compute the cross-entropy of the capped logits in nats, per token and in fp32.
 
-    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before
-    the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
+    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The
+    upcast comes before the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the
+    same, to compare with runs that did.
     """
     z = softcap(logits, cap)
     if round_cap:
@@ -1657,7 +1658,7 @@ def add_norm(weights: Tensor | None, *streams: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first 2 n of d dimensions, half-split (partial rotary embedding): x (B, T, heads, d), n = cos.shape[-1]."""
+    """Turn the first 2 n of d dimensions of x (B, T, heads, d), half-split; n = cos.shape[-1]."""
     n = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     x1, x2, rest = x.tensor_split((n, 2 * n), dim=-1)
@@ -1668,8 +1669,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def split_heads(
     qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split one merged projection into queries and keys, normed per head and rotated, queries times their gain, and values.
+    """Split a merged projection into queries and keys, normed per head and rotated, and values.
 
+    Queries are multiplied by their gain.
     qkv (B, T, (H + 2 G) d), gain (H,), cos and sin (T, 1, n) -> q (B, T, H, d), k and v (B, T, G, d).
     """
     heads = len(gain)
@@ -1681,7 +1683,7 @@ def split_heads(
 
 
 def without_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Compute XSA, y - (y.v / v.v) v, for each head of y (B, T, H, d) and its value v (B, T, G, d), in fp32."""
+    """Compute XSA, y - (y.v / v.v) v, in fp32 for heads y (B, T, H, d) and their values v (B, T, G, d)."""
     grouped = y.unflatten(2, (v.shape[2], -1)).float()  # (B, T, G, H/G, d)
     own = v.unsqueeze(3).float()                        # (B, T, G, 1, d)
     square = own.square().sum(-1, keepdim=True).clamp_min(1e-24)
@@ -1698,10 +1700,10 @@ def gate_heads(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 
 def window_mask(n: int, window: int, like: Tensor, positions: Tensor | None = None) -> Tensor | None:
-    """Make what is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
+    """Make what is added to the scores (n, n) of a segment: a query sees itself and window - 1 tokens before.
 
-    None where plain causal attention is the same: no window (0), or one that the segment fits into. positions (.., m): just the
-    queries there, -> (.., 1, m, n), never None.
+    None where plain causal attention is the same: no window (0), or one that the segment fits into. positions
+    (.., m): just the queries there, -> (.., 1, m, n), never None.
     """
     if positions is None and not 0 < window < n:
         return None
@@ -1762,7 +1764,7 @@ class Lora(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """Adapters by site. q k v sit on the projections; o and mlp run beside the sublayer and read its normed input."""
+    """Adapters by site: q k v on the projections, o and mlp beside the sublayer, reading its normed input."""
 
     q: Lora | None = None
     k: Lora | None = None
@@ -1772,11 +1774,12 @@ class Adapters(NamedTuple):
     head: Lora | None = None  # of no depth, reads the final normed hidden state
 
     def by_depth(self, blocks: list[Block]) -> list[Adapters]:
-        """Cut into one Adapters per depth, given its block. unbind, not indexing: its backward writes each gradient once."""
+        """Cut into one Adapters per depth, given its block."""
         found: list[dict[str, Lora]] = [{} for _ in blocks]
         for site, lora in self._asdict().items():
             if lora is None or site == "head":
                 continue
+            # unbind, not indexing: its backward writes each gradient once
             pairs = zip(lora.A.unbind(0), lora.B.unbind(0), strict=True)
             for sites, block, (A, B) in zip(found, blocks, pairs, strict=True):
                 sites[site] = block.fold_adapter(site, Lora(A, B, lora.scale))
@@ -1795,7 +1798,7 @@ NO_ADAPTERS = Adapters()
 
 
 class Weights(NamedTuple):
-    """The matrices of one block, (n_out, n_in) each, in the activation dtype, its constant and learned scales folded in."""
+    """The matrices of one block, (n_out, n_in), in the activation dtype, its scales folded in."""
 
     qkv: Tensor  # Q, K and V below one another
     o: Tensor
@@ -1886,8 +1889,9 @@ def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
 def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Compute cos and sin (length, 1, rope_dims / 2) of the row positions.
 
-    Only differences of positions matter, so documents need no reset. The frequencies are rounded to bf16 because published
-    checkpoints were trained with rounded ones. With ROPE_YARN the base grows where `context` exceeds ROPE_TRAIN_SEQ_LEN.
+    Only differences of positions matter, so documents need no reset. The frequencies are rounded to bf16
+    because published checkpoints were trained with rounded ones. With ROPE_YARN the base grows where
+    `context` exceeds ROPE_TRAIN_SEQ_LEN.
     """
     base = cfg.rope_base
     if cfg.rope_yarn and context > cfg.rope_train_seq_len:
@@ -1914,7 +1918,7 @@ class Role(NamedTuple):
     """What a tensor, or each of the equal parts of a bank, is for."""
 
     name: str                # of the matrix in a block; "": the tensor is no bank
-    products: str            # "every": for every token; "scored": not for those that are only context; "": multiplies nothing
+    products: str            # "every" token; those "scored", not those that are context; "": none
     stored: StoredAs | None  # None: for training only, in no artifact
 
 
@@ -1929,7 +1933,7 @@ class Parameter(NamedTuple):
     present: bool
 
 
-SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the order of the forward
+SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the forward's order
 HALF = StoredAs("float16", "", "", "", "rest", False)
 INT8_ROWS = HALF._replace(codec="int8_row")
 ELEMENTWISE = (Role("", "", HALF),)
@@ -1959,7 +1963,7 @@ def gptq_matrix(name: str, products: str, clip_sigmas: str, site: str, sort_rows
 
 
 def bank_parameters(cfg: Config) -> list[Parameter]:
-    """List the banks: the matrices of all blocks, stacked so that the optimizer shards whole matrices over the ranks.
+    """List the banks: the matrices of all blocks, stacked so that whole matrices are sharded over the ranks.
 
     A bank holds its roles one after another, each with one matrix (n_out, n_in) per block.
     """
@@ -2003,9 +2007,10 @@ def block_parameters(cfg: Config, block: str) -> list[Parameter]:
 
 @cache
 def parameters(cfg: Config) -> tuple[Parameter, ...]:
-    """List every tensor of the network, once: shape, initial values, optimizer, FLOPs and stored form are read from here.
+    """List every tensor of the network, once.
 
-    Names are those of published checkpoints.
+    Shape, initial values, optimizer, FLOPs and stored form are read from here. Names are those of published
+    checkpoints.
     """
     L, D = cfg.num_layers, cfg.model_dim
     skips = (len(layer_order(cfg, looping=True)) // 2, D)
@@ -2018,7 +2023,8 @@ def parameters(cfg: Config) -> tuple[Parameter, ...]:
         *bank_parameters(cfg),
         Parameter("skip_weights", skips, nn.init.ones_, "scalars", ELEMENTWISE, True),
         Parameter("skip_gates", skips, nn.init.zeros_, "scalars", ELEMENTWISE, cfg.skip_gates_enabled),
-        Parameter("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", ELEMENTWISE, lanes),  # by sublayer, stream
+        # by sublayer, stream
+        Parameter("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", ELEMENTWISE, lanes),
         Parameter("parallel_resid_lambdas", (L, 2), stream_share, "scalars", ELEMENTWISE, lanes),
         Parameter("smear_lambda", (1,), nn.init.zeros_, "scalars", ELEMENTWISE, smear),
         Parameter("tok_emb.weight", embedding, embedding_init, "embedding", head, True),
@@ -2043,7 +2049,7 @@ class Matrix(NamedTuple):
 
 @cache
 def matrices(cfg: Config) -> tuple[Matrix, ...]:
-    """List the tensors as artifacts name and order them: parameters that are no bank, then each block's matrices."""
+    """List the tensors as artifacts name and order them: what is no bank, then each block's matrices."""
     whole, parts = [], []
     for row in parameters(cfg):
         for k, role in enumerate(row.roles):
@@ -2101,7 +2107,7 @@ class Attention(nn.Module):
             self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
 
     def gate(self, x: Tensor, q_raw: Tensor) -> Tensor:
-        """Compute how much of each head's output passes (B, T, H). x lacks the norm scale, which the weights take over."""
+        """Compute how much of each head's output passes (B, T, H); the weights take over x's norm scale."""
         cfg, source = self.cfg, x
         if cfg.attn_gate == "dense":
             weight = self.norm_scale * self.attn_gate_w
@@ -2117,7 +2123,7 @@ class Attention(nn.Module):
         return 2 * gate if cfg.attn_gate == "out" else gate
 
     def qkv(self, x: Tensor, weights: Weights, lora: Adapters) -> Tensor:
-        """Compute (B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
+        """Compute the merged projection and the deltas of the adapters there are: (B, T, (H + 2 G) d)."""
         D, kv = self.cfg.model_dim, self.cfg.kv_dim
         merged = F.linear(x, weights.qkv)
         return add_deltas(merged, x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
@@ -2126,7 +2132,7 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor,
         context: Context, depth: int, positions: Tensor | None,
     ) -> Tensor:
-        """Attend within segments, to the cache, or within whole rows: -> (B, T, H, d), or only at the positions."""
+        """Attend within segments, to the cache, or within whole rows -> (B, T, H, d), or at the positions."""
         if context.segments is not None:
             rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
             cu_seqlens, max_len = context.segments
@@ -2139,7 +2145,7 @@ class Attention(nn.Module):
         self, x: Tensor, weights: Weights, lora: Adapters,
         context: Context, depth: int, positions: Tensor | None,
     ) -> Tensor:
-        """Map x (B, T, D), normed without its norm scale, -> (B, T, D); with positions (B, n): (B, n, D), only there."""
+        """Map x (B, T, D), normed without its norm scale -> (B, T, D); or (B, n, D) at positions (B, n)."""
         cfg, kernels = self.cfg, context.kernels
         if context.tap is not None:
             context.tap(f"{self.name}.attn_in", self.norm_scale * x)
@@ -2171,7 +2177,7 @@ class Block(nn.Module):
         self.attn = Attention(cfg, layer, self.norm_scale)
 
     def fold(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, dtype: torch.dtype) -> Weights:
-        """Move the scales of a sublayer's input and output into its matrices: a pass over weights instead of activations."""
+        """Move the scales of a sublayer into its matrices: a pass over weights instead of activations."""
         o, up, down = others
         qkv = self.norm_scale * torch.cat((q, k, v))
         o = self.attn_scale[:, None] * o
@@ -2201,8 +2207,9 @@ class Block(nn.Module):
     ) -> Streams:
         """Run attention and MLP, one after the other on one stream, or side by side on two.
 
-        x0 (B, T, D): the embedding, of which attention reads a share, per channel. positions (B, n): where alone to compute
-        what follows the keys and values. lane_mix: `GPT.lane_mix`, where there are two streams.
+        x0 (B, T, D): the embedding, of which attention reads a share, per channel. positions (B, n): where
+        alone to compute what follows the keys and values. lane_mix: `GPT.lane_mix`, where there are two
+        streams.
         """
         mixed, normed = add_norm(self.resid_mix, streams.attn, x0)
         attn = self.attn(normed, weights, lora, context, depth, positions)
@@ -2217,7 +2224,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The S14 network, its tensors as `parameters` lists them. Masters are fp32, the embedding has the activation dtype."""
+    """The S14 network, its tensors as `parameters` lists them. Masters are fp32, the embedding has the
+    activation dtype.
+    """
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, kernels: Kernels = DEFINITIONS):
         super().__init__()
@@ -2243,7 +2252,8 @@ class GPT(nn.Module):
             gate = torch.sigmoid(F.linear(source, self.smear_gate.weight.to(x.dtype)))
             gate = self.smear_lambda.to(x.dtype) * gate
             if cfg.smear_gate_bos_fix:
-                # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
+                # BOS starts a new document: its predecessor belongs to someone else's text and must not leak
+                # into it.
                 gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
             x = torch.cat((x[:, :1], after + gate * before), dim=1)
         return rms_norm(x)
@@ -2260,7 +2270,9 @@ class GPT(nn.Module):
         return out
 
     def skip(self, x: Tensor, skipped: Tensor, index: int) -> Tensor:
-        """Combine the decoder's x with an encoder output; rows of the weights count decoder depths, not blocks."""
+        """Combine the decoder's x with an encoder output; rows of the weights count decoder depths, not
+        blocks.
+        """
         skipped = self.skip_weights[index].to(x.dtype) * skipped
         if not self.cfg.skip_gates_enabled:
             return x + skipped
@@ -2268,7 +2280,9 @@ class GPT(nn.Module):
         return torch.lerp(skipped, x, gate.to(x.dtype))
 
     def lane_mix(self, layer: int) -> Tensor:
-        """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what the MLP writes."""
+        """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what
+        the MLP writes.
+        """
         own = self.parallel_resid_lambdas[layer, :, None]
         written = self.parallel_post_lambdas[layer].T  # rows of the parameter are the sublayers that write
         return torch.cat((own, written), dim=1)[..., None]
@@ -2279,9 +2293,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Map tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`.
 
-        With positions the last depth computes of the others only keys and values. The first half of `layers` pushes skips,
-        the second half pops them. From the first decoder depth with block >= PARALLEL_START_LAYER on there are two streams:
-        attention reads and skips join the first, the MLP reads the second, and both sublayers write to both.
+        With positions the last depth computes of the others only keys and values. The first half of `layers`
+        pushes skips, the second half pops them. From the first decoder depth with block >=
+        PARALLEL_START_LAYER on there are two streams: attention reads and skips join the first, the MLP reads
+        the second, and both sublayers write to both.
         """
         cfg, start = self.cfg, 0 if cache is None else cache.length
         end = start + tokens.shape[1]
@@ -2331,13 +2346,15 @@ class GPT(nn.Module):
         training: bool = False,
         tap=None,
     ) -> Tensor:
-        """Compute nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
+        """Compute nats per target, fp32. The only entry: training, scoring, calibration, writing and
+        test-time training.
 
-        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
-        dimension for several candidates each; None: the capped logits (B, T, V). layers: `layer_order`. segments: of a packed
-        row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1,
-        1, D): added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
-        FUSED_CE_ENABLED says, not EVAL_SOFTCAP_FP32; without adapters.
+        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those
+        positions; one more dimension for several candidates each; None: the capped logits (B, T, V). layers:
+        `layer_order`. segments: of a packed row; not with positions. cache: what these rows held before; not
+        with either. adapters: one set per row. shift (B or 1, 1, D): added to the final hidden states.
+        tap(site, x): sees the input of every matrix. training: the cap is rounded as FUSED_CE_ENABLED says,
+        not EVAL_SOFTCAP_FP32; without adapters.
         """
         cfg, head = self.cfg, self.tok_emb.weight
         x = self.hidden(tokens, layers, segments, cache, adapters, positions, tap)
@@ -2355,7 +2372,7 @@ class GPT(nn.Module):
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of a forward pass; a multiplication and an addition are two. Elementwise work is not counted."""
+    """Floating-point operations of a forward's products: two a multiplication and addition."""
 
     matmul: float     # with the model's own matrices
     lora: float       # with those of adapters
@@ -2369,7 +2386,7 @@ def causal_pairs(lengths: np.ndarray, window: int) -> float:
 
 
 def adapter_flops(site: str, lora: Lora, depths: int, scored: float) -> float:
-    """Count the products of one site's adapters for a token, two FLOPs each; at the last depth some only for scored tokens."""
+    """Count the FLOPs of a site's adapters for a token; at the last depth some are for scored tokens only."""
     spared = dict(o=1 / depths, mlp=1 / depths, head=1.0).get(site, 0.0) * (1 - scored)
     per_document = (lora.A.numel() + lora.B.numel()) / lora.A.shape[-3]
     return 2 * per_document * (1 - spared)
@@ -2378,11 +2395,12 @@ def adapter_flops(site: str, lora: Lora, depths: int, scored: float) -> float:
 def flops_per_token(
     cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0
 ) -> Flops:
-    """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, logits and adapters,
-    and attention by the causal pairs there really are.
+    """Count the forward FLOPs of a token, averaged over segments of these lengths.
 
-    scored: share of the tokens, at the end of the segments, that are scored; the last depth computes keys and values of the
-    others, but not what follows. Zeros that adapters are padded with do not count.
+    Counted are the matrices of every layer application, logits and adapters, and attention by its causal
+    pairs.
+    scored: share of the tokens, at the end of the segments, that are scored; the last depth computes keys and
+    values of the others, but not what follows. Zeros that adapters are padded with do not count.
     """
     layers = layer_order(cfg, looping)
     products = 0.0
@@ -2399,7 +2417,8 @@ def flops_per_token(
     return Flops(2 * products, deltas, 4 * cfg.model_dim * pairs / n.sum())
 
 
-PASSES = {  # how often a pass does the forward's FLOPs with matrices, adapters and in attention, and the latter again
+# How often a pass does the forward's FLOPs with matrices, adapters and in attention, and the latter again.
+PASSES = {
     "score": (1, 1, 1, 0.0),
     "train": (3, 3, 3, 0.5),  # the backward of flash attention repeats one of the forward's two products
     "adapt": (2, 3, 3, 0.5),  # frozen matrices have no gradient of their own
@@ -2407,7 +2426,7 @@ PASSES = {  # how often a pass does the forward's FLOPs with matrices, adapters 
 
 
 class FlopCount:
-    """Counts the FLOPs of one rank: of the model, of these those of scored tokens, and all that the hardware ran."""
+    """Count the FLOPs of one rank: the model's, of these those of scored tokens, and all the hardware's."""
 
     def __init__(self):
         self.model = 0.0
@@ -2415,7 +2434,7 @@ class FlopCount:
         self.hardware = 0.0
 
     def add(self, flops: Flops, kind: str, tokens: int, scored: float) -> None:
-        """Add one of PASSES over `tokens` positions, padding and context included, `scored` of which count for the loss."""
+        """Add one of PASSES over `tokens` positions, padding included; the loss counts `scored` of them."""
         matmul, lora, attention, again = PASSES[kind]
         per_token = matmul * flops.matmul + lora * flops.lora + attention * flops.attention
         self.model += tokens * per_token
@@ -2434,7 +2453,7 @@ def build_model(cfg: Config, world: World, kernels: Kernels = DEFINITIONS) -> GP
 
 
 def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False):
-    """The forward that everything calls: compiled without graph breaks where COMPILE_BACKEND says so, else the model itself.
+    """Return the forward that everything calls: compiled if COMPILE_BACKEND says so, else the model itself.
 
     The same code serves packed rows of any number of segments and, if `growing`, rows of any width.
     """
@@ -2732,7 +2751,7 @@ def context_length(cfg: Config, progress: float) -> int:
 
 
 def rewarmup(cfg: Config, steps_since_change: int | None) -> float:
-    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None: no change."""
+    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step; None: 1."""
     if steps_since_change is None or not cfg.seq_change_warmup_steps:
         return 1.0
     return min(1.0, steps_since_change / cfg.seq_change_warmup_steps)
@@ -2871,7 +2890,7 @@ class Utilization:
     def interval(self) -> str:
         """Describe the time since the last call, for the log.
 
-        Of the model's FLOPs both shares; then one each, of the datasheet's peak if there is one: that of scored
+        Of the model's FLOPs both shares; then one each, of the datasheet's peak where known: that of scored
         tokens, of all that the hardware ran, and of the model once more, with pauses in the time.
         """
         work = self.work
@@ -4173,7 +4192,7 @@ HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becom
 )
 
 
-# ---- coders: bytes <-> fewer bytes
+# Coders: bytes <-> fewer bytes
 
 
 class Brotli:
@@ -4247,7 +4266,7 @@ class Lrzip:
             return result.read_bytes()
 
 
-# ---- COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine,
+# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine,
 # and no table is sent: encoder and decoder count what they have seen. All of it, up to `code_arrays`, is
 # written once for both: an encoder leaves the values it is given as they are, a decoder fills them in, a
 # counter of bits adds up what they would cost.
@@ -4557,7 +4576,7 @@ def code_matrices(
     return x.transpose(2, 1, 0, 3).reshape(n, -1, cols)[:, :rows]
 
 
-# ---- arrays "tensor:codec.part" <-> streams
+# Arrays "tensor:codec.part" <-> streams
 
 
 def layout(cfg: Config, arrays: Arrays) -> dict[str, StoredAs]:
@@ -4602,7 +4621,8 @@ def code_arrays(cfg: Config, arrays: Arrays, coders: dict[str, RangeCoder]) -> A
         else:
             counts = start + (counts - start) // 8
             similar = stream == TOKEN_STREAM
-            coded = code_matrices(coders[stream], counts, np.stack(given), owners, ":trellis." in kind, similar)
+            trellis = ":trellis." in kind
+            coded = code_matrices(coders[stream], counts, np.stack(given), owners, trellis, similar)
         out |= zip(names, coded, strict=True)
     return out
 
@@ -4713,7 +4733,7 @@ def decode_streams(cfg: Config, compressor: str, arrays: Arrays, coded: dict[str
     return arrays
 
 
-# ---- the artifact: a header and the streams
+# The artifact: a header and the streams
 
 
 @cache
@@ -4943,7 +4963,7 @@ def load_artifact(cfg: Config, world: World, path: Path, kernels: Kernels = DEFI
     return model.to(world.device).requires_grad_(False)
 
 
-# ---- final_model.pt
+# Final_model.pt
 
 
 def checkpoint_state(cfg: Config, path: Path, saved: Any) -> dict[str, Tensor]:
@@ -5102,7 +5122,7 @@ class StepSearch:
         self.coarsest = plan.delta(max(100.0, cfg.rd_loss))
         bits = plan.bits(plan.finest)
         others = sum(t.numel() for t in tensors.values()) - plan.weights
-        guess = Point(bits, code_bytes + bits / 8 + 2 * others)  # two bytes for each number outside the matrices
+        guess = Point(bits, code_bytes + bits / 8 + 2 * others)  # two bytes a number outside the matrices
         self.points = [guess]  # and one for each pass so far
 
     def attempt(self, matrices: Quantized) -> Pass:
@@ -5687,7 +5707,7 @@ def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
 class Method(NamedTuple):
     """Say what a way of scoring is, for `evaluate`, and for the probes of tools/probes.py."""
 
-    batches: Any            # (cfg, scorer, rank, size) -> EvalBatch after EvalBatch; None: TttRun makes its own
+    batches: Any            # (cfg, scorer, rank, size) -> EvalBatches; None: TttRun makes its own
     documents_masked: bool  # no document sees another
     small: dict             # upper limits of variables with which a few short documents go through all of it
 
