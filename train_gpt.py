@@ -71,7 +71,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import brotli
 import numpy as np
@@ -952,6 +952,7 @@ class World:
     size: int
     device: torch.device
     dtype: torch.dtype  # of activations, embedding and the optimizer's communication
+    recordings: list[tuple[int, str]] = field(default_factory=list, compare=False)  # of CUDA graphs, see `compilations`
 
     @staticmethod
     def init(cfg: Config, launch: Launch) -> World:
@@ -1082,64 +1083,90 @@ def compile_cache(cfg: Config, world: World) -> dict[str, str]:
     return dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"))
 
 
-def compilations() -> list[str]:
-    """What torch.compile has made in this process: function, number of its graph, and why the one before did not fit. And CUDA graphs."""
+def compilations(world: World) -> list[str]:
+    """List what torch.compile has made in this process, and the CUDA graphs that this rank has recorded.
+
+    Of a compilation: the function, the number of its graph, and why the graph before did not fit.
+    """
     dynamo = sys.modules.get("torch._dynamo.utils")
-    made = [f"{m.co_name} {m.compile_id}: {' '.join((m.recompile_reason or 'the first graph').splitlines()[0].split())}"
-            for m in (dynamo.get_compilation_metrics() if dynamo else ()) if m.co_name]
-    for before, name in reversed(Graphed.made):
-        made.insert(before, name)
-    return made
+    lines = []
+    for metrics in dynamo.get_compilation_metrics() if dynamo else ():
+        if metrics.co_name:
+            reason = (metrics.recompile_reason or "the first graph").splitlines()[0]
+            lines.append(f"{metrics.co_name} {metrics.compile_id}: {' '.join(reason.split())}")
+    for compiled_before, name in reversed(world.recordings):
+        lines.insert(compiled_before, name)
+    return lines
 
 
 class Graphed:
-    """A forward with the same arguments that replays CUDA graphs: its kernels are one launch, those of its backward another
-    (torch.cuda.make_graphed_callables). One graph for each set of shapes and plain values, recorded at the first call after one that
-    ran as it is and backward, which has compiled and loaded all there is to run. Nothing in it may wait for the device.
+    """A forward with the same arguments that replays CUDA graphs (torch.cuda.make_graphed_callables).
 
-    Tensors that want a gradient, and `parameters`, which it reads without being handed them, are read where they lie; others are copied
-    into the graph. All share their memory: a backward comes before the next forward, and a result is good until its graph runs again.
+    Its kernels are one launch, those of its backward another. There is one graph for each set of shapes and plain
+    values, recorded at the first call after one that ran as it is and backward: that has compiled and loaded all there
+    is to run. Nothing in it may wait for the device.
+
+    Tensors that want a gradient, and `parameters`, which it reads without being handed them, are read where they lie;
+    others are copied into the graph. All share their memory: a backward comes before the next forward, and a result is
+    good until its graph runs again.
     """
 
-    made: ClassVar[list[tuple[int, str]]] = []  # in this process: compilations before it, and what was recorded
-
-    def __init__(self, forward, parameters=()):
-        self.forward, self.parameters, self.warm, self.recorded = forward, tuple(parameters), set(), {}
+    def __init__(self, forward, world: World, parameters=()):
+        self.forward = forward
+        self.world = world
+        self.parameters = tuple(parameters)
+        self.warm = set()  # keys of arguments whose backward has run
+        self.recorded = {}  # key of arguments: the graphed forward
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, *args, **kwargs) -> Tensor:
-        """What `forward` returns."""
+        """Return what `forward` returns."""
         leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
-        tensors, plain = [x for x in leaves if isinstance(x, Tensor)], [Tensor if isinstance(x, Tensor) else x for x in leaves]
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        plain = [Tensor if isinstance(x, Tensor) else x for x in leaves]
         shapes = [(tuple(t.shape), t.dtype) for t in tensors if not t.requires_grad]
-        key = spec, *plain, *shapes, *(t.data_ptr() for t in (*tensors, *self.parameters) if t.requires_grad)
+        places = [t.data_ptr() for t in (*tensors, *self.parameters) if t.requires_grad]
+        key = spec, *plain, *shapes, *places
 
         def forward(*tensors: Tensor, run=self.forward) -> Tensor:
             left = iter(tensors)
-            args, kwargs = torch.utils._pytree.tree_unflatten([next(left) if x is Tensor else x for x in plain], spec)
+            filled = [next(left) if x is Tensor else x for x in plain]
+            args, kwargs = torch.utils._pytree.tree_unflatten(filled, spec)
             return run(*args, **kwargs)
 
         if key not in self.warm:
-            out = forward(*(t if t.requires_grad else t.clone() for t in tensors))  # cloned: kernels depend on the alignment
+            # Cloned as in a graph: kernels depend on the alignment.
+            out = forward(*(t if t.requires_grad else t.clone() for t in tensors))
             if out.requires_grad:
                 out.register_hook(lambda _: self.warm.add(key))
             return out
         if key not in self.recorded:
-            # Leaves of their own: the accumulators of gradients belong to a stream, and those of the arguments may be alive on another.
-            own = (t.detach().requires_grad_() if t.requires_grad else t.clone() for t in tensors)
-            with torch.enable_grad():
-                self.recorded[key] = torch.cuda.make_graphed_callables(
-                    forward, (*own, *self.parameters), num_warmup_iters=0, allow_unused_input=True, pool=self.pool)
-            Graphed.made.append((len(compilations()) - len(Graphed.made), f"CUDA graph of {[shape for shape, _ in shapes]}"))
-        for p in self.parameters:  # a gradient that autograd took over from a graph would be written again by the next replay, not added to
+            self.record(key, forward, tensors)
+
+        # A gradient that autograd took over from a graph would be written again by the next replay, not added to.
+        for p in self.parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return self.recorded[key](*tensors, *self.parameters)
 
+    def record(self, key: tuple, forward, tensors: list[Tensor]) -> None:
+        """Record the graph of one set of arguments."""
+        # Leaves of their own: the accumulators of gradients belong to a stream, and those of the arguments may be
+        # alive on another.
+        own = [t.detach().requires_grad_() if t.requires_grad else t.clone() for t in tensors]
+        with torch.enable_grad():
+            self.recorded[key] = torch.cuda.make_graphed_callables(
+                forward, (*own, *self.parameters), num_warmup_iters=0, allow_unused_input=True, pool=self.pool)
+        recordings = self.world.recordings
+        compiled_before = len(compilations(self.world)) - len(recordings)
+        shapes = [tuple(t.shape) for t in tensors if not t.requires_grad]
+        recordings.append((compiled_before, f"CUDA graph of {shapes}"))
 
-def recompile_error(where: str, made: list[str], remedy: str) -> RunError:
-    """What a run says where torch.compile was at work in timed code; made: the latest of `compilations`."""
-    return RunError(f"{where}: the compiler was at work in timed code ({'; '.join(made) or 'on another rank'}). "
-                    f"COMPILE_ALLOW_RECOMPILES=1 accepts that; {remedy}")
+
+def recompile_error(where: str, new_graphs: list[str], remedy: str) -> RunError:
+    """Explain that torch.compile was at work in timed code; new_graphs: the latest of `compilations`."""
+    found = "; ".join(new_graphs) or "on another rank"
+    return RunError(f"{where}: the compiler was at work in timed code ({found}). COMPILE_ALLOW_RECOMPILES=1 accepts "
+                    f"that; {remedy}")
 
 
 PEAK_FLOPS = {  # datasheets: dense bf16 products summed in fp32, per second
@@ -1253,42 +1280,58 @@ def peak_memory_mib(device: torch.device) -> int:
 
 
 class Clock:
-    """One monotonic clock cut into named phases. A phase ends where the next begins, so they add up to the wall time.
+    """One monotonic clock cut into named phases. A phase ends where the next begins: they add up to the wall time.
 
-    ended(name, seconds): told of every stretch that has passed.
+    ended(name, seconds): called for every stretch that has passed.
     """
 
     def __init__(self, world: World, ended=lambda name, seconds: None):
-        self.world, self.ended, self.name, self.start = world, ended, "setup", time.perf_counter()
+        self.world = world
+        self.ended = ended
+        self.name = "setup"
+        self.start = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.peak_mib: dict[str, int] = {}
         self.compiled: dict[str, list[str]] = {}  # by phase, see `compilations`
-        self.graphs = len(compilations())
+        self.graphs = len(compilations(world))
 
     def phase(self, name: str) -> None:
         """End the current phase and begin `name`; coming back to a name adds to it."""
         self.world.synchronize()
         now = time.perf_counter()
-        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + now - self.start
-        self.ended(self.name, now - self.start)
-        self.peak_mib[self.name] = max(self.peak_mib.get(self.name, 0), peak_memory_mib(self.world.device))
+        passed = now - self.start
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + passed
+        self.ended(self.name, passed)
+
+        peak = peak_memory_mib(self.world.device)
+        self.peak_mib[self.name] = max(self.peak_mib.get(self.name, 0), peak)
         reset_peak_memory(self.world.device)
-        if made := compilations()[self.graphs :]:
-            self.compiled[self.name], self.graphs = self.compiled.get(self.name, []) + made, self.graphs + len(made)
-        self.name, self.start = name, now
+
+        new_graphs = compilations(self.world)[self.graphs :]
+        if new_graphs:
+            self.compiled.setdefault(self.name, []).extend(new_graphs)
+            self.graphs += len(new_graphs)
+        self.name = name
+        self.start = now
 
     def table(self) -> list[dict]:
-        """Phases so far, the current one included: [{name, seconds, peak_mib, compilations}]."""
+        """List the phases so far, the current one included: [{name, seconds, peak_mib, compilations}]."""
         self.phase(self.name)
-        return [dict(name=n, seconds=round(s, 3), peak_mib=self.peak_mib[n], compilations=len(self.compiled.get(n, ())))
-                for n, s in self.seconds.items()]
+        rows = []
+        for name, seconds in self.seconds.items():
+            graphs = len(self.compiled.get(name, ()))
+            rows.append(dict(
+                name=name, seconds=round(seconds, 3), peak_mib=self.peak_mib[name], compilations=graphs))
+        return rows
 
 
 class Eta:
     """Seconds left, from work done and work planned."""
 
     def __init__(self, total: float):
-        self.total, self.done, self.start = total, 0.0, time.perf_counter()
+        self.total = total
+        self.done = 0.0
+        self.start = time.perf_counter()
 
     def add(self, work: float) -> None:
         self.done += work
@@ -2934,7 +2977,7 @@ class Trainer:
         self.files = files
         self.model = build_model(cfg, world, kernels)
         self.forward = compile_forward(self.model, cfg, world)
-        self.graphs = Graphed(self.forward, self.model.parameters()) if cfg.cuda_graphs else None
+        self.graphs = Graphed(self.forward, world, self.model.parameters()) if cfg.cuda_graphs else None
         self.optimizer = TrainOptimizer(self.model, cfg, world)
         self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
         self.accumulate = cfg.micro_batches // world.size  # micro-batches of this rank in a step
@@ -3188,7 +3231,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
     world = trainer.world
     clock = trainer.clock
     budget = cfg.train_budget_seconds
-    known_graphs = len(compilations())  # what is compiled from here on is compiled in timed code
+    known_graphs = len(compilations(world))  # what is compiled from here on is compiled in timed code
     saved_at = 0.0  # seconds of training at the last checkpoint
     forecast_at = 0.0  # and at the last forecast
     forecast_seconds = 0.0  # which took these; 0: there was none
@@ -3198,7 +3241,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
     with StopRequest() as stop, profiler or contextlib.nullcontext():
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
             # The ranks agree on the clock, and on stopping.
-            new_graphs = [] if cfg.compile_allow_recompiles else compilations()[known_graphs:]
+            new_graphs = [] if cfg.compile_allow_recompiles else compilations(world)[known_graphs:]
             elapsed, block_seconds, interrupted, recompiled = world.max(
                 clock.now(), clock.block_seconds(), float(stop.requested), len(new_graphs))
             if interrupted or recompiled:
@@ -3229,13 +3272,13 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
                     log(f"{trainer.step}/{cfg.iterations} {forecast(window[0])}")
                     forecast_at = clock.now()
                     forecast_seconds = forecast_at - now
-                    known_graphs = len(compilations())
+                    known_graphs = len(compilations(world))
 
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 clock.pause()
                 score = validate()
                 log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
-                known_graphs = len(compilations())
+                known_graphs = len(compilations(world))
                 clock.go_on()
 
             if cfg.checkpoint_seconds:
@@ -6035,7 +6078,7 @@ class BaseLearner:
         self.layers = layer_order(cfg, looping=True)
         self.parameters = [*model.parameters()]
         self.forward = compile_forward(model, cfg, world)
-        self.graphs = Graphed(self.forward, self.parameters) if cfg.cuda_graphs else None
+        self.graphs = Graphed(self.forward, world, self.parameters) if cfg.cuda_graphs else None
 
         # Sequences of a chunk: all, this rank's [first, end), and (first, how many) of each of its forwards.
         self.per_chunk = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len
@@ -6122,7 +6165,7 @@ class TttEngine:
         self.forward = compile_forward(model, cfg, world, growing=True)
         if cfg.cuda_graphs:
             gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
-            self.forward = Graphed(self.forward)
+            self.forward = Graphed(self.forward, world)
         self.static_rows = 0 if self.forward is model else self.rows
         self.base = BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
         self.chain = AdapterChain(cfg, world, self.rows, cfg.seed, model.kernels.adam)
@@ -6190,7 +6233,7 @@ class TttRun:
         self.phases_done = 0
         self.scored_docs = 0  # by this rank
 
-        self.graphs_before = len(compilations())
+        self.graphs_before = len(compilations(engine.world))
         self.eta = Eta(sum(batch_cost(cfg, batch) for batch in self.batches) / scorer.world.size)
 
     def run(self) -> Score:
@@ -6244,7 +6287,7 @@ class TttRun:
 
     def check_compiler(self, batch: Batch) -> None:
         """Raise RunError behind a batch in which something was compiled or recorded."""
-        new_graphs = compilations()[self.graphs_before :]
+        new_graphs = compilations(self.engine.world)[self.graphs_before :]
         if new_graphs and not self.cfg.compile_allow_recompiles:
             remedy = "the artifact exists: go on with STAGE=eval"
             raise recompile_error(f"evaluation batch {batch.number + 1}", new_graphs, remedy)
@@ -7731,7 +7774,7 @@ def warm_stage(run: Run) -> None:
     if cfg.ttt_enabled:
         TttEngine(cfg, world, trainer.model.requires_grad_(False), run.data).warm_up(run.log)
     folder = compile_cache(cfg, world).get("TORCHINDUCTOR_CACHE_DIR", "torch's default folder")
-    run.log(f"warm: {len(compilations())} graphs, kept in {folder}")
+    run.log(f"warm: {len(compilations(run.world))} graphs, kept in {folder}")
 
 
 def quantize_stage(run: Run, model: GPT | None) -> None:
