@@ -952,7 +952,8 @@ class World:
     size: int
     device: torch.device
     dtype: torch.dtype  # of activations, embedding and the optimizer's communication
-    recordings: list[tuple[int, str]] = field(default_factory=list, compare=False)  # of CUDA graphs, see `compilations`
+    # of CUDA graphs, see `compilations`
+    recordings: list[tuple[int, str]] = field(default_factory=list, compare=False)
 
     @staticmethod
     def init(cfg: Config, launch: Launch) -> World:
@@ -1038,7 +1039,9 @@ class World:
 
 
 class Readback:
-    """A number on its way from the device: `read` waits for what led to it, and not for what the device was asked to do since."""
+    """A number on its way from the device: `read` waits for what led to it, and not for what the device was
+    asked to do since.
+    """
 
     def __init__(self, t: Tensor):
         self.host, self.arrived = t, None
@@ -1072,8 +1075,10 @@ def triton_version() -> str | None:
 
 
 def compile_cache(cfg: Config, world: World) -> dict[str, str]:
-    """Variables that make torch.compile and Triton keep their work below COMPILE_CACHE_DIR, in a folder of its own for each version
-    of this code, torch and Triton, device and choice of kernels; none when it is blank."""
+    """Variables that make torch.compile and Triton keep their work below COMPILE_CACHE_DIR, in a folder of
+    its own for each version of this code, torch and Triton, device and choice of kernels; none when it is
+    blank.
+    """
     if not cfg.compile_cache_dir:
         return {}
     flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.endswith(("_kernel", "_backward", "_backend", "_dtype"))}
@@ -1102,13 +1107,13 @@ def compilations(world: World) -> list[str]:
 class Graphed:
     """A forward with the same arguments that replays CUDA graphs (torch.cuda.make_graphed_callables).
 
-    Its kernels are one launch, those of its backward another. There is one graph for each set of shapes and plain
-    values, recorded at the first call after one that ran as it is and backward: that has compiled and loaded all there
-    is to run. Nothing in it may wait for the device.
+    Its kernels are one launch, those of its backward another. There is one graph for each set of shapes and
+    plain values, recorded at the first call after one that ran as it is and backward: that has compiled and
+    loaded all there is to run. Nothing in it may wait for the device.
 
-    Tensors that want a gradient, and `parameters`, which it reads without being handed them, are read where they lie;
-    others are copied into the graph. All share their memory: a backward comes before the next forward, and a result is
-    good until its graph runs again.
+    Tensors that want a gradient, and `parameters`, which it reads without being handed them, are read where
+    they lie; others are copied into the graph. All share their memory: a backward comes before the next
+    forward, and a result is good until its graph runs again.
     """
 
     def __init__(self, forward, world: World, parameters=()):
@@ -1143,15 +1148,16 @@ class Graphed:
         if key not in self.recorded:
             self.record(key, forward, tensors)
 
-        # A gradient that autograd took over from a graph would be written again by the next replay, not added to.
+        # A gradient that autograd took over from a graph would be written again by the next replay, not added
+        # to.
         for p in self.parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return self.recorded[key](*tensors, *self.parameters)
 
     def record(self, key: tuple, forward, tensors: list[Tensor]) -> None:
         """Record the graph of one set of arguments."""
-        # Leaves of their own: the accumulators of gradients belong to a stream, and those of the arguments may be
-        # alive on another.
+        # Leaves of their own: the accumulators of gradients belong to a stream, and those of the arguments
+        # may be alive on another.
         own = [t.detach().requires_grad_() if t.requires_grad else t.clone() for t in tensors]
         with torch.enable_grad():
             self.recorded[key] = torch.cuda.make_graphed_callables(
@@ -1188,7 +1194,9 @@ def quickest(world: World, f, repeats: int = 3) -> float:
 
 @cache
 def measured_peak(world: World) -> float:
-    """FLOP/s of the best square matrix product in the activation dtype on this device, sizes doubled while they are quick."""
+    """FLOP/s of the best square matrix product in the activation dtype on this device, sizes doubled while
+    they are quick.
+    """
     best, generator = 0.0, torch.Generator(world.device).manual_seed(0)
     for n in (256, 512, 1024, 2048, 4096, 8192):
         a = torch.randn(n, n, device=world.device, generator=generator).to(world.dtype)
@@ -1236,7 +1244,9 @@ def load_tensors(path: Path, device: torch.device | str) -> Any:
 
 
 class Log:
-    """Lines to the console and to RUN_ID.txt, from rank 0 only. Nothing is lost: every line is appended at once."""
+    """Lines to the console and to RUN_ID.txt, from rank 0 only. Nothing is lost: every line is appended at
+    once.
+    """
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -1280,7 +1290,8 @@ def peak_memory_mib(device: torch.device) -> int:
 
 
 class Clock:
-    """One monotonic clock cut into named phases. A phase ends where the next begins: they add up to the wall time.
+    """One monotonic clock cut into named phases. A phase ends where the next begins: they add up to the wall
+    time.
 
     ended(name, seconds): called for every stretch that has passed.
     """
@@ -1350,7 +1361,9 @@ class Eta:
 # ==================================================================================================
 
 def read_shard(path: Path) -> np.ndarray:
-    """Memory-map one shard: 256 little-endian int32 (magic, version, n), then n little-endian uint16. Raises RunError."""
+    """Memory-map one shard: 256 little-endian int32 (magic, version, n), then n little-endian uint16. Raises
+    RunError.
+    """
     try:
         size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=256)
@@ -1412,14 +1425,18 @@ class Dataset:
 
 
 def shard_hashes(paths: tuple[Path, ...]) -> dict[str, str | None]:
-    """sha256 by file name; None for training shards beyond the first GB: 16 GB of FineWeb would cost a minute."""
+    """sha256 by file name; None for training shards beyond the first GB: 16 GB of FineWeb would cost a
+    minute.
+    """
     sizes = np.cumsum([path.stat().st_size for path in paths])
     return {path.name: sha256_file(path) if "_train_" not in path.name or size < 1 << 30 else None
             for path, size in zip(paths, sizes, strict=True)}
 
 
 def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path, ...], hashes: dict[str, str | None]) -> None:
-    """Overlap of train and val documents, transform, vocabulary, and size and sha256 of each file. Raises RunError."""
+    """Overlap of train and val documents, transform, vocabulary, and size and sha256 of each file. Raises
+    RunError.
+    """
     splits = manifest.get("splits")
     shards = [entry for split in (splits or {}).values() for entry in split.get("shards", [{}])]
     if not shards or any(key not in entry for entry in shards for key in ("file", "tokens", "sha256")):
@@ -1445,11 +1462,12 @@ def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path,
 
 
 def document_cu_seqlens(bos: np.ndarray, total: int, max_len: int, bucket: int = CU_SEQLENS_BUCKET) -> np.ndarray:
-    """Attention segments of one packed row: starts of its documents, cut every `max_len` tokens, closed and padded with `total`.
+    """Attention segments of one packed row: starts of its documents, cut every `max_len` tokens, closed and
+    padded with `total`.
 
-    bos: sorted offsets of BOS in [0, total). max_len 0 = no cuts. Returns int32, its length a multiple of `bucket`; the padding
-    makes zero-length segments, so that the compiler sees few shapes. Example: bos [5, 900], total 2048, max_len 512 ->
-    0 5 517 900 1412 1924 2048 2048 ...
+    bos: sorted offsets of BOS in [0, total). max_len 0 = no cuts. Returns int32, its length a multiple of
+    `bucket`; the padding makes zero-length segments, so that the compiler sees few shapes. Example: bos [5,
+    900], total 2048, max_len 512 -> 0 5 517 900 1412 1924 2048 2048 ...
     """
     starts = bos if len(bos) and bos[0] == 0 else np.concatenate(([0], bos))
     if max_len:
@@ -1463,7 +1481,8 @@ def document_cu_seqlens(bos: np.ndarray, total: int, max_len: int, bucket: int =
 
 
 class Segments(NamedTuple):
-    """Attention segments of a packed row: int32 bounds of `document_cu_seqlens`, length of the longest one allowed.
+    """Attention segments of a packed row: int32 bounds of `document_cu_seqlens`, length of the longest one
+    allowed.
 
     None in their place means plain causal attention.
     """
@@ -1473,7 +1492,8 @@ class Segments(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One packed row: inputs and targets (1, T) int64, its attention segments, and their lengths on the host."""
+    """One packed row: inputs and targets (1, T) int64, its attention segments, and their lengths on the host.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -1482,7 +1502,8 @@ class Row(NamedTuple):
 
 
 def packed_row(tokens: np.ndarray, max_len: int, device: torch.device, every: int = 0) -> Row:
-    """Pack T + 1 consecutive tokens into a Row of T predictions; attention stays within documents cut at `max_len`.
+    """Pack T + 1 consecutive tokens into a Row of T predictions; attention stays within documents cut at
+    `max_len`.
 
     every: cut at its multiples too, wherever documents start.
     """
@@ -1503,10 +1524,12 @@ def packed_row(tokens: np.ndarray, max_len: int, device: torch.device, every: in
 
 
 class TrainLoader:
-    """Consecutive windows of `rows` x (row_tokens + 1) tokens in file order, from the first document of each shard on.
+    """Consecutive windows of `rows` x (row_tokens + 1) tokens in file order, from the first document of each
+    shard on.
 
-    The order depends on the row size alone: ranks take their share of the rows of each step. The tail of a shard that does not
-    hold a whole step is dropped. One thread reads ahead. `position` (file, offset) is where the next step will be read.
+    The order depends on the row size alone: ranks take their share of the rows of each step. The tail of a
+    shard that does not hold a whole step is dropped. One thread reads ahead. `position` (file, offset) is
+    where the next step will be read.
     """
 
     def __init__(self, shards: tuple[Path, ...], row_tokens: int, rows: int, vocab_size: int, position: tuple[int, int] | None = None):
@@ -1545,7 +1568,9 @@ class TrainLoader:
 
 
 def calibration_windows(shards: tuple[Path, ...], row_tokens: int, count: int, seed: int = 0) -> list[np.ndarray]:
-    """`count` windows of row_tokens + 1 training tokens, spread over all shards by PCG64, none twice until all were used."""
+    """`count` windows of row_tokens + 1 training tokens, spread over all shards by PCG64, none twice until
+    all were used.
+    """
     generator = np.random.Generator(np.random.PCG64(seed))
     starts = []
     for file, path in enumerate(shards):
@@ -1559,10 +1584,12 @@ def calibration_windows(shards: tuple[Path, ...], row_tokens: int, count: int, s
 
 
 def sentencepiece_byte_tables(path: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per token id: bytes of its text without a leading space, whether it has one, whether it is no text at all.
+    """Per token id: bytes of its text without a leading space, whether it has one, whether it is no text at
+    all.
 
-    Control, unknown and unused pieces count 0 bytes and swallow the space of the piece that follows; a byte piece counts 1.
-    Raises RunError when the model lacks the lone space piece: spaces would be scored as three byte pieces.
+    Control, unknown and unused pieces count 0 bytes and swallow the space of the piece that follows; a byte
+    piece counts 1. Raises RunError when the model lacks the lone space piece: spaces would be scored as three
+    byte pieces.
     """
     import sentencepiece  # only runs without a sidecar need it
 
@@ -1588,14 +1615,18 @@ def sentencepiece_byte_tables(path: Path, vocab_size: int) -> tuple[np.ndarray, 
 
 @dataclass(frozen=True)
 class ValData:
-    """Validation tokens (N + 1) and the bytes (N) each target stands for: `target_bytes[i]` belongs to `tokens[i + 1]`."""
+    """Validation tokens (N + 1) and the bytes (N) each target stands for: `target_bytes[i]` belongs to
+    `tokens[i + 1]`.
+    """
 
     tokens: np.ndarray
     target_bytes: np.ndarray
 
     @staticmethod
     def load(cfg: Config, files: Dataset) -> ValData:
-        """Read tokens and the one byte count of the run: the sidecar, or the SentencePiece rule. Raises RunError."""
+        """Read tokens and the one byte count of the run: the sidecar, or the SentencePiece rule. Raises
+        RunError.
+        """
         tokens = np.concatenate([read_shard(p) for p in files.val])
         check_vocab(tokens, cfg.vocab_size, files.val[0])
         if len(tokens) < 2:
@@ -1631,7 +1662,9 @@ class ValData:
         return ValData(self.tokens[index], np.concatenate(([0], self.target_bytes))[index][1:].astype(np.int32))
 
     def documents(self) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs [start, end) of every document: its BOS to the token before the next BOS. They cover each target once."""
+        """Inputs [start, end) of every document: its BOS to the token before the next BOS. They cover each
+        target once.
+        """
         starts = np.flatnonzero(self.tokens == BOS_ID)
         starts = starts[starts < len(self.tokens) - 1]
         return starts, np.append(starts[1:], len(self.tokens) - 1)
@@ -1897,7 +1930,8 @@ def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
         return x
     trailing = x.shape[2:]
     index = positions.view(*positions.shape, *[1] * len(trailing))
-    return x.gather(1, index.expand(-1, -1, *trailing))  # take_along_dim would compile a graph for every width
+    # take_along_dim would compile a graph for every width
+    return x.gather(1, index.expand(-1, -1, *trailing))
 
 
 def add_deltas(
