@@ -858,7 +858,8 @@ def config_from_env(env) -> Config:
                 continue
             first, same = given.setdefault(variable, (name, value))
             if same != value:
-                errors.append(f"{first}={env[first]!r} and {name}={env[name]!r} are two names of one variable")
+                both = f"{first}={env[first]!r} and {name}={env[name]!r}"
+                errors.append(f"{both} are two names of one variable")
             values[variable.lower()] = value
         elif refusal:
             errors.append(f"{name}={env[name]!r}: {refusal}")
@@ -963,12 +964,16 @@ class World:
         """
         if cfg.micro_batches % launch.size:
             raise RunError(
-                f"{launch.size} ranks cannot share {cfg.micro_batches} micro-batches (TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} / "
-                f"TRAIN_MICROBATCH_TOKENS={cfg.train_microbatch_tokens}): start a number of ranks that divides {cfg.micro_batches}, "
-                "or lower TRAIN_MICROBATCH_TOKENS")
-        kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+                f"{launch.size} ranks cannot share {cfg.micro_batches} micro-batches "
+                f"(TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} / "
+                f"TRAIN_MICROBATCH_TOKENS={cfg.train_microbatch_tokens}): start a number of ranks that "
+                f"divides {cfg.micro_batches}, or lower TRAIN_MICROBATCH_TOKENS")
+        kind = cfg.device
+        if kind == "auto":
+            kind = "cuda" if torch.cuda.is_available() else "cpu"
         if kind == "cuda" and not torch.cuda.is_available():
-            raise RunError("DEVICE=cuda, but torch sees no CUDA device: install a CUDA build of torch, or set DEVICE=cpu")
+            raise RunError("DEVICE=cuda, but torch sees no CUDA device: install a CUDA build of torch, or "
+                           "set DEVICE=cpu")
         if cfg.cuda_graphs and kind != "cuda":
             raise RunError(f"CUDA_GRAPHS=1 needs a CUDA device, and this run is on {kind}: set CUDA_GRAPHS=0")
         if kind == "mps" and not torch.backends.mps.is_available():
@@ -978,8 +983,11 @@ class World:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         if launch.size > 1:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
-        wanted = cfg.activation_dtype if cfg.activation_dtype != "auto" else "bf16" if kind == "cuda" else "fp32"
+            backend, device_id = ("nccl", device) if kind == "cuda" else ("gloo", None)
+            dist.init_process_group(backend, device_id=device_id)
+        wanted = cfg.activation_dtype
+        if wanted == "auto":
+            wanted = "bf16" if kind == "cuda" else "fp32"
         dtype = dict(bf16=torch.bfloat16, fp32=torch.float32)[wanted]
         torch.manual_seed(cfg.seed)
         return World(launch.rank, launch.size, device, dtype)
@@ -1057,12 +1065,13 @@ class Readback:
 
 
 def hardware_name(world: World) -> str:
-    """Device, number of ranks and, on a CPU, its cores."""
+    """Name the device, the number of ranks and, on a CPU, its cores."""
     if world.device.type == "cuda":
         return f"{world.size}x {torch.cuda.get_device_name(world.device)}"
     cpuinfo = Path("/proc/cpuinfo")
-    model = next((line.split(":")[1].strip() for line in (cpuinfo.read_text() if cpuinfo.exists() else "").splitlines()
-                  if line.startswith("model name")), platform.processor() or platform.machine())
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.processor() or platform.machine()
     return f"{world.size}x {world.device.type} ({model}, {os.cpu_count()} cores)"
 
 
@@ -1081,9 +1090,11 @@ def compile_cache(cfg: Config, world: World) -> dict[str, str]:
     """
     if not cfg.compile_cache_dir:
         return {}
-    flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.endswith(("_kernel", "_backward", "_backend", "_dtype"))}
+    kinds = ("_kernel", "_backward", "_backend", "_dtype")
+    flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.endswith(kinds)}
     versions = torch.__version__, triton_version(), hardware_name(world).split("x ", 1)[1]
-    key = hashlib.sha256(Path(__file__).read_bytes() + json.dumps([flags, versions], sort_keys=True).encode()).hexdigest()[:16]
+    choices = json.dumps([flags, versions], sort_keys=True).encode()
+    key = hashlib.sha256(Path(__file__).read_bytes() + choices).hexdigest()[:16]
     folder = Path(cfg.compile_cache_dir).resolve() / key
     return dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"))
 
@@ -1161,7 +1172,8 @@ class Graphed:
         own = [t.detach().requires_grad_() if t.requires_grad else t.clone() for t in tensors]
         with torch.enable_grad():
             self.recorded[key] = torch.cuda.make_graphed_callables(
-                forward, (*own, *self.parameters), num_warmup_iters=0, allow_unused_input=True, pool=self.pool)
+                forward, (*own, *self.parameters),
+                num_warmup_iters=0, allow_unused_input=True, pool=self.pool)
         recordings = self.world.recordings
         compiled_before = len(compilations(self.world)) - len(recordings)
         shapes = [tuple(t.shape) for t in tensors if not t.requires_grad]
@@ -1171,12 +1183,13 @@ class Graphed:
 def recompile_error(where: str, new_graphs: list[str], remedy: str) -> RunError:
     """Explain that torch.compile was at work in timed code; new_graphs: the latest of `compilations`."""
     found = "; ".join(new_graphs) or "on another rank"
-    return RunError(f"{where}: the compiler was at work in timed code ({found}). COMPILE_ALLOW_RECOMPILES=1 accepts "
-                    f"that; {remedy}")
+    return RunError(f"{where}: the compiler was at work in timed code ({found}). "
+                    f"COMPILE_ALLOW_RECOMPILES=1 accepts that; {remedy}")
 
 
 PEAK_FLOPS = {  # datasheets: dense bf16 products summed in fp32, per second
-    "H200": 989.4e12, "H100": 989.4e12, "B200": 2250e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+    "H200": 989.4e12, "H100": 989.4e12, "B200": 2250e12, "A100": 312e12,
+    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }
 
 
@@ -1223,7 +1236,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise RunError(f"cannot write {path} ({len(data)} bytes): {e.strerror or e}; free space or choose another ARTIFACT_DIR") from None
+        raise RunError(f"cannot write {path} ({len(data)} bytes): {e.strerror or e}; free space or choose "
+                       "another ARTIFACT_DIR") from None
 
 
 def save_tensors(path: Path, state: Any) -> None:
@@ -1240,7 +1254,8 @@ def load_tensors(path: Path, device: torch.device | str) -> Any:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # damaged bytes raise whatever they lead to
         why = e.strerror if isinstance(e, OSError) else f"damaged, {type(e).__name__}"
-        raise RunError(f"cannot load {path} ({why}): train first, or set ARTIFACT_DIR to the run's folder") from None
+        remedy = "train first, or set ARTIFACT_DIR to the run's folder"
+        raise RunError(f"cannot load {path} ({why}): {remedy}") from None
 
 
 class Log:
@@ -1255,7 +1270,9 @@ class Log:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.open("a").close()
             except OSError as e:
-                raise RunError(f"cannot write the log {path}: {e.strerror or e}; choose a writable ARTIFACT_DIR") from None
+                why = e.strerror or e
+                remedy = "choose a writable ARTIFACT_DIR"
+                raise RunError(f"cannot write the log {path}: {why}; {remedy}") from None
 
     def __call__(self, line: str, console: bool = True) -> None:
         if self.path is None:
@@ -1370,18 +1387,21 @@ def read_shard(path: Path) -> np.ndarray:
     except OSError as e:
         raise RunError(f"cannot read shard {path}: {e.strerror or e}") from None
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise RunError(f"{path} is no token shard: its header must start with {SHARD_MAGIC}, {SHARD_VERSION}, found {header[:2].tolist()}; "
+        raise RunError(f"{path} is no token shard: its header must start with {SHARD_MAGIC}, "
+                       f"{SHARD_VERSION}, found {header[:2].tolist()}; "
                        "prepare the data again")
     expected = SHARD_HEADER_BYTES + 2 * int(header[2])
     if size != expected:
-        raise RunError(f"{path} is damaged: {expected} bytes expected for {header[2]} tokens, found {size}; download or prepare it again")
+        raise RunError(f"{path} is damaged: {expected} bytes expected for {header[2]} tokens, found {size}; "
+                       "download or prepare it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
 
 
 def check_vocab(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
     """Raises RunError when a token id does not fit the model's vocabulary."""
     if len(tokens) and (top := int(tokens.max())) >= vocab_size:
-        raise RunError(f"{path} holds token id {top}, but VOCAB_SIZE={vocab_size}: set VOCAB_SIZE to that of the data's tokenizer")
+        raise RunError(f"{path} holds token id {top}, but VOCAB_SIZE={vocab_size}: set VOCAB_SIZE to that of "
+                       "the data's tokenizer")
 
 
 def sha256_file(path: Path) -> str:
@@ -1409,10 +1429,13 @@ class Dataset:
         train = tuple(p for p in names if p.name.startswith("fineweb_train_")) if need_train else ()
         sidecar = tuple(p for p in names if p.name.startswith("fineweb_val_bytes_"))
         val = tuple(p for p in names if p.name.startswith("fineweb_val_") and p not in sidecar)
-        for kind, found in (("train", train or not need_train), ("val", val), ("val_bytes", sidecar or not cfg.caseops_enabled)):
-            if not found:
-                raise RunError(f"no fineweb_{kind}_*.bin in {folder}: set DATA_PATH to a folder made by prepare_caseops_data.py or "
-                               "data/download.py" + (" (or CASEOPS_ENABLED=0 for plain tokens)" if kind == "val_bytes" else ""))
+        wanted = dict(train=need_train, val=True, val_bytes=cfg.caseops_enabled)
+        found = dict(train=train, val=val, val_bytes=sidecar)
+        for kind in wanted:
+            if wanted[kind] and not found[kind]:
+                plain = " (or CASEOPS_ENABLED=0 for plain tokens)" if kind == "val_bytes" else ""
+                raise RunError(f"no fineweb_{kind}_*.bin in {folder}: set DATA_PATH to a folder made by "
+                               f"prepare_caseops_data.py or data/download.py{plain}")
         path, paths = folder / "manifest.json", (*train, *val, *(sidecar if cfg.caseops_enabled else ()))
         manifest, digest, hashes = {}, None, shard_hashes(paths)
         if path.exists():
@@ -1433,35 +1456,48 @@ def shard_hashes(paths: tuple[Path, ...]) -> dict[str, str | None]:
             for path, size in zip(paths, sizes, strict=True)}
 
 
-def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path, ...], hashes: dict[str, str | None]) -> None:
+def check_manifest(
+    cfg: Config, manifest: dict, folder: Path, paths: tuple[Path, ...], hashes: dict[str, str | None]
+) -> None:
     """Overlap of train and val documents, transform, vocabulary, and size and sha256 of each file. Raises
     RunError.
     """
     splits = manifest.get("splits")
     shards = [entry for split in (splits or {}).values() for entry in split.get("shards", [{}])]
     if not shards or any(key not in entry for entry in shards for key in ("file", "tokens", "sha256")):
-        raise RunError(f"{folder}/manifest.json does not list the shards of this folder: prepare the data again")
+        raise RunError(f"{folder}/manifest.json does not list the shards of this folder: prepare the data "
+                       "again")
     train_docs, val_docs = (splits.get(split, {}).get("documents", [0, 0]) for split in ("train", "val"))
     if max(train_docs[0], val_docs[0]) < min(train_docs[1], val_docs[1]):
-        raise RunError(f"{folder}/manifest.json: training documents {train_docs} and validation documents {val_docs} overlap, so every "
-                       "score would be invalid; prepare the data again with one --val-docs")
+        raise RunError(f"{folder}/manifest.json: training documents {train_docs} and validation documents "
+                       f"{val_docs} overlap, so every score would be invalid; prepare the data again with "
+                       "one --val-docs")
     if manifest.get("vocab_size", cfg.vocab_size) != cfg.vocab_size:
-        raise RunError(f"{folder}: the data was made with a vocabulary of {manifest['vocab_size']}, but VOCAB_SIZE={cfg.vocab_size}")
+        raise RunError(f"{folder}: the data was made with a vocabulary of {manifest['vocab_size']}, but "
+                       f"VOCAB_SIZE={cfg.vocab_size}")
     transform = "caseops" if cfg.caseops_enabled else "none"
     if manifest.get("transform", transform) != transform:
-        raise RunError(f"{folder}: the data was made with transform {manifest['transform']!r}, but CASEOPS_ENABLED={cfg.caseops_enabled:d}")
-    listed = {s["file"]: s for split in splits.values() for s in (*split.get("shards", ()), *split.get("sidecar", ()))}
+        raise RunError(f"{folder}: the data was made with transform {manifest['transform']!r}, but "
+                       f"CASEOPS_ENABLED={cfg.caseops_enabled:d}")
+    listed = {}
+    for split in splits.values():
+        for entry in (*split.get("shards", ()), *split.get("sidecar", ())):
+            listed[entry["file"]] = entry
     for path in paths:
         if path.name not in listed:
             raise RunError(f"{path} is not in manifest.json: remove it or prepare the data again")
         entry, tokens = listed[path.name], read_shard(path)
         if len(tokens) != entry["tokens"]:
-            raise RunError(f"{path} holds {len(tokens)} tokens, manifest.json says {entry['tokens']}; download or prepare it again")
+            raise RunError(f"{path} holds {len(tokens)} tokens, manifest.json says {entry['tokens']}; "
+                           "download or prepare it again")
         if hashes[path.name] not in (None, entry["sha256"]):
-            raise RunError(f"{path} does not have the sha256 that manifest.json says; download or prepare it again")
+            raise RunError(f"{path} does not have the sha256 that manifest.json says; download or prepare it "
+                           "again")
 
 
-def document_cu_seqlens(bos: np.ndarray, total: int, max_len: int, bucket: int = CU_SEQLENS_BUCKET) -> np.ndarray:
+def document_cu_seqlens(
+    bos: np.ndarray, total: int, max_len: int, bucket: int = CU_SEQLENS_BUCKET
+) -> np.ndarray:
     """Attention segments of one packed row: starts of its documents, cut every `max_len` tokens, closed and
     padded with `total`.
 
@@ -1532,8 +1568,14 @@ class TrainLoader:
     where the next step will be read.
     """
 
-    def __init__(self, shards: tuple[Path, ...], row_tokens: int, rows: int, vocab_size: int, position: tuple[int, int] | None = None):
-        self.shards, self.span, self.rows, self.vocab_size = shards, row_tokens + 1, rows, vocab_size
+    def __init__(
+        self, shards: tuple[Path, ...], row_tokens: int, rows: int, vocab_size: int,
+        position: tuple[int, int] | None = None,
+    ):
+        self.shards = shards
+        self.span = row_tokens + 1
+        self.rows = rows
+        self.vocab_size = vocab_size
         self.pool = ThreadPoolExecutor(1)
         self.position = position or (0, -1)  # offset -1: at the first BOS
         self.ahead: Future = self.pool.submit(self._read, self.position)
@@ -1547,7 +1589,8 @@ class TrainLoader:
             if offset < 0:
                 starts = np.flatnonzero(tokens == BOS_ID)
                 if not len(starts):
-                    raise RunError(f"{path} holds no document start (token {BOS_ID}): prepare the data with BOS before every document")
+                    raise RunError(f"{path} holds no document start (token {BOS_ID}): prepare the data "
+                                   "with BOS before every document")
                 offset = int(starts[0])
             end = offset + self.rows * self.span
             if end <= len(tokens):
@@ -1555,7 +1598,8 @@ class TrainLoader:
                 check_vocab(window, self.vocab_size, path)
                 return window.reshape(self.rows, self.span), (file, end)
             file, offset = file + 1, -1
-        raise RunError(f"no training shard holds a step of {self.rows} x {self.span} tokens: prepare more data or lower TRAIN_BATCH_TOKENS")
+        raise RunError(f"no training shard holds a step of {self.rows} x {self.span} tokens: prepare more "
+                       "data or lower TRAIN_BATCH_TOKENS")
 
     def next_step(self) -> np.ndarray:
         """Tokens (rows, span) uint16 of the next step, all ranks' rows."""
@@ -1567,7 +1611,9 @@ class TrainLoader:
         self.pool.shutdown(cancel_futures=True)
 
 
-def calibration_windows(shards: tuple[Path, ...], row_tokens: int, count: int, seed: int = 0) -> list[np.ndarray]:
+def calibration_windows(
+    shards: tuple[Path, ...], row_tokens: int, count: int, seed: int = 0
+) -> list[np.ndarray]:
     """`count` windows of row_tokens + 1 training tokens, spread over all shards by PCG64, none twice until
     all were used.
     """
@@ -1578,9 +1624,15 @@ def calibration_windows(shards: tuple[Path, ...], row_tokens: int, count: int, s
         phase = int(generator.integers(0, max(1, min(row_tokens, n - row_tokens - 1))))
         starts += [(file, phase + k * row_tokens) for k in range((n - 1 - phase) // row_tokens)]
     if not starts:
-        raise RunError(f"no training shard holds {row_tokens + 1} tokens for calibration: lower TRAIN_MICROBATCH_TOKENS")
-    order = np.concatenate([generator.permutation(len(starts)) for _ in range(-(-count // len(starts)))])[:count]
-    return [np.array(read_shard(shards[starts[i][0]])[starts[i][1]:starts[i][1] + row_tokens + 1]) for i in order]
+        raise RunError(f"no training shard holds {row_tokens + 1} tokens for calibration: lower "
+                       "TRAIN_MICROBATCH_TOKENS")
+    rounds = -(-count // len(starts))
+    drawn = np.concatenate([generator.permutation(len(starts)) for _ in range(rounds)])
+    windows = []
+    for i in drawn[:count]:
+        file, start = starts[i]
+        windows.append(np.array(read_shard(shards[file])[start : start + row_tokens + 1]))
+    return windows
 
 
 def sentencepiece_byte_tables(path: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1599,8 +1651,11 @@ def sentencepiece_byte_tables(path: Path, vocab_size: int) -> tuple[np.ndarray, 
     if model.vocab_size() != vocab_size:
         raise RunError(f"{path} has {model.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
     if model.is_unknown(model.piece_to_id("\u2581")):
-        raise RunError(f"{path} has no piece for a lone space, so bytes per token can not be counted; use another tokenizer")
-    size, lead, boundary = np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool), np.zeros(vocab_size, bool)
+        raise RunError(f"{path} has no piece for a lone space, so bytes per token can not be counted; use "
+                       "another tokenizer")
+    size = np.zeros(vocab_size, np.int32)
+    lead = np.zeros(vocab_size, bool)
+    boundary = np.zeros(vocab_size, bool)
     for i in range(vocab_size):
         if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
             boundary[i] = True
@@ -1632,12 +1687,14 @@ class ValData:
         if len(tokens) < 2:
             raise RunError(f"{files.val[0].parent}: the validation set is empty; prepare the data again")
         if tokens[0] != BOS_ID:
-            raise RunError(f"{files.val[0]} starts with token {tokens[0]}, not with a document start ({BOS_ID}): documents were written "
+            raise RunError(f"{files.val[0]} starts with token {tokens[0]}, not with a document start "
+                           f"({BOS_ID}): documents were written "
                            "without BOS, prepare the data again")
         if cfg.caseops_enabled:
             per_token = np.concatenate([read_shard(p) for p in files.sidecar]).astype(np.int32)
             if len(per_token) != len(tokens):
-                raise RunError(f"the byte sidecar holds {len(per_token)} counts for {len(tokens)} tokens: {files.sidecar[0]} does not "
+                raise RunError(f"the byte sidecar holds {len(per_token)} counts for {len(tokens)} tokens: "
+                               f"{files.sidecar[0]} does not "
                                "belong to this validation set; prepare both again")
             target_bytes = per_token[1:]
         else:
@@ -1650,7 +1707,8 @@ class ValData:
             n = (len(data.tokens) - 1) // cfg.eval_seq_len * cfg.eval_seq_len
             data = ValData(data.tokens[: n + 1], data.target_bytes[:n])
         if not data.target_bytes.sum():
-            raise RunError("the validation set stands for 0 bytes: bits per byte are undefined; prepare the data again")
+            raise RunError("the validation set stands for 0 bytes: bits per byte are undefined; prepare the "
+                           "data again")
         return data
 
     def subset(self, fraction: float, seed: int = 0) -> ValData:
@@ -1658,8 +1716,10 @@ class ValData:
         starts, ends = self.documents()
         count = max(1, round(fraction * len(starts)))
         keep = np.sort(np.random.Generator(np.random.PCG64(seed)).choice(len(starts), count, replace=False))
-        index = np.concatenate([np.arange(starts[i], ends[i] + (ends[i] == len(self.tokens) - 1)) for i in keep])
-        return ValData(self.tokens[index], np.concatenate(([0], self.target_bytes))[index][1:].astype(np.int32))
+        ends = ends + (ends == len(self.tokens) - 1)  # the last document's last target is the last token
+        index = np.concatenate([np.arange(starts[i], ends[i]) for i in keep])
+        sizes = np.concatenate(([0], self.target_bytes))
+        return ValData(self.tokens[index], sizes[index][1:].astype(np.int32))
 
     def documents(self) -> tuple[np.ndarray, np.ndarray]:
         """Inputs [start, end) of every document: its BOS to the token before the next BOS. They cover each
