@@ -1982,6 +1982,7 @@ class Streams(NamedTuple):
 
     attn: Tensor
     mlp: Tensor | None = None
+    mlp_normed: Tensor | None = None  # made where `mlp` is written: the compiler fuses only what is near
 
 
 def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
@@ -2354,11 +2355,10 @@ class Block(nn.Module):
         if streams.mlp is None:
             x, normed = add_norm(None, at_positions(mixed, positions), attn)
             return Streams(x + self.mlp(normed, weights, lora, context))
-        attn_stream, mlp_stream = (at_positions(x, positions) for x in streams)
-        mlp = self.mlp(rms_norm(mlp_stream), weights, lora, context)
-        return Streams(
-            add_streams(lane_mix[0], attn_stream, attn, mlp),
-            add_streams(lane_mix[1], mlp_stream, attn, mlp))
+        attn_stream, mlp_stream, normed = (at_positions(x, positions) for x in streams)
+        mlp = self.mlp(normed, weights, lora, context)
+        attn_stream = add_streams(lane_mix[0], attn_stream, attn, mlp)
+        return Streams(attn_stream, *add_norm(lane_mix[1], mlp_stream, attn, mlp))
 
 
 class GPT(nn.Module):
@@ -2385,15 +2385,15 @@ class GPT(nn.Module):
         cfg = self.cfg
         x = F.embedding(tokens, self.tok_emb.weight)
         if cfg.smear_gate_enabled:
-            before, after = x[:, :-1], x[:, 1:]
-            source = after[..., : cfg.gate_window].contiguous()
+            source = x[:, 1:, : cfg.gate_window].contiguous()
             gate = torch.sigmoid(F.linear(source, self.smear_gate.weight.to(x.dtype)))
             gate = self.smear_lambda.to(x.dtype) * gate
             if cfg.smear_gate_bos_fix:
                 # BOS starts a new document: its predecessor belongs to someone else's text and must not leak
                 # into it.
                 gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
-            x = torch.cat((x[:, :1], after + gate * before), dim=1)
+            smeared = x[:, 1:] + gate * x[:, :-1]
+            x = torch.cat((x[:, :1], smeared), dim=1)
         return rms_norm(x)
 
     def weights(self, dtype: torch.dtype) -> list[Weights]:
@@ -2453,7 +2453,7 @@ class GPT(nn.Module):
         for depth, layer in enumerate(layers):
             if depth >= half:
                 if streams.mlp is None and 0 < cfg.parallel_start_layer <= layer:
-                    streams = Streams(streams.attn, streams.attn)
+                    streams = Streams(streams.attn, streams.attn, rms_norm(streams.attn))
                 if skips:
                     joined = self.skip(streams.attn, skips.pop(), depth - half)
                     streams = streams._replace(attn=joined)
