@@ -71,7 +71,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import brotli
 import numpy as np
@@ -858,7 +858,8 @@ def config_from_env(env) -> Config:
                 continue
             first, same = given.setdefault(variable, (name, value))
             if same != value:
-                errors.append(f"{first}={env[first]!r} and {name}={env[name]!r} are two names of one variable")
+                both = f"{first}={env[first]!r} and {name}={env[name]!r}"
+                errors.append(f"{both} are two names of one variable")
             values[variable.lower()] = value
         elif refusal:
             errors.append(f"{name}={env[name]!r}: {refusal}")
@@ -952,6 +953,8 @@ class World:
     size: int
     device: torch.device
     dtype: torch.dtype  # of activations, embedding and the optimizer's communication
+    # of CUDA graphs, see `compilations`
+    recordings: list[tuple[int, str]] = field(default_factory=list, compare=False)
 
     @staticmethod
     def init(cfg: Config, launch: Launch) -> World:
@@ -961,12 +964,16 @@ class World:
         """
         if cfg.micro_batches % launch.size:
             raise RunError(
-                f"{launch.size} ranks cannot share {cfg.micro_batches} micro-batches (TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} / "
-                f"TRAIN_MICROBATCH_TOKENS={cfg.train_microbatch_tokens}): start a number of ranks that divides {cfg.micro_batches}, "
-                "or lower TRAIN_MICROBATCH_TOKENS")
-        kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+                f"{launch.size} ranks cannot share {cfg.micro_batches} micro-batches "
+                f"(TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} / "
+                f"TRAIN_MICROBATCH_TOKENS={cfg.train_microbatch_tokens}): start a number of ranks that "
+                f"divides {cfg.micro_batches}, or lower TRAIN_MICROBATCH_TOKENS")
+        kind = cfg.device
+        if kind == "auto":
+            kind = "cuda" if torch.cuda.is_available() else "cpu"
         if kind == "cuda" and not torch.cuda.is_available():
-            raise RunError("DEVICE=cuda, but torch sees no CUDA device: install a CUDA build of torch, or set DEVICE=cpu")
+            raise RunError("DEVICE=cuda, but torch sees no CUDA device: install a CUDA build of torch, or "
+                           "set DEVICE=cpu")
         if cfg.cuda_graphs and kind != "cuda":
             raise RunError(f"CUDA_GRAPHS=1 needs a CUDA device, and this run is on {kind}: set CUDA_GRAPHS=0")
         if kind == "mps" and not torch.backends.mps.is_available():
@@ -976,8 +983,11 @@ class World:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         if launch.size > 1:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
-        wanted = cfg.activation_dtype if cfg.activation_dtype != "auto" else "bf16" if kind == "cuda" else "fp32"
+            backend, device_id = ("nccl", device) if kind == "cuda" else ("gloo", None)
+            dist.init_process_group(backend, device_id=device_id)
+        wanted = cfg.activation_dtype
+        if wanted == "auto":
+            wanted = "bf16" if kind == "cuda" else "fp32"
         dtype = dict(bf16=torch.bfloat16, fp32=torch.float32)[wanted]
         torch.manual_seed(cfg.seed)
         return World(launch.rank, launch.size, device, dtype)
@@ -1037,7 +1047,9 @@ class World:
 
 
 class Readback:
-    """A number on its way from the device: `read` waits for what led to it, and not for what the device was asked to do since."""
+    """A number on its way from the device: `read` waits for what led to it, and not for what the device was
+    asked to do since.
+    """
 
     def __init__(self, t: Tensor):
         self.host, self.arrived = t, None
@@ -1053,12 +1065,13 @@ class Readback:
 
 
 def hardware_name(world: World) -> str:
-    """Device, number of ranks and, on a CPU, its cores."""
+    """Name the device, the number of ranks and, on a CPU, its cores."""
     if world.device.type == "cuda":
         return f"{world.size}x {torch.cuda.get_device_name(world.device)}"
     cpuinfo = Path("/proc/cpuinfo")
-    model = next((line.split(":")[1].strip() for line in (cpuinfo.read_text() if cpuinfo.exists() else "").splitlines()
-                  if line.startswith("model name")), platform.processor() or platform.machine())
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.processor() or platform.machine()
     return f"{world.size}x {world.device.type} ({model}, {os.cpu_count()} cores)"
 
 
@@ -1071,79 +1084,112 @@ def triton_version() -> str | None:
 
 
 def compile_cache(cfg: Config, world: World) -> dict[str, str]:
-    """Variables that make torch.compile and Triton keep their work below COMPILE_CACHE_DIR, in a folder of its own for each version
-    of this code, torch and Triton, device and choice of kernels; none when it is blank."""
+    """Variables that make torch.compile and Triton keep their work below COMPILE_CACHE_DIR, in a folder of
+    its own for each version of this code, torch and Triton, device and choice of kernels; none when it is
+    blank.
+    """
     if not cfg.compile_cache_dir:
         return {}
-    flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.endswith(("_kernel", "_backward", "_backend", "_dtype"))}
+    kinds = ("_kernel", "_backward", "_backend", "_dtype")
+    flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.endswith(kinds)}
     versions = torch.__version__, triton_version(), hardware_name(world).split("x ", 1)[1]
-    key = hashlib.sha256(Path(__file__).read_bytes() + json.dumps([flags, versions], sort_keys=True).encode()).hexdigest()[:16]
+    choices = json.dumps([flags, versions], sort_keys=True).encode()
+    key = hashlib.sha256(Path(__file__).read_bytes() + choices).hexdigest()[:16]
     folder = Path(cfg.compile_cache_dir).resolve() / key
     return dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"))
 
 
-def compilations() -> list[str]:
-    """What torch.compile has made in this process: function, number of its graph, and why the one before did not fit. And CUDA graphs."""
+def compilations(world: World) -> list[str]:
+    """List what torch.compile has made in this process, and the CUDA graphs that this rank has recorded.
+
+    Of a compilation: the function, the number of its graph, and why the graph before did not fit.
+    """
     dynamo = sys.modules.get("torch._dynamo.utils")
-    made = [f"{m.co_name} {m.compile_id}: {' '.join((m.recompile_reason or 'the first graph').splitlines()[0].split())}"
-            for m in (dynamo.get_compilation_metrics() if dynamo else ()) if m.co_name]
-    for before, name in reversed(Graphed.made):
-        made.insert(before, name)
-    return made
+    lines = []
+    for metrics in dynamo.get_compilation_metrics() if dynamo else ():
+        if metrics.co_name:
+            reason = (metrics.recompile_reason or "the first graph").splitlines()[0]
+            lines.append(f"{metrics.co_name} {metrics.compile_id}: {' '.join(reason.split())}")
+    for compiled_before, name in reversed(world.recordings):
+        lines.insert(compiled_before, name)
+    return lines
 
 
 class Graphed:
-    """A forward with the same arguments that replays CUDA graphs: its kernels are one launch, those of its backward another
-    (torch.cuda.make_graphed_callables). One graph for each set of shapes and plain values, recorded at the first call after one that
-    ran as it is and backward, which has compiled and loaded all there is to run. Nothing in it may wait for the device.
+    """A forward with the same arguments that replays CUDA graphs (torch.cuda.make_graphed_callables).
 
-    Tensors that want a gradient, and `parameters`, which it reads without being handed them, are read where they lie; others are copied
-    into the graph. All share their memory: a backward comes before the next forward, and a result is good until its graph runs again.
+    Its kernels are one launch, those of its backward another. There is one graph for each set of shapes and
+    plain values, recorded at the first call after one that ran as it is and backward: that has compiled and
+    loaded all there is to run. Nothing in it may wait for the device.
+
+    Tensors that want a gradient, and `parameters`, which it reads without being handed them, are read where
+    they lie; others are copied into the graph. All share their memory: a backward comes before the next
+    forward, and a result is good until its graph runs again.
     """
 
-    made: ClassVar[list[tuple[int, str]]] = []  # in this process: compilations before it, and what was recorded
-
-    def __init__(self, forward, parameters=()):
-        self.forward, self.parameters, self.warm, self.recorded = forward, tuple(parameters), set(), {}
+    def __init__(self, forward, world: World, parameters=()):
+        self.forward = forward
+        self.world = world
+        self.parameters = tuple(parameters)
+        self.warm = set()  # keys of arguments whose backward has run
+        self.recorded = {}  # key of arguments: the graphed forward
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, *args, **kwargs) -> Tensor:
-        """What `forward` returns."""
+        """Return what `forward` returns."""
         leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
-        tensors, plain = [x for x in leaves if isinstance(x, Tensor)], [Tensor if isinstance(x, Tensor) else x for x in leaves]
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        plain = [Tensor if isinstance(x, Tensor) else x for x in leaves]
         shapes = [(tuple(t.shape), t.dtype) for t in tensors if not t.requires_grad]
-        key = spec, *plain, *shapes, *(t.data_ptr() for t in (*tensors, *self.parameters) if t.requires_grad)
+        places = [t.data_ptr() for t in (*tensors, *self.parameters) if t.requires_grad]
+        key = spec, *plain, *shapes, *places
 
         def forward(*tensors: Tensor, run=self.forward) -> Tensor:
             left = iter(tensors)
-            args, kwargs = torch.utils._pytree.tree_unflatten([next(left) if x is Tensor else x for x in plain], spec)
+            filled = [next(left) if x is Tensor else x for x in plain]
+            args, kwargs = torch.utils._pytree.tree_unflatten(filled, spec)
             return run(*args, **kwargs)
 
         if key not in self.warm:
-            out = forward(*(t if t.requires_grad else t.clone() for t in tensors))  # cloned: kernels depend on the alignment
+            # Cloned as in a graph: kernels depend on the alignment.
+            out = forward(*(t if t.requires_grad else t.clone() for t in tensors))
             if out.requires_grad:
                 out.register_hook(lambda _: self.warm.add(key))
             return out
         if key not in self.recorded:
-            # Leaves of their own: the accumulators of gradients belong to a stream, and those of the arguments may be alive on another.
-            own = (t.detach().requires_grad_() if t.requires_grad else t.clone() for t in tensors)
-            with torch.enable_grad():
-                self.recorded[key] = torch.cuda.make_graphed_callables(
-                    forward, (*own, *self.parameters), num_warmup_iters=0, allow_unused_input=True, pool=self.pool)
-            Graphed.made.append((len(compilations()) - len(Graphed.made), f"CUDA graph of {[shape for shape, _ in shapes]}"))
-        for p in self.parameters:  # a gradient that autograd took over from a graph would be written again by the next replay, not added to
+            self.record(key, forward, tensors)
+
+        # A gradient that autograd took over from a graph would be written again by the next replay, not added
+        # to.
+        for p in self.parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return self.recorded[key](*tensors, *self.parameters)
 
+    def record(self, key: tuple, forward, tensors: list[Tensor]) -> None:
+        """Record the graph of one set of arguments."""
+        # Leaves of their own: the accumulators of gradients belong to a stream, and those of the arguments
+        # may be alive on another.
+        own = [t.detach().requires_grad_() if t.requires_grad else t.clone() for t in tensors]
+        with torch.enable_grad():
+            self.recorded[key] = torch.cuda.make_graphed_callables(
+                forward, (*own, *self.parameters),
+                num_warmup_iters=0, allow_unused_input=True, pool=self.pool)
+        recordings = self.world.recordings
+        compiled_before = len(compilations(self.world)) - len(recordings)
+        shapes = [tuple(t.shape) for t in tensors if not t.requires_grad]
+        recordings.append((compiled_before, f"CUDA graph of {shapes}"))
 
-def recompile_error(where: str, made: list[str], remedy: str) -> RunError:
-    """What a run says where torch.compile was at work in timed code; made: the latest of `compilations`."""
-    return RunError(f"{where}: the compiler was at work in timed code ({'; '.join(made) or 'on another rank'}). "
+
+def recompile_error(where: str, new_graphs: list[str], remedy: str) -> RunError:
+    """Explain that torch.compile was at work in timed code; new_graphs: the latest of `compilations`."""
+    found = "; ".join(new_graphs) or "on another rank"
+    return RunError(f"{where}: the compiler was at work in timed code ({found}). "
                     f"COMPILE_ALLOW_RECOMPILES=1 accepts that; {remedy}")
 
 
 PEAK_FLOPS = {  # datasheets: dense bf16 products summed in fp32, per second
-    "H200": 989.4e12, "H100": 989.4e12, "B200": 2250e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+    "H200": 989.4e12, "H100": 989.4e12, "B200": 2250e12, "A100": 312e12,
+    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }
 
 
@@ -1161,7 +1207,9 @@ def quickest(world: World, f, repeats: int = 3) -> float:
 
 @cache
 def measured_peak(world: World) -> float:
-    """FLOP/s of the best square matrix product in the activation dtype on this device, sizes doubled while they are quick."""
+    """FLOP/s of the best square matrix product in the activation dtype on this device, sizes doubled while
+    they are quick.
+    """
     best, generator = 0.0, torch.Generator(world.device).manual_seed(0)
     for n in (256, 512, 1024, 2048, 4096, 8192):
         a = torch.randn(n, n, device=world.device, generator=generator).to(world.dtype)
@@ -1188,7 +1236,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise RunError(f"cannot write {path} ({len(data)} bytes): {e.strerror or e}; free space or choose another ARTIFACT_DIR") from None
+        raise RunError(f"cannot write {path} ({len(data)} bytes): {e.strerror or e}; free space or choose "
+                       "another ARTIFACT_DIR") from None
 
 
 def save_tensors(path: Path, state: Any) -> None:
@@ -1205,11 +1254,14 @@ def load_tensors(path: Path, device: torch.device | str) -> Any:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # damaged bytes raise whatever they lead to
         why = e.strerror if isinstance(e, OSError) else f"damaged, {type(e).__name__}"
-        raise RunError(f"cannot load {path} ({why}): train first, or set ARTIFACT_DIR to the run's folder") from None
+        remedy = "train first, or set ARTIFACT_DIR to the run's folder"
+        raise RunError(f"cannot load {path} ({why}): {remedy}") from None
 
 
 class Log:
-    """Lines to the console and to RUN_ID.txt, from rank 0 only. Nothing is lost: every line is appended at once."""
+    """Lines to the console and to RUN_ID.txt, from rank 0 only. Nothing is lost: every line is appended at
+    once.
+    """
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -1218,7 +1270,9 @@ class Log:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.open("a").close()
             except OSError as e:
-                raise RunError(f"cannot write the log {path}: {e.strerror or e}; choose a writable ARTIFACT_DIR") from None
+                why = e.strerror or e
+                remedy = "choose a writable ARTIFACT_DIR"
+                raise RunError(f"cannot write the log {path}: {why}; {remedy}") from None
 
     def __call__(self, line: str, console: bool = True) -> None:
         if self.path is None:
@@ -1253,42 +1307,59 @@ def peak_memory_mib(device: torch.device) -> int:
 
 
 class Clock:
-    """One monotonic clock cut into named phases. A phase ends where the next begins, so they add up to the wall time.
+    """One monotonic clock cut into named phases. A phase ends where the next begins: they add up to the wall
+    time.
 
-    ended(name, seconds): told of every stretch that has passed.
+    ended(name, seconds): called for every stretch that has passed.
     """
 
     def __init__(self, world: World, ended=lambda name, seconds: None):
-        self.world, self.ended, self.name, self.start = world, ended, "setup", time.perf_counter()
+        self.world = world
+        self.ended = ended
+        self.name = "setup"
+        self.start = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.peak_mib: dict[str, int] = {}
         self.compiled: dict[str, list[str]] = {}  # by phase, see `compilations`
-        self.graphs = len(compilations())
+        self.graphs = len(compilations(world))
 
     def phase(self, name: str) -> None:
         """End the current phase and begin `name`; coming back to a name adds to it."""
         self.world.synchronize()
         now = time.perf_counter()
-        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + now - self.start
-        self.ended(self.name, now - self.start)
-        self.peak_mib[self.name] = max(self.peak_mib.get(self.name, 0), peak_memory_mib(self.world.device))
+        passed = now - self.start
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + passed
+        self.ended(self.name, passed)
+
+        peak = peak_memory_mib(self.world.device)
+        self.peak_mib[self.name] = max(self.peak_mib.get(self.name, 0), peak)
         reset_peak_memory(self.world.device)
-        if made := compilations()[self.graphs :]:
-            self.compiled[self.name], self.graphs = self.compiled.get(self.name, []) + made, self.graphs + len(made)
-        self.name, self.start = name, now
+
+        new_graphs = compilations(self.world)[self.graphs :]
+        if new_graphs:
+            self.compiled.setdefault(self.name, []).extend(new_graphs)
+            self.graphs += len(new_graphs)
+        self.name = name
+        self.start = now
 
     def table(self) -> list[dict]:
-        """Phases so far, the current one included: [{name, seconds, peak_mib, compilations}]."""
+        """List the phases so far, the current one included: [{name, seconds, peak_mib, compilations}]."""
         self.phase(self.name)
-        return [dict(name=n, seconds=round(s, 3), peak_mib=self.peak_mib[n], compilations=len(self.compiled.get(n, ())))
-                for n, s in self.seconds.items()]
+        rows = []
+        for name, seconds in self.seconds.items():
+            graphs = len(self.compiled.get(name, ()))
+            rows.append(dict(
+                name=name, seconds=round(seconds, 3), peak_mib=self.peak_mib[name], compilations=graphs))
+        return rows
 
 
 class Eta:
     """Seconds left, from work done and work planned."""
 
     def __init__(self, total: float):
-        self.total, self.done, self.start = total, 0.0, time.perf_counter()
+        self.total = total
+        self.done = 0.0
+        self.start = time.perf_counter()
 
     def add(self, work: float) -> None:
         self.done += work
@@ -1307,25 +1378,30 @@ class Eta:
 # ==================================================================================================
 
 def read_shard(path: Path) -> np.ndarray:
-    """Memory-map one shard: 256 little-endian int32 (magic, version, n), then n little-endian uint16. Raises RunError."""
+    """Memory-map one shard: 256 little-endian int32 (magic, version, n), then n little-endian uint16. Raises
+    RunError.
+    """
     try:
         size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=256)
     except OSError as e:
         raise RunError(f"cannot read shard {path}: {e.strerror or e}") from None
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise RunError(f"{path} is no token shard: its header must start with {SHARD_MAGIC}, {SHARD_VERSION}, found {header[:2].tolist()}; "
+        raise RunError(f"{path} is no token shard: its header must start with {SHARD_MAGIC}, "
+                       f"{SHARD_VERSION}, found {header[:2].tolist()}; "
                        "prepare the data again")
     expected = SHARD_HEADER_BYTES + 2 * int(header[2])
     if size != expected:
-        raise RunError(f"{path} is damaged: {expected} bytes expected for {header[2]} tokens, found {size}; download or prepare it again")
+        raise RunError(f"{path} is damaged: {expected} bytes expected for {header[2]} tokens, found {size}; "
+                       "download or prepare it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
 
 
 def check_vocab(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
     """Raises RunError when a token id does not fit the model's vocabulary."""
     if len(tokens) and (top := int(tokens.max())) >= vocab_size:
-        raise RunError(f"{path} holds token id {top}, but VOCAB_SIZE={vocab_size}: set VOCAB_SIZE to that of the data's tokenizer")
+        raise RunError(f"{path} holds token id {top}, but VOCAB_SIZE={vocab_size}: set VOCAB_SIZE to that of "
+                       "the data's tokenizer")
 
 
 def sha256_file(path: Path) -> str:
@@ -1353,10 +1429,13 @@ class Dataset:
         train = tuple(p for p in names if p.name.startswith("fineweb_train_")) if need_train else ()
         sidecar = tuple(p for p in names if p.name.startswith("fineweb_val_bytes_"))
         val = tuple(p for p in names if p.name.startswith("fineweb_val_") and p not in sidecar)
-        for kind, found in (("train", train or not need_train), ("val", val), ("val_bytes", sidecar or not cfg.caseops_enabled)):
-            if not found:
-                raise RunError(f"no fineweb_{kind}_*.bin in {folder}: set DATA_PATH to a folder made by prepare_caseops_data.py or "
-                               "data/download.py" + (" (or CASEOPS_ENABLED=0 for plain tokens)" if kind == "val_bytes" else ""))
+        wanted = dict(train=need_train, val=True, val_bytes=cfg.caseops_enabled)
+        found = dict(train=train, val=val, val_bytes=sidecar)
+        for kind in wanted:
+            if wanted[kind] and not found[kind]:
+                plain = " (or CASEOPS_ENABLED=0 for plain tokens)" if kind == "val_bytes" else ""
+                raise RunError(f"no fineweb_{kind}_*.bin in {folder}: set DATA_PATH to a folder made by "
+                               f"prepare_caseops_data.py or data/download.py{plain}")
         path, paths = folder / "manifest.json", (*train, *val, *(sidecar if cfg.caseops_enabled else ()))
         manifest, digest, hashes = {}, None, shard_hashes(paths)
         if path.exists():
@@ -1369,44 +1448,62 @@ class Dataset:
 
 
 def shard_hashes(paths: tuple[Path, ...]) -> dict[str, str | None]:
-    """sha256 by file name; None for training shards beyond the first GB: 16 GB of FineWeb would cost a minute."""
+    """sha256 by file name; None for training shards beyond the first GB: 16 GB of FineWeb would cost a
+    minute.
+    """
     sizes = np.cumsum([path.stat().st_size for path in paths])
     return {path.name: sha256_file(path) if "_train_" not in path.name or size < 1 << 30 else None
             for path, size in zip(paths, sizes, strict=True)}
 
 
-def check_manifest(cfg: Config, manifest: dict, folder: Path, paths: tuple[Path, ...], hashes: dict[str, str | None]) -> None:
-    """Overlap of train and val documents, transform, vocabulary, and size and sha256 of each file. Raises RunError."""
+def check_manifest(
+    cfg: Config, manifest: dict, folder: Path, paths: tuple[Path, ...], hashes: dict[str, str | None]
+) -> None:
+    """Overlap of train and val documents, transform, vocabulary, and size and sha256 of each file. Raises
+    RunError.
+    """
     splits = manifest.get("splits")
     shards = [entry for split in (splits or {}).values() for entry in split.get("shards", [{}])]
     if not shards or any(key not in entry for entry in shards for key in ("file", "tokens", "sha256")):
-        raise RunError(f"{folder}/manifest.json does not list the shards of this folder: prepare the data again")
+        raise RunError(f"{folder}/manifest.json does not list the shards of this folder: prepare the data "
+                       "again")
     train_docs, val_docs = (splits.get(split, {}).get("documents", [0, 0]) for split in ("train", "val"))
     if max(train_docs[0], val_docs[0]) < min(train_docs[1], val_docs[1]):
-        raise RunError(f"{folder}/manifest.json: training documents {train_docs} and validation documents {val_docs} overlap, so every "
-                       "score would be invalid; prepare the data again with one --val-docs")
+        raise RunError(f"{folder}/manifest.json: training documents {train_docs} and validation documents "
+                       f"{val_docs} overlap, so every score would be invalid; prepare the data again with "
+                       "one --val-docs")
     if manifest.get("vocab_size", cfg.vocab_size) != cfg.vocab_size:
-        raise RunError(f"{folder}: the data was made with a vocabulary of {manifest['vocab_size']}, but VOCAB_SIZE={cfg.vocab_size}")
+        raise RunError(f"{folder}: the data was made with a vocabulary of {manifest['vocab_size']}, but "
+                       f"VOCAB_SIZE={cfg.vocab_size}")
     transform = "caseops" if cfg.caseops_enabled else "none"
     if manifest.get("transform", transform) != transform:
-        raise RunError(f"{folder}: the data was made with transform {manifest['transform']!r}, but CASEOPS_ENABLED={cfg.caseops_enabled:d}")
-    listed = {s["file"]: s for split in splits.values() for s in (*split.get("shards", ()), *split.get("sidecar", ()))}
+        raise RunError(f"{folder}: the data was made with transform {manifest['transform']!r}, but "
+                       f"CASEOPS_ENABLED={cfg.caseops_enabled:d}")
+    listed = {}
+    for split in splits.values():
+        for entry in (*split.get("shards", ()), *split.get("sidecar", ())):
+            listed[entry["file"]] = entry
     for path in paths:
         if path.name not in listed:
             raise RunError(f"{path} is not in manifest.json: remove it or prepare the data again")
         entry, tokens = listed[path.name], read_shard(path)
         if len(tokens) != entry["tokens"]:
-            raise RunError(f"{path} holds {len(tokens)} tokens, manifest.json says {entry['tokens']}; download or prepare it again")
+            raise RunError(f"{path} holds {len(tokens)} tokens, manifest.json says {entry['tokens']}; "
+                           "download or prepare it again")
         if hashes[path.name] not in (None, entry["sha256"]):
-            raise RunError(f"{path} does not have the sha256 that manifest.json says; download or prepare it again")
+            raise RunError(f"{path} does not have the sha256 that manifest.json says; download or prepare it "
+                           "again")
 
 
-def document_cu_seqlens(bos: np.ndarray, total: int, max_len: int, bucket: int = CU_SEQLENS_BUCKET) -> np.ndarray:
-    """Attention segments of one packed row: starts of its documents, cut every `max_len` tokens, closed and padded with `total`.
+def document_cu_seqlens(
+    bos: np.ndarray, total: int, max_len: int, bucket: int = CU_SEQLENS_BUCKET
+) -> np.ndarray:
+    """Attention segments of one packed row: starts of its documents, cut every `max_len` tokens, closed and
+    padded with `total`.
 
-    bos: sorted offsets of BOS in [0, total). max_len 0 = no cuts. Returns int32, its length a multiple of `bucket`; the padding
-    makes zero-length segments, so that the compiler sees few shapes. Example: bos [5, 900], total 2048, max_len 512 ->
-    0 5 517 900 1412 1924 2048 2048 ...
+    bos: sorted offsets of BOS in [0, total). max_len 0 = no cuts. Returns int32, its length a multiple of
+    `bucket`; the padding makes zero-length segments, so that the compiler sees few shapes. Example: bos [5,
+    900], total 2048, max_len 512 -> 0 5 517 900 1412 1924 2048 2048 ...
     """
     starts = bos if len(bos) and bos[0] == 0 else np.concatenate(([0], bos))
     if max_len:
@@ -1420,7 +1517,8 @@ def document_cu_seqlens(bos: np.ndarray, total: int, max_len: int, bucket: int =
 
 
 class Segments(NamedTuple):
-    """Attention segments of a packed row: int32 bounds of `document_cu_seqlens`, length of the longest one allowed.
+    """Attention segments of a packed row: int32 bounds of `document_cu_seqlens`, length of the longest one
+    allowed.
 
     None in their place means plain causal attention.
     """
@@ -1430,7 +1528,8 @@ class Segments(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One packed row: inputs and targets (1, T) int64, its attention segments, and their lengths on the host."""
+    """One packed row: inputs and targets (1, T) int64, its attention segments, and their lengths on the host.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -1439,7 +1538,8 @@ class Row(NamedTuple):
 
 
 def packed_row(tokens: np.ndarray, max_len: int, device: torch.device, every: int = 0) -> Row:
-    """Pack T + 1 consecutive tokens into a Row of T predictions; attention stays within documents cut at `max_len`.
+    """Pack T + 1 consecutive tokens into a Row of T predictions; attention stays within documents cut at
+    `max_len`.
 
     every: cut at its multiples too, wherever documents start.
     """
@@ -1460,14 +1560,22 @@ def packed_row(tokens: np.ndarray, max_len: int, device: torch.device, every: in
 
 
 class TrainLoader:
-    """Consecutive windows of `rows` x (row_tokens + 1) tokens in file order, from the first document of each shard on.
+    """Consecutive windows of `rows` x (row_tokens + 1) tokens in file order, from the first document of each
+    shard on.
 
-    The order depends on the row size alone: ranks take their share of the rows of each step. The tail of a shard that does not
-    hold a whole step is dropped. One thread reads ahead. `position` (file, offset) is where the next step will be read.
+    The order depends on the row size alone: ranks take their share of the rows of each step. The tail of a
+    shard that does not hold a whole step is dropped. One thread reads ahead. `position` (file, offset) is
+    where the next step will be read.
     """
 
-    def __init__(self, shards: tuple[Path, ...], row_tokens: int, rows: int, vocab_size: int, position: tuple[int, int] | None = None):
-        self.shards, self.span, self.rows, self.vocab_size = shards, row_tokens + 1, rows, vocab_size
+    def __init__(
+        self, shards: tuple[Path, ...], row_tokens: int, rows: int, vocab_size: int,
+        position: tuple[int, int] | None = None,
+    ):
+        self.shards = shards
+        self.span = row_tokens + 1
+        self.rows = rows
+        self.vocab_size = vocab_size
         self.pool = ThreadPoolExecutor(1)
         self.position = position or (0, -1)  # offset -1: at the first BOS
         self.ahead: Future = self.pool.submit(self._read, self.position)
@@ -1481,7 +1589,8 @@ class TrainLoader:
             if offset < 0:
                 starts = np.flatnonzero(tokens == BOS_ID)
                 if not len(starts):
-                    raise RunError(f"{path} holds no document start (token {BOS_ID}): prepare the data with BOS before every document")
+                    raise RunError(f"{path} holds no document start (token {BOS_ID}): prepare the data "
+                                   "with BOS before every document")
                 offset = int(starts[0])
             end = offset + self.rows * self.span
             if end <= len(tokens):
@@ -1489,7 +1598,8 @@ class TrainLoader:
                 check_vocab(window, self.vocab_size, path)
                 return window.reshape(self.rows, self.span), (file, end)
             file, offset = file + 1, -1
-        raise RunError(f"no training shard holds a step of {self.rows} x {self.span} tokens: prepare more data or lower TRAIN_BATCH_TOKENS")
+        raise RunError(f"no training shard holds a step of {self.rows} x {self.span} tokens: prepare more "
+                       "data or lower TRAIN_BATCH_TOKENS")
 
     def next_step(self) -> np.ndarray:
         """Tokens (rows, span) uint16 of the next step, all ranks' rows."""
@@ -1501,8 +1611,12 @@ class TrainLoader:
         self.pool.shutdown(cancel_futures=True)
 
 
-def calibration_windows(shards: tuple[Path, ...], row_tokens: int, count: int, seed: int = 0) -> list[np.ndarray]:
-    """`count` windows of row_tokens + 1 training tokens, spread over all shards by PCG64, none twice until all were used."""
+def calibration_windows(
+    shards: tuple[Path, ...], row_tokens: int, count: int, seed: int = 0
+) -> list[np.ndarray]:
+    """`count` windows of row_tokens + 1 training tokens, spread over all shards by PCG64, none twice until
+    all were used.
+    """
     generator = np.random.Generator(np.random.PCG64(seed))
     starts = []
     for file, path in enumerate(shards):
@@ -1510,16 +1624,24 @@ def calibration_windows(shards: tuple[Path, ...], row_tokens: int, count: int, s
         phase = int(generator.integers(0, max(1, min(row_tokens, n - row_tokens - 1))))
         starts += [(file, phase + k * row_tokens) for k in range((n - 1 - phase) // row_tokens)]
     if not starts:
-        raise RunError(f"no training shard holds {row_tokens + 1} tokens for calibration: lower TRAIN_MICROBATCH_TOKENS")
-    order = np.concatenate([generator.permutation(len(starts)) for _ in range(-(-count // len(starts)))])[:count]
-    return [np.array(read_shard(shards[starts[i][0]])[starts[i][1]:starts[i][1] + row_tokens + 1]) for i in order]
+        raise RunError(f"no training shard holds {row_tokens + 1} tokens for calibration: lower "
+                       "TRAIN_MICROBATCH_TOKENS")
+    rounds = -(-count // len(starts))
+    drawn = np.concatenate([generator.permutation(len(starts)) for _ in range(rounds)])
+    windows = []
+    for i in drawn[:count]:
+        file, start = starts[i]
+        windows.append(np.array(read_shard(shards[file])[start : start + row_tokens + 1]))
+    return windows
 
 
 def sentencepiece_byte_tables(path: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per token id: bytes of its text without a leading space, whether it has one, whether it is no text at all.
+    """Per token id: bytes of its text without a leading space, whether it has one, whether it is no text at
+    all.
 
-    Control, unknown and unused pieces count 0 bytes and swallow the space of the piece that follows; a byte piece counts 1.
-    Raises RunError when the model lacks the lone space piece: spaces would be scored as three byte pieces.
+    Control, unknown and unused pieces count 0 bytes and swallow the space of the piece that follows; a byte
+    piece counts 1. Raises RunError when the model lacks the lone space piece: spaces would be scored as three
+    byte pieces.
     """
     import sentencepiece  # only runs without a sidecar need it
 
@@ -1529,8 +1651,11 @@ def sentencepiece_byte_tables(path: Path, vocab_size: int) -> tuple[np.ndarray, 
     if model.vocab_size() != vocab_size:
         raise RunError(f"{path} has {model.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
     if model.is_unknown(model.piece_to_id("\u2581")):
-        raise RunError(f"{path} has no piece for a lone space, so bytes per token can not be counted; use another tokenizer")
-    size, lead, boundary = np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool), np.zeros(vocab_size, bool)
+        raise RunError(f"{path} has no piece for a lone space, so bytes per token can not be counted; use "
+                       "another tokenizer")
+    size = np.zeros(vocab_size, np.int32)
+    lead = np.zeros(vocab_size, bool)
+    boundary = np.zeros(vocab_size, bool)
     for i in range(vocab_size):
         if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
             boundary[i] = True
@@ -1545,25 +1670,31 @@ def sentencepiece_byte_tables(path: Path, vocab_size: int) -> tuple[np.ndarray, 
 
 @dataclass(frozen=True)
 class ValData:
-    """Validation tokens (N + 1) and the bytes (N) each target stands for: `target_bytes[i]` belongs to `tokens[i + 1]`."""
+    """Validation tokens (N + 1) and the bytes (N) each target stands for: `target_bytes[i]` belongs to
+    `tokens[i + 1]`.
+    """
 
     tokens: np.ndarray
     target_bytes: np.ndarray
 
     @staticmethod
     def load(cfg: Config, files: Dataset) -> ValData:
-        """Read tokens and the one byte count of the run: the sidecar, or the SentencePiece rule. Raises RunError."""
+        """Read tokens and the one byte count of the run: the sidecar, or the SentencePiece rule. Raises
+        RunError.
+        """
         tokens = np.concatenate([read_shard(p) for p in files.val])
         check_vocab(tokens, cfg.vocab_size, files.val[0])
         if len(tokens) < 2:
             raise RunError(f"{files.val[0].parent}: the validation set is empty; prepare the data again")
         if tokens[0] != BOS_ID:
-            raise RunError(f"{files.val[0]} starts with token {tokens[0]}, not with a document start ({BOS_ID}): documents were written "
+            raise RunError(f"{files.val[0]} starts with token {tokens[0]}, not with a document start "
+                           f"({BOS_ID}): documents were written "
                            "without BOS, prepare the data again")
         if cfg.caseops_enabled:
             per_token = np.concatenate([read_shard(p) for p in files.sidecar]).astype(np.int32)
             if len(per_token) != len(tokens):
-                raise RunError(f"the byte sidecar holds {len(per_token)} counts for {len(tokens)} tokens: {files.sidecar[0]} does not "
+                raise RunError(f"the byte sidecar holds {len(per_token)} counts for {len(tokens)} tokens: "
+                               f"{files.sidecar[0]} does not "
                                "belong to this validation set; prepare both again")
             target_bytes = per_token[1:]
         else:
@@ -1576,7 +1707,8 @@ class ValData:
             n = (len(data.tokens) - 1) // cfg.eval_seq_len * cfg.eval_seq_len
             data = ValData(data.tokens[: n + 1], data.target_bytes[:n])
         if not data.target_bytes.sum():
-            raise RunError("the validation set stands for 0 bytes: bits per byte are undefined; prepare the data again")
+            raise RunError("the validation set stands for 0 bytes: bits per byte are undefined; prepare the "
+                           "data again")
         return data
 
     def subset(self, fraction: float, seed: int = 0) -> ValData:
@@ -1584,11 +1716,15 @@ class ValData:
         starts, ends = self.documents()
         count = max(1, round(fraction * len(starts)))
         keep = np.sort(np.random.Generator(np.random.PCG64(seed)).choice(len(starts), count, replace=False))
-        index = np.concatenate([np.arange(starts[i], ends[i] + (ends[i] == len(self.tokens) - 1)) for i in keep])
-        return ValData(self.tokens[index], np.concatenate(([0], self.target_bytes))[index][1:].astype(np.int32))
+        ends = ends + (ends == len(self.tokens) - 1)  # the last document's last target is the last token
+        index = np.concatenate([np.arange(starts[i], ends[i]) for i in keep])
+        sizes = np.concatenate(([0], self.target_bytes))
+        return ValData(self.tokens[index], sizes[index][1:].astype(np.int32))
 
     def documents(self) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs [start, end) of every document: its BOS to the token before the next BOS. They cover each target once."""
+        """Inputs [start, end) of every document: its BOS to the token before the next BOS. They cover each
+        target once.
+        """
         starts = np.flatnonzero(self.tokens == BOS_ID)
         starts = starts[starts < len(self.tokens) - 1]
         return starts, np.append(starts[1:], len(self.tokens) - 1)
@@ -1852,8 +1988,10 @@ def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
     """Take x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
     if positions is None:
         return x
-    trailing = [1] * (x.ndim - 2)
-    return torch.take_along_dim(x, positions.view(*positions.shape, *trailing), dim=1)
+    trailing = x.shape[2:]
+    index = positions.view(*positions.shape, *[1] * len(trailing))
+    # take_along_dim would compile a graph for every width
+    return x.gather(1, index.expand(-1, -1, *trailing))
 
 
 def add_deltas(
@@ -2933,7 +3071,7 @@ class Trainer:
         self.files = files
         self.model = build_model(cfg, world, kernels)
         self.forward = compile_forward(self.model, cfg, world)
-        self.graphs = Graphed(self.forward, self.model.parameters()) if cfg.cuda_graphs else None
+        self.graphs = Graphed(self.forward, world, self.model.parameters()) if cfg.cuda_graphs else None
         self.optimizer = TrainOptimizer(self.model, cfg, world)
         self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
         self.accumulate = cfg.micro_batches // world.size  # micro-batches of this rank in a step
@@ -3187,7 +3325,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
     world = trainer.world
     clock = trainer.clock
     budget = cfg.train_budget_seconds
-    known_graphs = len(compilations())  # what is compiled from here on is compiled in timed code
+    known_graphs = len(compilations(world))  # what is compiled from here on is compiled in timed code
     saved_at = 0.0  # seconds of training at the last checkpoint
     forecast_at = 0.0  # and at the last forecast
     forecast_seconds = 0.0  # which took these; 0: there was none
@@ -3197,7 +3335,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
     with StopRequest() as stop, profiler or contextlib.nullcontext():
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
             # The ranks agree on the clock, and on stopping.
-            new_graphs = [] if cfg.compile_allow_recompiles else compilations()[known_graphs:]
+            new_graphs = [] if cfg.compile_allow_recompiles else compilations(world)[known_graphs:]
             elapsed, block_seconds, interrupted, recompiled = world.max(
                 clock.now(), clock.block_seconds(), float(stop.requested), len(new_graphs))
             if interrupted or recompiled:
@@ -3228,13 +3366,13 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
                     log(f"{trainer.step}/{cfg.iterations} {forecast(window[0])}")
                     forecast_at = clock.now()
                     forecast_seconds = forecast_at - now
-                    known_graphs = len(compilations())
+                    known_graphs = len(compilations(world))
 
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 clock.pause()
                 score = validate()
                 log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
-                known_graphs = len(compilations())
+                known_graphs = len(compilations(world))
                 clock.go_on()
 
             if cfg.checkpoint_seconds:
@@ -6036,7 +6174,7 @@ class BaseLearner:
         self.layers = layer_order(cfg, looping=True)
         self.parameters = [*model.parameters()]
         self.forward = compile_forward(model, cfg, world)
-        self.graphs = Graphed(self.forward, self.parameters) if cfg.cuda_graphs else None
+        self.graphs = Graphed(self.forward, world, self.parameters) if cfg.cuda_graphs else None
 
         # Sequences of a chunk: all, this rank's [first, end), and (first, how many) of each of its forwards.
         self.per_chunk = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len
@@ -6123,7 +6261,7 @@ class TttEngine:
         self.forward = compile_forward(model, cfg, world, growing=True)
         if cfg.cuda_graphs:
             gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
-            self.forward = Graphed(self.forward)
+            self.forward = Graphed(self.forward, world)
         self.static_rows = 0 if self.forward is model else self.rows
         self.base = BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
         self.chain = AdapterChain(cfg, world, self.rows, cfg.seed, model.kernels.adam)
@@ -6191,7 +6329,7 @@ class TttRun:
         self.phases_done = 0
         self.scored_docs = 0  # by this rank
 
-        self.graphs_before = len(compilations())
+        self.graphs_before = len(compilations(engine.world))
         self.eta = Eta(sum(batch_cost(cfg, batch) for batch in self.batches) / scorer.world.size)
 
     def run(self) -> Score:
@@ -6245,7 +6383,7 @@ class TttRun:
 
     def check_compiler(self, batch: Batch) -> None:
         """Raise RunError behind a batch in which something was compiled or recorded."""
-        new_graphs = compilations()[self.graphs_before :]
+        new_graphs = compilations(self.engine.world)[self.graphs_before :]
         if new_graphs and not self.cfg.compile_allow_recompiles:
             remedy = "the artifact exists: go on with STAGE=eval"
             raise recompile_error(f"evaluation batch {batch.number + 1}", new_graphs, remedy)
@@ -7732,7 +7870,7 @@ def warm_stage(run: Run) -> None:
     if cfg.ttt_enabled:
         TttEngine(cfg, world, trainer.model.requires_grad_(False), run.data).warm_up(run.log)
     folder = compile_cache(cfg, world).get("TORCHINDUCTOR_CACHE_DIR", "torch's default folder")
-    run.log(f"warm: {len(compilations())} graphs, kept in {folder}")
+    run.log(f"warm: {len(compilations(run.world))} graphs, kept in {folder}")
 
 
 def quantize_stage(run: Run, model: GPT | None) -> None:

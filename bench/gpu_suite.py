@@ -448,7 +448,7 @@ def train_step():
             for suffix in ("", " graphs"):
                 run, what = forward, f"micro-batch {name}{suffix} loop:{int(looping)} context:{context}"
                 if suffix:
-                    begin, run = time.perf_counter(), tg.Graphed(forward, (p for p in model.parameters() if p.requires_grad))
+                    begin, run = time.perf_counter(), tg.Graphed(forward, world, (p for p in model.parameters() if p.requires_grad))
                     step(run)  # the next one is recorded
                     error = max(relative_error(a, b) for a, b in zip(step(run), expected, strict=True) if b.any())
                     yield dict(name=f"check {what}", error=error, tolerance=1e-3, reached=error < 1e-3)
@@ -507,7 +507,7 @@ def ttt():
     for rows, bucket, chunk in ((2, 16, 4),) if DRY else ((24, 3072, 48), (24, 1024, 24), (96, 512, 8), (256, 192, 8)):
         what, width = f"{rows}x{bucket} chunk {chunk}", bucket - chunk // 2  # of the documents' windows
         kinds = {"definitions": (definitions, width), "kernels": (kernels, width), "padded": (kernels, bucket),
-                 "graphs": (tg.Graphed(kernels), bucket)}
+                 "graphs": (tg.Graphed(kernels, world), bucket)}
         nats, ms = {}, {}
         for name in list(kinds):  # one after the other: the adapters and moments of 256 documents are 14 GB
             forward, padded = kinds.pop(name)

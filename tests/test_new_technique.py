@@ -11,7 +11,8 @@ from conftest import ROOT, tiny_env, write_dataset
 SCRIPT = (ROOT / "train_gpt.py").read_text()
 PATIENCE = 1800  # seconds, on a busy machine
 
-KNOB = '    value_embed_last: int = knob(0, "blocks, counted from the last, whose values get an embedding of the token", lo=0, model=True)\n'
+KNOB = (
+    '    value_embed_last: int = knob(0, "blocks, from the last, whose values get an embedding of the token", model=True)\n')
 ROW = '''\
         Parameter(
             f"{block}.attn.value_embed", (cfg.vocab_size, cfg.kv_dim), nn.init.zeros_, "scalars", (Role("", "", INT8_ROWS),),
