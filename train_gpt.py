@@ -3900,8 +3900,7 @@ def gptq_inputs(cfg: Config, tensors: Tensors) -> list[GptqInput]:
 
 
 def mixed_bits(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
-    """Keep the bits of the N_INT6_LAYERS matrices with the largest trace of H; the others lose one (PR
-    #1105)."""
+    """Take a bit from all matrices but the N_INT6_LAYERS with the largest trace of H (PR #1105)."""
     traces = {x.name: hessians.H[x.site].trace().item() for x in inputs}
     ranked = sorted(traces, key=traces.get, reverse=True)
     kept = set(ranked[: cfg.n_int6_layers])
@@ -3920,10 +3919,14 @@ def protect_groups(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> 
     for x in inputs:
         if x.bits < cfg.awq_lite_bits:
             columns = hessians.rms(x.site) * x.W.abs().mean(0)
-            scores = columns.unfold(0, size, size).sum(1).tolist()
+            whole = len(columns) // size * size
+            scores = columns[:whole].view(-1, size).sum(1).tolist()
             ranked += [(-score, x.name, g * size) for g, score in enumerate(scores)]
-    best = sorted(ranked)[: cfg.awq_lite_group_top_k]
-    return [x._replace(hi_starts=tuple(start for _, name, start in best if name == x.name)) for x in inputs]
+
+    starts: dict[str, tuple[int, ...]] = {}
+    for _, name, start in sorted(ranked)[: cfg.awq_lite_group_top_k]:
+        starts[name] = (*starts.get(name, ()), start)
+    return [x._replace(hi_starts=starts.get(x.name, ())) for x in inputs]
 
 
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QUANT=s05 tries to end its grid
@@ -3946,10 +3949,9 @@ def clips_by_percentile(W: Tensor, sigmas: float) -> Tensor:
 def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Find the nearest A B to E (rows, cols): A (rows, r), B (r, cols) with orthonormal rows.
 
-    r is the smallest of rank, rows and cols.
-    These are the leading singular vectors, by the eigenvectors of the smaller Gram matrix in fp64. The
-    largest number in each row of B is positive: that makes the result unique, and the same on every device up
-    to rounding.
+    r is the smallest of rank, rows and cols. These are the leading singular vectors, by the eigenvectors of
+    the smaller Gram matrix in fp64. The largest number in each row of B is positive: that makes the result
+    unique, and the same on every device up to rounding.
     """
     tall = E.shape[0] >= E.shape[1]
     device = "cpu" if E.device.type == "mps" else E.device

@@ -1,13 +1,17 @@
 """QUANTIZATION: GPTQ against the paper written out, each codec's round trip, the tables, the Hessians."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 
 import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "tools"))
+import outline
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -290,7 +294,7 @@ def protected(cfg, inputs, hessians) -> dict[str, tuple[int, ...]]:
 
 def test_protected_groups_are_the_best_by_brute_force(tiny):
     cfg, _, inputs, hessians, _ = tiny
-    for k, size in ((1, 8), (5, 8), (3, 24)):  # 24 does not divide 32: the remainder is no candidate
+    for k, size in ((1, 8), (5, 8), (3, 24), (3, 64)):  # 24 does not divide 32: the rest is no candidate; 64: no group
         scored = []
         for x in inputs:
             rms = [float((hessians.H[x.site][j, j] / hessians.count[x.site]) ** 0.5) for j in range(x.W.shape[1])]
@@ -426,6 +430,17 @@ def test_a_singular_hessian_is_an_error_with_advice(tiny):
         hessians.H[x.site], hessians.count[x.site] = -torch.ones(x.W.shape[1], x.W.shape[1]), 1
     with pytest.raises(tg.RunError, match="GPTQ_CALIBRATION_BATCHES"):
         tg.run_gptq(cfg, inputs, hessians, tg.clips_by_deviation)
+
+
+def test_quant_is_asked_once():
+    """A scheme is a class, not a condition: between CONFIG and MAIN, QUANT is looked up in SCHEMES and nowhere else."""
+    source = (ROOT / "train_gpt.py").read_text()
+    for name in ("CONFIG", "MAIN"):
+        source = outline.without_section(source, name)
+    assert source.count("cfg.quant") == source.count("SCHEMES[cfg.quant]") == 1
+    for scheme in tg.SCHEMES.values():
+        assert scheme.EMBEDDING in tg.CODECS and isinstance(scheme.GRADIENTS, bool) and callable(scheme.encode)
+        assert scheme in tg.FITS and scheme in tg.FORECASTS
 
 
 def test_eight_bits_keep_the_score_and_three_do_not(dataset, world, random_model):
