@@ -1,9 +1,9 @@
-"""Judge a finished run from outside: replay its scored pass on short streams, and read what its ledger and files say.
+"""Judge a finished run from outside: replay its scored pass on short streams, and read its ledger and files.
 
-Here are the probes P1 to P12; tools/rules.py says which rule they decide, tools/audit.py is the command. The script that ran is
-imported, so it has to be ours: the working copy, the packed one in build/, or one that the caller names. Scripts of strangers
-run in the clean room alone. What only the running process could see, its ledger keeps as facts: hashes around warm-ups, the
-order of what was scored and learned, files opened, clocks.
+Here are the probes P1 to P12; tools/rules.py says which rule they decide, tools/audit.py is the command. The
+script that ran is imported, so it has to be ours: the working copy, the packed one in build/, or one that the
+caller names. Scripts of strangers run in the clean room alone. What only the running process could see, its
+ledger keeps as facts: hashes around warm-ups, the order of what was scored and learned, files opened, clocks.
 """
 
 import importlib
@@ -34,14 +34,14 @@ from rules import CAP_BYTES, FAIL, PASS, RULING, UNKNOWN, Broken, Outcome, findi
 
 ROOT = Path(__file__).resolve().parents[1]
 OVERLAP_SECONDS = 6.0  # for the training data, if not looked at in full
-SPANS = ((1, 64), (65, 32), (129, 32), (257, 32))  # (first token, how many) of a document that P9 compares; the first pair decides
-PROGRAMS = ("lrzip", "gcc", "g++", "cc", "c++", "clang", "ptxas", "ldconfig", "python")  # that unpack and compile
+SPANS = ((1, 64), (65, 32), (129, 32), (257, 32))  # P9: (first token, how many); the first decides
+PROGRAMS = ("lrzip", "gcc", "g++", "cc", "c++", "clang", "ptxas", "ldconfig", "python")  # unpack and compile
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 Findings = dict[str, Outcome]
 
 
-# -- THE RUN -----------------------------------------------------------------------------------------------------------
+# -- THE RUN -------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -66,17 +66,19 @@ class FinishedRun:
 
 def find_script(code_sha256: str, named: Path | None = None) -> Path:
     """Find the script that ran among ours, or take the named one. Raises Broken."""
-    candidates = [named] if named else [ROOT / "train_gpt.py", Path("build/train_gpt.py"), Path("train_gpt.py")]
+    ours = [ROOT / "train_gpt.py", Path("build/train_gpt.py"), Path("train_gpt.py")]
+    candidates = [named] if named else ours
     for path in candidates:
         if path.exists() and sha256(path.read_bytes()) == code_sha256:
             return path
     looked = ", ".join(map(str, candidates))
-    raise Broken(f"none of {looked} is the script that ran ({code_sha256[:12]}): name one that you trust with --script, because it is "
-                 "imported; a stranger's is only run in the clean room: python tools/audit.py rescore")
+    raise Broken(f"none of {looked} is the script that ran ({code_sha256[:12]}): name one that you trust "
+                 "with --script, because it is imported; a stranger's is only run in the clean room: "
+                 "python tools/audit.py rescore")
 
 
 def load_script(path: Path) -> ModuleType:
-    """Import a script, readable or packed, as the module train_gpt; the one that is imported already, if its bytes are the same."""
+    """Import a script, readable or packed, as train_gpt, if it is not imported already."""
     loaded = sys.modules.get("train_gpt")
     if loaded is not None and Path(loaded.__file__).read_bytes() == path.read_bytes():
         return loaded
@@ -88,38 +90,44 @@ def load_script(path: Path) -> ModuleType:
 
 
 def load_run(folder: Path, script: Path | None = None, data: Path | None = None) -> FinishedRun:
-    """Read a run folder, and import what ran in it. Raises Broken where files contradict each other or the ledger."""
+    """Read a run folder, and import what ran in it. Raises Broken where files contradict the ledger."""
     entries = read_chain(folder / "ledger.jsonl")
     processes = accounts(entries)
     account, head = processes[-1], entries[-1]["hash"]
     start = account.start
     if account.end and head_of(json.loads((folder / "result.json").read_text())) != head:
-        raise Broken(f"{folder}/result.json does not keep the head of the ledger beside it: they are not of one run")
+        raise Broken(f"{folder}/result.json does not keep the head of the ledger beside it: not of one run")
     module = load_script(find_script(start["code_sha256"], script))
     if not hasattr(module, "METHODS"):
-        raise Broken(f"{folder}: this script audited itself; its verdicts stand in its ledger: python tools/audit.py RECORD")
+        raise Broken(f"{folder}: this script audited itself; its verdicts stand in its ledger: "
+                     "python tools/audit.py RECORD")
 
     try:
         cfg = module.config_from_env(start["overrides"] | ({"DATA_PATH": str(data)} if data else {}))
         files = module.Dataset.open(cfg, need_train=False)
         wrong = [path.name for path in files.val if files.hashes[path.name] != start["shards"].get(path.name)]
         if wrong:
-            raise Broken(f"{', '.join(wrong)} in {cfg.shards_path} is not what the run scored: name its data with --data")
+            raise Broken(f"{', '.join(wrong)} in {cfg.shards_path} is not what the run scored: name its data "
+                         "with --data")
         world = module.World.init(cfg, module.Launch(0, 0, 1))
         os.environ.update(module.compile_cache(cfg, world))
         val = module.ValData.load(cfg, files)
     except module.RunError as error:
         raise Broken(str(error)) from None
-    names = {name for process in processes for name in process.start["shards"] if name.startswith("fineweb_train_")}
-    train_shards = tuple(cfg.shards_path / name for name in sorted(names))
+    names = {name for process in processes for name in process.start["shards"]}
+    train_names = sorted(name for name in names if name.startswith("fineweb_train_"))
+    train_shards = tuple(cfg.shards_path / name for name in train_names)
     return FinishedRun(folder, module, cfg, world, files, val, train_shards, account, len(entries), head)
 
 
-# -- P1 TO P3: the scored pass on short streams, true and forged -------------------------------------------------------
+# -- P1 TO P3: the scored pass on short streams, true and forged ---------------------------------------------
 
 def make_probe_scorer(script, data, world, watch: int, vocab: int):
-    """Make a Scorer that asks for the nats of the whole vocabulary where target `watch` is scored: `row` at that target, and `excess`
-    of the sum of probabilities over one anywhere in that batch."""
+    """Make a Scorer that asks for the nats of the whole vocabulary where target `watch` is scored.
+
+    It keeps them at that target as `row`, and as `excess` by how much probabilities anywhere in that batch do
+    not add up to one.
+    """
     torch = script.torch
 
     class ProbeScorer(script.Scorer):
@@ -128,7 +136,8 @@ def make_probe_scorer(script, data, world, watch: int, vocab: int):
 
         def score(self, targets: np.ndarray, forward):
             if (targets == watch).any():
-                with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # one shape, once: not worth a graph
+                eager = torch.compiler.set_stance("force_eager")  # one shape, once: not worth a graph
+                with torch.no_grad(), eager:
                     every = torch.arange(vocab, device=self.world.device).expand(*targets.shape, -1)
                     nats = script.graded(forward, every, self.hints_at(targets), self.boost)[1].cpu()
                 sums = nats[torch.from_numpy(targets >= 0)].double().neg().exp().sum(-1)
@@ -140,7 +149,7 @@ def make_probe_scorer(script, data, world, watch: int, vocab: int):
 
 
 def short_stream(script, data, count: int, length: int, generator: np.random.Generator):
-    """Cut the first `length` tokens of `count` random documents that have so many, or of the longest ones. -> ValData."""
+    """Cut the first `length` tokens of `count` random documents that have so many, or of the longest ones."""
     starts, ends = data.documents()
     sizes, count = ends - starts, min(count, len(starts))
     enough = max(count, (sizes >= length).sum())
@@ -159,13 +168,14 @@ def forge(tokens: np.ndarray, first: int, end: int, vocab: int, generator: np.ra
 
 
 def probe_scoring(
-    script, data, world, vocab: int, replay, count: int, length: int, rounds: int, seed: int, documents_masked: bool = True
+    script, data, world, vocab: int, replay, count: int, length: int, rounds: int, seed: int,
+    documents_masked: bool = True,
 ) -> Findings:
     """P1 forged future, P2 sum over the vocabulary, P3 neighbours, where documents are masked.
 
-    replay(scorer), the scored pass from a fresh start, scores `count` short documents as they are, and with one forged from a
-    random target on. All before that in the order of scoring, and the other documents, must keep the same bits; so must the
-    distribution at the first forged target.
+    replay(scorer), the scored pass from a fresh start, scores `count` short documents as they are, and with
+    one forged from a random target on. All before that in the order of scoring, and the other documents, must
+    keep the same bits; so must the distribution at the first forged target.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     past, others, row, excess = 0.0, 0.0, 0.0, 0.0
@@ -175,9 +185,10 @@ def probe_scoring(
         start, end = starts[len(starts) // 2], ends[len(starts) // 2]
         if end - start < 3:
             return dict.fromkeys(("P1", "P2", "P3"), (UNKNOWN, "the documents are too short"))
-        cut = int(generator.integers(start + (end - start) // 3, end - 1))  # token cut + 1 is the first to be forged
+        cut = int(generator.integers(start + (end - start) // 3, end - 1))  # token cut + 1 is forged first
         forged = script.ValData(forge(true.tokens, cut + 1, end, vocab, generator), true.target_bytes)
-        a, b, again = (make_probe_scorer(script, stream, world, cut, vocab) for stream in (true, forged, true))
+        streams = (true, forged, true)
+        a, b, again = (make_probe_scorer(script, stream, world, cut, vocab) for stream in streams)
         replay(a)
         replay(b)
 
@@ -194,14 +205,20 @@ def probe_scoring(
             if noise:
                 evidence = f"scoring the same text twice differs by {noise:.2g} nats here"
                 return dict.fromkeys(("P1", "P2", "P3"), (UNKNOWN, evidence))
+    looks_ahead = (f"a forged future moves the scores before it by {past:.3g}, its own distribution by "
+                   f"{row:.3g} nats")
+    looks_aside = f"a forged document moves scores of its {count - 1} neighbours by {others:.3g} nats"
     return dict(
-        P1=finding(past == row == 0, f"a forged future moves the scores before it by {past:.3g}, its own distribution by {row:.3g} nats"),
+        P1=finding(past == row == 0, looks_ahead),
         P2=finding(excess < 1e-4 and row == 0, f"sums over {vocab} tokens are off by {excess:.2g}"),
-        P3=finding(others == 0, f"a forged document moves scores of its {count - 1} neighbours by {others:.3g} nats", documents_masked))
+        P3=finding(others == 0, looks_aside, documents_masked))
 
 
 def make_replay(run: FinishedRun):
-    """Make replay(scorer) -> Score: the scored pass of the run, on the weights of its artifact; no training shard can be opened."""
+    """Make replay(scorer) -> Score: the scored pass of the run, on the weights of its artifact.
+
+    No training shard can be opened meanwhile.
+    """
     tg, cfg = run.script, run.cfg
     small = tg.METHODS["ttt" if cfg.ttt_enabled else cfg.eval_method].small
     limits = {name: min(limit, getattr(cfg, name)) for name, limit in small.items()}
@@ -230,28 +247,32 @@ def probe_replay(run: FinishedRun, full: bool) -> Findings:
     if not run.scored:
         return {}
     tg, cfg = run.script, run.cfg
-    count, length = (min(3, cfg.ttt_batch_size), 3 * tg.chunk_size(cfg, 2)) if cfg.ttt_enabled else (3, 128)
+    count, length = 3, 128
+    if cfg.ttt_enabled:
+        count, length = min(count, cfg.ttt_batch_size), 3 * tg.chunk_size(cfg, 2)
     method = tg.METHODS["ttt" if cfg.ttt_enabled else cfg.eval_method]
     masked = method.documents_masked and not cfg.ngram_tilt_enabled
-    rounds = 16 if full else 1
-    return probe_scoring(tg, run.data, run.world, cfg.vocab_size, make_replay(run), count, length, rounds, cfg.seed, masked)
+    return probe_scoring(
+        tg, run.data, run.world, cfg.vocab_size, make_replay(run), count, length, rounds=16 if full else 1,
+        seed=cfg.seed, documents_masked=masked)
 
 
-# -- P9 AND P10: training data and text --------------------------------------------------------------------------------
+# -- P9 AND P10: training data and text ----------------------------------------------------------------------
 
 def document_hashes(tokens: np.ndarray, bos: int, offset: int, length: int) -> np.ndarray:
-    """Hash tokens [offset, offset + length) of every document to 64 bits, 0 for those without the first of them."""
+    """Hash tokens [offset, offset + length) of every document to 64 bits, 0 where there are none."""
     starts = np.flatnonzero(tokens == bos)
     ends = np.append(starts[1:], len(tokens))
     h = np.zeros(len(starts), np.uint64)
     for position in (starts + offset + j for j in range(length)):
-        token = np.where(position < ends, tokens[np.minimum(position, len(tokens) - 1)], 0).astype(np.uint64)
+        token = tokens[np.minimum(position, len(tokens) - 1)]
+        token = np.where(position < ends, token, 0).astype(np.uint64)
         h = (h ^ token ^ (h >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
     return np.where(starts + offset < ends, h, np.uint64(0))
 
 
 def probe_overlap(script, shards: tuple[Path, ...], val: np.ndarray, seconds: float) -> Findings:
-    """P9: validation documents whose first 64 tokens start a training document; and others that share 32 tokens further in."""
+    """P9: validation documents whose first 64 tokens start a training document, others that share a part."""
     deadline, read = time.perf_counter() + seconds, 0
     hashes = [document_hashes(val, script.BOS_ID, *span) for span in SPANS]
     hits = np.zeros((len(SPANS), len(hashes[0])), bool)
@@ -263,21 +284,23 @@ def probe_overlap(script, shards: tuple[Path, ...], val: np.ndarray, seconds: fl
             hits[row] |= found & (hashes[row] > 0)
     exact, near = int(hits[0].sum()), int((hits[1:].any(0) & ~hits[0]).sum())
     verdict = FAIL if exact > 0.01 * len(hashes[0]) else RULING if exact else PASS
-    return dict(P9=(verdict, f"{exact} of {len(hashes[0])} documents are in {read} of {len(shards)} training shards, {near} more in part"))
+    text = f"{exact} of {len(hashes[0])} documents are in {read} of {len(shards)} training shards"
+    return dict(P9=(verdict, f"{text}, {near} more in part"))
 
 
 def probe_training_data(run: FinishedRun, full: bool) -> Findings:
     """P9 of the shards that a run in this folder trained on."""
     missing = [path.name for path in run.train_shards if not path.exists()]
     if missing:
-        return dict(P9=(UNKNOWN, f"{len(missing)} of {len(run.train_shards)} training shards are not here, {missing[0]} for one"))
+        text = f"{len(missing)} of {len(run.train_shards)} training shards are not here, {missing[0]} for one"
+        return dict(P9=(UNKNOWN, text))
     if not run.train_shards:
         return {}
     return probe_overlap(run.script, run.train_shards, run.data.tokens, math.inf if full else OVERLAP_SECONDS)
 
 
 def probe_round_trip(script, cfg, data, count: int, seed: int) -> Outcome:
-    """P10: documents decoded to text must have the bytes that were counted for them, and give the same tokens when encoded again."""
+    """P10: documents decoded to text have the bytes that were counted, and encode to the same tokens."""
     try:
         import sentencepiece
         decode = importlib.import_module("lossless_caps").decode if cfg.caseops_enabled else str
@@ -297,7 +320,8 @@ def probe_round_trip(script, cfg, data, count: int, seed: int) -> Outcome:
         broken += bool(missing or model.encode(coded) != ids)
         lost += missing
         total += counted
-    return RULING if broken else PASS, f"{broken} of {len(picked)} documents and {lost} of {total} bytes do not come back"
+    text = f"{broken} of {len(picked)} documents and {lost} of {total} bytes do not come back"
+    return RULING if broken else PASS, text
 
 
 def probe_text(run: FinishedRun, full: bool) -> Findings:
@@ -308,10 +332,13 @@ def probe_text(run: FinishedRun, full: bool) -> Findings:
     return dict(P10=probe_round_trip(run.script, run.cfg, run.data, 1 << 30 if full else 8, run.cfg.seed))
 
 
-# -- WHAT THE LEDGER AND THE FILES SAY ---------------------------------------------------------------------------------
+# -- WHAT THE LEDGER AND THE FILES SAY -----------------------------------------------------------------------
 
 def says(check, account: Account, folder: Path, evidence: str = "") -> Outcome:
-    """Turn a check of the ledger into an outcome: what it raises is a FAIL, what it returns the evidence, unless there is a better one."""
+    """Turn a check of the ledger into an outcome.
+
+    What it raises is a FAIL, what it returns the evidence, unless a better one is given.
+    """
     try:
         outcome = check(account, folder)
     except Broken as error:
@@ -327,17 +354,18 @@ def judge_size(account: Account, compressor: str) -> Outcome:
 
 
 def judge_order(account: Account, folder: Path) -> Outcome:
-    """The weights of the first score are the artifact's, and nothing was learned from before it was scored."""
+    """Compare the weights of the first score with the artifact's, what was learned with what was scored."""
     weights = {line["when"]: line["sha256"][:8] for line in account.of("weights")}
     loaded, first = weights.get("loaded"), weights.get("first_score")
     early = any(line["early"] for line in account.of("update") if line["pass"] == account.end["pass"])
-    text = f"weights {loaded} when loaded, {first} at the first score; learned from {'unscored' if early else 'scored'} targets"
+    kind = "unscored" if early else "scored"
+    text = f"weights {loaded} when loaded, {first} at the first score; learned from {kind} targets"
     outcome = finding(loaded == first and not early, text, None not in (loaded, first))
     return outcome if outcome[0] != PASS else says(check_order, account, folder, text)
 
 
 def judge_coverage(account: Account, targets: int, text_bytes: int | None) -> Outcome:
-    """P4: targets scored of those in the shards, bytes counted of those in the manifest (None: it does not say)."""
+    """P4: targets scored of those in the shards, bytes counted of the manifest's (None: it does not say)."""
     end = account.end
     whole = end["tokens"] == targets
     evidence = f"{end['tokens']} of {targets} targets, {end['bytes']} of {text_bytes or '?'} bytes"
@@ -365,7 +393,8 @@ def judge_time(account: Account) -> Outcome:
         strict = sum(line["seconds"] for line in account.of("phase") if line["name"] in phases)
         late |= bool(budget) and spent is not None and spent > budget
         known &= bool(budget) and spent is not None
-        texts.append(f"{name} {'nan' if spent is None else format(spent, '.1f')} of {budget:g} s (strict {strict:.1f})")
+        seconds = math.nan if spent is None else spent
+        texts.append(f"{name} {seconds:.1f} of {budget:g} s (strict {strict:.1f})")
     return finding(not late, ", ".join(texts), late or known)
 
 
@@ -379,14 +408,16 @@ def expected(event: str, what: str) -> bool:
 def judge_access(account: Account) -> Outcome:
     """P11: files beside the data and the run's own, other machines, programs."""
     lines = account.of("access")
-    unexpected = [f"{event} {what}" for line in lines for event, what in line["seen"] if not expected(event, what)]
+    seen = [entry for line in lines for entry in line["seen"]]
+    unexpected = [f"{event} {what}" for event, what in seen if not expected(event, what)]
     text = f"unexpected among the files, sockets and programs: {', '.join(unexpected[:3]) or 'none'}"
     return finding(not unexpected, text, bool(lines))
 
 
 def judge_seed(account: Account) -> Outcome:
     """P12: the seed is one of those declared before the first run."""
-    seed, declared = account.start["seed"], [int(s) for s in filter(None, account.start["seeds_declared"].split(","))]
+    seed = account.start["seed"]
+    declared = [int(s) for s in filter(None, account.start["seeds_declared"].split(","))]
     return finding(seed in declared, f"seed {seed}, declared: {declared}", bool(declared))
 
 
@@ -396,7 +427,8 @@ def judge_sum(account: Account, folder: Path) -> Outcome:
     line = next(line for line in account.of("tokens") if line["pass"] == end["pass"])
     path = find_by_hash(folder, line["sha256"], ".npy")
     if path is None:
-        return finding(False, f"{line['file']} is not the file whose sha256 the ledger keeps", (folder / line["file"]).exists())
+        there = (folder / line["file"]).exists()
+        return finding(False, f"{line['file']} is not the file whose sha256 the ledger keeps", there)
     nats = float(np.load(path, allow_pickle=False).sum(dtype=np.float64))
     off = abs(nats / math.log(2) / account.start["val_bytes"] - end["val_bpb"])
     outcome = finding(off <= 1e-9, f"bits per byte from {line['file']} differ by {off:.1g}")
@@ -404,7 +436,7 @@ def judge_sum(account: Account, folder: Path) -> Outcome:
 
 
 def probe_facts(run: FinishedRun, full: bool = False) -> Findings:
-    """Judge what lies on the table: sizes, clocks, hashes, coverage, and the score computed again from its file."""
+    """Judge sizes, clocks, hashes, coverage, and the score computed again from its file."""
     if not run.scored:
         return {}
     account, folder = run.account, run.folder
@@ -418,15 +450,17 @@ def probe_facts(run: FinishedRun, full: bool = False) -> Findings:
         P11=judge_access(account), P12=judge_seed(account), sum=judge_sum(account, folder))
 
 
-# -- THE AUDIT ---------------------------------------------------------------------------------------------------------
+# -- THE AUDIT -----------------------------------------------------------------------------------------------
 
 PROBES = (probe_training_data, probe_replay, probe_facts, probe_text)
 
 
 def judge(folder: Path, script: Path | None = None, data: Path | None = None, full: bool = False) -> dict:
-    """Probe a finished run and keep the audit as audit.json beside it. full: all training shards and documents, 16 rounds of replays.
+    """Probe a finished run and keep the audit as audit.json beside it. full: all training shards and
+    documents, 16 rounds of replays.
 
-    -> {mode, verdicts of R1 to R12, findings, seconds by probe, lines and last_hash of the ledger}. Raises Broken.
+    -> {mode, verdicts of R1 to R12, findings, seconds by probe, lines and last_hash of the ledger}. Raises
+    Broken.
     """
     run = load_run(folder, script, data)
     findings: Findings = {}
@@ -437,8 +471,9 @@ def judge(folder: Path, script: Path | None = None, data: Path | None = None, fu
         if found:
             seconds[", ".join(found)] = round(time.perf_counter() - start, 3)
         findings |= found
-    audit = dict(mode="full" if full else "sample", verdicts=verdicts(run.cfg, findings), findings=findings, seconds=seconds,
-                 lines=run.lines, last_hash=run.head)
+    audit = dict(
+        mode="full" if full else "sample", verdicts=verdicts(run.cfg, findings), findings=findings,
+        seconds=seconds, lines=run.lines, last_hash=run.head)
     draft = folder / f".audit.json.{os.getpid()}"
     draft.write_text(json.dumps(audit, indent=1) + "\n")
     os.replace(draft, folder / "audit.json")

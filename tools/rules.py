@@ -1,7 +1,7 @@
-"""The contest's rules, once for all tools: what each asks, which findings decide it, and how verdicts are joined.
+"""State the contest's rules, once for all tools: what each asks, what decides it, how verdicts are joined.
 
-A finding is (verdict, evidence in one line). PASS: the rule holds. FAIL: it does not. NEEDS-RULING: no maintainer has ruled on the
-method. NOT-MEASURED: nobody could know.
+A finding is (verdict, evidence in one line). PASS: the rule holds. FAIL: it does not. NEEDS-RULING: no
+maintainer has ruled on the method. NOT-MEASURED: nobody could know.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class Finding(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What a rule asks, in a few words and in a sentence, and the findings of tools/probes.py that decide it."""
+    """State what a rule asks, in a few words and in a sentence, and the findings that decide it."""
 
     name: str
     asks: str
@@ -40,7 +40,8 @@ RULES = {
     "R1": Rule("files under the cap", "artifact and code fit the cap", ("bytes",)),
     "R2": Rule("time within the budgets", "training and evaluation in time", ("P7",)),
     "R3": Rule("no training on validation text", "no validation document in the training data", ("P9",)),
-    "R4": Rule("every target and byte once", "every target once, every byte of the text once", ("P4", "P5", "P10")),
+    "R4": Rule(
+        "every target and byte once", "every target once, every byte of the text once", ("P4", "P5", "P10")),
     "R5": Rule("probabilities sum to one", "a distribution, fixed before its target", ("P2",)),
     "R6": Rule("no look at the future", "the past of a document alone", ("P1", "P3")),
     "R7": Rule("scored before learned from", "scored before learned from", ("order",)),
@@ -51,7 +52,8 @@ RULES = {
     "R12": Rule("clean room gives the same", "the artifact alone gives the same score elsewhere", ("P8",)),
 }
 UNRULED = (  # rule, when, what no maintainer has ruled on
-    ("R7", lambda cfg: cfg.slot == "causal", "a shift of the hidden states learned from scored targets (SLOT, issue #1336)"),
+    ("R7", lambda cfg: cfg.slot == "causal",
+     "a shift of the hidden states learned from scored targets (SLOT, issue #1336)"),
     ("R4", lambda cfg: not cfg.caseops_enabled, "bytes are those of the normalized pieces, not of a sidecar"),
 )
 
@@ -68,7 +70,7 @@ def finding(passed: bool, evidence: str, measurable: bool = True) -> Outcome:
 
 
 def worst(outcomes: list[Outcome], all_evidence: bool = False) -> Outcome:
-    """Join several outcomes to the gravest verdict, with the evidence of those that share it, or of all, the gravest first."""
+    """Join several outcomes to the gravest verdict, with the evidence of those that share it, or of all."""
     ranked = sorted(outcomes, key=lambda outcome: severity(outcome[0]))
     verdict = ranked[0][0] if ranked else UNKNOWN
     texts = [text for v, text in ranked if text and (all_evidence or v == verdict)]
@@ -80,13 +82,14 @@ def verdicts(cfg, findings: dict[str, Outcome]) -> dict[str, Outcome]:
     judged = {}
     for name, rule in RULES.items():
         outcomes = [findings.get(key, (UNKNOWN, "no part of this stage")) for key in rule.findings]
-        if findings:
-            outcomes += [(RULING, why) for unruled, applies, why in UNRULED if unruled == name and applies(cfg)]
+        for unruled, applies, why in UNRULED if findings else ():
+            if unruled == name and applies(cfg):
+                outcomes.append((RULING, why))
         judged[name] = worst(outcomes)
     return judged
 
 
-# -- HASHES AND TABLES -------------------------------------------------------------------------------------------------
+# -- HASHES AND TABLES ---------------------------------------------------------------------------------------
 
 def sha256(data: bytes) -> str:
     """Hash a file's bytes, in hex."""
