@@ -4439,8 +4439,7 @@ def library_tables(counts: Array) -> Array:
 
 
 class RangeCoder:
-    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, adds up the bits of
-    each owner."""
+    """Encodes symbols with adaptive tables, or decodes `data`, or, for `owners`, adds up the bits of each."""
 
     def __init__(self, data: bytes | None = None, owners: int = 0):
         library = RangeCoder.require().stream
@@ -4466,8 +4465,10 @@ class RangeCoder:
         return self.encoder.get_compressed().astype("<u4").tobytes()
 
     def code(self, counts: Array, context: Array, values: Array, owner: Array) -> None:
-        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,)
-        names, then count them. `owner`, of n values, says whose they are."""
+        """Code `values` (n,) uint8, each with the row of `counts` that `context` (n,) names.
+
+        Then count them, in `counts` (contexts, symbols). `owner`, of n values, says whose they are.
+        """
         contexts, symbols = counts.shape
         frequency = np.bincount(context, minlength=contexts)
         used = np.flatnonzero(frequency)
@@ -4495,8 +4496,7 @@ class RangeCoder:
             self.library_call(part, self.model(table, perfect=False))
 
     def library_call(self, numbers: Array, model, *tables: Array) -> None:
-        """Encode `numbers` by one call, or decode them in place; `tables`, if any, has one for each number.
-        """
+        """Encode `numbers` by one call, or decode them in place; `tables` has one for each number, if any."""
         if self.decoder is None:
             self.encoder.encode(numbers, model, *tables)
         else:
@@ -4562,13 +4562,15 @@ def find_references(q: Array, similar: bool) -> tuple[Array, Array, Array]:
     reference = np.zeros(rows, np.uint16)
     halves = np.zeros(rows, np.uint8)
     residual = q.copy()
+    if not similar:
+        return reference, halves, residual
 
     step = np.arange(rows) % TRELLIS_SEGMENT
     by_step = step.argsort(kind="stable")
     step_ends = np.bincount(step).cumsum().tolist()
     x = torch.from_numpy(q[by_step, :256]).float()  # so many columns are enough to find it
     norm = (x.square().sum(1) + 1).sqrt()
-    for start, end in pairwise(step_ends if similar else ()):
+    for start, end in pairwise(step_ends):
         own = by_step[start:end]
         similarity = (x[start:end] @ x[:start].T).div_(norm[:start])
         best = by_step[similarity.argmax(1).numpy()]
@@ -4621,8 +4623,7 @@ def code_plan(coder: RangeCoder, q: Array, owner: Array, similar: bool) -> tuple
 
 
 def by_step(a: Array, n: int, rows: int) -> Array:
-    """Arrange (n * rows, ...) as (steps, segments, n, width): step t has row t of every segment of every
-    matrix."""
+    """Arrange (n * rows, ...) as (steps, segments, n, width): step t has row t of each segment."""
     a = a.reshape(n, rows, -1)
     padded = np.pad(a, ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0)))
     segments = padded.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2])
@@ -4824,13 +4825,9 @@ def encode_streams(cfg: Config, arrays: Arrays) -> dict[str, bytes]:
 
 
 def decode_streams(cfg: Config, compressor: str, arrays: Arrays, coded: dict[str, bytes]) -> Arrays:
-    """Invert `encode_streams`: fill in `arrays` and return them. Raises ArtifactError or what a coder raises.
-    """
+    """Invert `encode_streams`: fill in `arrays`, return them. Raises ArtifactError or what a coder raises."""
     if compressor == "range":
         return code_arrays(cfg, arrays, {stream: RangeCoder(data) for stream, data in coded.items()})
-
-    def unknown_order(a: Array) -> Array:
-        return np.zeros(len(a), "<u2")
 
     def decode(stream: str) -> None:
         size = sum(view.size for view in views[stream])
@@ -4843,7 +4840,7 @@ def decode_streams(cfg: Config, compressor: str, arrays: Arrays, coded: dict[str
         for view in views[stream]:
             view[:] = np.frombuffer(left.read(view.size), np.uint8).reshape(view.shape)
 
-    views, in_order = stream_views(cfg, compressor, arrays, unknown_order)
+    views, in_order = stream_views(cfg, compressor, arrays, lambda a: np.zeros(len(a), "<u2"))
     with ThreadPoolExecutor() as pool:
         list(pool.map(decode, STREAMS))
     for a, row_order, rows in in_order:
@@ -4856,8 +4853,7 @@ def decode_streams(cfg: Config, compressor: str, arrays: Arrays, coded: dict[str
 
 @cache
 def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """List names and shapes of the tensors that an artifact of this configuration holds, in their order
-    there."""
+    """List names and shapes of the tensors that an artifact holds, in their order there."""
     return {name: matrix.shape for name, matrix in stored_matrices(cfg).items()}
 
 
@@ -4960,8 +4956,7 @@ def from_version_3(compressor: str, values: list, sizes: list[int], kinds: list,
 
 
 def read_header(blob: bytes) -> Header:
-    """Read the header of an artifact of this version or the one before, its checksum verified. Raises
-    ArtifactError."""
+    """Read the header of an artifact of version 3 or 4, and verify the checksum. Raises ArtifactError."""
     if blob[:4] != ARTIFACT_MAGIC or len(blob) < HEADER_START:
         raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} "
                             f"in {len(blob)} bytes; set ARTIFACT_DIR to the run's folder")
@@ -5007,8 +5002,10 @@ def check_model_fields(cfg: Config, saved: dict[str, Any]) -> None:
 
 
 def empty_arrays(cfg: Config, header: Header) -> Arrays:
-    """Make the arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of
-    known codecs, as large as the model's tensors allow."""
+    """Make the arrays that a header lists, zeros.
+
+    Raises ValueError or LookupError unless they are parts of known codecs, as large as the tensors allow.
+    """
     shapes = tensor_shapes(cfg)
     if header.caps:  # they were the last of the network's own tensors
         own = {name: shape for name, shape in shapes.items() if "." not in name}
@@ -5030,8 +5027,10 @@ def empty_arrays(cfg: Config, header: Header) -> Arrays:
 
 
 def unpack(cfg: Config, blob: bytes) -> dict[str, QuantizedTensor]:
-    """Unpack an artifact into its tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes,
-    and never needs more memory than the integers of four such models."""
+    """Unpack an artifact into its tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes.
+
+    It never needs more memory than the integers of four such models.
+    """
     header = read_header(blob)
     check_model_fields(cfg, header.model)
     streams = io.BytesIO(blob[header.start :])
