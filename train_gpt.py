@@ -3,9 +3,9 @@ Train a language model, squeeze it into 16,000,000 bytes, score it in bits per b
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # the S14 recipe on 8 GPUs; no variables needed
     PRESET=demo python train_gpt.py                            # the same pipeline on a laptop CPU, minutes
-    python train_gpt.py --help                                 # every variable; PRESET=demo shows the values of demo
+    python train_gpt.py --help                                 # every variable: value, meaning, range
 
-train -> average -> Hessians -> integers -> artifact on disk -> read back from it -> score -> test-time training.
+train -> average -> Hessians -> integers -> artifact on disk -> read back -> score -> test-time training.
 
 Reads top to bottom, a name is used below its definition: CONFIG, RUNTIME, DATA, MODEL, OPTIMIZERS, TRAINING,
 QUANTIZATION, PACKING, BUDGET, SCORING, TEST-TIME TRAINING, KERNELS, MAIN.
@@ -24,7 +24,7 @@ V vocabulary, L blocks, S depths (positions in the unrolled layer order), W rank
 # Words:
 #   nats, bpb    -ln p of a token; the same of a text in bits, over its bytes: what is scored
 #   depth        one application of a block; with loops there are more depths than blocks
-#   stream       what blocks read and add to, a vector a token; the last depths have two: attention's, the MLP's
+#   stream       what blocks read and add to, a vector a token; the last depths have two, of attention and MLP
 #   segment      a document, or a piece of it, in a packed row; attention stays inside
 #   bank         one tensor that holds the matrices of one kind of all blocks
 #   codec        how a tensor becomes small integers and scales, and comes back
@@ -50,6 +50,7 @@ import importlib.util
 import inspect
 import io
 import json
+import linecache
 import math
 import os
 import platform
@@ -70,7 +71,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import brotli
 import numpy as np
@@ -83,11 +84,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 BOS_ID = 1                                # every document starts with it; there is no end-of-document token
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 ARTIFACT_CAP_BYTES = 16_000_000           # decimal, model file plus shipped code
-CU_SEQLENS_BUCKET = 64                    # cu_seqlens are padded to multiples of this: few shapes for the compiler
+CU_SEQLENS_BUCKET = 64                    # cu_seqlens are padded to multiples of this: few shapes to compile
 
 
 class RunError(Exception):
-    """A failure with an explanation for the person at the keyboard: what, where, what was expected, what to do."""
+    """A failure explained for the person at the keyboard: what, where, what was expected, what to do."""
 
 
 # ==================================================================================================
@@ -109,7 +110,7 @@ PRESETS = {  # variables to set together; what is set by hand wins
         TTT_EVAL_SEQ_LEN=2048 TTT_BATCH_SIZE=64 TTT_MASK= TTT_LOCAL_LR_MULT=1.0
         TTT_SHORT_SCORE_FIRST_ENABLED=0 TTT_SHORT_SCORE_FIRST_STEPS= PHASED_TTT_NUM_PHASES=3
     """,
-    # PR #1105 with mixed bits, without its loader, bigram hash, value embeddings, SWA and late fake quantization
+    # PR #1105 with mixed bits, but not its loader, bigram hash, value embeddings, SWA, late fake quantization
     "s05": """
         TRAIN_SEQ_LEN=2048 TRAIN_SEQ_SCHEDULE= SEQ_CHANGE_WARMUP_STEPS=0 ROPE_TRAIN_SEQ_LEN=2048
         WARMDOWN_ITERS=4000 MIN_LR=0.05
@@ -144,11 +145,12 @@ TTT_NO_QV_MASK - nothing ever read it; use TTT_MASK=no_qv
 MUON_BETA2 - nothing ever read it; the momentum is MUON_MOMENTUM
 GPTQ_CALIB_BATCHES - nothing ever read it; use GPTQ_CALIBRATION_BATCHES
 GPTQ_CALIBRATION_MODE - GPTQ_CALIBRATION chooses the data of the Hessians
-AUDIT - nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length
 TARGET_MB - published runs gave it in MiB: their 15.9 are 16,672,358 bytes, over the cap; use TARGET_BYTES
+AUDIT - nothing audits itself: tools/audit.py run RUN_FOLDER judges a finished run, with --full at length
 *_NAME_PATTERNS - the table `parameters` says which tensor has which optimizer and codec
 GPTQ_BLOCK_SIZE * blocks of columns bound the memory of GPTQ, not its result
-MATRIX_LR_* * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
+MATRIX_LR_EARLY * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
+MATRIX_LR_LATE * it scales gradients, and Muon's update does not depend on their scale; use MATRIX_LR
 BANK_SPLIT * it divides MATRIX_LR_EARLY from MATRIX_LR_LATE, which do nothing
 ASYM_LOGIT_RESCALE * both caps are LOGIT_SOFTCAP: published code never trains them
 EMBED_LR * the head is the embedding matrix; TIED_EMBED_LR applies
@@ -210,11 +212,12 @@ def knob(
 ) -> Any:
     """Declare one variable: default, meaning, accepted range of a number or a|b|c of a text.
 
-    needs: when it has any effect, see `unmet`; None = while the switch NAME_ENABLED is on, if its name begins so.
+    needs: when it has an effect, see `unmet`; None = while the switch NAME_ENABLED is on, for NAME_REST.
     because: what to say when it has none, where that says more. model: artifact and run must agree on it.
     recipe: it is part of the run's identity, see `config_hash`. group: title of the variables from here on.
     """
-    about = dict(doc=doc, lo=lo, hi=hi, choices=choices, needs=needs, because=because)
+    words = tuple(choices.split("|")) if choices else ()
+    about = dict(doc=doc, lo=lo, hi=hi, choices=words, needs=needs, because=because)
     return field(default=default, metadata=about | dict(model=model, recipe=recipe, group=group))
 
 
@@ -227,7 +230,7 @@ def parse_steps(text: str, separator: str) -> tuple[tuple[float, float], ...]:
 
 
 def parse_seq_schedule(text: str, default_len: int) -> tuple[tuple[int, float], ...]:
-    """Read '1024@0.1,2048@1' as ((1024, 0.1), (2048, 1.0)): context lengths, each until its fraction of the run.
+    """Read '1024@0.1,2048@1' as ((1024, 0.1), (2048, 1.0)): contexts, each until its fraction of the run.
 
     Blank means one stage of `default_len`. Raises ValueError on a malformed stage.
     """
@@ -556,7 +559,7 @@ class Config:
         hi=50, needs="ngram_tilt_enabled")
     slot: str = knob(
         "off",
-        "learn a shift of the last states; published = from the targets, not legal; causal = from scored ones",
+        "learn a shift of the states; published = from the targets, not legal; causal = from scored ones",
         choices="off|published|causal")
     slot_lr: float = knob(0.003, "AdamW of that shift", needs="slot!=off")
     slot_steps: int = knob(5, "updates of the shift per batch of windows", lo=1, needs="slot!=off")
@@ -718,7 +721,7 @@ def as_text(value: Any) -> str:
 
 
 def needs_of(name: str) -> str:
-    """Look up the `needs` of a field; one that continues a switch's name needs it unless its knob says else."""
+    """Look up the `needs` of a field; NAME_REST needs NAME_ENABLED unless its knob says else."""
     needs = VARIABLES[name.upper()].metadata["needs"]
     if needs is not None:
         return needs
@@ -729,8 +732,8 @@ def needs_of(name: str) -> str:
 def unmet(c: Config, needs: str) -> str:
     """Say which part of `needs` does not hold in c; '' if all does.
 
-    Comma = and, | = or, x = true, nonzero, not blank, !x = the opposite, x=v, x!=v. x is a field or property; what
-    a field needs itself is needed too.
+    Comma = and, | = or, x = true, nonzero, not blank, !x = the opposite, x=v, x!=v. x is a field or property;
+    what a field needs itself is needed too.
     """
     for clause in filter(None, needs.split(",")):
         reasons = [unmet_need(c, need) for need in clause.split("|")]
@@ -767,9 +770,10 @@ check_needs()
 def accepted(f) -> str:
     """Describe the values a variable takes."""
     lo, hi, choices = map(f.metadata.get, ("lo", "hi", "choices"))
+    if choices:
+        return "one of " + ", ".join(choice or "(blank)" for choice in choices)
     if f.type in ("bool", "str"):
-        words = "0|1" if f.type == "bool" else choices
-        return words.removeprefix("|") + ", blank" * words.startswith("|") if words else "text"
+        return {"bool": "0 or 1", "str": "text"}[f.type]
     kind = "a whole number" if f.type == "int" else "a number"
     if hi < LARGEST:
         return f"{kind} in [{lo}, {hi}]"
@@ -778,15 +782,12 @@ def accepted(f) -> str:
 
 def parse_knob(f, raw: str) -> Any:
     """Turn the text of one variable into its checked value. Raises ValueError that says what is accepted."""
-    about = f.metadata
+    lo, hi, choices = map(f.metadata.get, ("lo", "hi", "choices"))
     try:
         value = {"int": int, "float": float, "bool": ("0", "1").index, "str": str}[f.type](raw)
     except ValueError:
         value = math.nan
-    if f.type == "str":
-        valid = not about["choices"] or raw in about["choices"].split("|")
-    else:
-        valid = about["lo"] <= value <= about["hi"]
+    valid = raw in (choices or (raw,)) if f.type == "str" else lo <= value <= hi
     if not valid:
         raise ValueError(f"expected {accepted(f)}")
     return bool(value) if f.type == "bool" else value
@@ -804,7 +805,7 @@ FAMILIES = frozenset(family(name) for name in VARIABLES if "_" in name)
 def meant(name: str) -> str:
     """Guess which variable an unknown name was meant to be; '' if it looks like another program's."""
     capitals = name.upper()
-    near = difflib.get_close_matches(capitals, VARIABLES, n=1, cutoff=0.85)
+    near = difflib.get_close_matches(capitals, VARIABLES, n=1, cutoff=0.83)
     if near and (near[0] == capitals or "_" in name + near[0] or len(near[0]) > 8):
         return near[0]
     if "_" in name and family(name) in FAMILIES:
@@ -821,7 +822,7 @@ def same_text(a: str, b: str) -> bool:
 
 
 def published(name: str, env) -> tuple[str, str]:
-    """Look up a variable of other scripts: why it is refused, why it changes nothing. '' and '' for any other."""
+    """Look up a variable of other scripts: why it is refused, why it changes nothing; '' and '' if none."""
     for line in PUBLISHED.strip().splitlines():
         pattern, setting, why = line.split(" ", 2)
         if not re.fullmatch(pattern.replace("*", ".*"), name):
@@ -855,8 +856,9 @@ def config_from_env(env) -> Config:
             except ValueError as e:
                 errors.append(f"{name}={env[name]!r}: {e}")
                 continue
-            if given.setdefault(variable, value) != value:
-                errors.append(f"{name}={env[name]!r}: another name of {variable}, which has another value")
+            first, same = given.setdefault(variable, (name, value))
+            if same != value:
+                errors.append(f"{first}={env[first]!r} and {name}={env[name]!r} are two names of one variable")
             values[variable.lower()] = value
         elif refusal:
             errors.append(f"{name}={env[name]!r}: {refusal}")
@@ -914,7 +916,8 @@ def help_text(preset: str) -> str:
         lines.append(textwrap.fill(text, 110, subsequent_indent=" " * 41, break_on_hyphens=False))
 
     lines += ["", "Published variables that are not here, the setting accepted (- = none, * = any), and why:"]
-    lines += ["  " + line for line in PUBLISHED.strip().splitlines()]
+    for line in PUBLISHED.strip().splitlines():
+        lines.append(textwrap.fill("  " + line, 110, subsequent_indent="    ", break_on_hyphens=False))
     return "\n".join(lines)
 
 
@@ -949,6 +952,7 @@ class World:
     size: int
     device: torch.device
     dtype: torch.dtype  # of activations, embedding and the optimizer's communication
+    recordings: list[tuple[int, str]] = field(default_factory=list, compare=False)  # of CUDA graphs, see `compilations`
 
     @staticmethod
     def init(cfg: Config, launch: Launch) -> World:
@@ -1079,64 +1083,90 @@ def compile_cache(cfg: Config, world: World) -> dict[str, str]:
     return dict(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"))
 
 
-def compilations() -> list[str]:
-    """What torch.compile has made in this process: function, number of its graph, and why the one before did not fit. And CUDA graphs."""
+def compilations(world: World) -> list[str]:
+    """List what torch.compile has made in this process, and the CUDA graphs that this rank has recorded.
+
+    Of a compilation: the function, the number of its graph, and why the graph before did not fit.
+    """
     dynamo = sys.modules.get("torch._dynamo.utils")
-    made = [f"{m.co_name} {m.compile_id}: {' '.join((m.recompile_reason or 'the first graph').splitlines()[0].split())}"
-            for m in (dynamo.get_compilation_metrics() if dynamo else ()) if m.co_name]
-    for before, name in reversed(Graphed.made):
-        made.insert(before, name)
-    return made
+    lines = []
+    for metrics in dynamo.get_compilation_metrics() if dynamo else ():
+        if metrics.co_name:
+            reason = (metrics.recompile_reason or "the first graph").splitlines()[0]
+            lines.append(f"{metrics.co_name} {metrics.compile_id}: {' '.join(reason.split())}")
+    for compiled_before, name in reversed(world.recordings):
+        lines.insert(compiled_before, name)
+    return lines
 
 
 class Graphed:
-    """A forward with the same arguments that replays CUDA graphs: its kernels are one launch, those of its backward another
-    (torch.cuda.make_graphed_callables). One graph for each set of shapes and plain values, recorded at the first call after one that
-    ran as it is and backward, which has compiled and loaded all there is to run. Nothing in it may wait for the device.
+    """A forward with the same arguments that replays CUDA graphs (torch.cuda.make_graphed_callables).
 
-    Tensors that want a gradient, and `parameters`, which it reads without being handed them, are read where they lie; others are copied
-    into the graph. All share their memory: a backward comes before the next forward, and a result is good until its graph runs again.
+    Its kernels are one launch, those of its backward another. There is one graph for each set of shapes and plain
+    values, recorded at the first call after one that ran as it is and backward: that has compiled and loaded all there
+    is to run. Nothing in it may wait for the device.
+
+    Tensors that want a gradient, and `parameters`, which it reads without being handed them, are read where they lie;
+    others are copied into the graph. All share their memory: a backward comes before the next forward, and a result is
+    good until its graph runs again.
     """
 
-    made: ClassVar[list[tuple[int, str]]] = []  # in this process: compilations before it, and what was recorded
-
-    def __init__(self, forward, parameters=()):
-        self.forward, self.parameters, self.warm, self.recorded = forward, tuple(parameters), set(), {}
+    def __init__(self, forward, world: World, parameters=()):
+        self.forward = forward
+        self.world = world
+        self.parameters = tuple(parameters)
+        self.warm = set()  # keys of arguments whose backward has run
+        self.recorded = {}  # key of arguments: the graphed forward
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, *args, **kwargs) -> Tensor:
-        """What `forward` returns."""
+        """Return what `forward` returns."""
         leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
-        tensors, plain = [x for x in leaves if isinstance(x, Tensor)], [Tensor if isinstance(x, Tensor) else x for x in leaves]
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        plain = [Tensor if isinstance(x, Tensor) else x for x in leaves]
         shapes = [(tuple(t.shape), t.dtype) for t in tensors if not t.requires_grad]
-        key = spec, *plain, *shapes, *(t.data_ptr() for t in (*tensors, *self.parameters) if t.requires_grad)
+        places = [t.data_ptr() for t in (*tensors, *self.parameters) if t.requires_grad]
+        key = spec, *plain, *shapes, *places
 
         def forward(*tensors: Tensor, run=self.forward) -> Tensor:
             left = iter(tensors)
-            args, kwargs = torch.utils._pytree.tree_unflatten([next(left) if x is Tensor else x for x in plain], spec)
+            filled = [next(left) if x is Tensor else x for x in plain]
+            args, kwargs = torch.utils._pytree.tree_unflatten(filled, spec)
             return run(*args, **kwargs)
 
         if key not in self.warm:
-            out = forward(*(t if t.requires_grad else t.clone() for t in tensors))  # cloned: kernels depend on the alignment
+            # Cloned as in a graph: kernels depend on the alignment.
+            out = forward(*(t if t.requires_grad else t.clone() for t in tensors))
             if out.requires_grad:
                 out.register_hook(lambda _: self.warm.add(key))
             return out
         if key not in self.recorded:
-            # Leaves of their own: the accumulators of gradients belong to a stream, and those of the arguments may be alive on another.
-            own = (t.detach().requires_grad_() if t.requires_grad else t.clone() for t in tensors)
-            with torch.enable_grad():
-                self.recorded[key] = torch.cuda.make_graphed_callables(
-                    forward, (*own, *self.parameters), num_warmup_iters=0, allow_unused_input=True, pool=self.pool)
-            Graphed.made.append((len(compilations()) - len(Graphed.made), f"CUDA graph of {[shape for shape, _ in shapes]}"))
-        for p in self.parameters:  # a gradient that autograd took over from a graph would be written again by the next replay, not added to
+            self.record(key, forward, tensors)
+
+        # A gradient that autograd took over from a graph would be written again by the next replay, not added to.
+        for p in self.parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return self.recorded[key](*tensors, *self.parameters)
 
+    def record(self, key: tuple, forward, tensors: list[Tensor]) -> None:
+        """Record the graph of one set of arguments."""
+        # Leaves of their own: the accumulators of gradients belong to a stream, and those of the arguments may be
+        # alive on another.
+        own = [t.detach().requires_grad_() if t.requires_grad else t.clone() for t in tensors]
+        with torch.enable_grad():
+            self.recorded[key] = torch.cuda.make_graphed_callables(
+                forward, (*own, *self.parameters), num_warmup_iters=0, allow_unused_input=True, pool=self.pool)
+        recordings = self.world.recordings
+        compiled_before = len(compilations(self.world)) - len(recordings)
+        shapes = [tuple(t.shape) for t in tensors if not t.requires_grad]
+        recordings.append((compiled_before, f"CUDA graph of {shapes}"))
 
-def recompile_error(where: str, made: list[str], remedy: str) -> RunError:
-    """What a run says where torch.compile was at work in timed code; made: the latest of `compilations`."""
-    return RunError(f"{where}: the compiler was at work in timed code ({'; '.join(made) or 'on another rank'}). "
-                    f"COMPILE_ALLOW_RECOMPILES=1 accepts that; {remedy}")
+
+def recompile_error(where: str, new_graphs: list[str], remedy: str) -> RunError:
+    """Explain that torch.compile was at work in timed code; new_graphs: the latest of `compilations`."""
+    found = "; ".join(new_graphs) or "on another rank"
+    return RunError(f"{where}: the compiler was at work in timed code ({found}). COMPILE_ALLOW_RECOMPILES=1 accepts "
+                    f"that; {remedy}")
 
 
 PEAK_FLOPS = {  # datasheets: dense bf16 products summed in fp32, per second
@@ -1250,42 +1280,58 @@ def peak_memory_mib(device: torch.device) -> int:
 
 
 class Clock:
-    """One monotonic clock cut into named phases. A phase ends where the next begins, so they add up to the wall time.
+    """One monotonic clock cut into named phases. A phase ends where the next begins: they add up to the wall time.
 
-    ended(name, seconds): told of every stretch that has passed.
+    ended(name, seconds): called for every stretch that has passed.
     """
 
     def __init__(self, world: World, ended=lambda name, seconds: None):
-        self.world, self.ended, self.name, self.start = world, ended, "setup", time.perf_counter()
+        self.world = world
+        self.ended = ended
+        self.name = "setup"
+        self.start = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.peak_mib: dict[str, int] = {}
         self.compiled: dict[str, list[str]] = {}  # by phase, see `compilations`
-        self.graphs = len(compilations())
+        self.graphs = len(compilations(world))
 
     def phase(self, name: str) -> None:
         """End the current phase and begin `name`; coming back to a name adds to it."""
         self.world.synchronize()
         now = time.perf_counter()
-        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + now - self.start
-        self.ended(self.name, now - self.start)
-        self.peak_mib[self.name] = max(self.peak_mib.get(self.name, 0), peak_memory_mib(self.world.device))
+        passed = now - self.start
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + passed
+        self.ended(self.name, passed)
+
+        peak = peak_memory_mib(self.world.device)
+        self.peak_mib[self.name] = max(self.peak_mib.get(self.name, 0), peak)
         reset_peak_memory(self.world.device)
-        if made := compilations()[self.graphs :]:
-            self.compiled[self.name], self.graphs = self.compiled.get(self.name, []) + made, self.graphs + len(made)
-        self.name, self.start = name, now
+
+        new_graphs = compilations(self.world)[self.graphs :]
+        if new_graphs:
+            self.compiled.setdefault(self.name, []).extend(new_graphs)
+            self.graphs += len(new_graphs)
+        self.name = name
+        self.start = now
 
     def table(self) -> list[dict]:
-        """Phases so far, the current one included: [{name, seconds, peak_mib, compilations}]."""
+        """List the phases so far, the current one included: [{name, seconds, peak_mib, compilations}]."""
         self.phase(self.name)
-        return [dict(name=n, seconds=round(s, 3), peak_mib=self.peak_mib[n], compilations=len(self.compiled.get(n, ())))
-                for n, s in self.seconds.items()]
+        rows = []
+        for name, seconds in self.seconds.items():
+            graphs = len(self.compiled.get(name, ()))
+            rows.append(dict(
+                name=name, seconds=round(seconds, 3), peak_mib=self.peak_mib[name], compilations=graphs))
+        return rows
 
 
 class Eta:
     """Seconds left, from work done and work planned."""
 
     def __init__(self, total: float):
-        self.total, self.done, self.start = total, 0.0, time.perf_counter()
+        self.total = total
+        self.done = 0.0
+        self.start = time.perf_counter()
 
     def add(self, work: float) -> None:
         self.done += work
@@ -1592,10 +1638,10 @@ class ValData:
 
 
 # ==================================================================================================
-# MODEL - one network, one forward: training, scoring, calibration and test-time training differ by its arguments.
+# MODEL - one network, one forward: training, scoring, calibration and test-time training by its arguments.
 # ==================================================================================================
 
-# The same network in 140 lines of plain loops, with nothing folded or fused: tests/spec_model.py. Read that first.
+# The same network in 140 lines of plain loops, nothing folded or fused: tests/spec_model.py. Read that first.
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
@@ -1606,8 +1652,9 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 def softcapped_ce(logits: Tensor, targets: Tensor, cap: float, round_cap: bool = False) -> Tensor:
     """Compute the cross-entropy of the capped logits in nats, per token and in fp32.
 
-    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The upcast comes before
-    the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the same, to compare with runs that did.
+    logits (..., V), targets (...), or (..., n) for several candidates each, int64 -> as targets, fp32. The
+    upcast comes before the cap: a cap rounded to bf16 costs about 0.002 nats. `round_cap` rounds it all the
+    same, to compare with runs that did.
     """
     z = softcap(logits, cap)
     if round_cap:
@@ -1654,7 +1701,7 @@ def add_norm(weights: Tensor | None, *streams: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first 2 n of d dimensions, half-split (partial rotary embedding): x (B, T, heads, d), n = cos.shape[-1]."""
+    """Turn the first 2 n of d dimensions of x (B, T, heads, d), half-split; n = cos.shape[-1]."""
     n = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     x1, x2, rest = x.tensor_split((n, 2 * n), dim=-1)
@@ -1665,8 +1712,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def split_heads(
     qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split one merged projection into queries and keys, normed per head and rotated, queries times their gain, and values.
+    """Split a merged projection into queries and keys, normed per head and rotated, and values.
 
+    Queries are multiplied by their gain.
     qkv (B, T, (H + 2 G) d), gain (H,), cos and sin (T, 1, n) -> q (B, T, H, d), k and v (B, T, G, d).
     """
     heads = len(gain)
@@ -1678,7 +1726,7 @@ def split_heads(
 
 
 def without_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Compute XSA, y - (y.v / v.v) v, for each head of y (B, T, H, d) and its value v (B, T, G, d), in fp32."""
+    """Compute XSA, y - (y.v / v.v) v, in fp32 for heads y (B, T, H, d) and their values v (B, T, G, d)."""
     grouped = y.unflatten(2, (v.shape[2], -1)).float()  # (B, T, G, H/G, d)
     own = v.unsqueeze(3).float()                        # (B, T, G, 1, d)
     square = own.square().sum(-1, keepdim=True).clamp_min(1e-24)
@@ -1695,10 +1743,10 @@ def gate_heads(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
 
 
 def window_mask(n: int, window: int, like: Tensor, positions: Tensor | None = None) -> Tensor | None:
-    """Make what is added to the scores (n, n) of a segment so that a query sees itself and the window - 1 tokens before it.
+    """Make what is added to the scores (n, n) of a segment: a query sees itself and window - 1 tokens before.
 
-    None where plain causal attention is the same: no window (0), or one that the segment fits into. positions (.., m): just the
-    queries there, -> (.., 1, m, n), never None.
+    None where plain causal attention is the same: no window (0), or one that the segment fits into. positions
+    (.., m): just the queries there, -> (.., 1, m, n), never None.
     """
     if positions is None and not 0 < window < n:
         return None
@@ -1759,7 +1807,7 @@ class Lora(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """Adapters by site. q k v sit on the projections; o and mlp run beside the sublayer and read its normed input."""
+    """Adapters by site: q k v on the projections, o and mlp beside the sublayer, reading its normed input."""
 
     q: Lora | None = None
     k: Lora | None = None
@@ -1769,11 +1817,12 @@ class Adapters(NamedTuple):
     head: Lora | None = None  # of no depth, reads the final normed hidden state
 
     def by_depth(self, blocks: list[Block]) -> list[Adapters]:
-        """Cut into one Adapters per depth, given its block. unbind, not indexing: its backward writes each gradient once."""
+        """Cut into one Adapters per depth, given its block."""
         found: list[dict[str, Lora]] = [{} for _ in blocks]
         for site, lora in self._asdict().items():
             if lora is None or site == "head":
                 continue
+            # unbind, not indexing: its backward writes each gradient once
             pairs = zip(lora.A.unbind(0), lora.B.unbind(0), strict=True)
             for sites, block, (A, B) in zip(found, blocks, pairs, strict=True):
                 sites[site] = block.fold_adapter(site, Lora(A, B, lora.scale))
@@ -1792,7 +1841,7 @@ NO_ADAPTERS = Adapters()
 
 
 class Weights(NamedTuple):
-    """The matrices of one block, (n_out, n_in) each, in the activation dtype, its constant and learned scales folded in."""
+    """The matrices of one block, (n_out, n_in), in the activation dtype, its scales folded in."""
 
     qkv: Tensor  # Q, K and V below one another
     o: Tensor
@@ -1827,6 +1876,7 @@ class Cache:
 class Context(NamedTuple):
     """What all depths of one forward share."""
 
+    tokens: Tensor  # (B, T): a depth may look something up by token
     rope: tuple[Tensor, Tensor]  # cos and sin (T, 1, rope_dims / 2)
     segments: Segments | None
     cache: Cache | None
@@ -1845,8 +1895,9 @@ def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
     """Take x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
     if positions is None:
         return x
-    trailing = [1] * (x.ndim - 2)
-    return torch.take_along_dim(x, positions.view(*positions.shape, *trailing), dim=1)
+    trailing = x.shape[2:]
+    index = positions.view(*positions.shape, *[1] * len(trailing))
+    return x.gather(1, index.expand(-1, -1, *trailing))  # take_along_dim would compile a graph for every width
 
 
 def add_deltas(
@@ -1882,8 +1933,9 @@ def layer_order(cfg: Config, looping: bool) -> tuple[int, ...]:
 def rotary_tables(cfg: Config, length: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Compute cos and sin (length, 1, rope_dims / 2) of the row positions.
 
-    Only differences of positions matter, so documents need no reset. The frequencies are rounded to bf16 because published
-    checkpoints were trained with rounded ones. With ROPE_YARN the base grows where `context` exceeds ROPE_TRAIN_SEQ_LEN.
+    Only differences of positions matter, so documents need no reset. The frequencies are rounded to bf16
+    because published checkpoints were trained with rounded ones. With ROPE_YARN the base grows where
+    `context` exceeds ROPE_TRAIN_SEQ_LEN.
     """
     base = cfg.rope_base
     if cfg.rope_yarn and context > cfg.rope_train_seq_len:
@@ -1910,7 +1962,7 @@ class Role(NamedTuple):
     """What a tensor, or each of the equal parts of a bank, is for."""
 
     name: str                # of the matrix in a block; "": the tensor is no bank
-    products: str            # "every": for every token; "scored": not for those that are only context; "": multiplies nothing
+    products: str            # "every" token; those "scored", not those that are context; "": none
     stored: StoredAs | None  # None: for training only, in no artifact
 
 
@@ -1925,7 +1977,7 @@ class Parameter(NamedTuple):
     present: bool
 
 
-SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the order of the forward
+SITES = ("attn_in", "attn_out", "mlp_in", "mlp_mid")  # inputs of a block's matrices, in the forward's order
 HALF = StoredAs("float16", "", "", "", "rest", False)
 INT8_ROWS = HALF._replace(codec="int8_row")
 ELEMENTWISE = (Role("", "", HALF),)
@@ -1955,7 +2007,7 @@ def gptq_matrix(name: str, products: str, clip_sigmas: str, site: str, sort_rows
 
 
 def bank_parameters(cfg: Config) -> list[Parameter]:
-    """List the banks: the matrices of all blocks, stacked so that the optimizer shards whole matrices over the ranks.
+    """List the banks: the matrices of all blocks, stacked so that whole matrices are sharded over the ranks.
 
     A bank holds its roles one after another, each with one matrix (n_out, n_in) per block.
     """
@@ -1981,41 +2033,45 @@ def block_parameters(cfg: Config, block: str) -> list[Parameter]:
     dense = cfg.attn_gate == "dense"
     gain = partial(nn.init.constant_, val=cfg.qk_gain_init)
     gate_shape = (heads, D if dense else cfg.gate_window)
-    gate_init = partial(nn.init.normal_, std=cfg.gated_attn_init_std if dense else cfg.sparse_attn_gate_init_std)
+    gate_std = cfg.gated_attn_init_std if dense else cfg.sparse_attn_gate_init_std
+    gate_init = partial(nn.init.normal_, std=gate_std)
     gate = (Role("", "scored", INT8_ROWS if cfg.gated_attn_quant_gate else HALF),)
     out_gate = (Role("", "scored", HALF),)
     has_gate = cfg.attn_gate in ("dense", "sparse")
+    out_name = f"{block}.attn.attn_gate_proj.weight"
     return [
         Parameter(f"{block}.attn_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.mlp_scale", (D,), nn.init.ones_, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.resid_mix", (2, D), init_resid_mix, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.attn.q_gain", (heads,), gain, "scalars", ELEMENTWISE, True),
         Parameter(f"{block}.attn.attn_gate_w", gate_shape, gate_init, "scalars", gate, has_gate),
-        Parameter(
-            f"{block}.attn.attn_gate_proj.weight", gate_shape, nn.init.zeros_, "scalars", out_gate, cfg.attn_gate == "out"),
+        Parameter(out_name, gate_shape, nn.init.zeros_, "scalars", out_gate, cfg.attn_gate == "out"),
     ]
 
 
 @cache
 def parameters(cfg: Config) -> tuple[Parameter, ...]:
-    """List every tensor of the network, once: shape, initial values, optimizer, FLOPs and stored form are read from here.
+    """List every tensor of the network, once.
 
-    Names are those of published checkpoints.
+    Shape, initial values, optimizer, FLOPs and stored form are read from here. Names are those of published
+    checkpoints.
     """
     L, D = cfg.num_layers, cfg.model_dim
     skips = (len(layer_order(cfg, looping=True)) // 2, D)
     lanes, smear = cfg.parallel_start_layer > 0, cfg.smear_gate_enabled
-    head = StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)
+    embedding = (cfg.vocab_size, D)
+    head = (Role("", "scored", StoredAs("gptq", "embed_bits", "embed_clip_sigmas", "head", "tok_emb", True)),)
     embedding_init = partial(nn.init.normal_, std=cfg.tied_embed_init_std)
     stream_share = partial(nn.init.constant_, val=1.1)
     rows = [
         *bank_parameters(cfg),
         Parameter("skip_weights", skips, nn.init.ones_, "scalars", ELEMENTWISE, True),
         Parameter("skip_gates", skips, nn.init.zeros_, "scalars", ELEMENTWISE, cfg.skip_gates_enabled),
-        Parameter("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", ELEMENTWISE, lanes),  # by sublayer, stream
+        # by sublayer, stream
+        Parameter("parallel_post_lambdas", (L, 2, 2), nn.init.ones_, "scalars", ELEMENTWISE, lanes),
         Parameter("parallel_resid_lambdas", (L, 2), stream_share, "scalars", ELEMENTWISE, lanes),
         Parameter("smear_lambda", (1,), nn.init.zeros_, "scalars", ELEMENTWISE, smear),
-        Parameter("tok_emb.weight", (cfg.vocab_size, D), embedding_init, "embedding", (Role("", "scored", head),), True),
+        Parameter("tok_emb.weight", embedding, embedding_init, "embedding", head, True),
     ]
     for layer in range(L):
         rows += block_parameters(cfg, f"blocks.{layer}")
@@ -2037,7 +2093,7 @@ class Matrix(NamedTuple):
 
 @cache
 def matrices(cfg: Config) -> tuple[Matrix, ...]:
-    """List the tensors as artifacts name and order them: parameters that are no bank, then each block's matrices."""
+    """List the tensors as artifacts name and order them: what is no bank, then each block's matrices."""
     whole, parts = [], []
     for row in parameters(cfg):
         for k, role in enumerate(row.roles):
@@ -2095,7 +2151,7 @@ class Attention(nn.Module):
             self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
 
     def gate(self, x: Tensor, q_raw: Tensor) -> Tensor:
-        """Compute how much of each head's output passes (B, T, H). x lacks the norm scale, which the weights take over."""
+        """Compute how much of each head's output passes (B, T, H); the weights take over x's norm scale."""
         cfg, source = self.cfg, x
         if cfg.attn_gate == "dense":
             weight = self.norm_scale * self.attn_gate_w
@@ -2111,7 +2167,7 @@ class Attention(nn.Module):
         return 2 * gate if cfg.attn_gate == "out" else gate
 
     def qkv(self, x: Tensor, weights: Weights, lora: Adapters) -> Tensor:
-        """Compute (B, T, (H + 2 G) d): the merged projection and the deltas of whichever adapters there are."""
+        """Compute the merged projection and the deltas of the adapters there are: (B, T, (H + 2 G) d)."""
         D, kv = self.cfg.model_dim, self.cfg.kv_dim
         merged = F.linear(x, weights.qkv)
         return add_deltas(merged, x, lora.q, lora.k, lora.v, columns=(0, D, D + kv))
@@ -2120,7 +2176,7 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor,
         context: Context, depth: int, positions: Tensor | None,
     ) -> Tensor:
-        """Attend within segments, to the cache, or within whole rows: -> (B, T, H, d), or only at the positions."""
+        """Attend within segments, to the cache, or within whole rows -> (B, T, H, d), or at the positions."""
         if context.segments is not None:
             rows = (t.flatten(0, 1) for t in (q, k, v))  # not t[0]: the gradient of an index is a copy
             cu_seqlens, max_len = context.segments
@@ -2133,7 +2189,7 @@ class Attention(nn.Module):
         self, x: Tensor, weights: Weights, lora: Adapters,
         context: Context, depth: int, positions: Tensor | None,
     ) -> Tensor:
-        """Map x (B, T, D), normed without its norm scale, -> (B, T, D); with positions (B, n): (B, n, D), only there."""
+        """Map x (B, T, D), normed without its norm scale -> (B, T, D); or (B, n, D) at positions (B, n)."""
         cfg, kernels = self.cfg, context.kernels
         if context.tap is not None:
             context.tap(f"{self.name}.attn_in", self.norm_scale * x)
@@ -2165,7 +2221,7 @@ class Block(nn.Module):
         self.attn = Attention(cfg, layer, self.norm_scale)
 
     def fold(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, dtype: torch.dtype) -> Weights:
-        """Move the scales of a sublayer's input and output into its matrices: a pass over weights instead of activations."""
+        """Move the scales of a sublayer into its matrices: a pass over weights instead of activations."""
         o, up, down = others
         qkv = self.norm_scale * torch.cat((q, k, v))
         o = self.attn_scale[:, None] * o
@@ -2195,8 +2251,9 @@ class Block(nn.Module):
     ) -> Streams:
         """Run attention and MLP, one after the other on one stream, or side by side on two.
 
-        x0 (B, T, D): the embedding, of which attention reads a share, per channel. positions (B, n): where alone to compute
-        what follows the keys and values. lane_mix: `GPT.lane_mix`, where there are two streams.
+        x0 (B, T, D): the embedding, of which attention reads a share, per channel. positions (B, n): where
+        alone to compute what follows the keys and values. lane_mix: `GPT.lane_mix`, where there are two
+        streams.
         """
         mixed, normed = add_norm(self.resid_mix, streams.attn, x0)
         attn = self.attn(normed, weights, lora, context, depth, positions)
@@ -2211,7 +2268,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The S14 network, its tensors as `parameters` lists them. Masters are fp32, the embedding has the activation dtype."""
+    """The S14 network, its tensors as `parameters` lists them. Masters are fp32, the embedding has the
+    activation dtype.
+    """
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, kernels: Kernels = DEFINITIONS):
         super().__init__()
@@ -2237,7 +2296,8 @@ class GPT(nn.Module):
             gate = torch.sigmoid(F.linear(source, self.smear_gate.weight.to(x.dtype)))
             gate = self.smear_lambda.to(x.dtype) * gate
             if cfg.smear_gate_bos_fix:
-                # BOS starts a new document: its predecessor belongs to someone else's text and must not leak into it.
+                # BOS starts a new document: its predecessor belongs to someone else's text and must not leak
+                # into it.
                 gate = gate * (tokens[:, 1:] != BOS_ID).unsqueeze(-1)
             x = torch.cat((x[:, :1], after + gate * before), dim=1)
         return rms_norm(x)
@@ -2254,7 +2314,9 @@ class GPT(nn.Module):
         return out
 
     def skip(self, x: Tensor, skipped: Tensor, index: int) -> Tensor:
-        """Combine the decoder's x with an encoder output; rows of the weights count decoder depths, not blocks."""
+        """Combine the decoder's x with an encoder output; rows of the weights count decoder depths, not
+        blocks.
+        """
         skipped = self.skip_weights[index].to(x.dtype) * skipped
         if not self.cfg.skip_gates_enabled:
             return x + skipped
@@ -2262,7 +2324,9 @@ class GPT(nn.Module):
         return torch.lerp(skipped, x, gate.to(x.dtype))
 
     def lane_mix(self, layer: int) -> Tensor:
-        """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what the MLP writes."""
+        """Weights (2 streams that receive, 3 that give, 1): the stream itself, what attention writes, what
+        the MLP writes.
+        """
         own = self.parallel_resid_lambdas[layer, :, None]
         written = self.parallel_post_lambdas[layer].T  # rows of the parameter are the sublayers that write
         return torch.cat((own, written), dim=1)[..., None]
@@ -2273,9 +2337,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Map tokens -> final normed hidden states (B, T, D), or (B, n, D) at `positions`.
 
-        With positions the last depth computes of the others only keys and values. The first half of `layers` pushes skips,
-        the second half pops them. From the first decoder depth with block >= PARALLEL_START_LAYER on there are two streams:
-        attention reads and skips join the first, the MLP reads the second, and both sublayers write to both.
+        With positions the last depth computes of the others only keys and values. The first half of `layers`
+        pushes skips, the second half pops them. From the first decoder depth with block >=
+        PARALLEL_START_LAYER on there are two streams: attention reads and skips join the first, the MLP reads
+        the second, and both sublayers write to both.
         """
         cfg, start = self.cfg, 0 if cache is None else cache.length
         end = start + tokens.shape[1]
@@ -2287,7 +2352,7 @@ class GPT(nn.Module):
         longest = tokens.shape[1] if bounded is None else bounded.max_len
         cos, sin = rotary_tables(cfg, end, longest, tokens.device)
         rope = (cos[start:], sin[start:])
-        context = Context(rope, segments, cache, self.kernels, tap)
+        context = Context(tokens, rope, segments, cache, self.kernels, tap)
         weights = self.weights(x0.dtype)
         loras = adapters.by_depth([self.blocks[layer] for layer in layers])
         streams, skips, half = Streams(x0), [], len(layers) // 2
@@ -2325,13 +2390,15 @@ class GPT(nn.Module):
         training: bool = False,
         tap=None,
     ) -> Tensor:
-        """Compute nats per target, fp32. The only entry: training, scoring, calibration, writing and test-time training.
+        """Compute nats per target, fp32. The only entry: training, scoring, calibration, writing and
+        test-time training.
 
-        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those positions; one more
-        dimension for several candidates each; None: the capped logits (B, T, V). layers: `layer_order`. segments: of a packed
-        row; not with positions. cache: what these rows held before; not with either. adapters: one set per row. shift (B or 1,
-        1, D): added to the final hidden states. tap(site, x): sees the input of every matrix. training: the cap is rounded as
-        FUSED_CE_ENABLED says, not EVAL_SOFTCAP_FP32; without adapters.
+        tokens (B, T) int64. targets (B, T), or (B, n) together with `positions` (B, n): score just those
+        positions; one more dimension for several candidates each; None: the capped logits (B, T, V). layers:
+        `layer_order`. segments: of a packed row; not with positions. cache: what these rows held before; not
+        with either. adapters: one set per row. shift (B or 1, 1, D): added to the final hidden states.
+        tap(site, x): sees the input of every matrix. training: the cap is rounded as FUSED_CE_ENABLED says,
+        not EVAL_SOFTCAP_FP32; without adapters.
         """
         cfg, head = self.cfg, self.tok_emb.weight
         x = self.hidden(tokens, layers, segments, cache, adapters, positions, tap)
@@ -2349,7 +2416,7 @@ class GPT(nn.Module):
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of a forward pass; a multiplication and an addition are two. Elementwise work is not counted."""
+    """Floating-point operations of a forward's products: two a multiplication and addition."""
 
     matmul: float     # with the model's own matrices
     lora: float       # with those of adapters
@@ -2363,18 +2430,21 @@ def causal_pairs(lengths: np.ndarray, window: int) -> float:
 
 
 def adapter_flops(site: str, lora: Lora, depths: int, scored: float) -> float:
-    """Count the products of one site's adapters for a token, two FLOPs each; at the last depth some only for scored tokens."""
+    """Count the FLOPs of a site's adapters for a token; at the last depth some are for scored tokens only."""
     spared = dict(o=1 / depths, mlp=1 / depths, head=1.0).get(site, 0.0) * (1 - scored)
     per_document = (lora.A.numel() + lora.B.numel()) / lora.A.shape[-3]
     return 2 * per_document * (1 - spared)
 
 
-def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0) -> Flops:
-    """Forward FLOPs of a token, averaged over segments of these lengths: the matrices of every layer application, logits and adapters,
-    and attention by the causal pairs there really are.
+def flops_per_token(
+    cfg: Config, lengths, looping: bool, adapters: Adapters = NO_ADAPTERS, scored: float = 1.0
+) -> Flops:
+    """Count the forward FLOPs of a token, averaged over segments of these lengths.
 
-    scored: share of the tokens, at the end of the segments, that are scored; the last depth computes keys and values of the
-    others, but not what follows. Zeros that adapters are padded with do not count.
+    Counted are the matrices of every layer application, logits and adapters, and attention by its causal
+    pairs.
+    scored: share of the tokens, at the end of the segments, that are scored; the last depth computes keys and
+    values of the others, but not what follows. Zeros that adapters are padded with do not count.
     """
     layers = layer_order(cfg, looping)
     products = 0.0
@@ -2391,7 +2461,8 @@ def flops_per_token(cfg: Config, lengths, looping: bool, adapters: Adapters = NO
     return Flops(2 * products, deltas, 4 * cfg.model_dim * pairs / n.sum())
 
 
-PASSES = {  # how often a pass does the forward's FLOPs with matrices, adapters and in attention, and the latter again
+# How often a pass does the forward's FLOPs with matrices, adapters and in attention, and the latter again.
+PASSES = {
     "score": (1, 1, 1, 0.0),
     "train": (3, 3, 3, 0.5),  # the backward of flash attention repeats one of the forward's two products
     "adapt": (2, 3, 3, 0.5),  # frozen matrices have no gradient of their own
@@ -2399,7 +2470,7 @@ PASSES = {  # how often a pass does the forward's FLOPs with matrices, adapters 
 
 
 class FlopCount:
-    """Counts the FLOPs of one rank: of the model, of these those of scored tokens, and all that the hardware ran."""
+    """Count the FLOPs of one rank: the model's, of these those of scored tokens, and all the hardware's."""
 
     def __init__(self):
         self.model = 0.0
@@ -2407,7 +2478,7 @@ class FlopCount:
         self.hardware = 0.0
 
     def add(self, flops: Flops, kind: str, tokens: int, scored: float) -> None:
-        """Add one of PASSES over `tokens` positions, padding and context included, `scored` of which count for the loss."""
+        """Add one of PASSES over `tokens` positions, padding included; the loss counts `scored` of them."""
         matmul, lora, attention, again = PASSES[kind]
         per_token = matmul * flops.matmul + lora * flops.lora + attention * flops.attention
         self.model += tokens * per_token
@@ -2426,7 +2497,7 @@ def build_model(cfg: Config, world: World, kernels: Kernels = DEFINITIONS) -> GP
 
 
 def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False):
-    """The forward that everything calls: compiled without graph breaks where COMPILE_BACKEND says so, else the model itself.
+    """Return the forward that everything calls: compiled if COMPILE_BACKEND says so, else the model itself.
 
     The same code serves packed rows of any number of segments and, if `growing`, rows of any width.
     """
@@ -2440,7 +2511,9 @@ def compile_forward(model: GPT, cfg: Config, world: World, growing: bool = False
     torch._dynamo.utils.set_compilation_metrics_limit(1 << 16)  # `compilations` counts all of them
     compiled = torch.compile(model, backend=backend, dynamic=None if growing else False, fullgraph=True)
 
-    def forward(tokens: Tensor, targets: Tensor | None, segments: Segments | None = None, **options) -> Tensor:
+    def forward(
+        tokens: Tensor, targets: Tensor | None, segments: Segments | None = None, **options
+    ) -> Tensor:
         for t, size in ((segments and segments.cu_seqlens, 0), (tokens if growing else None, 1)):
             if t is not None:
                 torch._dynamo.maybe_mark_dynamic(t, size)
@@ -2722,7 +2795,7 @@ def context_length(cfg: Config, progress: float) -> int:
 
 
 def rewarmup(cfg: Config, steps_since_change: int | None) -> float:
-    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step. None: no change."""
+    """Compute the ramp after a context change: k / SEQ_CHANGE_WARMUP_STEPS at its k-th step; None: 1."""
     if steps_since_change is None or not cfg.seq_change_warmup_steps:
         return 1.0
     return min(1.0, steps_since_change / cfg.seq_change_warmup_steps)
@@ -2861,7 +2934,7 @@ class Utilization:
     def interval(self) -> str:
         """Describe the time since the last call, for the log.
 
-        Of the model's FLOPs both shares; then one each, of the datasheet's peak if there is one: that of scored
+        Of the model's FLOPs both shares; then one each, of the datasheet's peak where known: that of scored
         tokens, of all that the hardware ran, and of the model once more, with pauses in the time.
         """
         work = self.work
@@ -2904,7 +2977,7 @@ class Trainer:
         self.files = files
         self.model = build_model(cfg, world, kernels)
         self.forward = compile_forward(self.model, cfg, world)
-        self.graphs = Graphed(self.forward, self.model.parameters()) if cfg.cuda_graphs else None
+        self.graphs = Graphed(self.forward, world, self.model.parameters()) if cfg.cuda_graphs else None
         self.optimizer = TrainOptimizer(self.model, cfg, world)
         self.ema = Ema(self.model, cfg.ema_decay) if cfg.ema_decay else None
         self.accumulate = cfg.micro_batches // world.size  # micro-batches of this rank in a step
@@ -3158,7 +3231,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
     world = trainer.world
     clock = trainer.clock
     budget = cfg.train_budget_seconds
-    known_graphs = len(compilations())  # what is compiled from here on is compiled in timed code
+    known_graphs = len(compilations(world))  # what is compiled from here on is compiled in timed code
     saved_at = 0.0  # seconds of training at the last checkpoint
     forecast_at = 0.0  # and at the last forecast
     forecast_seconds = 0.0  # which took these; 0: there was none
@@ -3168,7 +3241,7 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
     with StopRequest() as stop, profiler or contextlib.nullcontext():
         while trainer.step < (cfg.force_stop_step or cfg.iterations):
             # The ranks agree on the clock, and on stopping.
-            new_graphs = [] if cfg.compile_allow_recompiles else compilations()[known_graphs:]
+            new_graphs = [] if cfg.compile_allow_recompiles else compilations(world)[known_graphs:]
             elapsed, block_seconds, interrupted, recompiled = world.max(
                 clock.now(), clock.block_seconds(), float(stop.requested), len(new_graphs))
             if interrupted or recompiled:
@@ -3199,13 +3272,13 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
                     log(f"{trainer.step}/{cfg.iterations} {forecast(window[0])}")
                     forecast_at = clock.now()
                     forecast_seconds = forecast_at - now
-                    known_graphs = len(compilations())
+                    known_graphs = len(compilations(world))
 
             if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
                 clock.pause()
                 score = validate()
                 log(f"{trainer.step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
-                known_graphs = len(compilations())
+                known_graphs = len(compilations(world))
                 clock.go_on()
 
             if cfg.checkpoint_seconds:
@@ -3232,10 +3305,11 @@ def train(trainer: Trainer, validate, log: Log, checkpoint_path: Path, forecast=
 # ==================================================================================================
 
 Tensors = dict[str, Tensor]  # by name
+Rounded = tuple[Tensor, Tensor]  # integers and the values they stand for, in steps
 
 
 class Hessians:
-    """Add up GPTQ's H = sum of x^T x over the inputs of every matrix, by site. Handed to the forward as its tap."""
+    """Add up GPTQ's H = sum of x^T x over the inputs of every matrix, by site: the tap of a forward."""
 
     def __init__(self):
         self.H: Tensors = {}
@@ -3278,8 +3352,8 @@ def write_sequences(
 ) -> np.ndarray:
     """Let the model write text for calibration (PR #1019): this rank's share (n, T + 1) of `count` sequences.
 
-    T is the smaller of `length` and TRAIN_SEQ_LEN. The first token is uniform, the others are drawn at `temperature`;
-    SEED decides them, on any number of ranks.
+    T is the smaller of `length` and TRAIN_SEQ_LEN. The first token is uniform, the others are drawn at
+    `temperature`; SEED decides them, on any number of ranks.
     """
     size = min(length, cfg.train_seq_len) + 1
     layers = layer_order(cfg, looping=True)
@@ -3290,12 +3364,13 @@ def write_sequences(
     for t in range(1, size):
         logits = model(tokens[:, t - 1 : t], None, layers=layers, cache=cache)[:, 0]
         odds = (logits / temperature).softmax(-1).cumsum(-1)
-        tokens[:, t] = torch.searchsorted(odds, draws[:, t : t + 1] * odds[:, -1:])[:, 0]
+        draw = draws[:, t : t + 1] * odds[:, -1:]
+        tokens[:, t] = torch.searchsorted(odds, draw)[:, 0]
     return tokens.cpu().numpy()
 
 
 def calibration_parts(cfg: Config) -> int:
-    """Return the windows a micro-batch of calibration is cut into: gradients want more samples and less memory."""
+    """Return how many windows a micro-batch is cut into: gradients want more samples and less memory."""
     most = 8 if scheme_of(cfg).GRADIENTS else 1
     return min(most, cfg.train_microbatch_tokens // cfg.train_seq_len)
 
@@ -3309,7 +3384,7 @@ def calibrate(
     """
     row = packed_row(tokens, cfg.train_seq_len, world.device)
     how = dict(layers=layer_order(cfg, looping=True), segments=row.segments, tap=hessians)
-    stored = [m for m in matrices(cfg) if m.role.stored is not None]
+    stored = stored_matrices(cfg).values()
     learned = {m.parameter: weights[m.parameter] for m in stored if m.role.stored.codec == "gptq"}
     gradients = scheme_of(cfg).GRADIENTS
 
@@ -3373,7 +3448,8 @@ def inverse_cholesky(H: Tensor) -> Tensor:
 def factorize(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
     """Damp H (n, cols, cols) and choose the order in which GPTQ takes the columns, largest diagonal first.
 
-    Returns that permutation (n, cols) and `inverse_cholesky` of H permuted. A column that no input uses (dead) counts as 1.
+    Returns that permutation (n, cols) and `inverse_cholesky` of H permuted. The diagonal of a column that no
+    input uses (dead) counts as 1.
     """
     H = H.clone()
     diag = H.diagonal(0, 1, 2)
@@ -3387,18 +3463,21 @@ def factorize(H: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def positive_definite(name: str):
-    """Turn a Cholesky factorization that fails inside into a RunError. name: the first of the matrices concerned."""
+    """Turn a Cholesky factorization that fails inside into a RunError that names a matrix."""
     try:
         yield
     except torch.linalg.LinAlgError as e:
         raise RunError(f"GPTQ of {name} and its like: {e}; raise GPTQ_CALIBRATION_BATCHES") from None
 
 
-def walk_columns(W: Tensor, perm: Tensor, U: Tensor, step: Tensor, round_column: Callable, block: int = 128) -> Tensor:
+def walk_columns(
+    W: Tensor, perm: Tensor, U: Tensor, step: Tensor, round_column: Callable, block: int = 128
+) -> Tensor:
     """Quantize column after column, each error passed on to the columns that follow (GPTQ, arXiv:2210.17323).
 
-    W and step (n, rows, cols), perm and U from `factorize`. round_column(x, j): column x (n, rows) in steps, from column
-    j (n,) -> its integers and the values they stand for, in steps. Returns the integers, fp32, in the order of W.
+    W and step (n, rows, cols), perm and U from `factorize`. round_column(x, j): column x (n, rows) in steps,
+    from column j (n,) -> its integers and the values they stand for, in steps. Returns the integers, fp32, in
+    the order of W.
     """
     cols = W.shape[2]
     index = perm[:, None].expand_as(W)
@@ -3427,16 +3506,18 @@ def gptq(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run GPTQ with one scale per row, for a stack of matrices of one shape.
 
-    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols) bool: columns on
-    the finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows) of plain and protected columns.
+    W (n, rows, cols) fp32, H (n, cols, cols), clip (n, rows): where a row's grid ends, protected (n, cols)
+    bool: columns on the finer grid of `hi_bits`. Returns q int8 (n, rows, cols) and the fp16 scales (n, rows)
+    of plain and protected columns.
     """
     q_max = 2 ** (bits - 1) - 1
     hi_max = 2 ** (hi_bits - 1) - 1
     scale, hi_scale = step_size(clip, q_max), step_size(clip, hi_max)
-    step = torch.where(protected[:, None], hi_scale.float()[:, :, None], scale.float()[:, :, None])
+    fine, plain = hi_scale[:, :, None], scale[:, :, None]
+    step = torch.where(protected[:, None], fine, plain).float()
     limit = torch.where(protected, hi_max, q_max).float()
 
-    def round_column(x: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+    def round_column(x: Tensor, j: Tensor) -> Rounded:
         largest = limit.gather(1, j[:, None])
         q = x.round().clamp(-largest, largest)
         return q, q
@@ -3446,18 +3527,22 @@ def gptq(
     return q.to(torch.int8), scale, hi_scale
 
 
-# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state by state and
-# parity); it starts at 0 in every segment, and in odd states the second of two quantizers is active: k stands for 2 k steps
-# in the first, for 2 k - sign(k) in the second. Together they have every multiple of a step (dependent quantization, as in
-# the VVC video standard). A way is 2 * state + parity: two ways lead into each state.
+# A trellis codes a column in segments of rows. The parity of each integer moves a state machine (next state
+# by state and parity); it starts at 0 in every segment, and in odd states the second of two quantizers is
+# active: k stands for 2 k steps in the first, for 2 k - sign(k) in the second. Together they have every
+# multiple of a step (dependent quantization, as in the VVC video standard). A way is 2 * state + parity: two
+# ways lead into each state.
 TRELLIS_SEGMENT = 128
-TRELLIS_NEXT = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
-TRELLIS_INTO = torch.tensor(TRELLIS_NEXT).flatten().argsort(stable=True).view(8, 2)  # the ways into each state
+TRELLIS_NEXT = (
+    (0, 2), (5, 7), (1, 3), (6, 4),
+    (2, 0), (4, 6), (3, 1), (7, 5),
+)  # fmt: skip
+TRELLIS_INTO = torch.tensor(TRELLIS_NEXT).flatten().argsort(stable=True).view(8, 2)  # ways into states
 TRELLIS_ERROR = 0.24  # mean squared error of its nearest path, in steps squared
 
 
 def to_segments(x: Tensor) -> Tensor:
-    """Cut columns x (n, rows) into segments side by side (height, segments), the last of each filled up with zeros."""
+    """Cut columns x (n, rows) into segments side by side (height, segments), filled up with zeros."""
     rows = x.shape[1]
     height = min(max(rows, 1), TRELLIS_SEGMENT)
     return F.pad(x, (0, -rows % height)).reshape(-1, height).T.contiguous()
@@ -3481,11 +3566,11 @@ def trellis_values(q: Tensor) -> Tensor:
     return from_segments(2 * segments - second * segments.sign(), q.shape).float()
 
 
-def nearest_integers(a: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_integers(a: Tensor) -> Rounded:
     """Find the integers nearest to a >= 0 (height, segments), and their values, both (height, 4, segments).
 
-    They are an even and an odd integer of the first quantizer, then an even and an odd one of the second: a way takes the
-    one of its number modulo 4.
+    They are an even and an odd integer of the first quantizer, then an even and an odd one of the second: a
+    way takes the one of its number modulo 4.
     """
     way = torch.arange(4, device=a.device)[:, None]
     quantizer, parity = way // 2, way % 2
@@ -3495,8 +3580,8 @@ def nearest_integers(a: Tensor) -> tuple[Tensor, Tensor]:
     return k, 2 * k - quantizer * k.sign()
 
 
-def viterbi(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the integers of the nearest path through each segment of x (height, segments), and their values, same shape."""
+def viterbi(x: Tensor) -> Rounded:
+    """Find the nearest path through each segment of x (height, segments): integers and values, same shape."""
     k, value = nearest_integers(x.abs())
     into = TRELLIS_INTO.to(x.device)
     source = into.T // 2
@@ -3522,14 +3607,14 @@ def viterbi(x: Tensor) -> tuple[Tensor, Tensor]:
     return sign * k.gather(1, taken)[:, 0], sign * value.gather(1, taken)[:, 0]
 
 
-def trellis_path(x: Tensor, search: Callable = viterbi) -> tuple[Tensor, Tensor]:
-    """Find the integers |k| <= 127 whose values are nearest to x (n, rows), in steps, over whole segments; and those values."""
+def trellis_path(x: Tensor, search: Callable = viterbi) -> Rounded:
+    """Find the integers |k| <= 127 whose values are nearest to x (n, rows), in steps, over whole segments."""
     k, value = search(to_segments(x))
     return from_segments(k, x.shape), from_segments(value, x.shape)
 
 
 class QuantizedTensor(NamedTuple):
-    """One tensor of the artifact: its codecs, whose decoded values add up, and their parts by (codec, part)."""
+    """One tensor of the artifact: the parts of its codecs, whose decoded values add up, by (codec, part)."""
 
     parts: dict[tuple[str, str], Tensor]
     bits: int = 0  # that GPTQ was given; 0 where that is not known
@@ -3562,8 +3647,9 @@ def round_rows(w: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
 
 
 def rescale(q: Tensor, scale: Tensor) -> Tensor:
-    """Multiply integers by their scales -> fp32. Scales (n,) belong to rows, or to n equal shares of the values in order."""
-    return (q.float().reshape(len(scale), -1) * scale.float()[:, None]).view(q.shape)
+    """Multiply integers by their scales -> fp32. Scales (n,) belong to n equal shares, such as the rows."""
+    shares = q.float().reshape(scale.numel(), -1)
+    return (shares * scale.float().view(-1, 1)).view(q.shape)
 
 
 class Float16:
@@ -3592,10 +3678,10 @@ class Int8Rows:
 
 
 class Gptq:
-    """What `gptq` chose: integers, a scale per row, and a finer scale for protected column groups (AWQ-lite, PR #1908)."""
+    """Integers and a scale per row from `gptq`, a finer scale for protected groups (AWQ-lite, PR #1908)."""
 
     @staticmethod
-    def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: tuple[int, ...], hi_size: int) -> Tensors:
+    def encode(q: Tensor, scale: Tensor, hi_scale: Tensor, hi_starts: tuple, hi_size: int) -> Tensors:
         parts = dict(q=q, scale=scale)
         if hi_starts:
             parts["hi_start"] = torch.tensor(hi_starts, dtype=torch.int16)
@@ -3608,27 +3694,29 @@ class Gptq:
         q = parts["q"]
         w = rescale(q, parts["scale"])
         if "hi_start" in parts:
-            high = torch.zeros(q.shape[1], dtype=torch.bool, device=q.device)
+            high = torch.zeros_like(q[0], dtype=torch.bool)
             for start in parts["hi_start"].unique().tolist():
                 high[start : start + int(parts["hi_size"])] = True
             w[:, high] = rescale(q[:, high], parts["hi_scale"])
         return w
 
 
-HALF_OCTAVES = torch.tensor([math.ldexp((1, math.sqrt(2))[n & 1], n >> 1) for n in range(-256, 256)])
+OCTAVES = tuple(math.ldexp(1, n) for n in range(-128, 128))
+HALF_OCTAVES = torch.tensor([(x, x * math.sqrt(2)) for x in OCTAVES]).flatten()
 
 
 class Trellis:
-    """A trellis of integers down the rows of each column, with a step for each row and each column, in half octaves.
+    """A trellis of integers down each column, with a step for each row and each column, in half octaves.
 
-    q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,), common to all.
+    q int8 (rows, cols); row (rows,) and col (cols,) int8; step int16 (1,) times 2 to the octave int8 (1,),
+    common to all.
     """
 
     encode = dict
 
     @staticmethod
     def steps(parts: Tensors) -> Tensor:
-        """Compute the steps (rows, cols) fp32, exactly the same everywhere: a number of 15 bits, half octaves from a table."""
+        """Compute the steps (rows, cols) fp32, the same everywhere: 15 bits, half octaves from a table."""
         codes = parts["row"].int()[:, None] + parts["col"].int()
         common = math.ldexp(int(parts["step"]), int(parts["octave"]))
         return common * HALF_OCTAVES.to(codes.device)[256 + codes]
@@ -3639,7 +3727,7 @@ class Trellis:
 
 
 class LowRank:
-    """Low-rank correction A B, symmetric integer factors, one fp16 scale per row of either (LQER, arXiv:2402.02446)."""
+    """Low-rank correction A B, symmetric integers, a scale per row of either (LQER, arXiv:2402.02446)."""
 
     @staticmethod
     def encode(A: Tensor, B: Tensor, bits: int) -> Tensors:
@@ -3654,7 +3742,7 @@ class LowRank:
 
 
 class LowRankAsym:
-    """Low-rank correction, A in {-2..1} with one scale, B in {-8..7} with one scale per group of values (PR #1797)."""
+    """Low-rank correction A B, A in {-2..1} with one scale, B in {-8..7} with one per group (PR #1797)."""
 
     @staticmethod
     def encode(A: Tensor, B: Tensor, group: int) -> Tensors:
@@ -3700,28 +3788,26 @@ class GptqInput(NamedTuple):
     hi_starts: tuple[int, ...] = ()  # first columns of the protected groups
 
 
-@cache
-def stored_as(cfg: Config) -> dict[str, StoredAs]:
-    """Look up every tensor's codec: as its row says, but for the embedding, which its scheme has a say in."""
-    found = {m.name: m.role.stored for m in matrices(cfg) if m.role.stored is not None}
-    embedding = found["tok_emb.weight"]
-    return found | {"tok_emb.weight": embedding._replace(codec=scheme_of(cfg).EMBEDDING)}
+def codec_of(cfg: Config, m: Matrix) -> str:
+    """Look up a tensor's codec: its row's, but for the embedding, for which the scheme has one."""
+    return scheme_of(cfg).EMBEDDING if m.name == "tok_emb.weight" else m.role.stored.codec
 
 
 def gptq_inputs(cfg: Config, tensors: Tensors) -> list[GptqInput]:
     """Collect the matrices that GPTQ quantizes, with their settings."""
     inputs = []
-    for m in matrices(cfg):
-        how = stored_as(cfg).get(m.name)
-        if how is not None and how.codec == "gptq":
+    for name, m in stored_matrices(cfg).items():
+        if codec_of(cfg, m) == "gptq":
+            how = m.role.stored
             site = how.site if m.layer is None else f"blocks.{m.layer}.{how.site}"
             bits, clip_sigmas = getattr(cfg, how.bits), getattr(cfg, how.clip_sigmas)
-            inputs.append(GptqInput(m.name, tensors[m.name].float(), bits, clip_sigmas, site))
+            inputs.append(GptqInput(name, tensors[name].float(), bits, clip_sigmas, site))
     return inputs
 
 
 def mixed_bits(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
-    """Keep the bits of the N_INT6_LAYERS matrices with the largest trace of H; the others lose one (PR #1105)."""
+    """Keep the bits of the N_INT6_LAYERS matrices with the largest trace of H; the others lose one (PR
+    #1105)."""
     traces = {x.name: hessians.H[x.site].trace().item() for x in inputs}
     ranked = sorted(traces, key=traces.get, reverse=True)
     kept = set(ranked[: cfg.n_int6_layers])
@@ -3729,7 +3815,7 @@ def mixed_bits(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list
 
 
 def protect_groups(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> list[GptqInput]:
-    """Choose the groups of columns to protect (AWQ-lite), the best of all matrices with fewer than AWQ_LITE_BITS.
+    """Choose the groups of columns to protect (AWQ-lite), of all matrices with fewer than AWQ_LITE_BITS.
 
     They are those with the largest sum of rms(x_j) mean|W_j|.
     """
@@ -3740,8 +3826,7 @@ def protect_groups(cfg: Config, inputs: list[GptqInput], hessians: Hessians) -> 
     for x in inputs:
         if x.bits < cfg.awq_lite_bits:
             columns = hessians.rms(x.site) * x.W.abs().mean(0)
-            whole = len(columns) // size * size
-            scores = columns[:whole].view(-1, size).sum(1).tolist()
+            scores = columns.unfold(0, size, size).sum(1).tolist()
             ranked += [(-score, x.name, g * size) for g, score in enumerate(scores)]
     best = sorted(ranked)[: cfg.awq_lite_group_top_k]
     return [x._replace(hi_starts=tuple(start for _, name, start in best if name == x.name)) for x in inputs]
@@ -3751,7 +3836,7 @@ PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # of |w| in a row: where QU
 
 
 def clips_by_deviation(W: Tensor, sigmas: float) -> Tensor:
-    """End the grid of each row of W (n, rows, cols) at a multiple of its standard deviation (SDClip): (n, 1, rows)."""
+    """End the grid of a row of W (n, rows, cols) at `sigmas` standard deviations (SDClip): (n, 1, rows)."""
     return sigmas * W.std(-1)[:, None]
 
 
@@ -3764,63 +3849,19 @@ def clips_by_percentile(W: Tensor, sigmas: float) -> Tensor:
     return torch.stack([w.abs().quantile(percentiles, dim=1).clamp_min(1) for w in W])
 
 
-def gptq_group(
-    cfg: Config, group: list[GptqInput], hessians: Hessians, clips: Callable, damping: float
-) -> Quantized:
-    """Run `run_gptq` for matrices of one shape and setting, all candidates at once: rows do not influence each other."""
-    first, size = group[0], cfg.awq_lite_group_size
-    W = torch.stack([x.W for x in group])
-    H = torch.stack([hessians.H[x.site] for x in group])
-    if damping:
-        diag = H.diagonal(0, 1, 2)
-        diag += diag.mean(-1, keepdim=True).mul(damping).clamp_min(1e-6)
-
-    protected = torch.zeros(len(group), W.shape[2], dtype=torch.bool, device=W.device)
-    for columns, x in zip(protected, group, strict=True):
-        for start in x.hi_starts:
-            columns[start : start + size] = True
-
-    ends = clips(W, first.clip_sigmas)
-    n = ends.shape[1]
-    with positive_definite(first.name):
-        results = gptq(W.repeat(1, n, 1), H, ends.flatten(1), first.bits, protected, cfg.awq_lite_bits)
-
-    out = {}
-    for x, *parts in zip(group, *results, strict=True):
-        candidates = zip(*(t.chunk(n) for t in parts), strict=True)
-        found = [encoded("gptq", *candidate, x.hi_starts, size) for candidate in candidates]
-        errors = [float((x.W - t.decode()).square().sum()) for t in found]
-        out[x.name] = found[errors.index(min(errors))]._replace(bits=x.bits)
-    return out
-
-
-def run_gptq(
-    cfg: Config, inputs: list[GptqInput], hessians: Hessians, clips: Callable, damping: float = 0.0
-) -> Quantized:
-    """Quantize all matrices by GPTQ, those of one shape and setting in one batch.
-
-    clips(W, clip_sigmas): candidates for the ends of the grids; a matrix takes the one that leaves the smallest squared
-    error. damping: of H, before the solver adds its own. Raises RunError when a Hessian is not positive definite.
-    """
-    groups: dict[tuple, list[GptqInput]] = {}
-    for x in inputs:
-        groups.setdefault((x.W.shape, x.bits, x.clip_sigmas), []).append(x)
-    out = {}
-    for group in groups.values():
-        out |= gptq_group(cfg, group, hessians, clips, damping)
-    return out
-
-
 def low_rank_factors(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Find the nearest A B to E (rows, cols), A (rows, r), B (r, cols) with orthonormal rows, r = min(rank, rows, cols).
+    """Find the nearest A B to E (rows, cols): A (rows, r), B (r, cols) with orthonormal rows.
 
-    These are the leading singular vectors, by the eigenvectors of the smaller Gram matrix in fp64. The largest number in each
-    row of B is positive: that makes the result unique, and the same on every device up to rounding.
+    r is the smallest of rank, rows and cols.
+    These are the leading singular vectors, by the eigenvectors of the smaller Gram matrix in fp64. The
+    largest number in each row of B is positive: that makes the result unique, and the same on every device up
+    to rounding.
     """
     tall = E.shape[0] >= E.shape[1]
     device = "cpu" if E.device.type == "mps" else E.device
     X = (E if tall else E.T).to(device, torch.float64)
-    squares, V = (t[..., -rank:].flip(-1) for t in torch.linalg.eigh(X.T @ X))
+    squares, V = torch.linalg.eigh(X.T @ X)
+    squares, V = squares[-rank:].flip(-1), V[:, -rank:].flip(-1)
     A, B = X @ V, V.T
     if not tall:
         S = squares.clamp_min(1e-60).sqrt()
@@ -3835,7 +3876,7 @@ def low_rank_corrections(cfg: Config, inputs: list[GptqInput], stored: Quantized
     if not cfg.lqer_enabled or not inputs:
         return {}
     residuals = {x.name: x.W - stored[x.name].decode() for x in inputs}
-    norms = torch.stack([E.norm() for E in residuals.values()]).tolist()  # one wait for the device, not one a matrix
+    norms = torch.stack([E.norm() for E in residuals.values()]).tolist()  # one wait for the device
     ranked = sorted((-norm, name) for name, norm in zip(residuals, norms, strict=True))
 
     codec, setting = "low_rank", cfg.lqer_factor_bits
@@ -3848,15 +3889,60 @@ def low_rank_corrections(cfg: Config, inputs: list[GptqInput], stored: Quantized
     return out
 
 
-def gptq_with_corrections(
+def gptq_group(
+    cfg: Config, group: list[GptqInput], hessians: Hessians, clips: Callable, damping: float
+) -> Quantized:
+    """Run GPTQ for matrices of one shape and setting.
+
+    Rows do not influence each other, so the candidates of a matrix run as more rows of it.
+    """
+    first, size = group[0], cfg.awq_lite_group_size
+    W = torch.stack([x.W for x in group])
+    H = torch.stack([hessians.H[x.site] for x in group])
+    if damping:
+        diag = H.diagonal(0, 1, 2)
+        diag += diag.mean(-1, keepdim=True).mul(damping).clamp_min(1e-6)
+
+    protected = torch.zeros_like(W[:, 0], dtype=torch.bool)
+    for columns, x in zip(protected, group, strict=True):
+        for start in x.hi_starts:
+            columns[start : start + size] = True
+
+    ends = clips(W, first.clip_sigmas)
+    n = ends.shape[1]
+    W = W.repeat(1, n, 1)
+    with positive_definite(first.name):
+        results = gptq(W, H, ends.flatten(1), first.bits, protected, cfg.awq_lite_bits)
+
+    out = {}
+    for x, *parts in zip(group, *results, strict=True):
+        candidates = zip(*(t.chunk(n) for t in parts), strict=True)
+        found = [encoded("gptq", *candidate, x.hi_starts, size) for candidate in candidates]
+        errors = [float((x.W - t.decode()).square().sum()) for t in found]
+        out[x.name] = found[errors.index(min(errors))]._replace(bits=x.bits)
+    return out
+
+
+def run_gptq(
     cfg: Config, inputs: list[GptqInput], hessians: Hessians, clips: Callable, damping: float = 0.0
 ) -> Quantized:
-    """Quantize by GPTQ, with protected columns and low-rank corrections as AWQ_LITE_* and LQER_* say."""
+    """Quantize by GPTQ, with protected columns and low-rank corrections as AWQ_LITE_* and LQER_* say.
+
+    clips(W, clip_sigmas): candidates for the ends of the grids; a matrix takes the one that leaves the
+    smallest squared error. damping: of H, before the solver adds its own. Raises RunError when a Hessian is
+    not positive definite.
+    """
     inputs = protect_groups(cfg, inputs, hessians)
-    stored = run_gptq(cfg, inputs, hessians, clips, damping)
-    for name, extra in low_rank_corrections(cfg, inputs, stored).items():
-        stored[name] = stored[name]._replace(parts=stored[name].parts | extra.parts)
-    return stored
+    groups: dict[tuple, list[GptqInput]] = {}
+    for x in inputs:
+        groups.setdefault((x.W.shape, x.bits, x.clip_sigmas), []).append(x)
+    out = {}
+    for group in groups.values():
+        out |= gptq_group(cfg, group, hessians, clips, damping)
+
+    for name, extra in low_rank_corrections(cfg, inputs, out).items():
+        out[name] = out[name]._replace(parts=out[name].parts | extra.parts)
+    return out
 
 
 RD_DAMPING, RD_FLOOR = 0.05, 1e-2
@@ -3870,14 +3956,14 @@ def half_octaves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_weights(H: Tensor, squares: Tensor) -> Tensor:
-    """Estimate the mean squared gradient of each row's output: (n, rows), with a floor of RD_FLOOR times its mean."""
+    """Estimate the mean squared gradient of a row's output, at least RD_FLOOR times its mean: (n, rows)."""
     diag = H.diagonal(0, 1, 2)
     g = (squares / diag.clamp_min(1e-9 * diag.amax())[:, None]).mean(-1)
     return g.clamp_min(RD_FLOOR * g.mean(-1, keepdim=True)).clamp_min(1e-30)
 
 
 def variance_histogram(W: Tensor, g: Tensor, d: Tensor) -> Tensor:
-    """Count the variances of the weights, in steps squared at a delta of 1, in sixteenths of an octave from 2^-128 to 2^128."""
+    """Count the weights by variance, in steps squared at a delta of 1, in sixteenths of an octave."""
     power = W.square()
     variance = power.mean(2, keepdim=True) * power.mean(1, keepdim=True)
     variance /= power.mean((1, 2), keepdim=True).clamp_min(1e-30)
@@ -3887,7 +3973,7 @@ def variance_histogram(W: Tensor, g: Tensor, d: Tensor) -> Tensor:
 
 
 def coarser(excess: Tensor) -> Tensor:
-    """Return the half octaves by which a step must grow for integers that are so many times too large; 0 below 1."""
+    """Return the half octaves by which a step must grow if its integers are so many times too large."""
     return (2 * excess.clamp_min(1).log2()).ceil().to(torch.int8)
 
 
@@ -3910,7 +3996,7 @@ def trellis_steps(W: Tensor, row: Tensor, col: Tensor, zero: float, delta: float
     return parts
 
 
-def scalar_rounding(x: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+def scalar_rounding(x: Tensor, column: Tensor) -> Rounded:
     """Round to nearest, on steps that err as much as the trellis: a `round_column` that costs no search."""
     width = math.sqrt(12 * TRELLIS_ERROR)
     q = (x / width).round().clamp(-127, 127)
@@ -3922,14 +4008,15 @@ class MatrixGroup:
 
     def __init__(self, inputs: list[GptqInput], hessians: Hessians):
         self.names = [x.name for x in inputs]
-        sites = [x.name if x.name in hessians.H else x.site for x in inputs]  # the embedding's H is of its gradients
+        sites = [x.name if x.name in hessians.H else x.site for x in inputs]  # the embedding's: its gradients
         H = torch.stack([hessians.H[site] for site in sites])
         squares = torch.stack([hessians.squares[name] for name in self.names])
         self.W = without_dead_columns(torch.stack([x.W for x in inputs]), H)
         with positive_definite(self.names[0]):
             self.perm, self.U = factorize(H, RD_DAMPING)
         g = row_weights(H, squares)
-        d = self.U.diagonal(0, 1, 2).square().reciprocal().gather(1, self.perm.argsort(-1))
+        d = self.U.diagonal(0, 1, 2).square().reciprocal()
+        d = d.gather(1, self.perm.argsort(-1))
         self.row, row_zero = half_octaves(g)
         self.col, col_zero = half_octaves(d)
         self.zero = (row_zero + col_zero).tolist()
@@ -3941,16 +4028,18 @@ class MatrixGroup:
         parts = [trellis_steps(*matrix, delta) for matrix in each]
         step = torch.stack([Trellis.steps(p) for p in parts])
         q = walk_columns(self.W, self.perm, self.U, step, round_column).to(torch.int8)
-        return {name: encoded("trellis", q=k, **p) for name, k, p in zip(self.names, q, parts, strict=True)}
+        found = [encoded("trellis", q=k, **p) for k, p in zip(q, parts, strict=True)]
+        return dict(zip(self.names, found, strict=True))
 
 
 class RateDistortion:
-    """QUANT=rd: every weight at one slope of predicted loss against coded bits: one number, `delta`, sets the size of all.
+    """Put every weight at one slope of predicted loss against coded bits: `delta` alone sets the size of all.
 
-    The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean squared gradient of the
-    row's output (diagonal Fisher information, with the labels of the text). GPTQ makes it 1/2 sum_rj g_r d_j e_rj^2 with
-    d_j = 1 / U_jj^2 and errors e of the size of the steps; by reverse water-filling (Cover and Thomas, 10.3) the step of
-    weight (r, j) is delta / sqrt(g_r d_j). Raises RunError when a Hessian is not positive definite.
+    The predicted loss of an error E of a matrix is 1/2 sum_r g_r E_r H E_r^T: H as in GPTQ, g the mean
+    squared gradient of the row's output (diagonal Fisher information, with the labels of the text). GPTQ
+    makes it 1/2 sum_rj g_r d_j e_rj^2 with d_j = 1 / U_jj^2 and errors e of the size of the steps; by reverse
+    water-filling (Cover and Thomas, 10.3) the step of weight (r, j) is delta / sqrt(g_r d_j). Raises RunError
+    when a Hessian is not positive definite.
     """
 
     def __init__(self, cfg: Config, tensors: Tensors, hessians: Hessians, search: Callable | None = None):
@@ -3974,7 +4063,7 @@ class RateDistortion:
         """Predict the loss, in nats per token: it grows with the square of delta."""
         return self.rd_loss * (delta / self.finest) ** 2
 
-    def nearest_path(self, x: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest_path(self, x: Tensor, column: Tensor) -> Rounded:
         """Round a column by the trellis."""
         return trellis_path(x, self.search)
 
@@ -3986,7 +4075,7 @@ class RateDistortion:
         return out
 
     def bits(self, delta: float) -> float:
-        """Predict the bits of the integers: for a Gaussian weight, half the logarithm of its variance in steps squared."""
+        """Predict the bits of the integers: half the logarithm of a weight's variance in steps squared."""
         octaves = (1 + 4.3 * self.ratios / delta**2).log2()
         return float((self.variances * octaves).sum() / 2)
 
@@ -4010,11 +4099,11 @@ class S14:
 
     @staticmethod
     def encode(cfg: Config, tensors: Tensors, hessians: Hessians) -> Quantized:
-        return gptq_with_corrections(cfg, gptq_inputs(cfg, tensors), hessians, clips_by_deviation)
+        return run_gptq(cfg, gptq_inputs(cfg, tensors), hessians, clips_by_deviation)
 
 
 class S05:
-    """Mixed bits, the best of several grids, an int8 embedding (PR #1105). H is damped twice, as published."""
+    """Mixed bits, the best of several grids, an int8 embedding (PR #1105); H damped twice, as published."""
 
     EMBEDDING = "int8_row"
     GRADIENTS = False
@@ -4022,7 +4111,7 @@ class S05:
     @staticmethod
     def encode(cfg: Config, tensors: Tensors, hessians: Hessians) -> Quantized:
         inputs = mixed_bits(cfg, gptq_inputs(cfg, tensors), hessians)
-        return gptq_with_corrections(cfg, inputs, hessians, clips_by_percentile, damping=0.01)
+        return run_gptq(cfg, inputs, hessians, clips_by_percentile, damping=0.01)
 
 
 class Rd:
@@ -4037,7 +4126,7 @@ class Rd:
         return plan.encode(plan.finest)
 
 
-SCHEMES = dict(s14=S14, s05=S05, rd=Rd)  # by QUANT: the embedding's codec, whether calibration needs gradients, the integers
+SCHEMES = dict(s14=S14, s05=S05, rd=Rd)  # embedding's codec, whether gradients are needed, how to encode
 
 
 def scheme_of(cfg: Config) -> Any:
@@ -4057,10 +4146,11 @@ def full_fp32():
 
 
 def complete(cfg: Config, tensors: Tensors, quantized: Quantized) -> Quantized:
-    """Encode the tensors that no scheme has quantized, each by its codec. Returns all, in their order, on the CPU."""
-    codecs = stored_as(cfg)
-    rest = {name: encoded(codecs[name].codec, t.float()) for name, t in tensors.items() if name not in quantized}
-    stored = rest | quantized
+    """Encode the tensors that are not quantized yet, each by its codec. Returns all, in order, on the CPU."""
+    stored = dict(quantized)
+    for name, m in stored_matrices(cfg).items():
+        if name not in quantized:
+            stored[name] = encoded(codec_of(cfg, m), tensors[name].float())
     return {name: stored[name].cpu() for name in tensors}
 
 
@@ -4090,9 +4180,10 @@ def quantize(cfg: Config, state: Tensors, hessians: Hessians, log: Log) -> Quant
 
 
 def dequantized_state(cfg: Config, stored: Quantized) -> Tensors:
-    """Return what the artifact stands for, as a state dict in fp32; tensors that no artifact keeps are zero."""
-    unstored = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.role.stored is None}
-    return rebank(cfg, {name: t.decode() for name, t in stored.items()} | unstored)
+    """Return the fp32 state dict that an artifact stands for; tensors that no artifact keeps are zero."""
+    values = {m.name: torch.zeros(m.shape) for m in matrices(cfg) if m.role.stored is None}
+    values |= {name: t.decode() for name, t in stored.items()}
+    return rebank(cfg, values)
 
 
 # ==================================================================================================
@@ -4102,14 +4193,15 @@ def dequantized_state(cfg: Config, stored: Quantized) -> Tensors:
 ARTIFACT_MAGIC = b"PGA1"
 ARTIFACT_VERSION = 4   # bump it whenever any byte of the output could change its meaning
 HEADER_START = 26      # behind magic, version, header size and checksum
-CHECKPOINT_FORMAT = 2  # of final_model.pt; published files have none, nor had ours while parallel_post_lambdas was transposed
-
-
-STREAMS = ("tok_emb", "attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "rest", "row_order")
-Array = np.ndarray
-Arrays = dict[str, Array]  # all parts of all tensors, "tensor:codec.part": int8, int16 or fp16
+CHECKPOINT_FORMAT = 2  # of final_model.pt; published files have none
+STREAMS = (  # in their order in an artifact
+    "tok_emb", "attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "rest", "row_order",
+)
 SMALL_STREAMS = ("rest", "row_order")  # no integers of matrices
 TOKEN_STREAM = "tok_emb"  # a row per token: rows of rare tokens resemble each other
+
+Array = np.ndarray
+Arrays = dict[str, Array]  # all parts of all tensors by name, "tensor:codec.part": int8, int16 or fp16
 
 
 class ArtifactError(RunError):
@@ -4117,12 +4209,12 @@ class ArtifactError(RunError):
 
 
 HOSTILE = (  # what parsing and decoding of hostile bytes raise, before it becomes an ArtifactError
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError,
-    ValueError, brotli.error, subprocess.TimeoutExpired,
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError,
+    TypeError, ValueError, brotli.error, subprocess.TimeoutExpired,
 )
 
 
-# ---- coders: bytes <-> fewer bytes
+# Coders: bytes <-> fewer bytes
 
 
 class Brotli:
@@ -4150,8 +4242,8 @@ class Lrzip:
         """Find the program. Raises RunError saying how to get it."""
         path = shutil.which("lrzip")
         if path is None:
-            raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it (on Debian and "
-                           "Ubuntu: apt-get install lrzip), or set COMPRESSOR=range")
+            raise RunError("COMPRESSOR=pergroup needs the lrzip program, to pack and to unpack: install it "
+                           "(on Debian and Ubuntu: apt-get install lrzip), or set COMPRESSOR=range")
         return path
 
     @staticmethod
@@ -4163,15 +4255,15 @@ class Lrzip:
         """Decode to `size` bytes, which the data's own header must announce too: the program sees no bomb."""
         announced = int.from_bytes(data[6:14], "little")
         if data[:4] != b"LRZI" or announced != size:
-            raise ArtifactError(f"a stream of the artifact is not lrzip's form of {size} bytes; make it again")
+            raise ArtifactError(f"a stream of the artifact is no lrzip form of {size} bytes; make it again")
         return Lrzip.run(["-d"], data, size)
 
     @staticmethod
     def run(flags: list[str], data: bytes, size: int) -> bytes:
         """Run the program on `data`, which has or will have `size` bytes when decoded.
 
-        Its time and, on Linux, memory and disk have limits of several times what that size usually takes, whatever the
-        data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
+        Its time and, on Linux, memory and disk have limits of several times what that size usually takes,
+        whatever the data. Raises ArtifactError, RunError or subprocess.TimeoutExpired.
         """
         seconds = 1 + size // 50_000
         limits = dict(CPU=seconds, AS=(512 << 20) + 16 * size, FSIZE=(32 << 10) + size)
@@ -4180,32 +4272,38 @@ class Lrzip:
             result = Path(folder, "out")
             source.write_bytes(data)
             command = [Lrzip.require(), *flags, "-q", "-p", "1", "-o", str(result), str(source)]
-            pipe = subprocess.PIPE
-            with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as process:
+            streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            with subprocess.Popen(command, **streams) as process:
                 for name, limit in limits.items():
                     if hasattr(resource, "prlimit"):
                         resource.prlimit(process.pid, getattr(resource, f"RLIMIT_{name}"), (limit, limit))
                 try:
-                    output, complaint = process.communicate(timeout=10 * seconds)
+                    output, _ = process.communicate(timeout=10 * seconds)
                 finally:
                     process.kill()
             if process.returncode or not result.exists():
-                words = (complaint.strip() or output.strip()).decode(errors="replace")
-                raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: {words}")
+                words = output.decode(errors="replace").strip()
+                raise ArtifactError(f"lrzip {' '.join(flags)} failed with exit code {process.returncode}: "
+                                    f"{words}; make the artifact again")
             return result.read_bytes()
 
 
-# ---- COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine, and no table is
-# sent: encoder and decoder count what they have seen. All of it, up to `code_arrays`, is written once for both: an encoder
-# leaves the values it is given as they are, a decoder fills them in, a counter of bits adds up what they would cost.
+# COMPRESSOR=range: an adaptive range coder. Model and tables are integers, the same on every machine,
+# and no table is sent: encoder and decoder count what they have seen. All of it, up to `code_arrays`, is
+# written once for both: an encoder leaves the values it is given as they are, a decoder fills them in, a
+# counter of bits adds up what they would cost.
 
-EIGHTH_OCTAVES = np.array([math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)])  # 2^(n/8), rounded down
+# 2^(n/8), rounded down: three square roots of 2^n.
+EIGHTH_OCTAVES = np.array(
+    [math.isqrt(math.isqrt(math.isqrt(1 << n))) for n in range(8 * 40)]
+)  # fmt: skip
 MAGNITUDE_CLASSES = 41  # of a mean magnitude, a quarter of an octave each, from 1/8 (class 0) to 128
 CLASS_OF_ONE = 12       # the class of a mean of 1: three octaves above 1/8
 COUNT_STEP = 64         # what one symbol adds to its count
 MAGNITUDES = np.minimum(np.arange(256), 256 - np.arange(256))  # of the int8 that a byte stands for
 
-# Means are in units of 2^-12, so class 0 is around 2^(12 - 3). A class ends an eighth of an octave above its own mean.
+# Means are in units of 2^-12, so class 0 is around 2^(12 - 3) and ends an eighth of an octave above that; the
+# others follow, each a quarter of an octave wide.
 CLASS_ENDS = EIGHTH_OCTAVES[8 * (12 - 3) + 1 :: 2][: MAGNITUDE_CLASSES - 1]
 
 
@@ -4216,10 +4314,12 @@ def magnitude_class(mean: Array) -> Array:
 
 @cache
 def gaussian_counts() -> Array:
-    """Make the counts to start from, int64 (2 * MAGNITUDE_CLASSES, 256): each class under both quantizers of a trellis.
+    """Make the counts to start from, int64 (2 * MAGNITUDE_CLASSES, 256): each class under both quantizers of
+    a trellis.
 
     They are a Gaussian of the class's mean magnitude m, worth 256 symbols, and a floor. At k it has fallen by
-    k^2 / (pi m^2 ln 2) octaves: in eighths of them, with m^2 in units of 2^-10, by 8 * 2^10 / (pi ln 2) = 3762 k^2 / m^2.
+    k^2 / (pi m^2 ln 2) octaves: in eighths of them, with m^2 in units of 2^-10, by 8 * 2^10 / (pi ln 2) =
+    3762 k^2 / m^2.
     """
     squared_mean = EIGHTH_OCTAVES[8 * 4 + 4 * np.arange(MAGNITUDE_CLASSES)][:, None]  # 2^(10 - 6) for class 0
     fallen = MAGNITUDES**2 * 3762 // squared_mean
@@ -4231,8 +4331,9 @@ def gaussian_counts() -> Array:
 def library_tables(counts: Array) -> Array:
     """Scale counts (contexts, symbols) to the frequencies that the library is given, integers.
 
-    Its tables have 24 bits and no zeros: it adds 1 to each frequency. The frequencies have exactly the sum that makes its
-    own scaling a multiplication by one; what is missing after rounding down goes to the most frequent symbol.
+    Its tables have 24 bits and no zeros: it adds 1 to each frequency. The frequencies have exactly the sum
+    that makes its own scaling a multiplication by one; what is missing after rounding down goes to the most
+    frequent symbol.
     """
     contexts, symbols = counts.shape
     room = 2**24 - symbols
@@ -4242,15 +4343,18 @@ def library_tables(counts: Array) -> Array:
 
 
 class RangeCoder:
-    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, adds up the bits of each owner."""
+    """Encodes symbols with adaptive tables, or decodes `data`, or, where `owners` is set, adds up the bits of
+    each owner."""
 
     def __init__(self, data: bytes | None = None, owners: int = 0):
         library = RangeCoder.require().stream
         self.bits = np.zeros(owners)
         self.model = library.model.Categorical
         self.encoder = library.queue.RangeEncoder()
-        words = np.frombuffer(data or b"", "<u4").astype(np.uint32)
-        self.decoder = None if data is None else library.queue.RangeDecoder(words)
+        self.decoder = None
+        if data is not None:
+            words = np.frombuffer(data, "<u4").astype(np.uint32)
+            self.decoder = library.queue.RangeDecoder(words)
 
     @staticmethod
     def require() -> Any:
@@ -4258,16 +4362,16 @@ class RangeCoder:
         try:
             return importlib.import_module("constriction")
         except ImportError:
-            raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip install -r "
-                           "requirements.txt, or set COMPRESSOR=brotli") from None
+            raise RunError("COMPRESSOR=range needs the constriction library, to pack and to unpack: pip "
+                           "install -r requirements.txt, or set COMPRESSOR=brotli") from None
 
     def encoded(self) -> bytes:
         """Return what was encoded."""
         return self.encoder.get_compressed().astype("<u4").tobytes()
 
     def code(self, counts: Array, context: Array, values: Array, owner: Array) -> None:
-        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,) names, then count
-        them. `owner`, of n values, says whose they are."""
+        """Code `values` (n,) uint8, each with the row of `counts` (contexts, symbols) that `context` (n,)
+        names, then count them. `owner`, of n values, says whose they are."""
         contexts, symbols = counts.shape
         frequency = np.bincount(context, minlength=contexts)
         used = np.flatnonzero(frequency)
@@ -4295,7 +4399,8 @@ class RangeCoder:
             self.library_call(part, self.model(table, perfect=False))
 
     def library_call(self, numbers: Array, model, *tables: Array) -> None:
-        """Encode `numbers` by one call, or decode them in place; `tables`, if any, has one for each number."""
+        """Encode `numbers` by one call, or decode them in place; `tables`, if any, has one for each number.
+        """
         if self.decoder is None:
             self.encoder.encode(numbers, model, *tables)
         else:
@@ -4318,13 +4423,14 @@ def require_coders(compressor: str) -> None:
         CODERS[stream_coder(compressor, stream)].require()
 
 
-# Tables of the four nibbles of a number: one of the first, one of the others for each value of the nibbles above it. The
-# fourth has one table only.
+# Of the tables of a number's four nibbles: the first has one, the second and third have one for each value of
+# what is above them, the fourth has one.
 TABLE_STARTS = (0, 1, 1 + 16, 1 + 16 + 256)
 
 
 def code_numbers(coder: RangeCoder, values: Array, owner: Array) -> None:
-    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above it.
+    """Code numbers (n,) uint8 or uint16 of one kind, four bits at a time from the top, each given those above
+    it.
 
     Blocks grow with what is known, and what is known fades: layers differ.
     """
@@ -4348,11 +4454,13 @@ def code_numbers(coder: RangeCoder, values: Array, owner: Array) -> None:
 
 
 def find_references(q: Array, similar: bool) -> tuple[Array, Array, Array]:
-    """Choose for each row of int8 (rows, cols) the row it is coded against, if `similar` rows are to be found.
+    """Choose for each row of int8 (rows, cols) the row it is coded against, if `similar` rows are to be
+    found.
 
-    That is the most similar row that a decoder has by then: one higher up in any segment. A reference costs about two bytes
-    and must save more. Scalar products are exact in fp32, so the choice is the same on every machine. Returns the
-    reference, uint16 (rows,), its weight in halves, uint8 (rows,), 0 for no reference, and what is left, int8 (rows, cols).
+    That is the most similar row that a decoder has by then: one higher up in any segment. A reference costs
+    about two bytes and must save more. Scalar products are exact in fp32, so the choice is the same on every
+    machine. Returns the reference, uint16 (rows,), its weight in halves, uint8 (rows,), 0 for no reference,
+    and what is left, int8 (rows, cols).
     """
     rows, cols = q.shape
     reference = np.zeros(rows, np.uint16)
@@ -4368,8 +4476,10 @@ def find_references(q: Array, similar: bool) -> tuple[Array, Array, Array]:
         own = by_step[start:end]
         similarity = (x[start:end] @ x[:start].T).div_(norm[:start])
         best = by_step[similarity.argmax(1).numpy()]
-        left = np.stack([q[own] - (q[best].astype(np.int16) * weight + 1 >> 1) for weight in range(3)])
-        error = np.square(left, dtype=np.int32).sum(2) * [[2.0 ** (-18 / cols)], [1], [1]]
+        wide = q[best].astype(np.int16)
+        left = np.stack([q[own] - (wide * weight + 1 >> 1) for weight in range(3)])
+        bonus = [[2.0 ** (-18 / cols)], [1], [1]]  # for no reference
+        error = np.square(left, dtype=np.int32).sum(2) * bonus
         reference[own] = best
         halves[own] = error.argmin(0)
         residual[own] = left[halves[own], np.arange(len(own))]
@@ -4377,8 +4487,8 @@ def find_references(q: Array, similar: bool) -> tuple[Array, Array, Array]:
 
 
 def plan_rows(q: Array, similar: bool) -> tuple[Array, Array]:
-    """Choose what an encoder tells about the rows of int8 (rows, cols): class of magnitude + 64 * (weight of the reference
-    in halves), uint8 (rows,), and the reference, uint16 (rows,).
+    """Choose what an encoder tells about the rows of int8 (rows, cols): class of magnitude + 64 * (weight of
+    the reference in halves), uint8 (rows,), and the reference, uint16 (rows,).
 
     The class is that of the whole matrix unless the row differs enough to pay for saying so.
     """
@@ -4415,7 +4525,8 @@ def code_plan(coder: RangeCoder, q: Array, owner: Array, similar: bool) -> tuple
 
 
 def by_step(a: Array, n: int, rows: int) -> Array:
-    """Arrange (n * rows, ...) as (steps, segments, n, width): step t has row t of every segment of every matrix."""
+    """Arrange (n * rows, ...) as (steps, segments, n, width): step t has row t of every segment of every
+    matrix."""
     a = a.reshape(n, rows, -1)
     padded = np.pad(a, ((0, 0), (0, -rows % TRELLIS_SEGMENT), (0, 0)))
     segments = padded.reshape(n, -1, TRELLIS_SEGMENT, a.shape[2])
@@ -4423,7 +4534,8 @@ def by_step(a: Array, n: int, rows: int) -> Array:
 
 
 def predict_rows(x: Array, reference: Array, halves: Array) -> Array:
-    """Predict the rows of a step from those known so far, x (steps, segments, n, cols): int8 (segments, n, cols).
+    """Predict the rows of a step from those known so far, x (steps, segments, n, cols): int8 (segments, n,
+    cols).
 
     `reference`, `halves` (segments, n, 1): the number of a row in its matrix, and its weight.
     """
@@ -4437,10 +4549,12 @@ def predict_rows(x: Array, reference: Array, halves: Array) -> Array:
 def code_matrices(
     coder: RangeCoder, counts: Array, q: Array, owners: list[int], trellis: bool, similar: bool,
 ) -> Array:  # fmt: skip
-    """Code int8 matrices (n, rows, cols) side by side: step t takes row t of every segment of every matrix. Returns them.
+    """Code int8 matrices (n, rows, cols) side by side: step t takes row t of every segment of every matrix.
+    Returns them.
 
-    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it, over all
-    segments) and on the active quantizer of its trellis. Rows with a reference are coded as the difference to it, modulo 256.
+    An integer's table depends on the class of its row (sent), on that of its column (from the rows before it,
+    over all segments) and on the active quantizer of its trellis. Rows with a reference are coded as the
+    difference to it, modulo 256.
     """
     n, rows, cols = q.shape
     plan, reference, largest = code_plan(coder, q, np.repeat(owners, rows), similar)
@@ -4458,7 +4572,7 @@ def code_matrices(
     state = np.zeros(x.shape[1:], np.uint8)
     next_state = np.array(TRELLIS_NEXT, np.uint8).ravel()
 
-    is_symbol = MAGNITUDES <= largest  # of the 256 bytes; symbols number those, from 0 on
+    is_symbol = largest >= MAGNITUDES  # of the 256 bytes; symbols number those, from 0 on
     to_symbol = (is_symbol.cumsum() - 1).astype(np.uint8)
     from_symbol = np.flatnonzero(is_symbol).astype(np.uint8)
     tables = counts[:, from_symbol]
@@ -4484,7 +4598,7 @@ def code_matrices(
     return x.transpose(2, 1, 0, 3).reshape(n, -1, cols)[:, :rows]
 
 
-# ---- arrays "tensor:codec.part" <-> streams
+# Arrays "tensor:codec.part" <-> streams
 
 
 def layout(cfg: Config, arrays: Arrays) -> dict[str, StoredAs]:
@@ -4498,47 +4612,46 @@ def layout(cfg: Config, arrays: Arrays) -> dict[str, StoredAs]:
     return found
 
 
-def code_flat(coder: RangeCoder, arrays: list[Array], owners: list[int]) -> list[Array]:
-    """Code the numbers of arrays of one kind, one after another. Returns the arrays."""
-    sizes = [a.size for a in arrays]
-    flat = np.concatenate([a.reshape(-1) for a in arrays])
-    code_numbers(coder, flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
-    parts = np.split(flat, np.cumsum(sizes)[:-1])
-    return [part.reshape(a.shape) for part, a in zip(parts, arrays, strict=True)]
-
-
 def code_arrays(cfg: Config, arrays: Arrays, coders: dict[str, RangeCoder]) -> Arrays:
     """Code every array with its stream's coder. Returns them.
 
-    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All other numbers of
-    one kind (the same tensor of every block, codec and part) share theirs.
+    The tables of the matrices pass from stream to stream, less seven eighths of what they have seen. All
+    other numbers of one kind (the same tensor of every block, codec and part) share theirs.
     """
     groups: dict[tuple, list[str]] = {}
     for name, stored in layout(cfg, arrays).items():
-        place = STREAMS.index(stored.stream)
-        kind = (kind_of(name),) if stored.stream == "rest" else (":trellis." in name, arrays[name].shape)
-        if arrays[name].size:
-            groups.setdefault((place, *kind), []).append(name)
+        a = arrays[name]
+        if a.size:
+            alike = a.shape if stored.stream != "rest" else ()  # matrices are coded side by side
+            key = STREAMS.index(stored.stream), kind_of(name), alike
+            groups.setdefault(key, []).append(name)
 
     out = dict(arrays)
-    owner = dict(zip(arrays, range(len(arrays)), strict=True))
+    number = {name: i for i, name in enumerate(arrays)}
     start = gaussian_counts()
     counts = start.copy()
-    for (place, *kind), names in sorted(groups.items()):
+    for (place, kind, _), names in sorted(groups.items()):
         stream = STREAMS[place]
-        group = [arrays[name] for name in names]
-        owners = [owner[name] for name in names]
+        given = [arrays[name] for name in names]
+        owners = [number[name] for name in names]
         if stream == "rest":
-            coded = code_flat(coders[stream], group, owners)
+            sizes = [a.size for a in given]
+            flat = np.concatenate([a.reshape(-1) for a in given])
+            code_numbers(coders[stream], flat.view(f"<u{flat.itemsize}"), np.repeat(owners, sizes))
+            parts = np.split(flat, np.cumsum(sizes)[:-1])
+            coded = [part.reshape(a.shape) for part, a in zip(parts, given, strict=True)]
         else:
             counts = start + (counts - start) // 8
-            coded = code_matrices(coders[stream], counts, np.stack(group), owners, kind[0], stream == TOKEN_STREAM)
+            similar = stream == TOKEN_STREAM
+            trellis = ":trellis." in kind
+            coded = code_matrices(coders[stream], counts, np.stack(given), owners, trellis, similar)
         out |= zip(names, coded, strict=True)
     return out
 
 
 def coded_bits(cfg: Config, arrays: Arrays) -> Array:
-    """Count the bits (fp64) that COMPRESSOR=range needs for each array of an artifact of just these, in their order.
+    """Count the bits (fp64) that COMPRESSOR=range needs for each array of an artifact of just these, in their
+    order.
 
     Nothing is coded: what `pack` writes is within 0.1 %, and up to 8 bytes a stream. Tables are shared.
     """
@@ -4548,9 +4661,11 @@ def coded_bits(cfg: Config, arrays: Arrays) -> Array:
 
 
 def similarity_order(q: Array) -> Array:
-    """Chain rows greedily: from row 0 on, always the nearest unused row in L1, ties to the lowest index. uint16 (rows,).
+    """Chain rows greedily: from row 0 on, always the nearest unused row in L1, ties to the lowest index.
+    uint16 (rows,).
 
-    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are computed.
+    The distances are sums of integers below 2^24, so they are exact, and the same, wherever they are
+    computed.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = torch.from_numpy(q).to(device, torch.float32)
@@ -4571,12 +4686,13 @@ def byte_planes(a: Array) -> Array:
 
 def stream_views(
     cfg: Config, compressor: str, arrays: Arrays, order_of: Callable[[Array], Array]
-) -> tuple[dict[str, list[Array]], list[tuple[Array, Array, Array]]]:
-    """Say what a stream's bytes are when they are not range-coded: views of the arrays, uint8, to read or to fill in.
+) -> tuple[dict[str, list[Array]], list]:
+    """Say what a stream's bytes are when they are not range-coded: views of the arrays, uint8, to read or to
+    fill in.
 
-    lrzip gets matrices transposed, column after column; everything else is byte planes. Where a tensor's row says so, its
-    rows are sorted by `order_of` it, uint16 in stream row_order: such arrays are returned too, as (array, order, its rows in
-    that order, a copy).
+    lrzip gets matrices transposed, column after column; everything else is byte planes. Where a tensor's row
+    says so, its rows are sorted by `order_of` it, uint16 in stream row_order: such arrays are returned too,
+    as (array, order, its rows in that order, a copy).
     """
     views = {stream: [] for stream in STREAMS}
     in_order = []
@@ -4587,17 +4703,12 @@ def stream_views(
             continue
         if stored.sort_rows:
             row_order = order_of(a)
-            in_order.append((a, row_order, a[row_order]))
             views["row_order"].append(byte_planes(row_order))
-            a = in_order[-1][2]
+            rows = a[row_order]
+            in_order.append((a, row_order, rows))
+            a = rows
         views[stored.stream].append(a.view(np.uint8).T)
     return views, in_order
-
-
-def for_each_stream(f: Callable[[str], Any]) -> dict[str, Any]:
-    """Call f(stream) for all streams at the same time: the coders leave Python to itself."""
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(STREAMS, pool.map(f, STREAMS), strict=True))
 
 
 def encode_streams(cfg: Config, arrays: Arrays) -> dict[str, bytes]:
@@ -4612,11 +4723,13 @@ def encode_streams(cfg: Config, arrays: Arrays) -> dict[str, bytes]:
         raw = b"".join(view.tobytes() for view in views[stream])
         return CODERS[stream_coder(cfg.compressor, stream)].encode(raw) if raw else b""
 
-    return for_each_stream(encode)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(STREAMS, pool.map(encode, STREAMS), strict=True))
 
 
 def decode_streams(cfg: Config, compressor: str, arrays: Arrays, coded: dict[str, bytes]) -> Arrays:
-    """Invert `encode_streams`: fill in `arrays` and return them. Raises ArtifactError or what a coder raises."""
+    """Invert `encode_streams`: fill in `arrays` and return them. Raises ArtifactError or what a coder raises.
+    """
     if compressor == "range":
         return code_arrays(cfg, arrays, {stream: RangeCoder(data) for stream, data in coded.items()})
 
@@ -4628,30 +4741,37 @@ def decode_streams(cfg: Config, compressor: str, arrays: Arrays, coded: dict[str
         coder = CODERS[stream_coder(compressor, stream)]
         data = coder.decode(coded[stream], size) if coded[stream] else b""
         if len(data) != size:
-            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes, expected {size}; make it again")
+            raise ArtifactError(f"stream {stream} of the artifact decodes to {len(data)} bytes, expected "
+                                f"{size}; make it again")
         left = io.BytesIO(data)
         for view in views[stream]:
             view[:] = np.frombuffer(left.read(view.size), np.uint8).reshape(view.shape)
 
     views, in_order = stream_views(cfg, compressor, arrays, unknown_order)
-    for_each_stream(decode)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(decode, STREAMS))
     for a, row_order, rows in in_order:
         a[row_order] = rows
     return arrays
 
 
-# ---- the artifact: a header and the streams
+# The artifact: a header and the streams
 
 
 @cache
 def tensor_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """List names and shapes of the tensors that an artifact of this configuration holds, in their order there."""
+    """List names and shapes of the tensors that an artifact of this configuration holds, in their order
+    there."""
     return {name: matrix.shape for name, matrix in stored_matrices(cfg).items()}
 
 
 def arrays_of(stored: dict[str, QuantizedTensor]) -> Arrays:
     """Name all parts of all tensors "tensor:codec.part"."""
-    return {f"{name}:{codec}.{part}": t.numpy() for name, s in stored.items() for (codec, part), t in s.parts.items()}
+    arrays = {}
+    for name, tensor in stored.items():
+        for (codec, part), t in tensor.parts.items():
+            arrays[f"{name}:{codec}.{part}"] = t.numpy()
+    return arrays
 
 
 def not_finite(arrays: Arrays) -> str:
@@ -4674,15 +4794,17 @@ def checksum(lengths: bytes, body: bytes) -> bytes:
 
 
 def pack(cfg: Config, stored: dict[str, QuantizedTensor]) -> bytes:
-    """Pack tensors into an artifact; the same tensors give the same bytes. Raises RunError if they are not the model's.
+    """Pack tensors into an artifact; the same tensors give the same bytes. Raises RunError if they are not
+    the model's.
 
-    magic "PGA1" | u16 version | u32 header size | checksum, 16 bytes | header | streams. The header is brotli-coded JSON:
-    [compressor, MODEL_FIELDS by name, bytes of each stream, `parts_in_header` of each tensor]. Names and shapes of tensors
-    follow from the model, dtypes from the codec.
+    magic "PGA1" | u16 version | u32 header size | checksum, 16 bytes | header | streams. The header is
+    brotli-coded JSON: [compressor, MODEL_FIELDS by name, bytes of each stream, `parts_in_header` of each
+    tensor]. Names and shapes of tensors follow from the model, dtypes from the codec.
     """
     shapes = tensor_shapes(cfg)
     if shapes.keys() != stored.keys():
-        raise RunError(f"these are not the model's tensors: {', '.join(sorted(shapes.keys() ^ stored.keys()))}")
+        raise RunError("these are not the model's tensors: "
+                       f"{', '.join(sorted(shapes.keys() ^ stored.keys()))}; set the model's own variables")
     arrays = arrays_of({name: stored[name] for name in shapes})
     if bad := not_finite(arrays):
         raise RunError(f"not all finite: {bad}; the weights are no model's, look at the training loss")
@@ -4707,11 +4829,11 @@ class Header(NamedTuple):
     sizes: dict[str, int]   # bytes of each stream
     parts: list             # of each tensor, as `parts_in_header`
     start: int              # of the first stream
-    caps: tuple[str, ...]   # scalars behind the network's own tensors that must be LOGIT_SOFTCAP and are dropped
+    caps: tuple[str, ...]   # scalars behind the network's own tensors, dropped if they are LOGIT_SOFTCAP
     transposed: tuple[str, ...]  # arrays whose last two axes are swapped
 
 
-LOGIT_CAPS = ("softcap_pos", "softcap_neg")  # of the logits of either sign: tensors once, numbers that nobody trained
+LOGIT_CAPS = ("softcap_pos", "softcap_neg")  # of logits of either sign: tensors once, which nobody trained
 VERSION_3_FIELDS = (  # whose values artifacts of version 3 list in this order
     "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "mlp_slope",
     "tie_embeddings", "logit_softcap", "rope_base", "rope_dims", "rope_yarn", "rope_train_seq_len",
@@ -4723,46 +4845,56 @@ VERSION_3_FIELDS = (  # whose values artifacts of version 3 list in this order
 
 
 def from_version_3(compressor: str, values: list, sizes: list[int], kinds: list, chosen: list[int]) -> tuple:
-    """Say what a header of version 3 says like one of this version, and add the names for `caps` and `transposed`.
+    """Say what a header of version 3 says like one of this version, and add the names for `caps` and
+    `transposed`.
 
-    Version 3 listed values without names, each kind of tensor once, and the stream of an untied head. It had two caps of the
-    logits, and parallel_post_lambdas as [lane that receives, sublayer that writes]. Raises ArtifactError.
+    Version 3 listed values without names, each kind of tensor once, and the stream of an untied head. It had
+    two caps of the logits, and parallel_post_lambdas as [lane that receives, sublayer that writes]. Raises
+    ArtifactError.
     """
     model = dict(zip(VERSION_3_FIELDS, values, strict=True))
-    gone = dict(tie_embeddings=True, parallel_final_lane="mean")
-    for name, known in gone.items():
+    for name, known in dict(tie_embeddings=True, parallel_final_lane="mean").items():
         if model.pop(name) != known:
-            raise ArtifactError(f"this script knows {name.upper()}={known} only: open the artifact with the script it was written by")
+            raise ArtifactError(f"the artifact needs another {name.upper()} than {known}, which is all that "
+                                "this script knows: use the script it was written by")
     caps = LOGIT_CAPS if model.pop("asym_logit_rescale") else ()
     sizes.pop(STREAMS.index("rest"))  # of the head
-    return compressor, model, sizes, [kinds[kind] for kind in chosen], caps, ("parallel_post_lambdas:float16.w",)
+    parts = [kinds[kind] for kind in chosen]
+    return compressor, model, sizes, parts, caps, ("parallel_post_lambdas:float16.w",)
 
 
 def read_header(blob: bytes) -> Header:
-    """Read the header of an artifact of this version or the one before, its checksum verified. Raises ArtifactError."""
+    """Read the header of an artifact of this version or the one before, its checksum verified. Raises
+    ArtifactError."""
     if blob[:4] != ARTIFACT_MAGIC or len(blob) < HEADER_START:
-        raise ArtifactError(f"no artifact: expected {ARTIFACT_MAGIC!r} at its start, found {blob[:4]!r} in {len(blob)} bytes")
+        raise ArtifactError(f"no artifact: expected it to start with {ARTIFACT_MAGIC!r}, found {blob[:4]!r} "
+                            f"in {len(blob)} bytes; set ARTIFACT_DIR to the run's folder")
     version, size = struct.unpack("<HI", blob[4:10])
     if version not in (3, ARTIFACT_VERSION):
-        raise ArtifactError(f"artifact version {version}; this script reads 3 and {ARTIFACT_VERSION}: use the script it was written by")
+        raise ArtifactError(f"artifact version {version}; this script reads 3 and {ARTIFACT_VERSION}: use "
+                            "the script it was written by")
     if checksum(blob[4:10], blob[HEADER_START:]) != blob[10:HEADER_START]:
-        raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy or make it again")
+        raise ArtifactError(f"damaged artifact: the checksum of its {len(blob)} bytes does not match; copy "
+                            "it or make it again")
     start = HEADER_START + size
     try:
         text = brotli.Decompressor().process(blob[HEADER_START:start], output_buffer_limit=1 << 20)
         header = json.loads(text)
-        compressor, model, sizes, parts, caps, transposed = from_version_3(*header) if version == 3 else (*header, (), ())
+        header = from_version_3(*header) if version == 3 else (*header, (), ())
+        compressor, model, sizes, parts, caps, transposed = header
         if compressor not in COMPRESSORS or min(sizes) < 0 or start + sum(sizes) != len(blob):
             raise ValueError("its streams do not fill it")
         if not isinstance(model, dict):
             raise ValueError("its variables have no names")
-        return Header(compressor, model, dict(zip(STREAMS, sizes, strict=True)), parts, start, caps, transposed)
+        sizes = dict(zip(STREAMS, sizes, strict=True))
+        return Header(compressor, model, sizes, parts, start, caps, transposed)
     except HOSTILE as e:
         raise ArtifactError(f"the header of this artifact makes no sense: {e!r}; make it again") from None
 
 
 def check_model_fields(cfg: Config, saved: dict[str, Any]) -> None:
-    """Compare the variables of a header, `saved`, with this run's. Raises ArtifactError naming every one that differs.
+    """Compare the variables of a header, `saved`, with this run's. Raises ArtifactError naming every one that
+    differs.
 
     A variable younger than the artifact had its default; one that this script does not know differs.
     """
@@ -4774,13 +4906,13 @@ def check_model_fields(cfg: Config, saved: dict[str, Any]) -> None:
         elif theirs != getattr(cfg, name):
             differ.append(f"{name.upper()}: artifact {theirs}, this run {getattr(cfg, name)}")
     if differ:
-        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these variables as in the run "
-                            "that wrote it, or use its script")
+        raise ArtifactError(f"the artifact belongs to another model: {'; '.join(differ)}. Set these "
+                            "variables as in the run that wrote it, or use its script")
 
 
 def empty_arrays(cfg: Config, header: Header) -> Arrays:
-    """Make the arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of known codecs, as
-    large as the model's tensors allow."""
+    """Make the arrays that a header lists, zeros. Raises ValueError or LookupError unless they are parts of
+    known codecs, as large as the model's tensors allow."""
     shapes = tensor_shapes(cfg)
     if header.caps:  # they were the last of the network's own tensors
         own = {name: shape for name, shape in shapes.items() if "." not in name}
@@ -4802,35 +4934,36 @@ def empty_arrays(cfg: Config, header: Header) -> Arrays:
 
 
 def unpack(cfg: Config, blob: bytes) -> dict[str, QuantizedTensor]:
-    """Unpack an artifact into its tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes, and never needs
-    more memory than the integers of four such models."""
+    """Unpack an artifact into its tensors, the inverse of `pack`. Raises ArtifactError, whatever the bytes,
+    and never needs more memory than the integers of four such models."""
     header = read_header(blob)
     check_model_fields(cfg, header.model)
-    ends = np.cumsum([header.start, *header.sizes.values()]).tolist()
+    streams = io.BytesIO(blob[header.start :])
     try:
-        coded = {stream: blob[start:end] for stream, (start, end) in zip(STREAMS, pairwise(ends), strict=True)}
+        coded = {stream: streams.read(size) for stream, size in header.sizes.items()}
         arrays = decode_streams(cfg, header.compressor, empty_arrays(cfg, header), coded)
         if bad := not_finite(arrays):
             raise ValueError(f"not all finite: {bad}")
     except HOSTILE as e:
         raise ArtifactError(f"this artifact makes no sense: {e!r}; make it again") from None
 
-    out: dict[str, QuantizedTensor] = {name: QuantizedTensor({}) for name in tensor_shapes(cfg)}
+    out: dict[str, QuantizedTensor] = {}
     for name, a in arrays.items():
         tensor, _, part = name.rpartition(":")
         if tensor in header.caps:
             check_cap(cfg, "the artifact", tensor, a)
             continue
         a = a.swapaxes(1, 2) if name in header.transposed else a
-        out[tensor].parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
+        stored = out.setdefault(tensor, QuantizedTensor({}))
+        stored.parts[tuple(part.split("."))] = torch.from_numpy(np.array(a, order="C"))
     return out
 
 
 def check_cap(cfg: Config, file: Any, name: str, cap: Array) -> None:
     """Check that a cap of the logits, a tensor of its own once, is LOGIT_SOFTCAP. Raises ArtifactError."""
     if (cap.astype(float) != cfg.logit_softcap).any():
-        raise ArtifactError(f"{file} has {name} {cap}, this run LOGIT_SOFTCAP={cfg.logit_softcap:g} for logits of both signs: set "
-                            "it to that, or use the script it was written by")
+        raise ArtifactError(f"{file} has {name} {cap}, this run LOGIT_SOFTCAP={cfg.logit_softcap:g} for "
+                            "logits of both signs: set it to that, or use the script it was written by")
 
 
 def bytes_by_part(blob: bytes) -> dict[str, int]:
@@ -4845,31 +4978,34 @@ def load_artifact(cfg: Config, world: World, path: Path, kernels: Kernels = DEFI
     try:
         model.load_state_dict(dequantized_state(cfg, unpack(cfg, path.read_bytes())))
     except OSError as e:
-        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the run's folder") from None
+        raise ArtifactError(f"cannot read {path}: {e.strerror or e}; train first, or set ARTIFACT_DIR to the "
+                            "run's folder") from None
     except (*HOSTILE, RuntimeError) as e:
         raise ArtifactError(f"{path} does not hold the tensors of this model: {e}; make it again") from None
     return model.to(world.device).requires_grad_(False)
 
 
-# ---- final_model.pt
+# Final_model.pt
 
 
 def checkpoint_state(cfg: Config, path: Path, saved: Any) -> dict[str, Tensor]:
     """Find the state dict in what final_model.pt holds, ours or a published one. Raises RunError.
 
-    Without a format number it is a published one, whose parallel_post_lambdas are [sublayer that writes, lane that
-    receives], or one of ours of old, which had them the other way round.
+    Without a format number it is a published one, whose parallel_post_lambdas are [sublayer that writes, lane
+    that receives], or one of ours of old, which had them the other way round.
     """
     if "format" in saved:
         if saved["format"] != CHECKPOINT_FORMAT:
-            raise RunError(f"{path} has format {saved['format']}, this script reads {CHECKPOINT_FORMAT}: use the script that wrote it")
+            raise RunError(f"{path} has format {saved['format']}, this script reads {CHECKPOINT_FORMAT}: use "
+                           "the script it was written by")
         return saved["model"]
     ledger = path.with_name("ledger.jsonl")
     lines = ledger.read_bytes().splitlines() if ledger.exists() else []
     trained_here = any(b'"phase"' in line and b'"train"' in line for line in lines)
     if trained_here and "parallel_post_lambdas" in saved:
-        raise RunError(f"{path} was written by an older version of this script, with parallel_post_lambdas transposed: train again, "
-                       f"or save dict(format={CHECKPOINT_FORMAT}, model=state) with state['parallel_post_lambdas'].mT in its place")
+        raise RunError(f"{path} was written by an older version of this script, with parallel_post_lambdas "
+                       f"transposed: train again, or save dict(format={CHECKPOINT_FORMAT}, model=state) with "
+                       "state['parallel_post_lambdas'].mT in its place")
     for name in saved.keys() & {*LOGIT_CAPS}:
         check_cap(cfg, path, name, saved[name].float().numpy())
     return {name: t for name, t in saved.items() if name not in LOGIT_CAPS}
@@ -4891,26 +5027,26 @@ def load_checkpoint_model(cfg: Config, world: World, path: Path, kernels: Kernel
 # ==================================================================================================
 
 class Pruning:
-    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrices become zero, cheapest first.
+    """Selective pruning (PR #1105): integers +-1 of the GPTQ matrix_parts become zero, cheapest first.
 
-    What one costs is the square of the weight it stands for. `code_bits` predicts, without a coder, how many bits a number of
-    zeros leaves.
+    What one costs is the square of the weight it stands for. `code_bits` predicts, without a coder, how many
+    bits a number of zeros leaves.
     """
 
     def __init__(self, stored: Quantized):
         self.stored = stored
-        self.names = [name for name, t in stored.items() if ("gptq", "q") in t.parts]
-        matrices = [stored[name].parts_of("gptq") for name in self.names]
-        self.q = torch.cat([parts["q"].flatten() for parts in matrices])
-        self.sizes = [parts["q"].numel() for parts in matrices]
+        self.names = [name for name, t in stored.items() if "gptq" in t.codecs()]
+        matrix_parts = [stored[name].parts_of("gptq") for name in self.names]
+        self.q = torch.cat([parts["q"].flatten() for parts in matrix_parts])
+        self.sizes = [parts["q"].numel() for parts in matrix_parts]
 
         ones = (self.q.abs() == 1).nonzero()[:, 0]
-        cost = torch.cat([Gptq.decode(parts).flatten() for parts in matrices])[ones].square()
+        cost = torch.cat([Gptq.decode(parts).flatten() for parts in matrix_parts])[ones].square()
         self.ranked = ones[cost.argsort(stable=True)]
 
-        owner = torch.arange(len(matrices)).repeat_interleave(torch.tensor(self.sizes))
+        owner = torch.arange(len(matrix_parts)).repeat_interleave(torch.tensor(self.sizes))
         bins = 256 * owner + self.q + 128  # by matrix and integer
-        self.counts = torch.bincount(bins, minlength=256 * len(matrices)).view(-1, 256)
+        self.counts = torch.bincount(bins, minlength=256 * len(matrix_parts)).view(-1, 256)
         self.bins = bins[self.ranked]
 
     def code_bits(self, count: int) -> float:
@@ -4949,8 +5085,8 @@ def prune_to_fit(
 ) -> tuple[Quantized, bytes]:
     """Pack, pruned until artifact and script have at most TARGET_BYTES; 0 prunes nothing.
 
-    Size is nearly linear in the entropy of the integers, so at most three more packs come within 0.05 % (COMPRESSOR=range) or
-    0.5 %. Raises RunError naming the smallest size.
+    Size is nearly linear in the entropy of the integers, so at most three more packs come within 0.05 %
+    (COMPRESSOR=range) or 0.5 %. Raises RunError naming the smallest size.
     """
     blob = pack(cfg, stored)
     target = cfg.target_bytes - code_bytes
@@ -4977,9 +5113,10 @@ def prune_to_fit(
         elif count < len(pruning.ranked):
             over = point
         else:
-            raise RunError(f"TARGET_BYTES={cfg.target_bytes}: every +-1 at zero leaves {len(blob) + code_bytes} bytes, "
-                           f"{code_bytes} of them the script: lower MATRIX_BITS, or ship the packed script "
-                           "(tools/pack_code.py)")
+            raise RunError(
+                f"TARGET_BYTES={cfg.target_bytes}: every +-1 at zero leaves {len(blob) + code_bytes} bytes, "
+                f"{code_bytes} of them the script: lower MATRIX_BITS, or ship the packed script "
+                "(tools/pack_code.py)")
     return fit
 
 
@@ -4992,10 +5129,11 @@ class Pass(NamedTuple):
 
 
 class StepSearch:
-    """QUANT=rd: as many bytes as TARGET_BYTES leaves beside the script, to 0.05 %, unless RD_LOSS needs fewer.
+    """Search for as many bytes as TARGET_BYTES leaves beside the script, unless RD_LOSS needs fewer.
 
-    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. Two passes within 0.2 % on
-    both sides of the target end the search: some matrices from the finer pass, the others from the coarser, as many as fit.
+    Each pass is a real artifact; what it missed by corrects the formula that leads to the next. 0.05 % below
+    the target is near enough. Two passes within 0.2 % on both sides of it end the search as well: some
+    matrices from the finer pass, the others from the coarser, as many as fit.
     """
 
     def __init__(self, cfg: Config, tensors: Tensors, plan: RateDistortion, code_bytes: int):
@@ -5005,29 +5143,28 @@ class StepSearch:
         self.coarsest = plan.delta(max(100.0, cfg.rd_loss))
         bits = plan.bits(plan.finest)
         others = sum(t.numel() for t in tensors.values()) - plan.weights
-        guess = Point(bits, code_bytes + bits / 8 + 2 * others)  # two bytes for every number outside the matrices
+        guess = Point(bits, code_bytes + bits / 8 + 2 * others)  # two bytes for every other number
         self.points = [guess]  # and one for each pass so far
 
-    def attempt(self, matrices: Quantized) -> Pass:
+    def attempt(self, quantized: Quantized) -> Pass:
         """Pack the model with these matrices."""
-        blob = pack(self.cfg, complete(self.cfg, self.tensors, matrices))
-        return Pass(len(blob) + self.code_bytes, matrices, blob)
+        blob = pack(self.cfg, complete(self.cfg, self.tensors, quantized))
+        return Pass(len(blob) + self.code_bytes, quantized, blob)
 
     def next_delta(self) -> tuple[float, float]:
         """Choose the delta of the next pass, and predict its size."""
         plan, last = self.plan, self.points[-1]
-        slope = 1 / 8
-        if len(self.points) > 2:
+        slope = 1 / 8  # bytes a bit; measured as soon as there are two passes
+        if len(self.points) > 2 and last.bits != self.points[-2].bits:
             before = self.points[-2]
-            if last.bits != before.bits:
-                slope = (last.size - before.size) / (last.bits - before.bits)
-                slope = min(max(slope, 1 / 16), 1 / 4)
+            slope = (last.size - before.size) / (last.bits - before.bits)
+            slope = min(max(slope, 1 / 16), 1 / 4)
 
         delta = plan.finest
         if last.size > self.target or len(self.points) > 1:
             missing = 0.99975 * self.target - last.size
-            delta = max(plan.delta_for(last.bits + missing / slope), plan.finest)
-            delta = min(delta, self.coarsest)
+            delta = plan.delta_for(last.bits + missing / slope)
+            delta = min(max(delta, plan.finest), self.coarsest)
         return delta, last.size + slope * (plan.bits(delta) - last.bits)
 
     def bracket(self, log: Log) -> tuple[Pass | None, Pass]:
@@ -5054,15 +5191,16 @@ class StepSearch:
             if under and over:
                 close |= over.size - under.size < 0.002 * self.target
         if not under:
-            raise RunError(f"TARGET_BYTES={self.target}: the smallest reachable size is {tried.size} bytes, "
-                           f"{self.code_bytes} of them the script; make the model smaller, or ship the packed script "
-                           "(tools/pack_code.py)")
+            raise RunError(
+                f"TARGET_BYTES={self.target}: the smallest reachable size is {tried.size} bytes, "
+                f"{self.code_bytes} of them the script; make the model smaller, or ship the packed script "
+                "(tools/pack_code.py)")
         return over, under
 
     def mix(self, over: Pass, under: Pass) -> Pass:
         """Take as many matrices of the finer pass as fit, by bisection.
 
-        Matrices are of unequal size: another order of them may end closer to the target, so up to eight are tried.
+        Matrices are of unequal size, so another order of them may end closer: up to eight are tried.
         """
         names, coarse = list(under.matrices), under.matrices
         for turn in range(min(8, len(names))):
@@ -5083,22 +5221,27 @@ class StepSearch:
 Fitted = tuple[Quantized, bytes]  # the tensors, and the artifact of them
 
 
-def fit_as_encoded(cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any) -> Fitted:
+def fit_as_encoded(
+    cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any
+) -> Fitted:
     """Take whatever size comes of the scheme's bits and grids."""
     stored = quantize(cfg, state, hessians, log)
     return stored, pack(cfg, stored)
 
 
-def fit_by_pruning(cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any) -> Fitted:
+def fit_by_pruning(
+    cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any
+) -> Fitted:
     """Prune if need be."""
     return prune_to_fit(cfg, quantize(cfg, state, hessians, log), code_bytes, log)
 
 
-def fit_by_steps(cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any) -> Fitted:
+def fit_by_steps(
+    cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Any
+) -> Fitted:
     """Search the delta that all steps depend on."""
     tensors = unbank(cfg, state)
-    plan = RateDistortion(cfg, tensors, hessians, search)
-    steps = StepSearch(cfg, tensors, plan, code_bytes)
+    steps = StepSearch(cfg, tensors, RateDistortion(cfg, tensors, hessians, search), code_bytes)
     over, best = steps.bracket(log)
     if over:
         best = steps.mix(over, best)
@@ -5107,22 +5250,21 @@ def fit_by_steps(cfg: Config, state: Tensors, hessians: Hessians, code_bytes: in
     return stored, best.blob
 
 
-def size_of(cfg: Config, tensors: Tensors, quantized: Quantized, code_bytes: int) -> float:
-    """Predict the bytes of artifact and script by `coded_bits`."""
-    stored = complete(cfg, tensors, quantized)
-    return code_bytes + coded_bits(cfg, arrays_of(stored)).sum() / 8
+def coded_size(cfg: Config, tensors: Tensors, quantized: Quantized) -> float:
+    """Predict the bytes of an artifact by `coded_bits`."""
+    return coded_bits(cfg, arrays_of(complete(cfg, tensors, quantized))).sum() / 8
 
 
 def forecast_as_encoded(cfg: Config, tensors: Tensors, hessians: Hessians, code_bytes: int) -> str:
     """Forecast the size that comes of the scheme's bits and grids."""
-    size = size_of(cfg, tensors, scheme_of(cfg).encode(cfg, tensors, hessians), code_bytes)
+    size = code_bytes + coded_size(cfg, tensors, scheme_of(cfg).encode(cfg, tensors, hessians))
     return f"{size:.0f} bytes with the script"
 
 
 def forecast_steps(cfg: Config, tensors: Tensors, hessians: Hessians, code_bytes: int) -> str:
-    """Forecast the size without the trellis, on steps that err as much, and the loss if that is more than TARGET_BYTES."""
+    """Forecast the size at RD_LOSS, without the trellis, on steps that err as much; and a target's loss."""
     plan = RateDistortion(cfg, tensors, hessians)
-    size = size_of(cfg, tensors, plan.encode(plan.finest, scalar_rounding), code_bytes)
+    size = code_bytes + coded_size(cfg, tensors, plan.encode(plan.finest, scalar_rounding))
     text = f"{size:.0f} bytes with the script for RD_LOSS {cfg.rd_loss:g}"
     if 0 < cfg.target_bytes < size:
         delta = plan.delta_for(plan.bits(plan.finest) + 8 * (cfg.target_bytes - size))
@@ -5130,11 +5272,8 @@ def forecast_steps(cfg: Config, tensors: Tensors, hessians: Hessians, code_bytes
     return text
 
 
-BUDGETS = {  # how a scheme meets a size, and how it forecasts one
-    S14: (fit_as_encoded, forecast_as_encoded),
-    S05: (fit_by_pruning, forecast_as_encoded),
-    Rd: (fit_by_steps, forecast_steps),
-}
+FITS = {S14: fit_as_encoded, S05: fit_by_pruning, Rd: fit_by_steps}  # as `quantize_to_fit`
+FORECASTS = {S14: forecast_as_encoded, S05: forecast_as_encoded, Rd: forecast_steps}
 
 
 @torch.no_grad()
@@ -5142,12 +5281,12 @@ BUDGETS = {  # how a scheme meets a size, and how it forecasts one
 def quantize_to_fit(
     cfg: Config, state: Tensors, hessians: Hessians, code_bytes: int, log: Log, search: Callable | None = None
 ) -> tuple[Quantized, bytes]:
-    """Quantize and pack, so that artifact and script fit into TARGET_BYTES. Returns the tensors and the artifact.
+    """Quantize and pack, so that artifact and script fit into TARGET_BYTES.
 
-    code_bytes: of the script; search: `viterbi` or an equal. Raises RunError naming the smallest size when nothing fits.
+    code_bytes: of the script; search: `viterbi` or an equal. Returns the tensors and the artifact. Raises
+    RunError naming the smallest size when nothing fits.
     """
-    fit, _ = BUDGETS[scheme_of(cfg)]
-    return fit(cfg, state, hessians, code_bytes, log, search)
+    return FITS[scheme_of(cfg)](cfg, state, hessians, code_bytes, log, search)
 
 
 @torch.no_grad()
@@ -5155,19 +5294,21 @@ def quantize_to_fit(
 def forecast_size(
     cfg: Config, world: World, model: GPT, state: Tensors, tokens: np.ndarray, code_bytes: int
 ) -> str:
-    """Forecast the size that an artifact of these weights would have, with the script, calibrated on one micro-batch.
+    """Forecast the size of artifact and script if training ended here, calibrated on one micro-batch.
 
-    Changes neither the model nor a random generator.
+    state: the weights to pack; tokens: the micro-batch. Changes neither the model nor a random generator.
     """
     live = dict(model.named_parameters())
-    weights = {name: t.detach().to(live[name].dtype).clone().requires_grad_() for name, t in state.items()}
+    weights = {}
+    for name, t in state.items():
+        weights[name] = t.detach().to(live[name].dtype).clone().requires_grad_()
     hessians = Hessians()
     parts = calibration_parts(cfg)
     n = (len(tokens) - 1) // parts
     for k in range(parts):
         calibrate(cfg, world, model, weights, tokens[k * n : (k + 1) * n + 1], hessians)
-    _, forecast = BUDGETS[scheme_of(cfg)]
-    return f"predicted_size: {forecast(cfg, unbank(cfg, weights), hessians, code_bytes)}"
+    text = FORECASTS[scheme_of(cfg)](cfg, unbank(cfg, weights), hessians, code_bytes)
+    return f"predicted_size: {text}"
 
 
 # ==================================================================================================
@@ -5576,7 +5717,7 @@ def sliding_batches(cfg: Config, scorer: Scorer, rank: int, size: int):
 class Method(NamedTuple):
     """Say what a way of scoring is, for `evaluate`, and for the probes of tools/probes.py."""
 
-    batches: Any            # (cfg, scorer, rank, size) -> EvalBatch after EvalBatch; None: TttRun makes its own
+    batches: Any            # (cfg, scorer, rank, size) -> EvalBatches; None: TttRun makes its own
     documents_masked: bool  # no document sees another
     small: dict             # upper limits of variables with which a few short documents go through all of it
 
@@ -5937,7 +6078,7 @@ class BaseLearner:
         self.layers = layer_order(cfg, looping=True)
         self.parameters = [*model.parameters()]
         self.forward = compile_forward(model, cfg, world)
-        self.graphs = Graphed(self.forward, self.parameters) if cfg.cuda_graphs else None
+        self.graphs = Graphed(self.forward, world, self.parameters) if cfg.cuda_graphs else None
 
         # Sequences of a chunk: all, this rank's [first, end), and (first, how many) of each of its forwards.
         self.per_chunk = cfg.global_ttt_chunk_tokens // cfg.eval_seq_len
@@ -6024,7 +6165,7 @@ class TttEngine:
         self.forward = compile_forward(model, cfg, world, growing=True)
         if cfg.cuda_graphs:
             gc.collect()  # graphs of the training, and the memory they hold, lie in cycles of references
-            self.forward = Graphed(self.forward)
+            self.forward = Graphed(self.forward, world)
         self.static_rows = 0 if self.forward is model else self.rows
         self.base = BaseLearner(cfg, world, model) if cfg.phased_ttt_enabled else None
         self.chain = AdapterChain(cfg, world, self.rows, cfg.seed, model.kernels.adam)
@@ -6092,7 +6233,7 @@ class TttRun:
         self.phases_done = 0
         self.scored_docs = 0  # by this rank
 
-        self.graphs_before = len(compilations())
+        self.graphs_before = len(compilations(engine.world))
         self.eta = Eta(sum(batch_cost(cfg, batch) for batch in self.batches) / scorer.world.size)
 
     def run(self) -> Score:
@@ -6146,7 +6287,7 @@ class TttRun:
 
     def check_compiler(self, batch: Batch) -> None:
         """Raise RunError behind a batch in which something was compiled or recorded."""
-        new_graphs = compilations()[self.graphs_before :]
+        new_graphs = compilations(self.engine.world)[self.graphs_before :]
         if new_graphs and not self.cfg.compile_allow_recompiles:
             remedy = "the artifact exists: go on with STAGE=eval"
             raise recompile_error(f"evaluation batch {batch.number + 1}", new_graphs, remedy)
@@ -7523,7 +7664,8 @@ def log_start(run: Run, env) -> None:
     log("Hyperparameters:", console=False)
     for name in sorted(f.name for f in fields(cfg)):
         log(f"  {name}: {getattr(cfg, name)}", console=False)
-    log(f"{'=' * 100}\n{script.read_text()}\n{'=' * 100}", console=False)
+    source = "".join(linecache.getlines(log_start.__code__.co_filename))  # also of a script that is packed
+    log(f"{'=' * 100}\n{source}\n{'=' * 100}", console=False)
 
     documents, _ = run.data.documents()
     targets = len(run.data.target_bytes)
@@ -7632,7 +7774,7 @@ def warm_stage(run: Run) -> None:
     if cfg.ttt_enabled:
         TttEngine(cfg, world, trainer.model.requires_grad_(False), run.data).warm_up(run.log)
     folder = compile_cache(cfg, world).get("TORCHINDUCTOR_CACHE_DIR", "torch's default folder")
-    run.log(f"warm: {len(compilations())} graphs, kept in {folder}")
+    run.log(f"warm: {len(compilations(run.world))} graphs, kept in {folder}")
 
 
 def quantize_stage(run: Run, model: GPT | None) -> None:

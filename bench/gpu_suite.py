@@ -9,6 +9,7 @@ process. `--table FILE` prints the table of an older run; `--dry-run` goes throu
 
 import argparse
 import ctypes
+import dataclasses
 import gc
 import json
 import lzma
@@ -447,7 +448,7 @@ def train_step():
             for suffix in ("", " graphs"):
                 run, what = forward, f"micro-batch {name}{suffix} loop:{int(looping)} context:{context}"
                 if suffix:
-                    begin, run = time.perf_counter(), tg.Graphed(forward, (p for p in model.parameters() if p.requires_grad))
+                    begin, run = time.perf_counter(), tg.Graphed(forward, world, (p for p in model.parameters() if p.requires_grad))
                     step(run)  # the next one is recorded
                     error = max(relative_error(a, b) for a, b in zip(step(run), expected, strict=True) if b.any())
                     yield dict(name=f"check {what}", error=error, tolerance=1e-3, reached=error < 1e-3)
@@ -506,7 +507,7 @@ def ttt():
     for rows, bucket, chunk in ((2, 16, 4),) if DRY else ((24, 3072, 48), (24, 1024, 24), (96, 512, 8), (256, 192, 8)):
         what, width = f"{rows}x{bucket} chunk {chunk}", bucket - chunk // 2  # of the documents' windows
         kinds = {"definitions": (definitions, width), "kernels": (kernels, width), "padded": (kernels, bucket),
-                 "graphs": (tg.Graphed(kernels), bucket)}
+                 "graphs": (tg.Graphed(kernels, world), bucket)}
         nats, ms = {}, {}
         for name in list(kinds):  # one after the other: the adapters and moments of 256 documents are 14 GB
             forward, padded = kinds.pop(name)
@@ -537,7 +538,8 @@ def gptq():
 
     yield line("Hessians of a micro-batch", milliseconds(collect, 3))
     tensors = tg.unbank(CFG, model.state_dict())
-    solve = partial(tg.run_gptq, CFG, tg.gptq_inputs(CFG, tensors), hessians, tg.clips_by_deviation)
+    plain = dataclasses.replace(CFG, awq_lite_enabled=False, lqer_enabled=False)
+    solve = partial(tg.run_gptq, plain, tg.gptq_inputs(CFG, tensors), hessians, tg.clips_by_deviation)
     yield line("GPTQ of all matrices", milliseconds(solve, 2), target_ms=200.0)
 
 
@@ -589,7 +591,7 @@ def run_section(name: str) -> int:
 
 def section_lines(name: str, left: float) -> list[dict]:
     """Results of a section run in a process of its own, with a line about its end where that was not a good one. left: seconds."""
-    limit = min(SECTIONS[name][1], left)
+    limit = None if DRY else min(SECTIONS[name][1], left)  # a dry run's times mean nothing
     if left < 10:
         return [dict(section=name, name=f"{name} failed", error="no time was left: run it in a call of its own")]
     process = subprocess.Popen([sys.executable, __file__, "--only", name, *(["--dry-run"] if DRY else [])],

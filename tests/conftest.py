@@ -143,7 +143,7 @@ class Recording(TorchDispatchMode):
 
 
 @pytest.fixture
-def recordings(monkeypatch) -> list[Recording]:
+def recordings(monkeypatch, world) -> list[Recording]:
     """torch.cuda.make_graphed_callables as it is, on graphs that `Recording` fakes; the list fills as they are made."""
     made = []
 
@@ -159,5 +159,5 @@ def recordings(monkeypatch) -> list[Recording]:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(tg.Graphed, "made", [])
+    world.recordings.clear()
     return made

@@ -42,7 +42,7 @@ def small_tensors() -> dict[str, tg.QuantizedTensor]:
     """Every codec, on a model so small that a mutation takes milliseconds."""
     rng, out = np.random.default_rng(0), {}
     for name, shape in tg.tensor_shapes(tiny_config(**SMALL)).items():
-        codec = tg.stored_as(tiny_config(**SMALL))[name].codec
+        codec = tg.codec_of(tiny_config(**SMALL), tg.stored_matrices(tiny_config(**SMALL))[name])
         w = torch.from_numpy(rng.normal(size=shape).astype(np.float32))
         if codec == "gptq":
             q, scale = torch.from_numpy(rng.integers(-31, 32, shape).astype(np.int8)), torch.rand(shape[0]).half() + 1

@@ -19,7 +19,7 @@ import traffic
 
 
 def run(*command, **env):
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=os.environ | env, timeout=300)
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=os.environ | env, timeout=1800)
 
 
 # ---- the GPU suite

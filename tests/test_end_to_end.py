@@ -110,9 +110,9 @@ LOG_LINES = [  # techniques, section 12.1, in order
     r"Serialized model quantized\+brotli: \d+ bytes", r"Total submission size quantized\+brotli: \d+ bytes",
     r"diagnostic quantized val_loss:\d\.\d{8} val_bpb:\d\.\d{8} eval_time:\d+ms", r"beginning TTT eval timer",
     r"ttt_phased: total_docs:15 prefix_docs:6 suffix_docs:9 num_phases:1 boundaries:\[6\] target_tokens:1711",
-    rf"{TTT} docs:\d+-\d+ phases:0 chunk:16 t:{N}s eta:{N}s", rf"ttt_phase:1/1 start docs:6 of:\d+ t:{N}s",
+    rf"{TTT} docs:\d+-\d+ phases:0 chunk:16 t:\d+s eta:\d+s", rf"ttt_phase:1/1 start docs:6 of:\d+ t:{N}s",
     rf"ttt_phase_chunk:1/\d+ lr:{N} t:{N}s", rf"ttt_phase:1/1 end t:{N}s",
-    rf"{TTT} docs:\d+-\d+ phases:1 chunk:\d+ t:{N}s eta:{N}s",
+    rf"{TTT} docs:\d+-\d+ phases:1 chunk:\d+ t:\d+s eta:\d+s",
     r"quantized_ttt_phased val_loss:\d\.\d{8} val_bpb:\d\.\d{8} eval_time:\d+ms", rf"total_eval_time:{N}s",
 ]  # fmt: skip
 

@@ -209,7 +209,7 @@ def test_a_published_checkpoint_loads(world, tmp_path):
         assert model.state_dict().keys() == state.keys()
         assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     torch.save(state | dict(softcap_pos=torch.tensor(30.0), softcap_neg=torch.tensor(20.0)), file)
-    with pytest.raises(tg.RunError, match=r"has the caps \[30.0, 20.0\], this run LOGIT_SOFTCAP=30"):
+    with pytest.raises(tg.RunError, match="has softcap_neg 20.0, this run LOGIT_SOFTCAP=30 for logits of both signs"):
         tg.load_checkpoint_model(cfg, world, file)
 
 
@@ -491,7 +491,7 @@ def test_rows_name_what_there_is():
     for name in VARIANTS:
         cfg = tiny_config(**VARIANTS[name])
         for row in tg.parameters(cfg):
-            assert row.optimizer in tg.OPTIMIZER_GROUPS
+            assert row.optimizer in ("matrices", "scalars", "embedding")
             for role in row.roles:
                 assert role.products in ("", "scored", "every") and role.stored.codec in tg.CODECS
                 assert role.stored.stream in tg.STREAMS

@@ -280,7 +280,8 @@ def tiny(random_model):
     state = random_model(cfg).state_dict()
     inputs = tg.gptq_inputs(cfg, tg.unbank(cfg, state))
     hessians = fake_hessians(cfg, inputs)
-    return cfg, state, inputs, hessians, tg.run_gptq(cfg, inputs, hessians, tg.clips_by_deviation)
+    plain = dataclasses.replace(cfg, awq_lite_enabled=False, lqer_enabled=False)
+    return cfg, state, inputs, hessians, tg.run_gptq(plain, inputs, hessians, tg.clips_by_deviation)
 
 
 def protected(cfg, inputs, hessians) -> dict[str, tuple[int, ...]]:

@@ -176,12 +176,12 @@ def test_less_loss_than_s14_at_as_many_bits(calibrated):
     cfg, state, hessians = calibrated
     s14 = dataclasses.replace(cfg, quant="s14", matrix_bits=5, embed_bits=6, lqer_enabled=False, awq_lite_enabled=False)
     published = {n: s for n, s in tg.quantize(s14, state, hessians, silent).items() if ("gptq", "q") in s.parts}
-    bits, plan = tg.coded_bits(arrays_of(published)).sum(), plan_of(cfg, state, hessians)
+    bits, plan = tg.coded_bits(cfg, arrays_of(published)).sum(), plan_of(cfg, state, hessians)
     low, high = 1e-5, 1.0
     for _ in range(8):
         middle = math.sqrt(low * high)
         stored = plan.encode(plan.delta(middle))
-        low, high = (middle, high) if tg.coded_bits(arrays_of(stored)).sum() > bits else (low, middle)
+        low, high = (middle, high) if tg.coded_bits(cfg, arrays_of(stored)).sum() > bits else (low, middle)
     ours, theirs = (sum(loss_of(cfg, state, hessians, x).values()) for x in (plan.encode(plan.delta(high)), published))
     assert ours < theirs / 2
 

@@ -331,7 +331,7 @@ def test_the_compilers_look_where_the_cache_is(world, monkeypatch, tmp_path):
 
 def test_a_clock_says_what_was_compiled_in_each_phase(world, monkeypatch):
     made = []
-    monkeypatch.setattr(tg, "compilations", lambda: made)
+    monkeypatch.setattr(tg, "compilations", lambda world: made)
     clock = tg.Clock(world)
     made += ["a", "b"]
     clock.phase("train")
@@ -362,7 +362,7 @@ class Scaled(NamedTuple):
     power: int
 
 
-def test_a_graph_is_its_forward(recordings):
+def test_a_graph_is_its_forward(recordings, world):
     """Values, gradients of what is handed over and of what is not, and accumulation, over changing data; arguments stay as they are."""
     weight, other = (torch.tensor([2.0, 3.0], requires_grad=True) for _ in range(2))
     unused = torch.ones(2, requires_grad=True)
@@ -371,7 +371,7 @@ def test_a_graph_is_its_forward(recordings):
         y = weight * scaled.factor * x**scaled.power
         return y if shift is None else y + shift
 
-    graphed, generator, given = tg.Graphed(forward, [weight, unused]), torch.Generator().manual_seed(0), []
+    graphed, generator, given = tg.Graphed(forward, world, [weight, unused]), torch.Generator().manual_seed(0), []
     for power, shifted in ((2, False), (3, True), (2, True), (2, False)):
         weight.grad = other.grad = None
         expected = [torch.zeros(2), torch.zeros(2)]
@@ -395,10 +395,10 @@ def test_a_graph_is_its_forward(recordings):
         assert torch.equal(graphed(x, Scaled(other, 2)), forward(x, Scaled(other, 2)))
 
 
-def test_a_graph_comes_after_a_backward(recordings):
+def test_a_graph_comes_after_a_backward(recordings, world):
     """What compiles or loads in a first run, backward included, is no part of a recording."""
     p, x = torch.ones(2, requires_grad=True), torch.tensor([2.0, 3.0])
-    graphed = tg.Graphed(lambda x, p: p * x)
+    graphed = tg.Graphed(lambda x, p: p * x, world)
     for _ in range(2):
         with torch.no_grad():
             assert torch.equal(graphed(x, p), x) and not recordings
@@ -418,8 +418,8 @@ def twice(graphed, *args):
     return graphed(*args)
 
 
-def test_a_graph_of_its_own_for_each_shape_value_and_place(recordings):
-    graphed = tg.Graphed(lambda x, adapter, n: adapter * x.sum() * n)
+def test_a_graph_of_its_own_for_each_shape_value_and_place(recordings, world):
+    graphed = tg.Graphed(lambda x, adapter, n: adapter * x.sum() * n, world)
     adapter, elsewhere = (torch.ones(2, requires_grad=True) for _ in range(2))
     calls = [(torch.ones(4), adapter, 1), (torch.ones(5), adapter, 1), (torch.ones(4), adapter, 2), (torch.ones(4), elsewhere, 1),
              (torch.ones(4, dtype=torch.float64), adapter, 1)]
@@ -430,7 +430,7 @@ def test_a_graph_of_its_own_for_each_shape_value_and_place(recordings):
     assert graphed(3 * torch.ones(4), adapter, 1).tolist() == [12, 12] and len(graphed.recorded) == len(calls)
 
 
-def test_recordings_are_listed_among_the_compilations(recordings, monkeypatch):
+def test_recordings_are_listed_among_the_compilations(recordings, world, monkeypatch):
     found = []
     dynamo = type("dynamo", (), dict(get_compilation_metrics=lambda: found))
     monkeypatch.setitem(sys.modules, "torch._dynamo.utils", dynamo)
@@ -438,19 +438,19 @@ def test_recordings_are_listed_among_the_compilations(recordings, monkeypatch):
     def compiled(name):
         return type("metrics", (), dict(co_name=name, compile_id="0/0", recompile_reason=None))
 
-    graphed = tg.Graphed(lambda x, p: p * x.sum())
+    graphed = tg.Graphed(lambda x, p: p * x.sum(), world)
     p, lines = torch.ones(1, requires_grad=True), []
     for step in ("a", 1, 2, "b", 3):
         if isinstance(step, int):
             twice(graphed, torch.ones(step), p)
         else:
             found.append(compiled(step))
-        assert tg.compilations()[:-1] == lines, "nothing is ever put before what was there"
-        lines = tg.compilations()
+        assert tg.compilations(world)[:-1] == lines, "nothing is ever put before what was there"
+        lines = tg.compilations(world)
     first, graphs = "0/0: the first graph", [f"CUDA graph of [({n},)]" for n in (1, 2, 3)]
     assert lines == [f"a {first}", *graphs[:2], f"b {first}", graphs[2]]
 
 
-def test_a_step_that_waits_for_the_device_can_not_be_recorded(recordings):
+def test_a_step_that_waits_for_the_device_can_not_be_recorded(recordings, world):
     with pytest.raises(AssertionError, match="can be in no CUDA graph"):
-        twice(tg.Graphed(lambda x, p: p * x.sum().item()), torch.ones(2), torch.ones(1, requires_grad=True))
+        twice(tg.Graphed(lambda x, p: p * x.sum().item(), world), torch.ones(2), torch.ones(1, requires_grad=True))

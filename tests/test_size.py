@@ -60,7 +60,7 @@ def test_range_coded_streams_are_shared_out_by_code_length(run_folder, tmp_path)
     items = size.inventory(cfg, blob, 0)
     assert sum(i.bytes for i in items) == pytest.approx(len(blob), rel=1e-9)
     arrays = {f"{n}:{codec}.{part}": t.numpy() for n, s in stored.items() for (codec, part), t in s.parts.items()}
-    bits = dict(zip(arrays, tg.coded_bits(arrays), strict=True))
+    bits = dict(zip(arrays, tg.coded_bits(cfg, arrays), strict=True))
     fc = {i.tensor: i.bytes for i in items if ".mlp.fc." in i.tensor and i.part == "weights"}
     for name, share in fc.items():
         assert share / sum(fc.values()) == pytest.approx(bits[f"{name}:gptq.q"] / sum(bits[f"{n}:gptq.q"] for n in fc), rel=1e-3)

@@ -683,9 +683,9 @@ def test_a_shape_that_the_warm_up_missed_is_named(cfg, world, tmp_path, monkeypa
     with clean_compiler():
         trainer = make_trainer(cfg, world)
         trainer.warm_up(quiet)
-        made = len(tg.compilations())
+        made = len(tg.compilations(world))
         run(cfg, world, tmp_path, trainer=trainer)  # every shape of a run is warm
-        assert len(tg.compilations()) == made and made >= 2
+        assert len(tg.compilations(world)) == made and made >= 2
         torch._dynamo.reset()
         shapes = tg.warm_shapes(cfg)
         monkeypatch.setattr(tg, "warm_shapes", lambda cfg: [shape for shape in shapes if not shape[1]])
@@ -708,7 +708,7 @@ def test_more_documents_in_a_row_than_were_warmed_compile_nothing(cfg, world):
     with clean_compiler():
         trainer = make_trainer(cfg, world)
         trainer.warm_up(quiet)
-        made = len(tg.compilations())
+        made = len(tg.compilations(world))
         losses = []
         for forward in (trainer.forward, trainer.model):
             trainer.forward = forward
@@ -716,7 +716,7 @@ def test_more_documents_in_a_row_than_were_warmed_compile_nothing(cfg, world):
                 row = tg.packed_row(many_documents(256), context, world.device)
                 assert len(row.segments.cu_seqlens) == 320 > max(tg.warm_lengths(256, context))
                 losses.append(trainer.loss(row, tg.layer_order(cfg, looping)))
-        assert len(tg.compilations()) == made
+        assert len(tg.compilations(world)) == made
         torch.testing.assert_close(losses[: len(losses) // 2], losses[len(losses) // 2 :])
 
 
@@ -736,11 +736,11 @@ def test_training_in_graphs_is_training(cfg, world, tmp_path, recordings):
     cfg = dataclasses.replace(cfg, **SHALLOW, iterations=8, compile_shape_warmup=True)
     plain = run(cfg, world, tmp_path)
     trainer = make_trainer(dataclasses.replace(cfg, cuda_graphs=True), world)
-    before, made, shapes = fingerprint(trainer), len(tg.compilations()), tg.warm_shapes(cfg)
+    before, made, shapes = fingerprint(trainer), len(tg.compilations(world)), tg.warm_shapes(cfg)
     trainer.warm_up(quiet)
     assert_same(fingerprint(trainer), before)
     assert len(trainer.graphs.recorded) == sum(len(tg.warm_lengths(256, context)) for context, _ in shapes) == len(recordings) / 2
-    assert tg.compilations()[made:] == [
+    assert tg.compilations(world)[made:] == [
         f"CUDA graph of [(1, 256), (1, 256), ({n},)]" for context, _ in shapes for n in tg.warm_lengths(256, context)]
     replays = sum(recording.replays for recording in recordings)
     run(cfg, world, tmp_path, trainer=trainer)  # an error if anything were recorded here
@@ -763,15 +763,15 @@ def test_nothing_is_compiled_while_a_graph_is_recorded(cfg, world, random_model,
     made = []
 
     def record(forward, sample, **options):
-        before = len(tg.compilations())
+        before = len(tg.compilations(world))
         out = forward(*sample)
         torch.autograd.grad(out.sum(), [t for t in sample if t.requires_grad], allow_unused=True)
-        made.append(len(tg.compilations()) - before)
+        made.append(len(tg.compilations(world)) - before)
         return forward
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    monkeypatch.setattr(tg.Graphed, "made", [])
+    world.recordings.clear()
     cfg = dataclasses.replace(cfg, **SHALLOW, cuda_graphs=True, ttt_bucket=32, val_doc_fraction=0.4, compile_backend="eager")
     with clean_compiler():
         trainer = make_trainer(cfg, world)
@@ -796,10 +796,10 @@ def test_validation_may_compile(cfg, world, tmp_path):
     with clean_compiler():
         trainer = make_trainer(cfg, world)
         trainer.warm_up(quiet)
-        data, made = tg.ValData.load(dataclasses.replace(cfg, val_doc_fraction=0.4), trainer.files), len(tg.compilations())
+        data, made = tg.ValData.load(dataclasses.replace(cfg, val_doc_fraction=0.4), trainer.files), len(tg.compilations(world))
         validate = lambda: tg.evaluate(cfg, world, trainer.forward, tg.Scorer(data, world), trainer.looping)  # noqa: E731
         tg.train(trainer, validate, quiet, tmp_path / "checkpoint.pt")
-        assert trainer.step == 4 and len(tg.compilations()) > made
+        assert trainer.step == 4 and len(tg.compilations(world)) > made
 
 
 def test_a_compilation_in_the_scored_evaluation_is_an_error(cfg, world, random_model):

@@ -590,10 +590,10 @@ def test_a_run_in_graphs_is_a_run(changes, world, random_model, recordings, monk
     base = engine.base
     phases = len({count for _, count in base.shares}) * 4 if base else 0
     assert len(engine.forward.recorded) == graphs >= 3 and len(base.graphs.recorded if base else ()) == phases
-    assert len(tg.Graphed.made) == graphs + phases == len(recordings) / 2
+    assert len(world.recordings) == graphs + phases == len(recordings) / 2
     replays = sum(recording.replays for recording in recordings)
     score = ttt.run()  # an error if anything were recorded here
-    assert len(tg.Graphed.made) == graphs + phases and sum(recording.replays for recording in recordings) > replays
+    assert len(world.recordings) == graphs + phases and sum(recording.replays for recording in recordings) > replays
     if base:
         assert min(r.replays for r in recordings[2 * graphs : 2 * graphs + 2]) > 0, "phases are replayed"
     monkeypatch.setattr(tg.Graphed, "__call__", lambda self, *args, **kwargs: self.forward(*args, **kwargs))

@@ -14,6 +14,7 @@ Exit code 1 with any FAIL.
 import argparse
 import ast
 import base64
+import contextlib
 import json
 import lzma
 import math
@@ -163,15 +164,25 @@ class Case:
         return {seed: value for seed, value in found.items() if value is not None}
 
 
+def payloads(code: bytes):
+    """Yield what long strings of a script may stand for: bytes in base 85, in base 64, or one a Latin-1 character."""
+    for text in re.findall(rb"[\"']([!-~]{400,}?)[\"']", code):
+        for decode in (base64.b85decode, base64.b64decode):
+            with contextlib.suppress(ValueError):
+                yield decode(text)
+    for text in re.findall(rb'(""".{400,}?""")\.encode\("latin-1"\)', code, re.DOTALL):
+        with contextlib.suppress(ValueError, SyntaxError):
+            yield ast.literal_eval(text.decode("latin-1")).encode("latin-1")
+
+
 def program(code: bytes) -> str:
     """The source of a script, unpacked if it is a compressed one in a string."""
-    for payload in re.findall(rb"[\"']([!-~]{400,}?)[\"']", code):
-        for decode in (base64.b85decode, base64.b64decode):
-            for inflate in (brotli.decompress, lzma.decompress, zlib.decompress):
-                try:
-                    return inflate(decode(payload)).decode()
-                except (ValueError, lzma.LZMAError, zlib.error, brotli.error, UnicodeDecodeError, EOFError):
-                    continue
+    for payload in payloads(code):
+        for inflate in (brotli.decompress, lzma.decompress, zlib.decompress):
+            try:
+                return inflate(payload).decode()
+            except (ValueError, lzma.LZMAError, zlib.error, brotli.error, UnicodeDecodeError, EOFError):
+                continue
     return code.decode(errors="replace")
 
 

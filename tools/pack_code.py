@@ -31,15 +31,26 @@ from python_minifier.f_string import OuterFString
 # The source is compiled under a name that no file has and registered in linecache under that name: there tracebacks,
 # inspect.getsource and the compilers that read a function's text find it. The interpreter's built-in traceback printer
 # reads files only, hence the hook, for the process that runs the script.
+#
+# In Latin-1 every byte is a character, so the compressed bytes stand in a string as they are, but for a few escapes: 2 %
+# more than the bytes, where base85 takes 25 %.
 STUB = """\
+# coding:latin-1
+import brotli,linecache,sys,traceback
+_s=brotli.decompress(\"""{payload}\""".encode("latin-1")).decode()
+"""
+BASE85_STUB = """\
 import base64,brotli,linecache,sys,traceback
 _s=brotli.decompress(base64.b85decode("{payload}")).decode()
+"""  # of records made before
+STUB_END = """\
 _f=__file__+":source"
 linecache.cache[_f]=len(_s),None,_s.splitlines(True),_f
 if __name__=="__main__":sys.excepthook=traceback.print_exception
 exec(compile(_s,_f,"exec"))
 """
-PAYLOAD = re.compile(rb'b85decode\("([^"]+)"\)')
+BASE85_PAYLOAD = re.compile(rb'b85decode\("([^"]+)"\)')
+PAYLOAD = re.compile(rb'brotli\.decompress\((""".*""")\.encode', re.DOTALL)
 LACKS = re.compile(rb"\A# without ([^\n]+)\n")
 HELP_SECONDS = 120
 
@@ -145,12 +156,34 @@ def minify(source: str) -> str:
             remove_asserts=False, remove_debug=False, preserve_shebang=False)
 
 
-def pack(source: str, parts: list[str] | None = None) -> bytes:
-    """Make the self-extracting script, without the `parts` that `drop` names. Equal sources give equal bytes."""
+def literal(data: bytes) -> str:
+    """Write bytes as the inside of a string between triple quotes, one Latin-1 character a byte.
+
+    Escaped is what a source file cannot hold or would change: backslash, NUL, carriage return, and a quote that would end
+    the string.
+    """
+    if data.endswith(b'"'):
+        return literal(data[:-1]) + '\\"'
+    text = data.decode("latin-1").replace("\\", "\\\\")
+    return text.replace("\0", "\\x00").replace("\r", "\\r").replace('""', '"\\"')
+
+
+def pack(source: str, parts: list[str] | None = None, base85: bool = False) -> bytes:
+    """Make the self-extracting script, without the `parts` that `drop` names. Equal sources give equal bytes.
+
+    base85: as records were packed before.
+    """
     parts = parts or []
     compressed = brotli.compress(minify(drop(source, parts)).encode(), quality=11, lgwin=24)
     title = f"# without {','.join(parts)}\n" if parts else ""
-    return (title + STUB.format(payload=base64.b85encode(compressed).decode())).encode()
+    if base85:
+        return (title + BASE85_STUB.format(payload=base64.b85encode(compressed).decode()) + STUB_END).encode()
+    return (title + STUB.format(payload=literal(compressed)) + STUB_END).encode("latin-1")
+
+
+def is_base85(packed: bytes) -> bool:
+    """Tell whether a packed script has the form that records had before."""
+    return BASE85_PAYLOAD.search(packed) is not None
 
 
 def dropped_parts(packed: bytes) -> list[str]:
@@ -161,10 +194,12 @@ def dropped_parts(packed: bytes) -> list[str]:
 
 def unpack(packed: bytes) -> str:
     """The minified source inside a packed script."""
+    if old := BASE85_PAYLOAD.search(packed):
+        return brotli.decompress(base64.b85decode(old[1])).decode()
     payload = PAYLOAD.search(packed)
     if payload is None:
-        raise ValueError("not a packed script: it holds no base85 payload")
-    return brotli.decompress(base64.b85decode(payload[1])).decode()
+        raise ValueError("not a packed script: it holds no payload")
+    return brotli.decompress(ast.literal_eval(payload[1].decode("latin-1")).encode("latin-1")).decode()
 
 
 def help_output(code: bytes, name: str, library: Path) -> str:

@@ -552,7 +552,7 @@ def check_scripts(record: Record) -> str:
         if (sha256(code), len(code)) != (run.result["code_sha256"], run.result["code_bytes"]):
             raise Broken(f"train_gpt.py is not the script that seed {run.result['seed']} ran")
     readable = (record.folder / "train_gpt_readable.py").read_text()
-    if pack_code.pack(readable, pack_code.dropped_parts(code)) != code:
+    if pack_code.pack(readable, pack_code.dropped_parts(code), pack_code.is_base85(code)) != code:
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("python-minifier", "brotli"))
         raise Broken(f"train_gpt_readable.py does not pack to train_gpt.py (with {versions})")
     return f"train_gpt.py is the script that ran, {len(code):,} bytes, and its readable twin packs to it"
