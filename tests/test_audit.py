@@ -470,7 +470,7 @@ def test_v20_calibration_outside_the_clock(findings, dataset):
             tg.read_shard(dataset / "fineweb_val_000000.bin")
             read(train)
     seen = log.unexpected(dataset, [dataset / "fineweb_val_000000.bin"])
-    assert seen == [["open", str(train)]]
+    assert seen == [("open", str(train))]
     assert findings(seen=seen)[1]["R9"] == ("FAIL", f"unexpected among the files, sockets and programs: open {train}")
 
 
