@@ -1989,10 +1989,9 @@ def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
     """Take x (B, T, ..) at the positions (B, n) -> (B, n, ..); None = all of it."""
     if positions is None:
         return x
-    trailing = x.shape[2:]
-    index = positions.view(*positions.shape, *[1] * len(trailing))
-    # take_along_dim would compile a graph for every width
-    return x.gather(1, index.expand(-1, -1, *trailing))
+    index = positions.view(*positions.shape, *[1] * (x.ndim - 2))
+    index = index.expand(-1, -1, *x.shape[2:])  # not take_along_dim, which compiles anew for each width T
+    return x.gather(1, index)
 
 
 def add_deltas(
