@@ -31,12 +31,12 @@ CLASSES = [n for n in TREE.body if isinstance(n, ast.ClassDef)]
 OUTLINE = outline.outline(SOURCE)
 CEILINGS = {  # section: (code tokens, code tokens a line)
     "HEAD": (170, 3.6), "CONFIG": (5904, 9.6), "RUNTIME": (2934, 10.0), "DATA": (2702, 10.9),
-    "MODEL": (7189, 12.3), "OPTIMIZERS": (1949, 11.9), "TRAINING": (3676, 10.0),
-    "QUANTIZATION": (7368, 13.3), "PACKING": (6328, 11.7), "BUDGET": (2198, 11.4), "SCORING": (3717, 12.3),
+    "MODEL": (7208, 12.4), "OPTIMIZERS": (1949, 11.9), "TRAINING": (3676, 10.0),
+    "QUANTIZATION": (7415, 13.4), "PACKING": (6324, 11.7), "BUDGET": (2198, 11.4), "SCORING": (3717, 12.3),
     "TEST-TIME TRAINING": (4453, 11.9), "KERNELS": (9590, 12.8), "MAIN": (4526, 10.8),
 }
 HABITS = {
-    "values in one assignment": 6, "lambda": 11, "walrus": 4, "nested comprehension": 1, "conditional in a conditional": 0,
+    "values in one assignment": 6, "lambda": 12, "walrus": 4, "nested comprehension": 0, "conditional in a conditional": 0,
 }
 WIDE_LINES, HEAVY_LINES = 0, 4  # over 110 columns; of outline.HEAVY tokens or more
 
