@@ -32,7 +32,7 @@ def whole(dataset, tmp_path_factory):
     """One undisturbed run of the whole pipeline in a process of its own."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     process = start(out, dataset)
-    console, errors = process.communicate(timeout=120)
+    console, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     return SimpleNamespace(out=out, console=console, errors=errors, log=(out / "whole.txt").read_text(),
                            result=json.loads((out / "result.json").read_text()))  # fmt: skip
@@ -265,7 +265,7 @@ def test_interrupted_run_resumes_to_the_same_artifact(whole, dataset, tmp_path, 
         if line.startswith("3/12 train_loss"):
             process.send_signal(signal.SIGINT)
             break
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 130, errors
     assert "stopping after this step" in errors and "RESUME=1" in errors and str(out) in errors and "Traceback" not in errors
     assert (out / "checkpoint.pt").exists() and not (out / ARTIFACT).exists()

@@ -283,7 +283,7 @@ def test_two_ranks_agree():
                               stderr=subprocess.PIPE, text=True) for r in range(2)]  # fmt: skip
     try:
         for number, rank in enumerate(ranks):
-            out, err = rank.communicate(timeout=60)
+            out, err = rank.communicate(timeout=900)
             assert rank.returncode == 0, err
             assert out == f"agreed {number} 2\n"
     finally:

@@ -52,7 +52,7 @@ exec(compile(_s,_f,"exec"))
 BASE85_PAYLOAD = re.compile(rb'b85decode\("([^"]+)"\)')
 PAYLOAD = re.compile(rb'brotli\.decompress\((""".*""")\.encode', re.DOTALL)
 LACKS = re.compile(rb"\A# without ([^\n]+)\n")
-HELP_SECONDS = 120
+HELP_SECONDS = 900
 
 
 def names_to_keep(tree: ast.Module) -> set[str]:
