@@ -150,7 +150,7 @@ def test_command_line(toys, tmp_path, capsys):
 
 def test_check_refuses_a_script_that_notices_being_packed(tmp_path, capsys):
     script = tmp_path / "toy.py"
-    script.write_text(TOY.replace("__doc__", "Path(__file__).read_text()[:20]"))
+    script.write_text(TOY.replace("__doc__", "str(Path(__file__).read_bytes()[:20])"))
     assert pack_code.main([str(script), str(tmp_path / "out.py"), "--check"]) == 1
     assert not (tmp_path / "out.py").exists()
     assert "another --help" in capsys.readouterr().err
@@ -260,7 +260,7 @@ def test_what_the_script_needs_cannot_be_dropped(part, message, tmp_path, capsys
 
 def test_a_packed_script_says_what_it_lacks():
     packed = pack_code.pack(PARTS, ["EXTRA", "help"])
-    assert packed.startswith(b"# without EXTRA,help\nimport") and pack_code.dropped_parts(packed) == ["EXTRA", "help"]
+    assert packed.startswith(b"# without EXTRA,help\n# coding:latin-1\nimport") and pack_code.dropped_parts(packed) == ["EXTRA", "help"]
     assert pack_code.pack(PARTS, pack_code.dropped_parts(packed)) == packed
     assert pack_code.unpack(packed) == pack_code.minify(pack_code.drop(PARTS, ["EXTRA", "help"]))
     assert pack_code.dropped_parts(pack_code.pack(PARTS)) == []

@@ -298,7 +298,7 @@ def test_every_variable_is_read():
     for node in TREE.body:
         if section(node.lineno) > SECTIONS.index("CONFIG"):
             used |= reads_of_config(node)
-            if "MODEL_FIELDS" not in bound_names(node):  # what must agree is not thereby used
+            if "VERSION_3_FIELDS" not in bound_names(node):  # what must agree is not thereby used
                 named |= {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     used |= named & fields  # tables that reach fields by name, such as the parameter rules
     properties = {f.name: f for f in config.body if isinstance(f, ast.FunctionDef)}
@@ -309,6 +309,16 @@ def test_every_variable_is_read():
     aliases = {"prequant_only", "quantize_only", "ttt_eval_only"}  # become `stage` while parsing
     parsing = set().union(*(reads_of_config(n) for n in TREE.body if getattr(n, "name", "") in ("overrides", "config_from_env")))
     assert fields - used - aliases - parsing == set()
+
+
+def test_knobs_say_what_they_belong_to():
+    """Groups, conditions and roles stand in the knobs and nowhere else: no other table of CONFIG lists fields."""
+    fields = set(tg.Config.__dataclass_fields__)
+    config = [node for node in TREE.body if section(node.lineno) == SECTIONS.index("CONFIG")]
+    for node in config:
+        listed = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)} & fields
+        assert len(listed) <= 2 or getattr(node, "name", "") == "Config", (node.lineno, listed)
+    assert "STAGE_FLAGS" in set().union(*(bound_names(n) for n in config)) and set(tg.STAGE_FLAGS) <= fields
 
 
 def test_model_fields_are_variables():
