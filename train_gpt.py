@@ -2200,7 +2200,9 @@ def matrices(cfg: Config) -> tuple[Matrix, ...]:
                 name = f"blocks.{layer}.{role.name}.weight"
                 index = k * cfg.num_layers + layer
                 parts.append(Matrix(name, row.name, index, layer, row.shape[1:], role))
-    parts.sort(key=lambda m: (m.layer, SITES.index(m.role.stored.site)))
+    # Within a block as the forward meets their inputs; what is for training only comes last.
+    parts.sort(key=lambda m: (
+        m.layer, SITES.index(m.role.stored.site) if m.role.stored else len(SITES)))
     return (*whole, *parts)
 
 
@@ -2402,8 +2404,9 @@ class GPT(nn.Module):
         up, down = self.mlp_up_bank.unbind(0), self.mlp_down_bank.unbind(0)
         out = []
         for i, block in enumerate(self.blocks):
-            q, k, v, o = qo[i], kv[i], kv[L + i], qo[L + i]
-            out.append(block.fold(q, k, v, o, up[i], down[i], dtype=dtype))
+            out.append(block.fold(
+                qo[i], kv[i], kv[L + i], qo[L + i],
+                up[i], down[i], dtype=dtype))
         return out
 
     def skip(self, x: Tensor, skipped: Tensor, index: int) -> Tensor:

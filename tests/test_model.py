@@ -470,7 +470,9 @@ def test_a_stored_form_that_leaves_out_a_column_is_an_error(column):
 def test_a_new_row_reaches_model_optimizer_artifact_and_size(world, monkeypatch):
     """One row, nothing else: the tensor is made, initialised, learned, stored, read back and counted."""
     cfg, rows = tiny_config(), tg.parameters
-    new = (tg.Parameter(**ROW), tg.Parameter(**ROW | dict(name="for_training", roles=(tg.Role("", "", None),))))
+    heads = dict(name="heads_bank", shape=(4, 8, 4), optimizer="matrices", roles=(tg.Role("ahead", "every", None),))
+    unstored = dict(name="for_training", roles=(tg.Role("", "", None),))
+    new = (tg.Parameter(**ROW), tg.Parameter(**ROW | unstored), tg.Parameter(**ROW | heads))
     monkeypatch.setattr(tg, "parameters", lambda cfg: (*rows(cfg), *new))
     tg.matrices.cache_clear()
     try:
@@ -478,11 +480,12 @@ def test_a_new_row_reaches_model_optimizer_artifact_and_size(world, monkeypatch)
         assert (model.value_embed == 0).all() and (model.for_training == 0).all()
         optimizer = tg.TrainOptimizer(model, cfg, world)
         assert any(p is model.value_embed for p in optimizer.replicated)
-        assert tg.tensor_shapes(cfg)["value_embed"] == (8, 4) and "for_training" not in tg.tensor_shapes(cfg)
+        assert tg.tensor_shapes(cfg)["value_embed"] == (8, 4) and not {"for_training", "heads_bank"} & set(tg.tensor_shapes(cfg))
         tensors = tg.unbank(cfg, model.state_dict())
         stored = {name: tg.QuantizedTensor({("float16", "w"): t.half()}) for name, t in tensors.items()}
         back = tg.unpack(cfg, tg.pack(cfg, stored))
         model.load_state_dict(tg.dequantized_state(cfg, back))
+        assert model.heads_bank.shape == (4, 8, 4) and len(optimizer.banks) == 5
     finally:
         tg.matrices.cache_clear()
 
